@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict numerics for every test: 8 CPU devices, no silent promotion."""
+
+import zlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key(request):
+  """A PRNG key derived from the test's own name, stable across runs."""
+  return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
