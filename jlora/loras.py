@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three types: Lora, Loras and Factors, and questions about them.
+
+The rank axis comes first in both factors: a Lora is `r` units, unit i reads the
+layer input with row a_i and writes row b_i. Concatenating, truncating, sorting
+and gating are all one operation on axis -2 of both.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lora:
+  """A low-rank change of one parameter: `scale * aᵀ b`, read as (in, out).
+
+  All three fields are leaves of a pytree, so a Lora goes through `jit`, `grad`,
+  `vmap`, optax and orbax as it is, and sweeping the scale never recompiles.
+
+  Attributes:
+    a: (..., r, in). Leading axes are scanned layers, experts or adapters.
+    b: (..., r, out).
+    scale: (...), float32.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 3)), jnp.ones((2, 5)), jnp.float32(0.5))
+    >>> lora.rank, dense(lora).shape
+    (2, (3, 5))
+  """
+
+  a: jax.Array
+  b: jax.Array
+  scale: jax.Array
+
+  @property
+  def rank(self) -> int:
+    """Length of the rank axis."""
+    return self.a.shape[-2]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the stored factors (the scale not counted)."""
+    return self.a.nbytes + self.b.nbytes
+
+
+Loras = dict[str, Lora]
+
+
+class Factors(NamedTuple):
+  """A truncated singular value decomposition `u diag(s) vt`.
+
+  Attributes:
+    u: (..., m, r) orthonormal columns.
+    s: (..., r) descending, not negative.
+    vt: (..., r, n) orthonormal rows.
+  """
+
+  u: jax.Array
+  s: jax.Array
+  vt: jax.Array
+
+
+def from_factors(factors: Factors, dtype=jnp.float32) -> Lora:
+  """The balanced Lora of a decomposition: `a = √s uᵀ`, `b = √s vt`, scale 1.
+
+  Both factors then have the same norm and `a aᵀ = b bᵀ = diag(s)`, which keeps
+  the rounding to a storage dtype as small in one as in the other.
+
+  Args:
+    factors: u (..., m, r), s (..., r), vt (..., r, n) of a change (in, out).
+    dtype: storage dtype of a and b; rounding happens here, once.
+
+  Returns:
+    Lora with a (..., r, m), b (..., r, n) of `dtype`, scale (...) float32.
+
+  Example:
+    >>> f = Factors(jnp.eye(3)[:, :1], jnp.array([4.0]), jnp.eye(2)[:1])
+    >>> from_factors(f).a
+    Array([[2., 0., 0.]], dtype=float32)
+  """
+  root = jnp.sqrt(factors.s)[..., None]
+  a = root * jnp.swapaxes(factors.u, -1, -2)
+  b = root * factors.vt
+  scale = jnp.ones(factors.s.shape[:-1], jnp.float32)
+  return Lora(a.astype(dtype), b.astype(dtype), scale)
+
+
+def dense(lora: Lora) -> jax.Array:
+  """The change a Lora stands for, `scale * aᵀ b`, as a float32 matrix.
+
+  Args:
+    lora: a (..., r, in), b (..., r, out), scale (...).
+
+  Returns:
+    (..., in, out) float32. Costs `2 r in out` operations and the whole matrix
+    in memory; sharding follows a's last axis and b's last axis.
+
+  Example:
+    >>> dense(Lora(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.float32(3)))
+    Array([[3., 3.],
+           [3., 3.]], dtype=float32)
+  """
+  product = jnp.einsum(
+    "...ri,...ro->...io",
+    lora.a.astype(jnp.float32),
+    lora.b.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return lora.scale[..., None, None].astype(jnp.float32) * product
+
+
+def check_loras(loras: Mapping[str, Lora]) -> None:
+  """Nothing, if every Lora is well formed.
+
+  Args:
+    loras: path -> Lora.
+
+  Raises:
+    ValueError: a and b differ in rank or leading axes, or scale does not have
+      the leading axes. Names up to three offenders and counts the rest.
+
+  Example:
+    >>> check_loras({"w": Lora(jnp.ones((2, 3)), jnp.ones((1, 5)),
+    ...                        jnp.float32(1))})
+    Traceback (most recent call last):
+    ...
+    ValueError: 1 malformed Lora: w: a (2, 3), b (1, 5), scale (). Needed: a
+    (..., r, in), b (..., r, out), scale (...).
+  """
+  wrong = [
+    f"{path}: a {lora.a.shape}, b {lora.b.shape}, scale {lora.scale.shape}"
+    for path, lora in loras.items()
+    if lora.a.ndim < 2
+    or lora.a.shape[:-1] != lora.b.shape[:-1]
+    or lora.scale.shape != lora.a.shape[:-2]
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} malformed Lora{'s' * (len(wrong) > 1)}: "
+      f"{name_some(wrong)}. Needed: a (..., r, in), b (..., r, out), "
+      "scale (...)."
+    )
+
+
+def name_some(offenders, most: int = 3) -> str:
+  """Up to three offenders by name and the count of the rest, for an error.
+
+  Args:
+    offenders: any sequence of things to print.
+    most: how many are named.
+
+  Returns:
+    "x, y, z and 4 more".
+
+  Example:
+    >>> name_some(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+  """
+  offenders = list(offenders)
+  rest = len(offenders) - most
+  named = ", ".join(str(offender) for offender in offenders[:most])
+  return f"{named} and {rest} more" if rest > 0 else named

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths: pytrees as {path: leaf} and back, selection by regex, keys by path."""
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from jlora.loras import name_some
+
+T = TypeVar("T")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """The leaves of a pytree by path, `layers/0/attn/q/kernel`.
+
+  A mapping whose keys are already the paths of its leaves (an open checkpoint,
+  or a flat dict) comes back with the same names. NNX's trailing `value`
+  attribute is not part of a path, so a linen and an NNX model agree.
+
+  Args:
+    tree: any pytree, or a lazy `Mapping[str, array]`; leaves are not touched.
+
+  Returns:
+    {path: leaf}, in the tree's own order.
+
+  Raises:
+    ValueError: two leaves with the same path.
+
+  Example:
+    >>> flatten({"layers": [{"w": 1}, {"w": 2}]})
+    {'layers/0/w': 1, 'layers/1/w': 2}
+  """
+  if isinstance(tree, Mapping) and not _is_node(tree):
+    return {str(name): tree[name] for name in tree}
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  flat = {_name(path): leaf for path, leaf in leaves}
+  if len(flat) != len(leaves):
+    raise ValueError(
+      f"{len(leaves) - len(flat)} leaves of the tree share a path with another;"
+      " rename the keys that contain '/'."
+    )
+  return flat
+
+
+def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
+  """A pytree shaped like another, its leaves taken from {path: leaf}.
+
+  Args:
+    flat: one leaf for every path of `like`, no more and no fewer.
+    like: the pytree that gives the structure; its leaves are not used.
+
+  Returns:
+    The pytree.
+
+  Raises:
+    ValueError: paths missing or left over, up to three named.
+
+  Example:
+    >>> unflatten({"a/0": 1, "a/1": 2}, like={"a": [0, 0]})
+    {'a': [1, 2]}
+  """
+  paths, tree = jax.tree_util.tree_flatten_with_path(like)
+  names = [_name(path) for path, _ in paths]
+  check_same(names, flat, "the tree", "the given leaves")
+  return jax.tree_util.tree_unflatten(tree, [flat[name] for name in names])
+
+
+def check_same(
+  left: Iterable[str], right: Iterable[str], left_name: str, right_name: str
+) -> None:
+  """Nothing, if two collections of paths are the same.
+
+  Args:
+    left: paths.
+    right: paths.
+    left_name: what the first collection is called in the error.
+    right_name: what the second is called.
+
+  Raises:
+    ValueError: which paths only one side has, up to three of each.
+
+  Example:
+    >>> check_same(["w"], ["w", "v"], "base", "finetuned")
+    Traceback (most recent call last):
+    ...
+    ValueError: Paths differ: only in finetuned: v.
+  """
+  left, right = list(left), list(right)
+  only_left = sorted(set(left) - set(right))
+  only_right = sorted(set(right) - set(left))
+  parts = [
+    f"only in {name}: {name_some(only)}"
+    for name, only in ((left_name, only_left), (right_name, only_right))
+    if only
+  ]
+  if parts:
+    raise ValueError(f"Paths differ: {'; '.join(parts)}.")
+
+
+def first_match(
+  rules: Iterable[tuple[str, T]], path: str, default: T | None = None
+) -> T | None:
+  """The value of the first rule whose regex matches a whole path.
+
+  Args:
+    rules: (regex, value) pairs, tried in order with `re.fullmatch`.
+    path: the path.
+    default: what comes out when no rule matches.
+
+  Returns:
+    The value or the default.
+
+  Example:
+    >>> first_match([(".*/q/kernel", 8), (".*", 64)], "layers/0/q/kernel")
+    8
+  """
+  for pattern, value in rules:
+    if re.fullmatch(pattern, path):
+      return value
+  return default
+
+
+def matching(
+  include: str | None = None, exclude: str | None = None
+) -> Callable[[str, Any], bool]:
+  """A selector `(path, leaf) -> bool` from two regexes that match whole paths.
+
+  Args:
+    include: paths to take; None takes all.
+    exclude: paths to leave out, even when included; None leaves out none.
+
+  Returns:
+    A function for the `select` argument of `extract`.
+
+  Example:
+    >>> matching(include=".*mlp.*", exclude=".*/0/.*")("layers/1/mlp/up", 0)
+    True
+  """
+
+  def select(path: str, leaf: Any) -> bool:
+    del leaf
+    if exclude is not None and re.fullmatch(exclude, path):
+      return False
+    return include is None or re.fullmatch(include, path) is not None
+
+  return select
+
+
+def key_for(key: jax.Array | None, path: str) -> jax.Array:
+  """The PRNG key of one module: `fold_in(key, crc32(path))`.
+
+  Neither the order of the modules nor which of them are taken changes it.
+
+  Args:
+    key: a PRNG key; None means `jax.random.key(0)`.
+    path: the module's path.
+
+  Returns:
+    A PRNG key.
+
+  Example:
+    >>> bool(key_for(None, "q") == key_for(jax.random.key(0), "q"))
+    True
+  """
+  root = jax.random.key(0) if key is None else key
+  return jax.random.fold_in(root, zlib.crc32(path.encode()))
+
+
+def _is_node(tree: Any) -> bool:
+  """Whether JAX knows how to take this container apart."""
+  return not jax.tree_util.treedef_is_leaf(jax.tree_util.tree_structure(tree))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  """`a/b/c` of a key path, without NNX's trailing `.value`."""
+  last = path[-1] if path else None
+  if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+    path = path[:-1]
+  return jax.tree_util.keystr(path, simple=True, separator="/")
