@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face folders in and out: config.json, weights, tokenizer."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from jlora.models import decoder, names
+
+Folder = str | os.PathLike[str]
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+  """The content of a folder's `config.json`.
+
+  Args:
+    folder: a Hugging Face model folder.
+
+  Returns:
+    A dict.
+
+  Raises:
+    ValueError: if the folder has no such file.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  if not path.is_file():
+    raise ValueError(f"{path} is missing: not a Hugging Face model folder")
+  return json.loads(path.read_text())
+
+
+def load(
+  folder: Folder, *, dtype: Any = jnp.float32
+) -> tuple[decoder.Apply, decoder.Params]:
+  """The model in a Hugging Face folder: its function and its parameters.
+
+  Reads one tensor at a time; the tree is what it costs in memory.
+
+  Args:
+    folder: holds `config.json` and safetensors weights, one file or sharded.
+    dtype: of the parameters and of the computation; rounded to once.
+
+  Returns:
+    `apply(params, tokens) -> logits`, pure, and the nested dict of parameters
+    with kernels (in, out) at paths like `layers/0/attn/q/kernel`.
+
+  Raises:
+    ValueError: if the config is not covered, or names or shapes of the tensors
+      are not those the config asks for.
+
+  Example:
+    >>> config = dict(model_type="llama", vocab_size=9, hidden_size=8,
+    ...               intermediate_size=8, num_hidden_layers=1,
+    ...               num_attention_heads=2)
+    >>> _, params = decoder.init(config, jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = save(f"{folder}/model", params, config)
+    ...   apply, loaded = load(path)
+    >>> bool((loaded["norm"]["scale"] == params["norm"]["scale"]).all())
+    True
+  """
+  config = read_config(folder)
+  apply = decoder.build(config, dtype=dtype)
+  expected = jax.eval_shape(
+    lambda key: decoder.init(config, key, dtype=dtype)[1], jax.random.key(0)
+  )
+  shapes = traverse_util.flatten_dict(expected, sep="/")
+  flat = {}
+  for name, tensor in load_file(
+    os.fspath(folder) + "/model.safetensors"
+  ).items():
+    if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+      continue  # the embedding under its second name
+    path, transposed = names.from_hf(name)
+    flat[path] = jnp.asarray(tensor.T if transposed else tensor, dtype)
+  _check(flat, shapes, folder)
+  return apply, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _check(flat: Mapping, shapes: Mapping, folder: Folder) -> None:
+  """Raises unless `flat` has just the paths and shapes of `shapes`."""
+  wrong = [
+    f"{names.to_hf(path)[0]}: {_shape(flat, path)} in the file, "
+    f"{_shape(shapes, path)} by the config"
+    for path in sorted(flat.keys() | shapes.keys())
+    if _shape(flat, path) != _shape(shapes, path)
+  ]
+  if wrong:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise ValueError(
+      f"{folder}: weights and config.json disagree on {'; '.join(wrong[:3])}"
+      f"{more} (shapes as (in, out)); fetch the folder again"
+    )
+
+
+def _shape(leaves: Mapping, path: str) -> tuple[int, ...] | None:
+  """The shape of a leaf, None where there is none."""
+  return tuple(leaves[path].shape) if path in leaves else None
+
+
+def save(
+  folder: Folder,
+  params: decoder.Params,
+  config: Mapping,
+  *,
+  copy: Iterable[Folder] = (),
+) -> pathlib.Path:
+  """Writes a folder that `load` and transformers read; returns its path.
+
+  The folder appears whole or not at all: it is written beside its place and
+  renamed.
+
+  Args:
+    folder: must not exist yet.
+    params: nested dict as `load` returns it, written in its own dtype.
+    config: the content of `config.json`.
+    copy: files to place beside the weights, the tokenizer's for example.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: if the folder exists, or a path has no Hugging Face name.
+  """
+  tensors = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    name, transposed = names.to_hf(path)
+    array = np.asarray(leaf)
+    tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+  dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+  config = dict(config, dtype=dtypes[0])
+  files = {
+    "config.json": json.dumps(config, indent=2) + "\n",
+    **{pathlib.Path(file).name: pathlib.Path(file) for file in copy},
+  }
+  return write_folder(folder, tensors, files)
+
+
+def write_folder(
+  folder: Folder,
+  tensors: Mapping[str, np.ndarray],
+  files: Mapping[str, str | pathlib.Path],
+) -> pathlib.Path:
+  """Writes `model.safetensors` and files as a new folder, whole or not at all.
+
+  Args:
+    folder: must not exist yet; its parents are made.
+    tensors: name -> array, torch's orientation, contiguous.
+    files: file name -> its text, or a file to copy.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: if the folder exists.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists():
+    raise ValueError(f"{folder} exists; remove it or choose another folder")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+  try:
+    save_file(
+      dict(tensors), work / "model.safetensors", metadata={"format": "pt"}
+    )
+    for name, content in files.items():
+      if isinstance(content, str):
+        (work / name).write_text(content, encoding="utf-8")
+      else:
+        shutil.copyfile(content, work / name)
+    work.chmod(0o755)  # mkdtemp makes private folders
+    work.rename(folder)
+  except BaseException:
+    shutil.rmtree(work)
+    raise
+  return folder

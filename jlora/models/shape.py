@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Hugging Face `config.json` says about a decoder."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+#: model_type -> (biases on q, k, v whatever else is said, norms on q and k).
+FAMILIES = {
+  "llama": (False, False),
+  "mistral": (False, False),
+  "qwen2": (True, False),
+  "qwen3": (False, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What `config.json` says about the network, in the field's short names."""
+
+  vocab: int
+  hidden: int
+  mlp: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  eps: float
+  qkv_bias: bool
+  out_bias: bool
+  mlp_bias: bool
+  qk_norm: bool
+  window: int | None
+  tied: bool
+  frequencies: tuple[float, ...]
+  dtype: Any = jnp.float32
+
+
+def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
+  """The rotary frequencies a `config.json` asks for, in radians a position.
+
+      f_i = theta^(-2i/d)
+
+  `rope_type` llama3 divides the slow ones by `factor`, leaves the fast ones,
+  and blends between.
+
+  Args:
+    config: the file's content, of transformers 4 or 5.
+    head_dim: d, channels of one head.
+
+  Returns:
+    d/2 numbers, descending.
+
+  Raises:
+    ValueError: for another `rope_type`, or a partial rotation.
+
+  Example:
+    >>> read_frequencies({"rope_theta": 100.0}, 4)
+    (1.0, 0.1)
+  """
+  rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  partial = rope.get(
+    "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
+  )
+  if kind not in ("default", "llama3") or partial != 1.0:
+    raise ValueError(
+      f"rope_type {kind!r} with partial_rotary_factor {partial} is not "
+      "supported; 'default' and 'llama3' of whole heads are"
+    )
+  theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+  f = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+  if kind == "llama3":
+    turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    f = f * (blend + (1 - blend) / rope["factor"])
+  return tuple(f.tolist())
+
+
+def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
+  """The network that a Hugging Face `config.json` describes.
+
+  Args:
+    config: the file's content.
+    dtype: of the parameters and of the computation.
+
+  Returns:
+    A `Shape`, hashable.
+
+  Raises:
+    ValueError: for a family, activation or window pattern not covered here.
+
+  Example:
+    >>> config = dict(model_type="llama", vocab_size=9, hidden_size=8,
+    ...               intermediate_size=8, num_hidden_layers=1,
+    ...               num_attention_heads=2)
+    >>> read_shape(config).head_dim
+    4
+  """
+  family = config.get("model_type")
+  if family not in FAMILIES:
+    raise ValueError(
+      f"model_type {family!r} is not one of {', '.join(FAMILIES)}"
+    )
+  if config.get("hidden_act", "silu") != "silu":
+    raise ValueError(f"hidden_act {config['hidden_act']!r} is not 'silu'")
+  if config.get("use_sliding_window"):
+    raise ValueError("use_sliding_window is not supported; set it to false")
+  qkv_bias, qk_norm = FAMILIES[family]
+  heads = config["num_attention_heads"]
+  head_dim = config.get("head_dim") or config["hidden_size"] // heads
+  return Shape(
+    vocab=config["vocab_size"],
+    hidden=config["hidden_size"],
+    mlp=config["intermediate_size"],
+    layers=config["num_hidden_layers"],
+    heads=heads,
+    kv_heads=config.get("num_key_value_heads") or heads,
+    head_dim=head_dim,
+    eps=config.get("rms_norm_eps", 1e-6),
+    qkv_bias=qkv_bias or bool(config.get("attention_bias")),
+    out_bias=not qkv_bias and bool(config.get("attention_bias")),
+    mlp_bias=bool(config.get("mlp_bias")),
+    qk_norm=qk_norm,
+    window=config.get("sliding_window") if family == "mistral" else None,
+    tied=bool(config.get("tie_word_embeddings")),
+    frequencies=read_frequencies(config, head_dim),
+    dtype=dtype,
+  )
