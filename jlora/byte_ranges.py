@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row-major arrays inside files: regions read, whole arrays placed.
+
+Nothing here knows a file format: an array is a file, a shape, a dtype and the
+byte where it starts. Every call opens the file anew and reads at an offset, so
+threads share no position, no descriptor stays open, and no page is mapped.
+"""
+
+import contextlib
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+_CHUNK_BYTES = 2**22  # the buffer behind a slice of inner axes
+
+Region = Sequence[range]  # one range of indices per axis
+
+
+class Placed(Protocol):
+  """An array's shape and dtype, and the byte of its file where it starts."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Lengths of the axes."""
+    ...
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype as stored."""
+    ...
+
+  @property
+  def start(self) -> int | None:
+    """The first byte."""
+    ...
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+  """What changes when a file is rewritten: device, inode, size, time.
+
+  Args:
+    path: a regular file; symbolic links are followed.
+
+  Returns:
+    Four integers to compare with later ones.
+
+  Raises:
+    ValueError: if there is no such file or it cannot be opened.
+
+  Example:
+    >>> stamp_of(Path(__file__)) == stamp_of(Path(__file__))
+    True
+  """
+  with _opened(path) as file:
+    return _stamp(file)
+
+
+def read_region(
+  path: Path,
+  array: Placed,
+  region: Region,
+  stamp: tuple[int, ...] | None = None,
+) -> tuple[np.ndarray, int]:
+  """One rectangular region of an array in a file, and the bytes read for it.
+
+  A range of the leading axis is one read of exactly its bytes, straight into
+  the result. Strided leading or partial inner axes are read through a buffer
+  of at most 4 MiB, whole rows at a time.
+
+  Args:
+    path: the file.
+    array: shape, dtype and first byte of the array.
+    region: per axis a `range` within the axis, with a positive step.
+    stamp: from `stamp_of`; a file that changed since then is refused.
+
+  Returns:
+    The array, of the ranges' lengths and the stored dtype, and the bytes read.
+
+  Raises:
+    ValueError: if the file is gone, changed, or ends within the array.
+
+  Example:
+    >>> import collections, tempfile
+    >>> placed = collections.namedtuple("placed", "shape dtype start")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = Path(folder, "a")
+    ...   np.arange(6.0).tofile(path)
+    ...   whole = placed((3, 2), np.dtype(float), 0)
+    ...   read_region(path, whole, (range(1, 2), range(2)))
+    (array([[2., 3.]]), 16)
+  """
+  out = np.empty([len(indices) for indices in region], array.dtype)
+  if out.size == 0:
+    return out, 0
+  with _opened(path) as file:
+    if stamp is not None and _stamp(file) != stamp:
+      raise ValueError(f"{path} changed since it was opened; open it anew")
+    try:
+      count = _fill(file, out, array.shape, tuple(region), array.start or 0)
+    except EOFError as error:
+      raise ValueError(f"{path}: {error}") from error
+  return out, count
+
+
+def place_arrays(
+  files: Mapping[Path, tuple[bytes, Mapping[str, Placed]]],
+  arrays: Iterable[tuple[str, np.ndarray]],
+) -> None:
+  """Files filled from one stream of arrays, each put where it was announced.
+
+  The files are temporaries beside their final places until the last array has
+  come; then they are synced and renamed, in the order given. One array is held
+  at a time.
+
+  Args:
+    files: per file its first bytes, and the announced arrays by name, which
+      follow without holes.
+    arrays: (name, array) pairs in any order, each announced name once.
+
+  Raises:
+    ValueError: if an array is missing, given twice, not announced, or of
+      another shape or dtype than announced. No file is then written.
+
+  Example:
+    >>> import collections, tempfile
+    >>> placed = collections.namedtuple("placed", "shape dtype start")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = Path(folder, "a")
+    ...   slot = placed((2,), np.dtype("u1"), 1)
+    ...   place_arrays({path: (b"x", {"w": slot})}, [("w", np.uint8([65, 66]))])
+    ...   path.read_bytes()
+    b'xAB'
+  """
+  temporaries: dict[Path, Path] = {}
+  places: dict[str, tuple[Path, Placed]] = {}
+  try:
+    for path, (head, announced) in files.items():
+      temporaries[path] = temporary = _reserve(path, head, announced)
+      if shared := announced.keys() & places.keys():
+        raise ValueError(f"{_some(shared)}: announced for two files")
+      places |= {name: (temporary, slot) for name, slot in announced.items()}
+    _place(places, arrays)
+    for temporary in temporaries.values():
+      with _opened(temporary, os.O_RDWR) as file:
+        os.fsync(file)
+    for path, temporary in temporaries.items():
+      os.replace(temporary, path)
+  finally:
+    for temporary in temporaries.values():
+      temporary.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, head: bytes, announced: Mapping[str, Placed]) -> Path:
+  """A temporary beside `path`, of the final size, that begins with `head`."""
+  if not path.parent.is_dir():
+    raise ValueError(f"{path.parent} is not a folder; create it first")
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+  size = len(head) + sum(
+    math.prod(slot.shape) * slot.dtype.itemsize for slot in announced.values()
+  )
+  try:
+    with open(temporary, "xb") as stream:
+      stream.write(head)
+      stream.truncate(size)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  return temporary
+
+
+def _place(
+  places: Mapping[str, tuple[Path, Placed]],
+  arrays: Iterable[tuple[str, np.ndarray]],
+) -> None:
+  missing = dict(places)
+  for name, array in arrays:
+    if name not in missing:
+      problem = "given twice" if name in places else "was not announced"
+      raise ValueError(f"array {name!r} {problem}")
+    path, slot = missing.pop(name)
+    array = np.asarray(array)
+    if array.shape != slot.shape or array.dtype != slot.dtype:
+      raise ValueError(
+        f"array {name!r} was announced as {slot.dtype} {slot.shape}, but"
+        f" {array.dtype} {array.shape} came"
+      )
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    done = 0
+    with _opened(path, os.O_WRONLY) as file:
+      while done < len(view):
+        done += os.pwrite(file, view[done:], (slot.start or 0) + done)
+  if missing:
+    raise ValueError(
+      f"{len(missing)} of {len(places)} announced arrays never came:"
+      f" {_some(missing)}"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+  """Up to three names, and how many more."""
+  names = sorted(names)
+  more = f" (+{len(names) - 3} more)" if len(names) > 3 else ""
+  return ", ".join(map(repr, names[:3])) + more
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+  """A file descriptor, closed on leaving; only regular files."""
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file")
+  try:
+    file = os.open(path, flags)
+  except OSError as error:
+    raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
+  try:
+    yield file
+  finally:
+    os.close(file)
+
+
+def _stamp(file: int) -> tuple[int, ...]:
+  stat = os.fstat(file)
+  return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read_into(file: int, out: np.ndarray, offset: int) -> int:
+  """Fills a contiguous array; one system call moves at most 2 GiB."""
+  view = out.reshape(-1).view(np.uint8).data
+  done = 0
+  while done < len(view):
+    count = os.preadv(file, [view[done:]], offset + done)
+    if count == 0:
+      raise EOFError(f"ends at byte {offset + done}, in the middle of a tensor")
+    done += count
+  return done
+
+
+def _fill(
+  file: int,
+  out: np.ndarray,
+  shape: tuple[int, ...],
+  region: tuple[range, ...],
+  offset: int,
+) -> int:
+  """Reads a region into `out`; returns the bytes read."""
+  rest = region[1:]
+  inner_is_whole = all(
+    r == range(n) for r, n in zip(rest, shape[1:], strict=True)
+  )
+  if not region:
+    return _read_into(file, out, offset)
+  indices = region[0]
+  row = math.prod(shape[1:]) * out.dtype.itemsize
+  if inner_is_whole and (indices.step == 1 or len(indices) == 1):
+    return _read_into(file, out, offset + indices.start * row)
+  if len(indices) == 1 or row * indices.step > _CHUNK_BYTES:
+    return sum(
+      _fill(file, out[i : i + 1].reshape(out.shape[1:]), shape[1:], rest, at)
+      for i, at in enumerate(offset + index * row for index in indices)
+    )
+  count = 0
+  step = _CHUNK_BYTES // (row * indices.step)
+  inner = tuple(slice(r.start, r.stop, r.step) for r in rest)
+  for begin in range(0, len(indices), step):
+    part = indices[begin : begin + step]
+    rows = np.empty((part[-1] + 1 - part[0], *shape[1:]), out.dtype)
+    count += _read_into(file, rows, offset + part[0] * row)
+    out[begin : begin + step] = rows[(slice(None, None, part.step), *inner)]
+  return count
