@@ -16,6 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from jlora.loras import name_some
+
 _CHUNK_BYTES = 2**22  # the buffer behind a slice of inner axes
 
 Region = Sequence[range]  # one range of indices per axis
@@ -142,7 +144,9 @@ def place_arrays(
     for path, (head, announced) in files.items():
       temporaries[path] = temporary = _reserve(path, head, announced)
       if shared := announced.keys() & places.keys():
-        raise ValueError(f"{_some(shared)}: announced for two files")
+        raise ValueError(
+          f"{name_some(sorted(shared))}: announced for two files"
+        )
       places |= {name: (temporary, slot) for name, slot in announced.items()}
     _place(places, arrays)
     for temporary in temporaries.values():
@@ -197,15 +201,8 @@ def _place(
   if missing:
     raise ValueError(
       f"{len(missing)} of {len(places)} announced arrays never came:"
-      f" {_some(missing)}"
+      f" {name_some(sorted(missing))}"
     )
-
-
-def _some(names: Iterable[str]) -> str:
-  """Up to three names, and how many more."""
-  names = sorted(names)
-  more = f" (+{len(names) - 3} more)" if len(names) > 3 else ""
-  return ", ".join(map(repr, names[:3])) + more
 
 
 @contextlib.contextmanager

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of an orbax checkpoint directory: found, read leaf by leaf, saved.
+
+A directory is a root of steps, a step of named items, or an item; the item
+that holds arrays has a `_METADATA` file, whatever its name. Names, shapes and
+dtypes come from orbax; a region of a leaf from tensorstore, which orbax wrote.
+
+References:
+  orbax.readthedocs.io, "Checkpoint format guide".
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from jlora.loras import name_some
+
+_TREE = "_METADATA"
+_STEP = "_CHECKPOINT_METADATA"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class Leaf(NamedTuple):
+  """One stored array.
+
+  Attributes:
+    shape: lengths of the axes.
+    dtype: as stored.
+    store: the tensorstore spec that opens it.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  store: dict[str, Any]
+
+
+def find_item(path: str | os.PathLike) -> Path | None:
+  """The folder that holds the arrays of an orbax checkpoint.
+
+  Args:
+    path: an item, a step, or a root of steps, of which the newest finished one
+      is taken. Temporary directories are passed over.
+
+  Returns:
+    The folder, or None if this is no orbax checkpoint.
+
+  Raises:
+    ValueError: if several items or several series of steps hold arrays.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_orbax(f"{folder}/run/20/params", {"w": np.ones(2)})
+    ...   save_orbax(f"{folder}/run/3/params", {"w": np.ones(2)})
+    ...   str(find_item(f"{folder}/run").relative_to(folder))
+    'run/20/params'
+  """
+  path = Path(path)
+  if (path / _TREE).is_file():
+    return path
+  if not (path / _STEP).is_file() and (steps := _steps(path)):
+    path = steps[max(steps)]
+    if (path / _TREE).is_file():
+      return path
+  items = [child for child in _finished(path) if (child / _TREE).is_file()]
+  if len(items) > 1:
+    raise ValueError(
+      f"{path} holds several trees of arrays,"
+      f" {name_some([item.name for item in items])}: open one of them by its"
+      " own path"
+    )
+  return items[0] if items else None
+
+
+def list_leaves(folder: Path) -> dict[str, Leaf]:
+  """The arrays of an item, named by their tree paths joined with "/".
+
+  Args:
+    folder: from `find_item`.
+
+  Returns:
+    {name: Leaf}. Only metadata is read. Leaves that are not arrays, such as
+    strings, are not among them.
+
+  Raises:
+    ValueError: if the metadata is damaged, or two leaves have the same name.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_orbax(f"{folder}/c", {"layer": {"kernel": np.ones((2, 3))}})
+    ...   leaves = list_leaves(Path(folder, "c"))
+    >>> leaves["layer/kernel"].shape
+    (2, 3)
+  """
+  folder = Path(folder).absolute()
+  try:
+    found = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
+  except Exception as error:  # damaged metadata fails in many ways
+    raise ValueError(f"{folder}: unreadable orbax metadata: {error}") from error
+  leaves = {}
+  for keys, value in jax.tree_util.tree_leaves_with_path(found.tree):
+    if getattr(value, "shape", None) is None or value.dtype is None:
+      continue
+    name = jax.tree_util.keystr(keys, simple=True, separator="/")
+    if name in leaves:
+      raise ValueError(f"{folder}: two leaves are named {name}")
+    store = _store(folder, value.name, found.use_zarr3)
+    leaves[name] = Leaf(tuple(value.shape), np.dtype(value.dtype), store)
+  return leaves
+
+
+def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
+  """One rectangular region of a stored array.
+
+  Only the stored chunks that the region touches are read and decompressed;
+  orbax makes a chunk of each shard unless told otherwise, so an array that was
+  not sharded is read whole.
+
+  Args:
+    leaf: from `list_leaves`.
+    region: per axis a `range` within the axis, with a positive step.
+
+  Returns:
+    The array, of the ranges' lengths and the stored dtype.
+
+  Raises:
+    ValueError: if the store is damaged or its arrays differ from the metadata.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_orbax(f"{folder}/c", {"w": np.arange(6.0).reshape(3, 2)})
+    ...   leaf = list_leaves(Path(folder, "c"))["w"]
+    ...   read_leaf(leaf, (range(1, 3), range(1)))
+    array([[2.], [4.]])
+  """
+  out = np.empty([len(indices) for indices in region], leaf.dtype)
+  if out.size == 0:
+    return out
+  store = ts.open(leaf.store, open=True, read=True).result()
+  if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
+    raise ValueError(
+      f"{leaf.store['kvstore']}: {store.dtype.name} {store.shape} is stored,"
+      f" but the metadata says {leaf.dtype} {leaf.shape}"
+    )
+  slices = tuple(slice(r.start, r.stop, r.step) for r in region)
+  out[...] = store[slices].read().result()
+  return out
+
+
+def save_orbax(path: str | os.PathLike, tree: Any) -> None:
+  """An orbax checkpoint of a pytree, or of a flat mapping {path: array}.
+
+  A mapping of arrays is nested at the slashes of its paths, so other readers
+  see the tree that the paths describe; any other pytree is saved as it is. The
+  call returns when the checkpoint is complete.
+
+  Args:
+    path: the directory to make; orbax names it only once it is whole.
+    tree: a pytree of arrays, or {path: array}, which may be a Checkpoint.
+
+  Raises:
+    ValueError: if the path exists, or one array's path lies within another's.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_orbax(f"{folder}/c", {"layer/kernel": np.ones((2, 3))})
+    ...   list(list_leaves(Path(folder, "c")))
+    ['layer/kernel']
+  """
+  path = Path(path).absolute()
+  if path.exists():
+    raise ValueError(f"{path} exists; choose a new path or delete it first")
+  if isinstance(tree, Mapping):
+    tree = dict(tree)
+    if any("/" in name for name in tree if isinstance(name, str)):
+      tree = _nested(tree)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, tree)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for name, leaf in flat.items():
+    *folders, last = name.split("/")
+    node = tree
+    for folder in folders:
+      node = node.setdefault(folder, {})
+      if not isinstance(node, dict):
+        raise ValueError(f"{name} lies within the path of another array")
+    if last in node:
+      raise ValueError(f"another array lies within the path {name}")
+    node[last] = leaf
+  return tree
+
+
+def _finished(path: Path) -> list[Path]:
+  return [
+    child
+    for child in sorted(path.iterdir())
+    if child.is_dir()
+    and _TEMPORARY not in child.name
+    and ocp.utils.is_checkpoint_finalized(child)
+  ]
+
+
+def _steps(path: Path) -> dict[int, Path]:
+  """Finished steps by number: folders that end in digits and hold arrays."""
+  steps, series = {}, set()
+  for child in _finished(path):
+    found = re.fullmatch(r"(.*?)(\d+)", child.name)
+    if found and any(_holds_tree(f) for f in (child, *_finished(child))):
+      steps[int(found[2])] = child
+      series.add(found[1])
+  if len(series) > 1:
+    raise ValueError(
+      f"{path} holds several series of steps, {name_some(sorted(series))}: open"
+      " one step by its own path"
+    )
+  return steps
+
+
+def _holds_tree(path: Path) -> bool:
+  return (path / _TREE).is_file()
+
+
+def _store(folder: Path, name: str, zarr3: bool) -> dict[str, Any]:
+  """The tensorstore spec of one array, as orbax lays it out."""
+  if (folder / "manifest.ocdbt").is_file():
+    base = {"driver": "file", "path": f"{folder}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+  else:
+    kvstore = {"driver": "file", "path": f"{folder / name}/"}
+  return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}

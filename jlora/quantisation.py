@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""float8 weights with their scales, back to float32.
+
+A float8 weight W is stored as codes C and a scale S in a tensor of its own:
+
+    W = C * S        S per tensor, per row, or per block of 128 x 128
+
+DeepSeek names the scale `<name>_scale_inv`, others `<name>_scale`. Both
+multiply: the `inv` says that the scale is the inverse of the factor by which
+the weight was multiplied before rounding.
+
+References:
+  DeepSeek-V3, README_WEIGHTS.md: each 128 x 128 block times its
+  weight_scale_inv; the last block of an axis may be smaller.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+
+FLOAT8 = (
+  np.dtype(ml_dtypes.float8_e4m3fn),
+  np.dtype(ml_dtypes.float8_e5m2),
+)
+_FLOATS = [np.dtype(name) for name in ("bfloat16", "f2", "f4", "f8")]
+_SUFFIXES = ("_scale_inv", "_scale")
+_BLOCK = 128
+
+Shapes = Mapping[str, Sequence]  # name -> (shape, dtype, ...)
+
+
+def pair_scales(tensors: Shapes) -> dict[str, str]:
+  """Every float8 weight's scale: the scale's name -> the weight's name.
+
+  Args:
+    tensors: name -> (shape, dtype), or a TensorSpec, of a whole checkpoint.
+
+  Returns:
+    {scale name: weight name}. Scales of other tensors, `input_scale` and the
+    like are not among them.
+
+  Raises:
+    ValueError: for float8 weights without a scale, with two, or with one whose
+      shape or dtype is not understood.
+
+  Example:
+    >>> e4m3 = FLOAT8[0]
+    >>> pair_scales({"w": ((256, 200), e4m3), "w_scale": ((2, 2), "float32")})
+    {'w_scale': 'w'}
+  """
+  paired = {}
+  for name, (shape, dtype, *_) in tensors.items():
+    if dtype not in FLOAT8:
+      continue
+    found = [name + end for end in _SUFFIXES if name + end in tensors]
+    if len(found) != 1:
+      raise ValueError(
+        f"tensor {name!r} is {dtype} with {len(found)} scales, and needs one:"
+        f" {name}_scale_inv or {name}_scale. Without it the codes mean"
+        " nothing; store the weight in bfloat16 instead"
+      )
+    scale_shape, scale_dtype, *_ = tensors[found[0]]
+    if np.dtype(scale_dtype) not in _FLOATS:
+      raise ValueError(f"scale {found[0]!r} is {scale_dtype}, not floating")
+    if _blocks(shape, scale_shape) is None:
+      raise ValueError(
+        f"scale {found[0]!r} of shape {tuple(scale_shape)} fits {name!r} of"
+        f" shape {tuple(shape)} neither per tensor, per row, nor per"
+        f" {_BLOCK} x {_BLOCK} block"
+      )
+    paired[found[0]] = name
+  return paired
+
+
+def dequantise(
+  codes: np.ndarray,
+  scale: np.ndarray,
+  shape: Sequence[int],
+  region: Sequence[range],
+) -> np.ndarray:
+  """Float32 values of a region of a float8 tensor: codes times scales.
+
+  Args:
+    codes: the region's codes, float8, of the ranges' lengths.
+    scale: the scales of the whole tensor: one number; or per axis of the
+      tensor as many entries as the axis, one, or one per 128.
+    shape: the whole tensor's shape.
+    region: per axis the range of indices that `codes` holds.
+
+  Returns:
+    float32, of the shape of `codes`. Beside it, scales of one row of blocks
+    are held at the full width.
+
+  Raises:
+    ValueError: if the scale's shape does not fit.
+
+  Example:
+    >>> codes = np.ones((2, 3), FLOAT8[0])
+    >>> scale = np.array([[2.0], [3.0]], np.float32)
+    >>> dequantise(codes, scale, (2, 3), (range(2), range(3)))
+    array([[2., 2., 2.], [3., 3., 3.]], dtype=float32)
+  """
+  blocks = _blocks(shape, scale.shape)
+  if blocks is None:
+    raise ValueError(f"scales {scale.shape} do not fit a tensor {tuple(shape)}")
+  table = np.arange(256, dtype=np.uint8).view(codes.dtype).astype(np.float32)
+  out = np.take(table, codes.view(np.uint8))
+  scale = scale.astype(np.float32)
+  if math.prod(scale.shape) == 1:
+    out *= scale.reshape(())
+    return out
+  scale = scale.reshape(scale.shape + (1,) * (len(shape) - scale.ndim))
+  coarse = [np.asarray(r) // b for r, b in zip(region, blocks, strict=True)]
+  rows = coarse[-2] if len(shape) > 1 else np.zeros(1, int)
+  for axis, indices in enumerate(coarse):
+    if axis != len(shape) - 2 and scale.shape[axis] > 1:
+      scale = np.take(scale, indices, axis)
+  if len(shape) == 1 or scale.shape[-2] == 1:
+    out *= scale
+  elif blocks[-2] == 1:
+    out *= np.take(scale, rows, -2)
+  else:
+    for row in np.unique(rows):
+      out[..., rows == row, :] *= scale[..., row : row + 1, :]
+  return out
+
+
+def _blocks(
+  shape: Sequence[int], scale_shape: Sequence[int]
+) -> tuple[int, ...] | None:
+  """Entries per scale along each axis, or None if the shapes do not fit."""
+  if math.prod(scale_shape) == 1:
+    return tuple(max(n, 1) for n in shape)
+  if len(scale_shape) > len(shape):
+    return None
+  blocks = []
+  padded = (*scale_shape, *(1,) * (len(shape) - len(scale_shape)))
+  for n, scales in zip(shape, padded, strict=True):
+    if scales == n:
+      blocks.append(1)
+    elif scales == 1:
+      blocks.append(max(n, 1))
+    elif scales == -(-n // _BLOCK) and len(scale_shape) == len(shape):
+      blocks.append(_BLOCK)
+    else:
+      return None
+  return tuple(blocks)
