@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factorisers: arrays (..., m, n) in, truncated singular triplets out.
+
+All share the call `(delta, rank, key) -> Factors`, work on batches over leading
+axes and go through `jit` and `vmap`. Only matrix products touch the delta, so a
+sharded one is never gathered; eigenvalue and singular value problems are small
+and square. Bases are kept with the rank axis first, (rows, m), as in a Lora.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jlora.loras import Factors
+
+Factoriser = Callable[..., Factors]
+
+# Operations of LAPACK's eigh and svd in units of matrix product operations that
+# take as long, measured on CPU at sizes 80 to 600.
+_EIGH_WEIGHT = 15
+_SVD_WEIGHT = 20
+# Below this many operations nothing is to be saved: take the exact one.
+_SMALL = 10**7
+# Eigenvalues below this share of the largest are lost in float32 products.
+_GRADED = 1e-4
+
+
+def svd(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
+  """The best rank-r approximation, from the full decomposition: the oracle.
+
+      delta ≈ u diag(s) vt,   error² = Σ_{i>r} σ_i²   (Eckart and Young, 1936)
+
+  Args:
+    delta: (..., m, n), read as float32.
+    rank: triplets to keep, static; clipped to min(m, n).
+    key: unused; there so that every factoriser has the same call.
+
+  Returns:
+    Factors u (..., m, r), s (..., r), vt (..., r, n), float32. The entry of
+    largest modulus in each column of u is positive. Costs O(m n min(m, n))
+    and gathers a sharded delta: use it to check the others.
+
+  Raises:
+    ValueError: rank below 1, or delta without two axes.
+
+  Example:
+    >>> svd(jnp.array([[3.0, 0.0], [4.0, 5.0]]), 1).s.round(4)
+    Array([6.7082], dtype=float32)
+  """
+  del key
+  rank = _check(delta, rank)
+
+  def core(a):
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    return u[:, :rank], s[:rank], vt[:rank]
+
+  return _each(core, delta)
+
+
+def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
+  """Leading triplets through the Gram matrix of the short side.
+
+      delta deltaᵀ = u diag(s²) uᵀ,   diag(s) vt = uᵀ delta
+
+  Squaring would lose singular values under 1e-2 of the largest; when there are
+  such among the wanted, the large ones are taken off and the rest is squared
+  again, so that one value 1e4 times the others does no harm.
+
+  Args:
+    delta: (..., m, n), read as float32.
+    rank: triplets to keep, static; clipped to min(m, n).
+    key: fills in directions where delta is zero; None is `key(0)`.
+
+  Returns:
+    Factors as `svd` gives them, to rounding. Costs one product of
+    `2 min(m, n)² max(m, n)` operations and an eigenproblem of the short side,
+    which is replicated under sharding; the long side stays where it is.
+
+  Raises:
+    ValueError: rank below 1, or delta without two axes.
+
+  Example:
+    >>> gram(jnp.diag(jnp.array([1.0, 4.0, 2.0])), 2).s
+    Array([4., 2.], dtype=float32)
+  """
+  rank = _check(delta, rank)
+
+  def core(a):
+    vectors = _ritz_vectors(_rows_gram(a), a, rank)
+    return _finish(vectors, vectors @ a, key)
+
+  return _each(functools.partial(_short_side_first, core), delta)
+
+
+def krylov(
+  delta: jax.Array,
+  rank: int,
+  key: jax.Array | None = None,
+  *,
+  oversample: int = 16,
+  passes: int = 6,
+  tol: float = 1e-3,
+) -> Factors:
+  """Leading triplets from a block Krylov space, by Rayleigh-Ritz.
+
+  The space is spanned by blocks of `rank + oversample` orthonormal rows,
+
+      q_1 random,   z_j = q_j delta,   q_{j+1} = orth(z_j deltaᵀ  off  q_1..q_j)
+
+  and the triplets are those of delta restricted to it: with q the collected
+  rows and z = q delta, the eigenvectors w of z zᵀ give u = qᵀ w and
+  diag(s) vt = wᵀ z. As the images z are kept, the projected problem needs no
+  further product with delta. Where another factoriser needs fewer operations
+  (`cheapest` counts them) that one is taken.
+
+  Args:
+    delta: (..., m, n), read as float32.
+    rank: triplets to keep, static; clipped to min(m, n).
+    key: PRNG key of the start block; None is `key(0)`. The same key gives the
+      same product u s vt on any mesh, up to rounding.
+    oversample: rows of a block beyond the rank.
+    passes: blocks at the most; `2 passes - 1` products of
+      `2 m n (rank + oversample)` operations.
+    tol: stops after the second or third block when the last one lowered the
+      squared error by less than this share. Under `vmap` nothing stops early.
+
+  Returns:
+    Factors u (..., m, r), s (..., r), vt (..., r, n), float32, orthonormal also
+    where delta is zero or of low rank (s is then 0). Single values of a flat
+    spectrum are less exact than the error is: use `svd` to study those.
+
+  Raises:
+    ValueError: rank or passes below 1, or delta without two axes.
+
+  Example:
+    >>> delta = jnp.outer(jnp.arange(1., 6.), jnp.ones(3))
+    >>> u, s, vt = krylov(delta, 1, jax.random.key(0))
+    >>> bool(jnp.allclose(u * s @ vt, delta, atol=1e-4))
+    True
+
+  References:
+    Musco and Musco (2015), algorithm 2; Halko, Martinsson, Tropp (2011).
+    Orthonormal rows: shifted Cholesky QR, Fukaya et al. (2020).
+  """
+  rank = _check(delta, rank)
+  if passes < 1 or oversample < 0:
+    raise ValueError(
+      f"krylov needs passes >= 1 and oversample >= 0, got passes {passes}, "
+      f"oversample {oversample}."
+    )
+  shape = delta.shape[-2:]
+  other = cheapest(shape, rank, oversample=oversample, passes=passes)
+  if other is not krylov:
+    return other(delta, rank, key)
+
+  def core(a):
+    start = jax.random.normal(_or_zero(key), (rank + oversample, a.shape[0]))
+    basis = _orthonormal_rows(start, rounds=2)
+    vectors, images = _grow(
+      a, basis, basis @ a, None, None, rank=rank, passes=passes, tol=tol
+    )
+    return _finish(vectors, images, key)
+
+  return _each(functools.partial(_short_side_first, core), delta)
+
+
+def cheapest(
+  shape: tuple[int, ...], rank: int, *, oversample: int = 16, passes: int = 6
+) -> Factoriser:
+  """The factoriser that needs the fewest operations for a shape and rank.
+
+  Args:
+    shape: (m, n).
+    rank: triplets wanted.
+    oversample: as for `krylov`.
+    passes: as for `krylov`.
+
+  Returns:
+    `svd` where it is so small that nothing is to be saved, `gram` where the
+    short side is small or the Krylov space would fill it, else `krylov`.
+
+  Example:
+    >>> cheapest((2048, 5632), 64).__name__, cheapest((192, 576), 64).__name__
+    ('krylov', 'gram')
+  """
+  short, long = sorted(shape)
+  width = min(rank, short) + oversample
+  span = width * passes
+  exact = _SVD_WEIGHT * short**2 * (long + short)
+  if exact < _SMALL:
+    return svd
+  if span >= short:
+    return gram
+  squared = 2 * short**2 * long + _EIGH_WEIGHT * short**3
+  iterated = (
+    2 * short * long * width * (2 * passes - 1)
+    + span**2 * (4 * short + long)
+    + _EIGH_WEIGHT * span**3
+  )
+  return krylov if iterated < squared else gram
+
+
+def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
+  """The best rank-r triplets of `aᵀ b`, from the thin factors alone.
+
+      aᵀ = q_a r_a,  bᵀ = q_b r_b,   aᵀ b = q_a (r_a r_bᵀ) q_bᵀ
+
+  Args:
+    a: (..., k, m).
+    b: (..., k, n).
+    rank: triplets to keep, static; clipped to min(k, m, n).
+
+  Returns:
+    Factors of `aᵀ b`, float32; the product is never formed. Costs O((m + n) k²).
+
+  Raises:
+    ValueError: a and b differ in k or leading axes, or rank below 1.
+
+  Example:
+    >>> a = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> recompress(a, jnp.array([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 1).s
+    Array([3.], dtype=float32)
+  """
+  if a.shape[:-1] != b.shape[:-1] or a.ndim < 2:
+    raise ValueError(
+      f"a {a.shape} and b {b.shape} must agree in all axes but the last, "
+      "(..., k, m) and (..., k, n)."
+    )
+  if rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  rank = min(rank, a.shape[-2], a.shape[-1], b.shape[-1])
+  with jax.default_matmul_precision("highest"):
+    a, b = (jnp.swapaxes(x.astype(jnp.float32), -1, -2) for x in (a, b))
+    (a, a_scale), (b, b_scale) = _unit(a), _unit(b)
+    qa, ra = jnp.linalg.qr(a)
+    qb, rb = jnp.linalg.qr(b)
+    small = ra @ jnp.swapaxes(rb, -1, -2)
+    u, s, vt = jnp.linalg.svd(small, full_matrices=False)
+    u = qa @ u[..., :rank]
+    vt = vt[..., :rank, :] @ jnp.swapaxes(qb, -1, -2)
+    return _fix_signs(u, s[..., :rank] * (a_scale * b_scale)[..., 0], vt)
+
+
+def _check(delta: jax.Array, rank: int) -> int:
+  """The rank clipped to what the delta has."""
+  if delta.ndim < 2:
+    raise ValueError(f"delta needs two axes or more, got shape {delta.shape}.")
+  if rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  return min(rank, *delta.shape[-2:])
+
+
+def _or_zero(key: jax.Array | None) -> jax.Array:
+  return jax.random.key(0) if key is None else key
+
+
+def _each(core, delta: jax.Array) -> Factors:
+  """`core` on every matrix of a batch, scaled to modulus about 1, signs fixed."""
+
+  def one(a):
+    a, scale = _unit(a.astype(jnp.float32))
+    u, s, vt = core(a)
+    return _fix_signs(u, s * scale[0], vt)
+
+  for _ in range(delta.ndim - 2):
+    one = jax.vmap(one)
+  with jax.default_matmul_precision("highest"):
+    return one(delta)
+
+
+def _unit(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A matrix over a power of two near its largest entry, and that power."""
+  top = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+  exponent = jnp.frexp(jnp.where(top > 0, top, 1.0))[1]
+  # In two steps: 2^-e alone overflows for the smallest float32 numbers.
+  half = exponent // 2
+  scaled = jnp.ldexp(jnp.ldexp(a, -half), half - exponent)
+  return scaled, jnp.ldexp(jnp.ones_like(top), exponent)[..., 0]
+
+
+def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> Factors:
+  """Triplets with the entry of largest modulus in each column of u positive."""
+  index = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+  top = jnp.take_along_axis(u, index, axis=-2)
+  sign = jnp.where(top < 0, -1.0, 1.0)
+  return Factors(u * sign, s, vt * jnp.swapaxes(sign, -1, -2))
+
+
+def _short_side_first(core, a: jax.Array):
+  """`core` on the orientation whose rows are the short side."""
+  if a.shape[0] <= a.shape[1]:
+    return core(a)
+  u, s, vt = core(a.T)
+  return vt.T, s, u.T
+
+
+def _rows_gram(x: jax.Array) -> jax.Array:
+  return jnp.einsum("im,jm->ij", x, x)
+
+
+def _orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
+  """Rows with the same span, orthonormal after two rounds; zero rows stay zero.
+
+  The shift keeps the Cholesky factor finite for dependent and zero rows, where
+  the unshifted scheme gives NaN. The last round is run on nearly orthonormal
+  rows and takes a smaller one.
+  """
+  eye = jnp.eye(x.shape[0], dtype=x.dtype)
+  for turn in range(rounds):
+    g = _rows_gram(x)
+    size = jnp.trace(g) / (1 if turn < rounds - 1 else x.shape[0])
+    c = jnp.linalg.cholesky(g + (1e-6 * size + 1e-30) * eye)
+    inverse = jax.lax.linalg.triangular_solve(c, eye, left_side=True, lower=True)
+    x = inverse @ x
+  return x
+
+
+def _next_block(a, basis, images):
+  """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis."""
+  # Conditioning the images first keeps directions that a dominant singular
+  # value would drown, squared, in the rounding of the product.
+  block = jnp.einsum("bn,mn->bm", _orthonormal_rows(images, 2), a)
+  for _ in range(2):
+    block = block - (block @ basis.T) @ basis
+    block = _orthonormal_rows(block, 1)
+  return block
+
+
+def _grow(a, basis, images, projected, captured, *, rank, passes, tol):
+  """Ritz rows and their images, from a basis grown by up to passes - 1 blocks.
+
+  `projected` is images imagesᵀ without the newest block, `captured` the energy
+  its leading triplets held; both are None on the first call.
+  """
+  width = images.shape[0] - (0 if projected is None else projected.shape[0])
+  newest = images[-width:]
+  border = images @ newest.T
+  if projected is None:
+    projected = border
+  else:
+    projected = jnp.block(
+      [[projected, border[:-width]], [border[:-width].T, border[-width:]]]
+    )
+
+  def finish(_):
+    rows = _ritz_vectors(projected, images, rank)
+    return rows @ basis, rows @ images
+
+  def more(energy):
+    block = _next_block(a, basis, newest)
+    return _grow(
+      a,
+      jnp.concatenate([basis, block]),
+      jnp.concatenate([images, block @ a]),
+      projected,
+      energy,
+      rank=rank,
+      passes=passes - 1,
+      tol=tol,
+    )
+
+  if passes == 1:
+    return finish(None)
+  if basis.shape[0] > 3 * width:  # the eigenproblem costs more than it saves
+    return more(None)
+  energy = jnp.linalg.eigvalsh(projected)[-rank:].sum()
+  if captured is None:
+    return more(energy)
+  done = energy - captured <= tol * (jnp.sum(a * a) - energy)
+  return jax.lax.cond(done, finish, more, energy)
+
+
+def _ritz_vectors(projected, images, rank):
+  """Rows: leading eigenvectors of `projected = images imagesᵀ`, graded."""
+  values, vectors = _descending_eigh(projected)
+  leading = vectors[:, :rank]
+
+  def deflate(_):
+    large = values > _GRADED * values[0]
+    count = jnp.minimum(large.sum(), rank)
+    taken = vectors * large
+    rest = images - taken @ (taken.T @ images)
+    small = _descending_eigh(_rows_gram(rest))[1]
+    index = jnp.arange(rank)
+    mixed = jnp.where(
+      index < count, leading, jnp.take(small, index - count, axis=1, mode="clip")
+    )
+    return _orthonormal_rows(mixed.T, 2).T
+
+  graded = values[rank - 1] < _GRADED * values[0]
+  return jax.lax.cond(graded, deflate, lambda _: leading, None).T
+
+
+def _descending_eigh(symmetric):
+  values, vectors = jnp.linalg.eigh(symmetric)
+  return values[::-1], vectors[:, ::-1]
+
+
+def _finish(rows, images, key):
+  """Triplets of `rowsᵀ images`: rows (r, m) nearly orthonormal, images (r, n)."""
+  left, right = jax.random.split(_or_zero(key))
+  norms = jnp.linalg.norm(images, axis=1)
+  floor = norms.max() * 1e-7
+  u = _complete(rows, jnp.linalg.norm(rows, axis=1) > 0.5, left)
+  live = norms > floor
+  directions = images / jnp.where(live, norms, 1.0)[:, None]
+  v = _complete(directions, live, right)
+  core = jnp.where(live[:, None], images @ v.T, 0.0)
+  w, s, xt = jnp.linalg.svd(core)
+  return u.T @ w, s, xt @ v
+
+
+def _complete(rows, live, key):
+  """Orthonormal rows: the live ones kept, the others replaced at random."""
+  noise = jax.random.normal(key, rows.shape) / jnp.sqrt(rows.shape[1])
+  return _orthonormal_rows(jnp.where(live[:, None], rows, noise), 3)
