@@ -9,6 +9,7 @@ their scales. Writers put a file in its place when it is whole.
 """
 
 import math
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -117,11 +118,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """
     spec = self.spec[name]
     region, shape = _region(name, spec.shape, index)
-    array = self._count(name, region)
+    array = self._read_counted(name, region)
     if spec.dtype in FLOAT8:
       scale = self._scales[name]
       whole = [range(n) for n in self._stored[scale].shape]
-      scales = self._count(scale, whole)
+      scales = self._read_counted(scale, whole)
       array = dequantise(array, scales, spec.shape, region)
     return array.reshape(shape)
 
@@ -140,11 +141,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
       ValueError: if the tensor is not floating; otherwise as `read`.
     """
     dtype = self.spec[name].dtype
-    if dtype.kind in "biu":
+    if dtype.kind in "biuc":
       raise ValueError(f"{self.path}: tensor {name!r} is {dtype}, not floating")
     return self.read(name, index).astype(np.float32, copy=False)
 
-  def _count(self, name: str, region: Sequence[range]) -> np.ndarray:
+  def _read_counted(self, name: str, region: Sequence[range]) -> np.ndarray:
     array, count = self._read(name, region)
     with self._lock:
       self._bytes_read += count
@@ -257,8 +258,9 @@ def _region(
 ) -> tuple[tuple[range, ...], tuple[int, ...]]:
   """NumPy's basic index as a range per axis, and the shape it leaves."""
   index = index if isinstance(index, tuple) else (index,)
-  if Ellipsis in index:
-    at = index.index(Ellipsis)
+  dots = [at for at, part in enumerate(index) if part is Ellipsis]
+  if dots:
+    at = dots[0]
     fill = (slice(None),) * (len(shape) - len(index) + 1)
     index = index[:at] + fill + index[at + 1 :]
   index += (slice(None),) * (len(shape) - len(index))
@@ -269,7 +271,7 @@ def _region(
         region.append(range(n)[part])
         left.append(len(region[-1]))
       else:
-        at = range(n)[part]
+        at = range(n)[operator.index(part)]
         region.append(range(at, at + 1))
   except (TypeError, IndexError, ValueError) as error:
     raise ValueError(

@@ -53,7 +53,8 @@ def find_item(path: str | os.PathLike) -> Path | None:
     The folder, or None if this is no orbax checkpoint.
 
   Raises:
-    ValueError: if several items or several series of steps hold arrays.
+    ValueError: if several items or several series of steps hold arrays, or
+      the path is a temporary directory itself.
 
   Example:
     >>> import tempfile
@@ -64,6 +65,8 @@ def find_item(path: str | os.PathLike) -> Path | None:
     'run/20/params'
   """
   path = Path(path)
+  if _TEMPORARY in path.name:
+    raise ValueError(f"{path} was never finished; open a finished step")
   if (path / _TREE).is_file():
     return path
   if not (path / _STEP).is_file() and (steps := _steps(path)):
@@ -183,23 +186,27 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     raise ValueError(f"{path} exists; choose a new path or delete it first")
   if isinstance(tree, Mapping):
     tree = dict(tree)
-    if any("/" in name for name in tree if isinstance(name, str)):
+    if all(isinstance(name, str) for name in tree):
       tree = _nested(tree)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, tree)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dicts, one level per slash."""
+  inside = [
+    name
+    for name in flat
+    if any(name[:at] in flat for at, c in enumerate(name) if c == "/")
+  ]
+  if inside:
+    raise ValueError(f"{name_some(inside)}: within the path of another array")
   tree: dict[str, Any] = {}
   for name, leaf in flat.items():
     *folders, last = name.split("/")
     node = tree
     for folder in folders:
       node = node.setdefault(folder, {})
-      if not isinstance(node, dict):
-        raise ValueError(f"{name} lies within the path of another array")
-    if last in node:
-      raise ValueError(f"another array lies within the path {name}")
     node[last] = leaf
   return tree
 

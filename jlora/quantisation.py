@@ -112,7 +112,9 @@ def dequantise(
     out *= scale.reshape(())
     return out
   scale = scale.reshape(scale.shape + (1,) * (len(shape) - scale.ndim))
-  coarse = [np.asarray(r) // b for r, b in zip(region, blocks, strict=True)]
+  coarse = [
+    np.asarray(r, int) // b for r, b in zip(region, blocks, strict=True)
+  ]
   rows = coarse[-2] if len(shape) > 1 else np.zeros(1, int)
   for axis, indices in enumerate(coarse):
     if axis != len(shape) - 2 and scale.shape[axis] > 1:

@@ -111,8 +111,10 @@ def read_header(path: str | os.PathLike) -> Header:
     ((2, 3), 24)
   """
   path = Path(path)
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file")
   try:
-    with open(path, "rb") as stream:
+    with open(path, "rb", buffering=0) as stream:
       size = os.fstat(stream.fileno()).st_size
       length = _header_length(path, stream.read(8), size)
       text = stream.read(length)
