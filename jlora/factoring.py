@@ -82,7 +82,7 @@ def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
     ValueError: rank below 1, or delta without two axes.
 
   Example:
-    >>> gram(jnp.diag(jnp.array([1.0, 4.0, 2.0])), 2).s
+    >>> gram(jnp.diag(jnp.array([1.0, 4.0, 2.0])), 2).s.round(4)
     Array([4., 2.], dtype=float32)
   """
   rank = _check(delta, rank)
@@ -157,7 +157,7 @@ def krylov(
 
   def core(a):
     start = jax.random.normal(_or_zero(key), (rank + oversample, a.shape[0]))
-    basis = _orthonormal_rows(start, rounds=2)
+    basis = orthonormal_rows(start, rounds=2)
     vectors, images = _grow(
       a, basis, basis @ a, None, None, rank=rank, passes=passes, tol=tol
     )
@@ -213,7 +213,7 @@ def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     rank: triplets to keep, static; clipped to min(k, m, n).
 
   Returns:
-    Factors of `aᵀ b`, float32; the product is never formed. Costs O((m + n) k²).
+    Factors of `aᵀ b`, float32. The product is never formed: O((m + n) k²).
 
   Raises:
     ValueError: a and b differ in k or leading axes, or rank below 1.
@@ -257,7 +257,7 @@ def _or_zero(key: jax.Array | None) -> jax.Array:
 
 
 def _each(core, delta: jax.Array) -> Factors:
-  """`core` on every matrix of a batch, scaled to modulus about 1, signs fixed."""
+  """`core` on each matrix of a batch, scaled to modulus about 1, signs fixed."""
 
   def one(a):
     a, scale = _unit(a.astype(jnp.float32))
@@ -300,7 +300,7 @@ def _rows_gram(x: jax.Array) -> jax.Array:
   return jnp.einsum("im,jm->ij", x, x)
 
 
-def _orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
+def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
   """Rows with the same span, orthonormal after two rounds; zero rows stay zero.
 
   The shift keeps the Cholesky factor finite for dependent and zero rows, where
@@ -312,7 +312,9 @@ def _orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
     g = _rows_gram(x)
     size = jnp.trace(g) / (1 if turn < rounds - 1 else x.shape[0])
     c = jnp.linalg.cholesky(g + (1e-6 * size + 1e-30) * eye)
-    inverse = jax.lax.linalg.triangular_solve(c, eye, left_side=True, lower=True)
+    inverse = jax.lax.linalg.triangular_solve(
+      c, eye, left_side=True, lower=True
+    )
     x = inverse @ x
   return x
 
@@ -321,10 +323,10 @@ def _next_block(a, basis, images):
   """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis."""
   # Conditioning the images first keeps directions that a dominant singular
   # value would drown, squared, in the rounding of the product.
-  block = jnp.einsum("bn,mn->bm", _orthonormal_rows(images, 2), a)
+  block = jnp.einsum("bn,mn->bm", orthonormal_rows(images, 2), a)
   for _ in range(2):
     block = block - (block @ basis.T) @ basis
-    block = _orthonormal_rows(block, 1)
+    block = orthonormal_rows(block, 1)
   return block
 
 
@@ -385,9 +387,11 @@ def _ritz_vectors(projected, images, rank):
     small = _descending_eigh(_rows_gram(rest))[1]
     index = jnp.arange(rank)
     mixed = jnp.where(
-      index < count, leading, jnp.take(small, index - count, axis=1, mode="clip")
+      index < count,
+      leading,
+      jnp.take(small, index - count, axis=1, mode="clip"),
     )
-    return _orthonormal_rows(mixed.T, 2).T
+    return orthonormal_rows(mixed.T, 2).T
 
   graded = values[rank - 1] < _GRADED * values[0]
   return jax.lax.cond(graded, deflate, lambda _: leading, None).T
@@ -399,7 +403,7 @@ def _descending_eigh(symmetric):
 
 
 def _finish(rows, images, key):
-  """Triplets of `rowsᵀ images`: rows (r, m) nearly orthonormal, images (r, n)."""
+  """Triplets of `rowsᵀ images`, rows (r, m) orthonormal or nearly so."""
   left, right = jax.random.split(_or_zero(key))
   norms = jnp.linalg.norm(images, axis=1)
   floor = norms.max() * 1e-7
@@ -415,4 +419,4 @@ def _finish(rows, images, key):
 def _complete(rows, live, key):
   """Orthonormal rows: the live ones kept, the others replaced at random."""
   noise = jax.random.normal(key, rows.shape) / jnp.sqrt(rows.shape[1])
-  return _orthonormal_rows(jnp.where(live[:, None], rows, noise), 3)
+  return orthonormal_rows(jnp.where(live[:, None], rows, noise), 3)
