@@ -7,6 +7,7 @@ and k). Every layer is written out, never scanned: each parameter has a path of
 its own and a transformation of the function meets every product.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -214,7 +215,13 @@ def build(config: Mapping, *, dtype: Any = jnp.float32) -> Apply:
   Raises:
     ValueError: as `read_shape`.
   """
-  decoder = Decoder(read_shape(config, dtype))
+  return _build(read_shape(config, dtype))
+
+
+@functools.cache
+def _build(shape: Shape) -> Apply:
+  """One function for each shape, so that jit compiles a pair of models once."""
+  decoder = Decoder(shape)
 
   def apply(params: Params, tokens: jax.Array) -> jax.Array:
     return decoder.apply({"params": params}, tokens)  # pyright: ignore

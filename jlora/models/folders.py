@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
 
+from jlora.checkpoints import open_checkpoint, write_safetensors
+from jlora.loras import name_some
 from jlora.models import decoder, names
 
 Folder = str | os.PathLike[str]
@@ -74,31 +75,38 @@ def load(
     lambda key: decoder.init(config, key, dtype=dtype)[1], jax.random.key(0)
   )
   shapes = traverse_util.flatten_dict(expected, sep="/")
+  checkpoint = open_checkpoint(folder)
   flat = {}
-  for name, tensor in load_file(
-    os.fspath(folder) + "/model.safetensors"
-  ).items():
+  for name, tensor in checkpoint.items():
     if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-      continue  # the embedding under its second name
+      _check_tied(tensor, checkpoint, folder)
+      continue
     path, transposed = names.from_hf(name)
     flat[path] = jnp.asarray(tensor.T if transposed else tensor, dtype)
-  _check(flat, shapes, folder)
+  _check_shapes(flat, shapes, folder)
   return apply, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check(flat: Mapping, shapes: Mapping, folder: Folder) -> None:
+def _check_tied(head: np.ndarray, checkpoint: Mapping, folder: Folder) -> None:
+  """Raises unless a tied model's second copy of the embedding is one."""
+  if not np.array_equal(head, checkpoint["model.embed_tokens.weight"]):
+    raise ValueError(
+      f"{folder}: config.json ties the embeddings, but lm_head.weight differs "
+      "from model.embed_tokens.weight; set tie_word_embeddings to false"
+    )
+
+
+def _check_shapes(flat: Mapping, shapes: Mapping, folder: Folder) -> None:
   """Raises unless `flat` has just the paths and shapes of `shapes`."""
   wrong = [
-    f"{names.to_hf(path)[0]}: {_shape(flat, path)} in the file, "
-    f"{_shape(shapes, path)} by the config"
+    f"{names.to_hf(path)[0]} {_shape(flat, path)} for {_shape(shapes, path)}"
     for path in sorted(flat.keys() | shapes.keys())
     if _shape(flat, path) != _shape(shapes, path)
   ]
   if wrong:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise ValueError(
-      f"{folder}: weights and config.json disagree on {'; '.join(wrong[:3])}"
-      f"{more} (shapes as (in, out)); fetch the folder again"
+      f"{folder}: {len(wrong)} weights are not those config.json asks for, "
+      f"as (in, out): {name_some(wrong)}; fetch the folder again"
     )
 
 
@@ -169,8 +177,8 @@ def write_folder(
   folder.parent.mkdir(parents=True, exist_ok=True)
   work = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
   try:
-    save_file(
-      dict(tensors), work / "model.safetensors", metadata={"format": "pt"}
+    write_safetensors(
+      work / "model.safetensors", tensors, metadata={"format": "pt"}
     )
     for name, content in files.items():
       if isinstance(content, str):

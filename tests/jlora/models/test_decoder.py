@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jlora import models
+from jlora import checkpoints, models
 
 TINY = {
   "vocab_size": 61,
@@ -124,8 +124,21 @@ def test_load_names_what_disagrees_with_the_config(tmp_path, key):
   with pytest.raises(ValueError, match="more") as error:
     models.load(folder)
   text = str(error.value)
-  assert "model.layers.0.mlp.down_proj.weight: (48, 32) in the file" in text
-  assert "(50, 32) by the config" in text
+  assert "15 weights are not those" in text
+  assert "model.layers.0.mlp.down_proj.weight (48, 32) for (50, 32)" in text
+
+
+def test_a_second_copy_of_tied_embeddings_must_be_a_copy(tmp_path):
+  _write(tmp_path, "llama-tied")
+  tensors = dict(checkpoints.open_checkpoint(tmp_path))
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  checkpoints.write_safetensors(tmp_path / "model.safetensors", tensors)
+  _, params = models.load(tmp_path)
+  assert "head" not in params
+  tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+  checkpoints.write_safetensors(tmp_path / "model.safetensors", tensors)
+  with pytest.raises(ValueError, match="ties the embeddings, but lm_head"):
+    models.load(tmp_path)
 
 
 def test_load_refuses_a_folder_without_config(tmp_path):

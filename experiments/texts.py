@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts as arrays of tokens, their training and held-out parts disjoint."""
+
+from collections.abc import Callable, Iterator
+from pydoc_data import topics
+
+import numpy as np
+
+
+def pydoc() -> str:
+  """Technical English without a download: Python's own help topics."""
+  return "\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def split(text: str) -> tuple[str, str]:
+  """A text's first nine tenths, to train on, and its last tenth, held out."""
+  cut = len(text) * 9 // 10
+  return text[:cut], text[cut:]
+
+
+def encode_bytes(text: str) -> np.ndarray:
+  """The bytes of a text, the tiny model's tokens: (bytes,) int32."""
+  return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+
+def excerpts(
+  text: str,
+  encode: Callable[[str], np.ndarray],
+  *,
+  rows: int,
+  length: int,
+) -> np.ndarray:
+  """Evenly spaced stretches of a text, as tokens.
+
+  Only the stretches are tokenised, not the whole text.
+
+  Args:
+    text: any text, long enough.
+    encode: string -> (tokens,) int.
+    rows: how many stretches.
+    length: tokens predicted in each.
+
+  Returns:
+    (rows, length + 1) int32, no two rows overlapping.
+
+  Raises:
+    ValueError: if the text is too short for so many tokens.
+
+  Example:
+    >>> excerpts("abcdefgh", encode_bytes, rows=2, length=2)
+    array([[ 97,  98,  99],
+           [101, 102, 103]], dtype=int32)
+  """
+  stride = len(text) // rows
+  limit = min(stride, 16 * (length + 1))
+  found = [
+    encode(text[start : start + limit])[: length + 1]
+    for start in range(0, stride * rows, stride or 1)
+  ]
+  if not found or min(map(len, found)) <= length:
+    raise ValueError(
+      f"{rows} stretches of {length + 1} tokens do not fit into "
+      f"{len(text)} characters of this text; ask for fewer or shorter ones"
+    )
+  return np.stack(found).astype(np.int32)
+
+
+def batches(
+  tokens: np.ndarray, batch: int, seed: int = 0
+) -> Iterator[np.ndarray]:
+  """The rows in random order, `batch` at a time, each once.
+
+  Args:
+    tokens: (rows, time + 1) int32.
+    batch: rows per batch; divides the number of rows.
+    seed: of the order.
+
+  Yields:
+    (batch, time + 1) int32.
+  """
+  order = np.random.default_rng(seed).permutation(len(tokens))
+  yield from tokens[order.reshape(-1, batch)]
