@@ -160,7 +160,7 @@ def _residual_energy(delta, a, b):
 
 
 def _leading_energies(delta, b, norm2, key):
-  """(r + 1,) upper bounds on the sums of the largest squared singular values."""
+  """(r + 1,) upper bounds on the energy of the k largest singular values."""
   rank = b.shape[0]
   size = jnp.linalg.norm(b, axis=1, keepdims=True)
   v = orthonormal_rows(b / jnp.where(size > 0, size, 1.0), rounds=3)

@@ -257,7 +257,7 @@ def _or_zero(key: jax.Array | None) -> jax.Array:
 
 
 def _each(core, delta: jax.Array) -> Factors:
-  """`core` on each matrix of a batch, scaled to modulus about 1, signs fixed."""
+  """`core` on each matrix of a batch, brought to modulus 1, signs fixed."""
 
   def one(a):
     a, scale = _unit(a.astype(jnp.float32))
