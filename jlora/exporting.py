@@ -22,16 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapter_plans import (
+from jlora.adapter_parts import (
+  HEAD,
   Base,
   Part,
   Rename,
   describe_base,
   is_transposed,
-  plan_biases,
-  plan_full,
-  plan_loras,
 )
+from jlora.adapter_plans import plan_biases, plan_full, plan_loras
 from jlora.checkpoints import stream_safetensors
 from jlora.loras import Lora, name_some
 from jlora.merged_checkpoints import save_merged as save_merged
@@ -200,7 +199,7 @@ def _configuration(
   ours = {part.name for part in parts} | kept.keys()
   optional = {
     "alpha_pattern": patterns,
-    "ensure_weight_tying": base.tied_head and "lm_head.weight" in ours,
+    "ensure_weight_tying": base.tied_head and HEAD in ours,
     "fan_in_fan_out": any(is_transposed(part, base) for part in parts),
     "lora_bias": bool(carried),
     "modules_to_save": sorted(saved),

@@ -225,6 +225,5 @@ def _matches(targets: Collection[str] | str, name: str) -> bool:
   """PEFT's rule: a regex for the whole name, or names and ends of names."""
   if isinstance(targets, str):
     return re.fullmatch(targets, name) is not None
-  return name in targets or name.endswith(
-    tuple(f".{target}" for target in targets)
-  )
+  parts = name.split(".")
+  return any(".".join(parts[i:]) in targets for i in range(len(parts)))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.adapter_parts import HEAD
 from jlora.checkpoints import Checkpoint, open_checkpoint
 from jlora.loras import Lora, name_some
 from jlora.peft_configs import (
@@ -38,7 +39,6 @@ from jlora.peft_files import (
 )
 from jlora.views import table_for, view_of
 
-_HEAD = "lm_head.weight"
 # The endings of keys: a module's wrapper, then what it holds.
 _KEY = re.compile(
   r"(?P<module>.+?)(?P<nest>(\.base_layer)*)\."
@@ -87,35 +87,35 @@ def load_peft(
 ) -> PeftAdapter:
   """The Loras, biases and whole tensors of a PEFT adapter folder.
 
-      scale = lora_alpha / r   (/ sqrt(r) with use_rslora), after the patterns
+        scale = lora_alpha / r   (/ sqrt(r) with use_rslora), after the patterns
 
   Args:
-    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    like: parameter -> anything with `.shape`, every parameter of the base; if
-      given, shapes must fit and every module that the configuration targets
-      must be there.
-    model_type: `model_type` of the base's config.json, with `like`.
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      like: parameter -> anything with `.shape`, every parameter of the base; if
+        given, shapes must fit and every module that the configuration targets
+        must be there.
+      model_type: `model_type` of the base's config.json, with `like`.
 
   Returns:
-    PeftAdapter, in the dtypes of the file.
+      PeftAdapter, in the dtypes of the file.
 
   Raises:
-    ValueError: a method other than plain LoRA, tensors the configuration does
-      not explain, an A without its B, ranks that disagree with each other or
-      with the configuration, and what does not fit `like`.
+      ValueError: a method other than plain LoRA, tensors the configuration does
+        not explain, an A without its B, ranks that disagree with each other or
+        with the configuration, and what does not fit `like`.
 
   Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints import write_safetensors
-    >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
-    ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}
-    >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 4,
-    ...           "target_modules": ["q"]}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
-    ...   _ = Path(folder, CONFIG).write_text(json.dumps(config))
-    ...   load_peft(folder).loras["q.weight"].scale
-    Array(4., dtype=float32)
+      >>> import tempfile
+      >>> from jlora.checkpoints import write_safetensors
+      >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
+      ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}
+      >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 4,
+      ...           "target_modules": ["q"]}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
+      ...   _ = Path(folder, CONFIG).write_text(json.dumps(config))
+      ...   load_peft(folder).loras["q.weight"].scale
+      Array(4., dtype=float32)
   """
   folder = Path(folder)
   for name in (CONFIG, TENSORS):
@@ -123,6 +123,8 @@ def load_peft(
       raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
   config = json.loads((folder / CONFIG).read_text())
   check_config(config, str(folder / CONFIG))
+  if isinstance(config.get("target_modules"), list):
+    config["target_modules"] = frozenset(config["target_modules"])
   file = open_checkpoint(folder / TENSORS)
   found, full = _sort_keys(file, config)
   wrappers = _wrappers(found, file, config)
@@ -273,7 +275,7 @@ def _check_shapes(
   table = table_for(shapes, model_type)
   wrong = []
   for wrapper in wrappers:
-    if wrapper.name == _HEAD and _HEAD not in shapes:
+    if wrapper.name == HEAD and HEAD not in shapes:
       continue  # tied to the embedding, whose shape is compared
     view = view_of(wrapper.name, shapes.get(wrapper.name, ()), table)
     needed = view and view.shape(shapes[wrapper.name])
