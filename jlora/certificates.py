@@ -29,8 +29,9 @@ class Certificate(NamedTuple):
     mean_abs: (...) mean modulus of the delta's entries.
     errors: (..., r + 1) Frobenius norm of delta - change, using the first k
       units as stored, k = 0..r.
-    cosines: (..., r + 1) cosine between delta and change as vectors, 0 where
-      either is zero.
+    changes: (..., r + 1) Frobenius norm of the change.
+    projections: (..., r + 1) length of the change along the delta,
+      ⟨delta, change⟩ / ‖delta‖; 0 where the delta is.
     floors: (..., r + 1) lower bounds on the error of the best change of rank k;
       0 where float32 cannot tell it from zero.
   """
@@ -38,8 +39,17 @@ class Certificate(NamedTuple):
   norm: jax.Array
   mean_abs: jax.Array
   errors: jax.Array
-  cosines: jax.Array
+  changes: jax.Array
+  projections: jax.Array
   floors: jax.Array
+
+  @property
+  def cosines(self) -> jax.Array:
+    """(..., r + 1) cosine between delta and change; 0 where either is 0."""
+    live = self.changes > 0
+    return jnp.where(
+      live, self.projections / jnp.where(live, self.changes, 1), 0
+    )
 
 
 def certificate(
@@ -117,15 +127,14 @@ def _certify(delta, a, b, scale, key):
   added = 2 * jnp.sum(jnp.tril(overlaps), axis=1) - jnp.diag(overlaps)
   gained = jnp.cumsum((2 * inner - added)[::-1])[::-1]
   errors2 = _residual_energy(delta, a, b) + jnp.append(gained, 0.0)
-  size = jnp.sqrt(norm2 * _from_zero(added))
+  norm = jnp.sqrt(norm2)
   best2 = norm2 - _leading_energies(delta, b, norm2, key)
   return Certificate(
-    norm=unit * jnp.sqrt(norm2),
+    norm=unit * norm,
     mean_abs=unit * _sum(jnp.abs(delta)) / delta.size,
     errors=unit * jnp.sqrt(jnp.maximum(errors2, 0.0)),
-    cosines=jnp.where(
-      size > 0, _from_zero(inner) / jnp.where(size > 0, size, 1.0), 0.0
-    ),
+    changes=unit * jnp.sqrt(jnp.maximum(_from_zero(added), 0.0)),
+    projections=unit * _from_zero(inner) / jnp.where(norm > 0, norm, 1.0),
     floors=unit * jnp.sqrt(jnp.where(best2 > 1e-5 * norm2, best2, 0.0)),
   )
 

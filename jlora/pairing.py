@@ -300,7 +300,7 @@ def _experts_of(names) -> dict[tuple[str, int, str], str]:
 
 
 def _matrices(experts, stem, fused, count):
-  """Names per expert of the matrices a fused tensor holds; None if one lacks."""
+  """Names, per expert, of a fused tensor's matrices; None if one lacks."""
   rows = []
   for expert in range(count):
     row = [

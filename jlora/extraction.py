@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extraction from pytrees: base and finetune in, Loras out, jit-able.
+
+What streams from disk is built on the same step, `factor_parameter`.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.deltas import difference, is_matrix
+from jlora.factoring import Factoriser, krylov
+from jlora.loras import Factors, Loras, from_factors, name_some
+from jlora.pairing import pair_up, read
+from jlora.paths import check_same, flatten, key_for
+from jlora.views import MatrixView, Rule, as_matrix, table_for, view_of
+
+Select = Callable[[str, Any], bool]
+
+
+def extract(
+  base: Any,
+  ft: Any,
+  *,
+  rank: int | Mapping[str, int] = 64,
+  factor: Factoriser = krylov,
+  select: Select = is_matrix,
+  views: Iterable[Rule] | None = None,
+  key: jax.Array | None = None,
+  dtype: Any = jnp.float32,
+) -> Loras:
+  """The LoRAs of a finetune: the best low-rank change of every matrix.
+
+      ft[path] - base[path]  ≈  scale aᵀ b        read as (in, out), scale 1
+
+  Args:
+    base: a pytree of arrays of mixed floating dtype (plain dicts, linen
+      variables, NNX state), or an open checkpoint.
+    ft: the same structure; for checkpoints names may differ as `pair_up` says.
+    rank: of every module, or {path: rank}: modules not named are left out.
+      A rank above min(in, out) is clipped and visible in `lora.rank`.
+    factor: a factoriser, `functools.partial` sets its options.
+    select: `(path, leaf) -> bool`, which parameters are factored.
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found (`table_for`).
+    key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`, so
+      neither order nor subset of modules changes a result.
+    dtype: storage dtype of a and b.
+
+  Returns:
+    {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones. Modules
+    that did not change give zero factors: the structure never depends on
+    values, so the call can be jitted. Of an open checkpoint one pair of
+    tensors is in memory at a time. A sharded parameter is not gathered, only
+    its thin factors are.
+
+  Raises:
+    ValueError: structures or shapes that differ, a rank for a path that is not
+      there or below 1, a selection that leaves nothing.
+
+  Example:
+    >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
+    >>> ft = jax.tree.map(lambda w: w + 1.0, base)
+    >>> loras = extract(base, ft, rank=1)
+    >>> loras["mlp/kernel"].a.shape, loras["mlp/kernel"].b.shape
+    ((1, 3), (1, 5))
+
+  References:
+    Eckart and Young (1936). Loss of extraction from full finetunes: Biderman
+    et al. (2024), section 4.6.
+  """
+  left, right = _leaves(base), _leaves(ft)
+  if isinstance(left, dict) or isinstance(right, dict):
+    check_same(left, right, "base", "finetuned")
+  sides = getattr(left, "spec", left), getattr(right, "spec", right)
+  pairs = {pair.path: pair for pair in pair_up(*sides).pairs}
+  table = tuple(table_for(sides[0]) if views is None else views)
+  modules = {
+    path: view
+    for path, pair in pairs.items()
+    if not pair.whole and select(path, sides[0][pair.base.name])
+    and (view := view_of(path, pair.shape, table))
+  }  # fmt: skip
+  ranks = ranks_of(rank, modules)
+  loras = {}
+  for path, wanted in ranks.items():
+    pair = pairs[path]
+    factors = factor_parameter(
+      read(left, pair.base),
+      read(right, pair.finetuned),
+      key_for(key, path),
+      view=modules[path],
+      rank=wanted,
+      factor=factor,
+    )
+    loras[path] = from_factors(factors, dtype)
+  return loras
+
+
+def ranks_of(
+  rank: int | Mapping[str, int], modules: Iterable[str]
+) -> dict[str, int]:
+  """The rank of each module from one number or a table.
+
+  Args:
+    rank: one rank for all, or {path: rank}.
+    modules: the paths there are.
+
+  Returns:
+    {path: rank}, in the order of modules.
+
+  Raises:
+    ValueError: no modules, a rank below 1, or a path that is not a module.
+
+  Example:
+    >>> ranks_of({"q": 8}, ["q", "k"])
+    {'q': 8}
+  """
+  modules = list(modules)
+  if not modules:
+    raise ValueError(
+      "No matrix was selected: `select` refused all, or no view fits the names."
+      " Pass `views` or another `select`."
+    )
+  if isinstance(rank, Mapping):
+    unknown = [path for path in rank if path not in set(modules)]
+    if unknown:
+      raise ValueError(
+        f"rank names {len(unknown)} paths that are no modules: "
+        f"{name_some(unknown)}; there are {name_some(modules)}."
+      )
+    ranks = {path: int(rank[path]) for path in modules if path in rank}
+  else:
+    ranks = dict.fromkeys(modules, int(rank))
+  low = [f"{path}: {value}" for path, value in ranks.items() if value < 1]
+  if low or not ranks:
+    raise ValueError(
+      f"rank must be at least 1, got {name_some(low) or 'no path at all'}; "
+      "leave a module out instead."
+    )
+  return ranks
+
+
+@functools.partial(jax.jit, static_argnames=("view", "rank", "factor"))
+def factor_parameter(
+  base: jax.Array,
+  finetuned: jax.Array,
+  key: jax.Array,
+  *,
+  view: MatrixView,
+  rank: int,
+  factor: Factoriser = krylov,
+) -> Factors:
+  """The factors of one parameter's change, read as (..., in, out).
+
+  Args:
+    base: the parameter, any floating dtype, its own layout.
+    finetuned: the same shape.
+    key: PRNG key of the module.
+    view: how the layout is read as a matrix; static.
+    rank: static.
+    factor: the factoriser; static. Equal shapes share a compilation.
+
+  Returns:
+    Factors u (..., in, r), s (..., r), vt (..., r, out), float32.
+
+  Example:
+    >>> w = jnp.zeros((3, 5), jnp.bfloat16)
+    >>> factor_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
+    ...                  rank=1).s.shape
+    (1,)
+  """
+  return factor(as_matrix(difference(base, finetuned), view), rank, key)
+
+
+def _leaves(tree: Any) -> Mapping[str, Any]:
+  """{path: leaf}; an open checkpoint stays lazy."""
+  return tree if hasattr(tree, "spec") else flatten(tree)
