@@ -215,9 +215,7 @@ def _finished(path: Path) -> list[Path]:
   return [
     child
     for child in sorted(path.iterdir())
-    if child.is_dir()
-    and _TEMPORARY not in child.name
-    and ocp.utils.is_checkpoint_finalized(child)
+    if child.is_dir() and ocp.utils.is_checkpoint_finalized(child)
   ]
 
 

@@ -105,8 +105,7 @@ def dequantise(
   blocks = _blocks(shape, scale.shape)
   if blocks is None:
     raise ValueError(f"scales {scale.shape} do not fit a tensor {tuple(shape)}")
-  table = np.arange(256, dtype=np.uint8).view(codes.dtype).astype(np.float32)
-  out = np.take(table, codes.view(np.uint8))
+  out = codes.astype(np.float32)
   scale = scale.astype(np.float32)
   if math.prod(scale.shape) == 1:
     out *= scale.reshape(())
@@ -124,8 +123,10 @@ def dequantise(
   elif blocks[-2] == 1:
     out *= np.take(scale, rows, -2)
   else:
+    # One row of blocks at a time: scales are never repeated over all rows.
     for row in np.unique(rows):
-      out[..., rows == row, :] *= scale[..., row : row + 1, :]
+      first, last = np.searchsorted(rows, (row, row + 1))
+      out[..., first:last, :] *= scale[..., row : row + 1, :]
   return out
 
 

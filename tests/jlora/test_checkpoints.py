@@ -363,8 +363,8 @@ def test_streaming_holds_one_array(tmp_path):
 
 def test_sharded_checkpoint_is_what_transformers_writes(tmp_path):
   tensors = {
-    "a": np.ones(2, np.float32),
     "huge": np.ones(9, np.float32),
+    "a": np.ones(2, np.float32),
     "b": np.ones(2, np.float32),
     "c": np.ones(1, np.float32),
   }
@@ -374,8 +374,8 @@ def test_sharded_checkpoint_is_what_transformers_writes(tmp_path):
   index = json.loads((tmp_path / "out" / INDEX).read_text())
   assert index["metadata"]["total_size"] == 56
   assert index["weight_map"] == {
-    "a": "model-00001-of-00003.safetensors",
-    "huge": "model-00002-of-00003.safetensors",
+    "huge": "model-00001-of-00003.safetensors",
+    "a": "model-00002-of-00003.safetensors",
     "b": "model-00003-of-00003.safetensors",
     "c": "model-00003-of-00003.safetensors",
   }

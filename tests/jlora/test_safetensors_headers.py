@@ -2,6 +2,7 @@
 """The official library is the oracle: what it refuses is refused."""
 
 import json
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -50,7 +51,15 @@ BROKEN = {
   "shape is a float": (entry(shape=[1.0]), None),
   "shape is a boolean": (entry(shape=[True]), None),
   "shape is negative": (entry(shape=[-1]), None),
-  "shape is minus zero": (b'{"a":{"dtype":"F32","shape":[-0],', None),
+  "shape is minus zero": (
+    json.dumps({"a": ENTRY, "b": ENTRY | {"shape": [0]}})
+    .encode()
+    .replace(
+      b'"shape": [0], "data_offsets": [0, 4]',
+      b'"shape": [-0], "data_offsets": [4, 4]',
+    ),
+    None,
+  ),
   "shape is too small": (entry(shape=[2]), None),
   "shape wraps at 64 bits": (entry(shape=[2**62 + 1]), None),
   "shape is empty but huge": (
@@ -80,6 +89,17 @@ def test_broken_header_is_a_value_error_naming_the_file(tmp_path, case):
   path = save(tmp_path / "x.safetensors", header, length=length)
   with pytest.raises(ValueError, match=r"x\.safetensors"):
     open_checkpoint(path)
+
+
+@pytest.mark.parametrize("length", [33, 2**26, 2**63])
+def test_nothing_is_allocated_for_a_lying_header(tmp_path, length):
+  path = save(tmp_path / "x.safetensors", b"{}", bytes(30), length)
+  tracemalloc.start()
+  with pytest.raises(ValueError, match=f"header of {length} bytes announced"):
+    read_header(path)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2**20
 
 
 @pytest.mark.parametrize("size", range(8))
