@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank policies against worked numbers, definitions and brute force."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jlora import ranks
+
+WORKED = {"q": np.array([4.0, 2.0, 1.0, 0.5])}
+NORMS = {"q": math.sqrt(21.25)}
+
+values = st.integers(0, 40).map(lambda k: k / 8)
+spectrum = st.lists(values, min_size=1, max_size=4).map(
+  lambda s: np.array(sorted(s, reverse=True))
+)
+some_spectra = st.dictionaries(st.sampled_from("qkvo"), spectrum, min_size=1)
+
+
+@pytest.mark.parametrize(
+  ("share", "rank"), [(0.75, 1), (0.9, 2), (0.95, 3), (0.99, 4), (1.0, 4)]
+)
+def test_energy_on_worked_numbers(share, rank):
+  assert ranks.energy(WORKED, NORMS, share) == {"q": rank}
+
+
+@pytest.mark.parametrize(("divisor", "rank"), [(3, 2), (4, 2), (9, 4)])
+def test_ratio_on_worked_numbers(divisor, rank):
+  assert ranks.ratio(WORKED, divisor) == {"q": rank}
+
+
+def test_energy_counts_what_the_cap_cut_off():
+  """Only the norm knows of it: the rest of the spectrum is not given."""
+  head = {"q": WORKED["q"][:2]}
+  assert ranks.energy(head, NORMS, 0.94) == {"q": 2}
+  assert ranks.energy(head, NORMS, 0.99) == {"q": 2}
+  assert ranks.energy(head, {"q": math.sqrt(20)}, 0.79) == {"q": 1}
+
+
+@given(some_spectra, st.floats(0.01, 1))
+def test_energy_is_the_smallest_sufficient_rank(spectra, share):
+  norms = {path: 1.25 * np.linalg.norm(s) for path, s in spectra.items()}
+  for path, rank in ranks.energy(spectra, norms, share).items():
+    s, wanted = spectra[path], share * norms[path] ** 2
+    assert rank == len(s) or np.sum(s[:rank] ** 2) >= wanted
+    assert rank == 0 or np.sum(s[: rank - 1] ** 2) < wanted
+
+
+def test_fixed_clips_and_takes_a_rank_for_each():
+  spectra = {"q": np.ones(2), "k": np.ones((3, 5)), "v": np.zeros(4)}
+  assert ranks.fixed(spectra, 3) == {"q": 2, "k": 3, "v": 3}
+  each = {"v": 0, "k": 9, "q": np.int64(1)}
+  assert ranks.fixed(spectra, each) == {"q": 1, "k": 5, "v": 0}
+
+
+def test_a_zero_delta_gets_no_rank():
+  spectra = {"q": np.zeros(4)}
+  assert ranks.energy(spectra, {"q": 0.0}, 0.9) == {"q": 0}
+  assert ranks.ratio(spectra, 10) == {"q": 0}
+  assert ranks.above_floor(spectra, {"q": 0.0}) == {"q": 0}
+  assert ranks.budget(spectra, {"q": 8}, 0) == {"q": 0}
+
+
+def test_experts_share_one_rank_by_root_sum_of_squares():
+  stacked = np.array([[3.0, 0.6, 0.0], [4.0, 0.8, 0.0]])  # together 5, 1, 0
+  spectra = {"e": stacked, "f": stacked.reshape(2, 1, 3)}
+  norms = {"e": np.array([3.2, 4.4]), "f": math.hypot(3.2, 4.4)}
+  assert ranks.ratio(spectra, 4) == {"e": 1, "f": 1}
+  assert ranks.ratio(spectra, 6) == {"e": 2, "f": 2}
+  assert ranks.energy(spectra, norms, 25 / 29.6 - 1e-6) == {"e": 1, "f": 1}
+  assert ranks.energy(spectra, norms, 25 / 29.6 + 1e-6) == {"e": 2, "f": 2}
+  # A floor of 0.7 for each of two matrices is 0.99 for both, 0.72 is 1.02.
+  below = {"e": 0.7, "f": np.array([[0.7], [0.7]])}
+  above = {"e": 0.72, "f": np.array([[0.72], [0.72]])}
+  assert ranks.above_floor(spectra, below) == {"e": 2, "f": 2}
+  assert ranks.above_floor(spectra, above) == {"e": 1, "f": 1}
+
+
+def test_noise_floor_separates_signal_from_rounding():
+  rng = np.random.default_rng(0)
+  m, n, std = 160, 96, 1e-3
+  noise = std * rng.standard_normal((m, n))
+  u = np.linalg.qr(rng.standard_normal((m, 3)))[0]
+  v = np.linalg.qr(rng.standard_normal((n, 3)))[0]
+  floor = ranks.noise_floor(std, m, n)
+  top = np.linalg.norm(noise, 2)
+  assert 0.9 * floor < top < 1.05 * floor
+  spectra = {
+    "noise": np.linalg.svd(noise, compute_uv=False)[1:],
+    "signal": np.linalg.svd(noise + 3 * floor * u @ v.T, compute_uv=False),
+  }
+  floors = dict.fromkeys(spectra, floor)
+  assert ranks.above_floor(spectra, floors) == {"noise": 0, "signal": 3}
+
+
+def test_above_floor_is_strict():
+  assert ranks.above_floor(WORKED, {"q": 1.0}) == {"q": 2}
+
+
+def lost(spectra, allocation):
+  return sum(np.sum(s[allocation[p] :] ** 2) for p, s in spectra.items())
+
+
+def spent(costs, allocation):
+  return sum(costs[path] * rank for path, rank in allocation.items())
+
+
+def allocations(spectra, costs, most):
+  """Every allocation of at most so many bytes."""
+  choices = [range(len(s) + 1) for s in spectra.values()]
+  for choice in itertools.product(*choices):
+    allocation = dict(zip(spectra, choice, strict=True))
+    if spent(costs, allocation) <= most:
+      yield allocation
+
+
+@settings(deadline=None)
+@given(some_spectra, st.integers(1, 9), st.integers(0, 60))
+def test_budget_is_optimal_at_equal_costs(spectra, cost, extra):
+  costs = dict.fromkeys(spectra, cost)
+  most = cost + extra
+  bought = ranks.budget(spectra, costs, most)
+  assert spent(costs, bought) <= most
+  best = min(lost(spectra, a) for a in allocations(spectra, costs, most))
+  assert lost(spectra, bought) == pytest.approx(best, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(some_spectra, st.data())
+def test_budget_is_optimal_up_to_the_first_unit_that_did_not_fit(spectra, data):
+  costs = {path: data.draw(st.integers(1, 9)) for path in spectra}
+  most = data.draw(st.integers(max(costs.values()), 60))
+  bought = ranks.budget(spectra, costs, most)
+  assert spent(costs, bought) <= most
+
+  # The same greedy, one unit at a time, up to the first that does not fit.
+  prefix, refused = dict.fromkeys(spectra, 0), None
+  while refused is None:
+    open_ = {p: s[prefix[p]] for p, s in spectra.items() if prefix[p] < len(s)}
+    open_ = {path: sigma for path, sigma in open_.items() if sigma > 0}
+    if not open_:
+      break
+    path = max(open_, key=lambda p: open_[p] ** 2 / costs[p])
+    if spent(costs, prefix) + costs[path] > most:
+      refused = open_[path] ** 2
+    else:
+      prefix[path] += 1
+
+  # No allocation of the bytes spent so far has a lower error ...
+  bytes_then = spent(costs, prefix)
+  best_then = min(
+    lost(spectra, a) for a in allocations(spectra, costs, bytes_then)
+  )
+  assert lost(spectra, prefix) == pytest.approx(best_then, abs=1e-9)
+  # ... filling up keeps all of it, and what is missed is under one unit.
+  assert lost(spectra, bought) <= best_then + 1e-9
+  best = min(lost(spectra, a) for a in allocations(spectra, costs, most))
+  assert lost(spectra, bought) <= best + (refused or 0) + 1e-9
+  # Nothing that would help is left that fits.
+  left = most - spent(costs, bought)
+  for path, s in spectra.items():
+    rest = s[bought[path] :]
+    assert rest.size == 0 or rest[0] == 0 or costs[path] > left
+
+
+def test_budget_fills_up_with_smaller_units():
+  spectra = {"big": np.array([10.0, 9.0]), "small": np.array([1.0, 0.5, 0.0])}
+  costs = {"big": 100, "small": 10}
+  assert ranks.budget(spectra, costs, 130) == {"big": 1, "small": 2}
+
+
+def test_budget_weighs_a_batch_once():
+  """The bytes of a stack are those of all its matrices, given as such."""
+  spectra = {"e": np.array([[3.0, 2.0], [4.0, 2.0]]), "q": np.array([4.9, 3.0])}
+  assert ranks.budget(spectra, {"e": 8, "q": 8}, 8) == {"e": 1, "q": 0}
+  assert ranks.budget(spectra, {"e": 16, "q": 8}, 16) == {"e": 0, "q": 2}
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: ranks.fixed(WORKED, -1), "q: -1"),
+    (lambda: ranks.fixed(WORKED, {"q": 2.5}), "whole numbers, got q: 2.5"),
+    (lambda: ranks.fixed(WORKED, {"k": 1}), "only in spectra: q.*rank: k"),
+    (lambda: ranks.fixed(WORKED, {}), "only in spectra: q"),
+    (lambda: ranks.energy(WORKED, NORMS, 0.0), "share must be in"),
+    (lambda: ranks.energy(WORKED, NORMS, 1.1), "share must be in"),
+    (lambda: ranks.energy(WORKED, NORMS, math.nan), "share must be in"),
+    (lambda: ranks.energy(WORKED, {}, 0.5), "only in spectra: q"),
+    (lambda: ranks.energy(WORKED, {"q": math.nan}, 0.5), "norms .* q: nan"),
+    (lambda: ranks.ratio(WORKED, 1), "divisor must be above 1"),
+    (lambda: ranks.above_floor(WORKED, {"q": -1.0}), "floors .* q: -1"),
+    (lambda: ranks.budget(WORKED, {"q": 24}, 23), "smallest, of q, takes 24"),
+    (lambda: ranks.budget(WORKED, {"q": 0}, 23), "1 or more, got q: 0"),
+    (lambda: ranks.ratio({"q": np.array([1.0, 2.0])}, 2), r"q \(2,\)"),
+    (lambda: ranks.ratio({"q": np.array([math.nan])}, 2), r"q \(1,\)"),
+    (lambda: ranks.ratio({"q": np.array([1.0, -1.0])}, 2), r"q \(2,\)"),
+    (lambda: ranks.ratio({"q": np.float64(1)}, 2), r"q \(\)"),
+  ],
+)
+def test_refusals_name_the_offender(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_budget_names_the_smallest_unit_that_would_help():
+  spectra = {"q": np.ones(2), "k": np.ones(2), "zero": np.zeros(2)}
+  with pytest.raises(ValueError, match="of k, takes 20 bytes"):
+    ranks.budget(spectra, {"q": 30, "k": 20, "zero": 1}, 10)
