@@ -115,6 +115,13 @@ class Checkpoint(Mapping[str, np.ndarray]):
     Raises:
       KeyError: if there is no such tensor.
       ValueError: if the index does not fit, or the file changed or is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(3)})
+      ...   open_checkpoint(folder).read("w", (slice(1, 3), 1))
+      array([1., 0.])
     """
     spec = self.spec[name]
     region, shape = _region(name, spec.shape, index)
@@ -139,6 +146,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
     Raises:
       KeyError: if there is no such tensor.
       ValueError: if the tensor is not floating; otherwise as `read`.
+
+    Example:
+      >>> import tempfile
+      >>> half = np.ones(2, np.float16)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   write_safetensors(f"{folder}/x.safetensors", {"w": half})
+      ...   open_checkpoint(folder).read_float32("w")
+      array([1., 1.], dtype=float32)
     """
     dtype = self.spec[name].dtype
     if dtype.kind in "biuc":

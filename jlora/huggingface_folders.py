@@ -195,6 +195,9 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
     folder: where the shards are.
     shards: from `plan_shards`.
 
+  Raises:
+    OSError: if the file cannot be written; an old index is then left alone.
+
   Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

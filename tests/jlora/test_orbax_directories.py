@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint import v1
 
 from jlora.checkpoints import open_checkpoint, save_orbax, write_safetensors
 
@@ -63,6 +64,10 @@ def save_files(path):
     checkpointer.save(path, tree())
 
 
+def save_v1(path):
+  v1.save(path, {k: v for k, v in tree().items() if k != "name"})
+
+
 def save_steps(path):
   with ocp.CheckpointManager(path) as manager:
     for step in (2, 10):
@@ -78,7 +83,15 @@ def save_named(path, item="model_params"):
 
 @pytest.mark.parametrize(
   "save",
-  [save_standard, save_pytree, save_zarr3, save_files, save_steps, save_named],
+  [
+    save_standard,
+    save_pytree,
+    save_zarr3,
+    save_files,
+    save_v1,
+    save_steps,
+    save_named,
+  ],
 )
 def test_reads_what_orbax_writes(tmp_path, save):
   path = tmp_path / "a folder #1%20"
