@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a long run has finished, on disk, so that it can be killed and go on.
+
+One file a module, put in place whole: its arrays, and its record as JSON in the
+header. A run that is resumed must be the same run, which a fingerprint of its
+inputs and options settles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints import open_checkpoint, write_safetensors
+from jlora.loras import name_some
+
+FOLDER = ".journal"
+_DONE = ".journal-done"
+_HEADER = "run.json"
+
+
+class Journal(Mapping[str, dict[str, Any]]):
+  """Finished modules: {path: record}, with arrays read when asked for.
+
+  Attributes:
+    folder: where the entries lie.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   journal = open_journal(out, {"rank": 64})
+    ...   journal.put("q", {"a": np.ones(2)}, {"rank": 1})
+    ...   again = open_journal(out, {"rank": 64}, resume=True)
+    ...   again["q"], again.arrays("q")["a"].tolist()
+    ({'rank': 1}, [1.0, 1.0])
+  """
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    self._records: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+      entry = json.loads(open_checkpoint(file).metadata["entry"])
+      self._records[entry["path"]] = entry["record"]
+
+  def __getitem__(self, path: str) -> dict[str, Any]:
+    return self._records[path]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._records)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def put(
+    self, path: str, arrays: Mapping[str, np.ndarray], record: dict[str, Any]
+  ) -> None:
+    """Adds a finished module; it is there whole or not at all.
+
+    Args:
+      path: the module.
+      arrays: what it produced.
+      record: anything that JSON can hold.
+    """
+    entry = json.dumps({"path": path, "record": record}, sort_keys=True)
+    write_safetensors(self._file(path), arrays, {"entry": entry})
+    self._records[path] = record
+
+  def arrays(self, path: str) -> Mapping[str, np.ndarray]:
+    """The arrays of a finished module, read when asked for.
+
+    Args:
+      path: the module.
+
+    Returns:
+      A lazy mapping from name to array.
+    """
+    return open_checkpoint(self._file(path))
+
+  def close(self) -> None:
+    """Removes the journal: the run's results are in their place."""
+    done = self.folder.with_name(_DONE)
+    os.replace(self.folder, done)
+    shutil.rmtree(done)
+
+  def _file(self, path: str) -> Path:
+    return (
+      self.folder / f"{hashlib.sha256(path.encode()).hexdigest()}.safetensors"
+    )
+
+
+def open_journal(
+  out: str | os.PathLike,
+  fingerprint: Mapping[str, Any],
+  *,
+  resume: bool = False,
+) -> Journal:
+  """The journal of a run that writes into a folder, new or taken up again.
+
+  Args:
+    out: the run's output folder; the journal lies inside.
+    fingerprint: inputs and options of the run, for JSON; runs with the same
+      fingerprint give the same bytes.
+    resume: whether to take up a journal that is there.
+
+  Returns:
+    Journal.
+
+  Raises:
+    ValueError: a journal is there and `resume` is False, or it belongs to
+      another run; up to three differing options are named with both values.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   len(open_journal(out, {"rank": 64}))
+    0
+  """
+  folder = Path(out) / FOLDER
+  # A kill while close() was removing: everything was in place by then.
+  shutil.rmtree(folder.with_name(_DONE), ignore_errors=True)
+  wanted = json.loads(json.dumps(fingerprint))
+  header = folder / _HEADER
+  if header.exists():
+    if not resume:
+      raise ValueError(
+        f"{out} holds the journal of an unfinished run; resume it or remove "
+        f"{folder}."
+      )
+    check_fingerprint(folder, json.loads(header.read_text()), wanted)
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = header.with_suffix(".partial")
+    partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
+    os.replace(partial, header)
+  return Journal(folder)
+
+
+def check_fingerprint(
+  folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+  """Nothing, if a journal belongs to the run that wants it.
+
+  Args:
+    folder: the journal, for the error.
+    found: the fingerprint it was begun with.
+    wanted: the fingerprint of the run.
+
+  Raises:
+    ValueError: naming up to three options with both values.
+
+  Example:
+    >>> check_fingerprint(Path("out"), {"rank": 8}, {"rank": 64})
+    Traceback (most recent call last):
+    ...
+    ValueError: out belongs to another run: rank was 8, is 64. Use the same
+    options, or another output folder.
+  """
+  differing = [
+    f"{name} was {found.get(name)}, is {wanted.get(name)}"
+    for name in sorted({*found, *wanted})
+    if found.get(name) != wanted.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"{folder} belongs to another run: {name_some(differing)}. "
+      "Use the same options, or another output folder."
+    )

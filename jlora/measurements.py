@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of one extracted module, from its certificate, on the host.
+
+Everything comes from one factorisation: ranks are nested, so the figures at a
+lower rank need no further pass over the weights.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jlora.certificates import Certificate
+
+# float32 norms of 1e30 square to infinity; figures are made in float64.
+_F64 = np.float64
+
+
+def summarise(
+  certificate: Certificate,
+  sigma: np.ndarray,
+  shape: tuple[int, ...],
+  *,
+  base_norm: float,
+  noise_std: float,
+) -> dict[str, Any]:
+  """The rank-independent figures of a module and its curves over the rank.
+
+  Args:
+    certificate: of the module; leading axes (experts, layers) are taken
+      together as one block-diagonal matrix.
+    sigma: (..., r) singular values found.
+    shape: (..., in, out) of the module.
+    base_norm: Frobenius norm of the base's parameter.
+    noise_std: standard deviation of the finetuned parameter's rounding.
+
+  Returns:
+    A dict for JSON: `norm`, `mean_abs_delta`, `relative_change`,
+    `stable_rank`, `effective_rank`, `noise_floor`, `noise_floor_rank`,
+    `singular_values`, and by rank 0..r `errors`, `changes`, `inner` and
+    `floors`.
+
+  Example:
+    >>> one = np.ones(())
+    >>> c = Certificate(one * 5, one, np.array([5.0, 3]), np.array([0.0, 4]),
+    ...                 np.array([0, 3.2]), np.array([5.0, 3]))
+    >>> summarise(c, np.array([4.0]), (3, 7), base_norm=50.0,
+    ...           noise_std=0.0)["relative_change"]
+    0.1
+  """
+  batch = tuple(range(np.ndim(sigma) - 1))
+  norms = np.asarray(certificate.norm, _F64)
+  norm = math.sqrt(float(np.sum(norms**2)))
+  together = lambda curve: np.sqrt(  # noqa: E731
+    np.sum(np.asarray(curve, _F64) ** 2, axis=batch)
+  )
+  inner = np.asarray(certificate.projections, _F64) * norms[..., None]
+  values = together(sigma)
+  floor = noise_std * (math.sqrt(shape[-2]) + math.sqrt(shape[-1]))
+  floor *= math.sqrt(math.prod(shape[:-2]))
+  share = values[values > 0] ** 2 / np.sum(values**2) if norm else np.ones(1)
+  return {
+    "norm": norm,
+    "mean_abs_delta": float(np.mean(certificate.mean_abs)),
+    "relative_change": norm / base_norm if base_norm else None,
+    "stable_rank": norm**2 / float(values[0]) ** 2 if values[0] else 0.0,
+    "effective_rank": float(np.exp(-np.sum(share * np.log(share)))),
+    "noise_floor": floor,
+    "noise_floor_rank": int(np.sum(values > floor)),
+    "singular_values": values.tolist(),
+    "errors": together(certificate.errors).tolist(),
+    "changes": together(certificate.changes).tolist(),
+    "inner": np.sum(inner, axis=batch).tolist(),
+    "floors": together(certificate.floors).tolist(),
+  }
+
+
+def at_rank(figures: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+  """The figures of a module at one of its ranks.
+
+  Args:
+    figures: from `summarise`.
+    rank: 0..r.
+    size: entries of the parameter.
+
+  Returns:
+    A dict: `relative_error` (Frobenius, over the norm of the delta),
+    `energy` (the squared share kept), `mse`, `cosine_distance`, and
+    `optimality`, an upper bound on error / best error at this rank, None where
+    the best error cannot be told from zero.
+
+  Example:
+    >>> at_rank({"norm": 5.0, "errors": [5.0, 3.0], "changes": [0.0, 4.0],
+    ...          "inner": [0.0, 16.0], "floors": [5.0, 3.0]}, 1, 36)["mse"]
+    0.25
+  """
+  norm, error = figures["norm"], figures["errors"][rank]
+  change, floor = figures["changes"][rank], figures["floors"][rank]
+  cosine = figures["inner"][rank] / (norm * change) if norm * change else 0.0
+  relative = error / norm if norm else 0.0
+  return {
+    "relative_error": relative,
+    "energy": 1 - relative**2,
+    "mse": error**2 / size,
+    "cosine_distance": max(1 - cosine, 0.0),
+    "optimality": max(error / floor, 1.0) if floor else None,
+  }
