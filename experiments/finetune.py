@@ -168,7 +168,7 @@ def kjv_pair(
   cache: str | os.PathLike[str] | None = None,
   *,
   steps: int = 25,
-  learning_rate: float = 2e-4,
+  learning_rate: float = 1e-4,
 ) -> tuple[pathlib.Path, pathlib.Path]:
   """SmolLM2-135M and its full finetune on the King James Bible.
 

@@ -32,6 +32,13 @@ def read_config(folder: Folder) -> dict[str, Any]:
 
   Raises:
     ValueError: if the folder has no such file.
+
+  Example:
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   text = '{"model_type": "llama"}'
+    ...   _ = pathlib.Path(folder, "config.json").write_text(text)
+    ...   read_config(folder)
+    {'model_type': 'llama'}
   """
   path = pathlib.Path(folder) / "config.json"
   if not path.is_file():
@@ -138,6 +145,13 @@ def save(
 
   Raises:
     ValueError: if the folder exists, or a path has no Hugging Face name.
+
+  Example:
+    >>> params = {"norm": {"scale": jnp.ones(3)}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   written = save(f"{folder}/model", params, {"model_type": "llama"})
+    ...   dict(open_checkpoint(written)), read_config(written)["dtype"]
+    ({'model.norm.weight': array([1., 1., 1.], dtype=float32)}, 'float32')
   """
   tensors = {}
   for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
@@ -170,6 +184,12 @@ def write_folder(
 
   Raises:
     ValueError: if the folder exists.
+
+  Example:
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   new = write_folder(f"{folder}/new", {}, {"note.txt": "text"})
+    ...   sorted(path.name for path in new.iterdir())
+    ['model.safetensors', 'note.txt']
   """
   folder = pathlib.Path(folder)
   if folder.exists():

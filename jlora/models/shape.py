@@ -3,11 +3,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from jlora.loras import name_some
 
 #: model_type -> (biases on q, k, v whatever else is said, norms on q and k).
 FAMILIES = {
@@ -18,9 +20,32 @@ FAMILIES = {
 }
 
 
+#: Keys without a default.
+REQUIRED = (
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+)
+LLAMA3 = (
+  "factor",
+  "low_freq_factor",
+  "high_freq_factor",
+  "original_max_position_embeddings",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What `config.json` says about the network, in the field's short names."""
+  """What `config.json` says about the network, in the field's short names.
+
+  Attributes:
+    window: positions attended to, the present one included; None for all.
+    tied: the head is the embedding, transposed.
+    frequencies: head_dim / 2 rotary frequencies, in radians a position.
+    dtype: of the parameters and of the computation.
+  """
 
   vocab: int
   hidden: int
@@ -56,7 +81,7 @@ def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
     d/2 numbers, descending.
 
   Raises:
-    ValueError: for another `rope_type`, or a partial rotation.
+    ValueError: for another `rope_type`, a partial rotation or a missing key.
 
   Example:
     >>> read_frequencies({"rope_theta": 100.0}, 4)
@@ -75,6 +100,7 @@ def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
   theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
   f = theta ** -(np.arange(0, head_dim, 2) / head_dim)
   if kind == "llama3":
+    _require(rope, LLAMA3)
     turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -93,7 +119,8 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     A `Shape`, hashable.
 
   Raises:
-    ValueError: for a family, activation or window pattern not covered here.
+    ValueError: for a family, activation or window pattern not covered here,
+      or a missing key.
 
   Example:
     >>> config = dict(model_type="llama", vocab_size=9, hidden_size=8,
@@ -111,6 +138,7 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     raise ValueError(f"hidden_act {config['hidden_act']!r} is not 'silu'")
   if config.get("use_sliding_window"):
     raise ValueError("use_sliding_window is not supported; set it to false")
+  _require(config, REQUIRED)
   qkv_bias, qk_norm = FAMILIES[family]
   heads = config["num_attention_heads"]
   head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -132,3 +160,9 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     frequencies=read_frequencies(config, head_dim),
     dtype=dtype,
   )
+
+
+def _require(config: Mapping, keys: Sequence[str]) -> None:
+  """Raises unless `config` has the keys."""
+  if missing := [key for key in keys if key not in config]:
+    raise ValueError(f"config.json lacks {name_some(missing)}")

@@ -6,6 +6,7 @@ import subprocess
 import zipfile
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_our_logits_on_the_folder_are_those_of_transformers(folder):
   reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
   with torch.no_grad():
     expected = reference(torch.from_numpy(tokens)).logits.numpy()
-  logits = apply(params, jnp.asarray(tokens, jnp.int32))
+  logits = jax.jit(apply)(params, jnp.asarray(tokens, jnp.int32))
   np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 

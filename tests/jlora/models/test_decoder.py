@@ -60,7 +60,7 @@ def test_logits_are_those_of_transformers(tmp_path, case):
   apply, params = models.load(tmp_path)
   with torch.no_grad():
     expected = reference(torch.from_numpy(tokens)).logits.numpy()
-  logits = apply(params, jnp.asarray(tokens, jnp.int32))
+  logits = jax.jit(apply)(params, jnp.asarray(tokens, jnp.int32))
   np.testing.assert_allclose(logits, expected, atol=2e-5 * abs(expected).max())
 
 
@@ -82,10 +82,10 @@ def test_bfloat16_computes_in_bfloat16(tmp_path):
   tokens = jnp.arange(12, dtype=jnp.int32)[None]
   apply, params = models.load(tmp_path, dtype=jnp.bfloat16)
   exact, exact_params = models.load(tmp_path)
-  logits = apply(params, tokens)
+  logits = jax.jit(apply)(params, tokens)
   assert logits.dtype == jnp.bfloat16
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {logits.dtype}
-  wanted = exact(exact_params, tokens)
+  wanted = jax.jit(exact)(exact_params, tokens)
   error = jnp.abs(logits.astype(jnp.float32) - wanted).max()
   assert 0 < error < 0.05 * jnp.abs(wanted).max()
 
@@ -93,6 +93,7 @@ def test_bfloat16_computes_in_bfloat16(tmp_path):
 def test_no_position_sees_its_future(key):
   config = TINY | {"model_type": "llama"}
   apply, params = models.init(config, key)
+  apply = jax.jit(apply)
   tokens = jnp.arange(10, dtype=jnp.int32)[None]
   changed = tokens.at[0, 6].set(60)
   before, after = apply(params, tokens), apply(params, changed)
@@ -108,11 +109,17 @@ def test_no_position_sees_its_future(key):
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"rope_scaling": {"type": "llama3", "factor": 2}}, "lacks low_freq_fac"),
   ],
 )
 def test_unsupported_configs_are_refused(key, change, message):
   with pytest.raises(ValueError, match=message):
     models.init(TINY | {"model_type": "llama"} | change, key)
+
+
+def test_an_empty_config_says_what_it_lacks(key):
+  with pytest.raises(ValueError, match="lacks vocab_size, hid.* and 2 more"):
+    models.init({"model_type": "llama"}, key)
 
 
 def test_load_names_what_disagrees_with_the_config(tmp_path, key):
