@@ -35,9 +35,9 @@ Rename = Callable[[str], str | Sequence[str]]
 EMBEDDINGS = TORCH_VIEWS[0][0]
 INPUT_EMBEDDINGS = r"(.*\.)?(embed_tokens|wte|word_embeddings)\.weight"
 HEAD = "lm_head.weight"
-_SPLIT_EXPERTS = r".*\.experts\.\d+\..*"
+SPLIT_EXPERTS = r"(.*\.experts)\.\d+\..*"
 # Where experts are fused, routers are modules of their own classes.
-_ROUTERS = r".*\.(gate|router)\.weight"
+ROUTERS = r".*\.(gate|router)\.weight"
 
 
 class Base(NamedTuple):
@@ -160,7 +160,7 @@ def describe_base(
     table_for(shapes, model_type),
     model_type,
     task_type == "CAUSAL_LM" and HEAD not in names,
-    any(re.fullmatch(_SPLIT_EXPERTS, name) for name in names),
+    any(re.fullmatch(SPLIT_EXPERTS, name) for name in names),
     rename,
   )
 
@@ -258,8 +258,35 @@ def layout_of(
     return EXPERTS, ()
   if re.fullmatch(EMBEDDINGS, name):
     return EMBEDDING, ()
-  if re.fullmatch(_ROUTERS, name) and not base.splits_experts:
+  if re.fullmatch(ROUTERS, name) and not base.splits_experts:
     return ROUTER, ()
   if len(view.inputs) > 1 and ("/" not in path or "conv" in path):
     return CONVOLUTION, tuple(base.shapes[path][axis] for axis in view.inputs)
   return LINEAR, ()
+
+
+def zero_part(module: str, rank: int, dtype: Any, base: Base) -> Part | None:
+  """A part that changes nothing, for a module that must be in the file.
+
+  Args:
+    module: a module's Hugging Face name.
+    rank: its rank.
+    dtype: storage dtype.
+    base: the base model.
+
+  Returns:
+    A part without a path; None if the base has no such linear module.
+
+  Example:
+    >>> base = describe_base({"q.weight": np.ones((2, 3))}, None, None, None)
+    >>> zero_part("q", 4, np.float32, base).a
+    (4, 3)
+  """
+  name = f"{module}.weight"
+  path = base.paths.get(name)
+  view = path and view_of(path, base.shapes[path], base.table)
+  if not path or not view or layout_of(path, view, base)[0] is not LINEAR:
+    return None
+  in_, out = view.shape(base.shapes[path])
+  dtype = np.dtype(dtype)
+  return Part(None, None, name, LINEAR, (rank, in_), (rank, out), dtype)

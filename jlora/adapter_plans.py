@@ -19,15 +19,13 @@ from jlora.adapter_parts import (
   INPUT_EMBEDDINGS,
   Base,
   Part,
-  layout_of,
   parts_of,
+  zero_part,
 )
 from jlora.loras import Lora, check_loras, name_some
 from jlora.peft_files import (
   CONVOLUTION,
   EMBEDDING,
-  LINEAR,
-  PARAMETER_ORDER,
   Profile,
 )
 from jlora.views import MatrixView, view_of
@@ -93,7 +91,7 @@ def plan_loras(
       " Needed: (..., in, out) of the parameter's view; is model_type right?"
     )
   _check_parts(parts, profile)
-  return _nested(parts, left)
+  return parts
 
 
 def plan_biases(
@@ -127,6 +125,7 @@ def plan_biases(
     ('q', 1, {'q': 'q.bias'})
   """
   modules = {part.module: part for part in parts}
+  dtype = parts[0].dtype if parts else np.dtype(np.float32)
   clash = {
     part.layout.kind
     for part in parts
@@ -137,7 +136,7 @@ def plan_biases(
   for path, bias in biases.items():
     name = str(base.rename(path))
     module = name.removesuffix(".bias")
-    part = modules.get(module) or _zero_part(module, parts, base)
+    part = modules.get(module) or zero_part(module, 1, dtype, base)
     if "bias" in profile.refused:
       left[path] = profile.refused["bias"]
     elif clash:
@@ -235,43 +234,6 @@ def _check_parts(parts: Sequence[Part], profile: Profile) -> None:
   twice = [name for name, count in counts.items() if count > 1]
   if twice:
     raise ValueError(f"Names given to several Loras: {name_some(twice)}.")
-
-
-def _nested(parts: Sequence[Part], left: dict[str, str]) -> list[Part]:
-  """Parts with the depth of their wrapper, where a module has several."""
-  several: dict[str, list[str]] = {}
-  for part in parts:
-    if part.layout.wraps_parameter:
-      several.setdefault(part.module, []).append(part.name.rpartition(".")[2])
-  nested = []
-  for part in parts:
-    siblings = several.get(part.module, [])
-    if len(siblings) < 2:
-      nested.append(part)
-    elif set(siblings) <= set(PARAMETER_ORDER):
-      order = [name for name in PARAMETER_ORDER if name in siblings]
-      depth = order[::-1].index(part.name.rpartition(".")[2])
-      nested.append(part._replace(depth=depth))
-    else:
-      left[str(part.path)] = (
-        f"PEFT nests several parameters of {part.module} in an order that is"
-        f" known only for {', '.join(PARAMETER_ORDER)}"
-      )
-  return nested
-
-
-def _zero_part(module: str, parts: Sequence[Part], base: Base) -> Part | None:
-  """A zero Lora of rank 1 for a linear module, or None."""
-  name = f"{module}.weight"
-  path = base.paths.get(name)
-  view = path and view_of(path, base.shapes[path], base.table)
-  if not path or not view or view.batch:
-    return None
-  if layout_of(path, view, base)[0] is not LINEAR:
-    return None
-  in_, out = view.shape(base.shapes[path])
-  dtype = parts[0].dtype if parts else np.dtype(np.float32)
-  return Part(None, None, name, LINEAR, (1, in_), (1, out), dtype)
 
 
 def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:

@@ -32,6 +32,7 @@ from jlora.adapter_parts import (
 )
 from jlora.adapter_plans import plan_biases, plan_full, plan_loras
 from jlora.checkpoints import stream_safetensors
+from jlora.expert_parts import nest_parameters, stack_experts
 from jlora.loras import Lora, name_some
 from jlora.merged_checkpoints import save_merged as save_merged
 from jlora.peft_configs import shortest_targets
@@ -79,7 +80,9 @@ def save_peft(
     full: path -> new value, for what is not low-rank (norms, new vocabulary).
       May be lazy. All parameters of a module must be there, and the base's
       vocabulary must have been resized before PEFT loads a longer one.
-    profile: the consumer; `VLLM` carries neither `biases` nor `full`.
+    profile: the consumer; `VLLM` carries neither `biases` nor `full`. For
+      `PEFT`, which stacks separate experts when transformers 5 does, each
+      expert of a changed layer is written, with zero units up to rank r.
     dtype: storage dtype of factors and biases; None keeps each factor's own.
     base_model: name or path of the base, for the configuration.
     task_type: PEFT's task name, or None. With "CAUSAL_LM" a base without
@@ -120,6 +123,9 @@ def save_peft(
   base = describe_base(like, model_type, task_type, rename)
   left: dict[str, str] = {}
   parts = plan_loras(loras, base, profile, dtype, left)
+  if profile.stacks_experts:
+    parts = stack_experts(parts, base, left)
+  parts = nest_parameters(parts, left)
   parts, carried = plan_biases(biases, parts, base, profile, left)
   kept = plan_full(full, parts, base, profile, left)
   if not parts:
@@ -253,6 +259,7 @@ def _arrays(parts, loras, biases, carried) -> Iterator[tuple[str, np.ndarray]]:
       if part.index is not None:
         a = a.reshape(-1, *a.shape[-2:])[part.index]
         b = b.reshape(-1, *b.shape[-2:])[part.index]
+      a, b = (_padded(factor, part.rank) for factor in (a, b))
       yield from _stored(part, a.astype(part.dtype), b.astype(part.dtype))
       if carried:
         bias = (
@@ -264,6 +271,14 @@ def _arrays(parts, loras, biases, carried) -> Iterator[tuple[str, np.ndarray]]:
           f"{PREFIX}{part.stem}.{BIAS}",
           np.asarray(bias).astype(part.dtype),
         )
+
+
+def _padded(factor: np.ndarray, rank: int) -> np.ndarray:
+  """A factor (..., r, n) with zero units up to a rank."""
+  if factor.shape[-2] == rank:
+    return factor
+  missing = (0, rank - factor.shape[-2])
+  return np.pad(factor, [(0, 0)] * (factor.ndim - 2) + [missing, (0, 0)])
 
 
 def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:

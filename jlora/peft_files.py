@@ -34,6 +34,7 @@ class Profile:
     max_rank: the largest rank it takes, or None.
     refused: kind of change -> why it cannot be carried. Kinds are those of
       `LAYOUTS`, and "bias", and "full" for tensors kept whole.
+    stacks_experts: whether separate experts are stacked when they are loaded.
 
   Example:
     >>> VLLM.max_rank, sorted(VLLM.refused)
@@ -43,9 +44,10 @@ class Profile:
   name: str
   max_rank: int | None = None
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  stacks_experts: bool = False
 
 
-PEFT = Profile("PEFT")
+PEFT = Profile("PEFT", stacks_experts=True)
 
 # Any rank up to the largest value of --max-lora-rank loads: a server compares
 # r with its own setting and takes each module's rank from the tensors.

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 import warnings
 import zlib
 
@@ -177,21 +178,27 @@ def test_split_experts_load_as_transformers_fuses_them(tmp_path):
   model.save_pretrained(tmp_path / "base")
   base = open_checkpoint(tmp_path / "base")
   rng = np.random.default_rng(0)
-  loras = {
-    name: Lora(
-      jnp.asarray(rng.normal(size=(3, spec.shape[1])), jnp.float32) / 4,
-      jnp.asarray(rng.normal(size=(3, spec.shape[0])), jnp.float32) / 4,
-      jnp.float32(1),
-    )
-    for name, spec in base.spec.items()
-    if "experts" in name or "gate" in name or "q_proj" in name
-  }
+  loras = {}
+  for index, (name, spec) in enumerate(base.spec.items()):
+    # one expert is left out, and ranks differ
+    if re.search(r"experts\.[01]|gate|q_proj", name):
+      a, b = (rng.normal(size=(1 + index % 3, n)) / 4 for n in spec.shape[::-1])
+      loras[name] = from_in_rank(jnp.float32(a.T), jnp.float32(b))
   folder, merged = tmp_path / "adapter", tmp_path / "merged"
   assert save_peft(folder, loras, like=base, model_type="mixtral") == {}
   save_merged(merged, base, loras)
   reference = transformers.AutoModelForCausalLM.from_pretrained(merged)
   wrapped = peft.PeftModel.from_pretrained(model, folder)
   assert_close(logits_of(wrapped), logits_of(reference.eval()))
+
+
+def test_what_peft_takes_for_an_expert_is_reported(tmp_path):
+  names = ["mlp.experts.0.up_proj", "mlp.shared_experts.up_proj", "q_proj"]
+  loras = {f"model.layers.0.{name}.weight": LORA for name in names}
+  like = dict.fromkeys(loras, np.ones((5, 3)))
+  left = save_peft(tmp_path, loras, like=like, model_type="deepseek_v3")
+  assert list(left) == ["model.layers.0.mlp.shared_experts.up_proj.weight"]
+  assert len(load_peft(tmp_path, like=like).loras) == 2
 
 
 @pytest.mark.parametrize(
