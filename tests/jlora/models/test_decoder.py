@@ -53,6 +53,13 @@ def _write(folder, case):
   return model
 
 
+@pytest.fixture(scope="module")
+def tiny():
+  """A random model's config, function and parameters; compiled once."""
+  config = TINY | {"model_type": "llama"}
+  return config, *models.init(config, jax.random.key(0))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(tmp_path, case):
   reference = _write(tmp_path, case)
@@ -90,9 +97,8 @@ def test_bfloat16_computes_in_bfloat16(tmp_path):
   assert 0 < error < 0.05 * jnp.abs(wanted).max()
 
 
-def test_no_position_sees_its_future(key):
-  config = TINY | {"model_type": "llama"}
-  apply, params = models.init(config, key)
+def test_no_position_sees_its_future(tiny):
+  _, apply, params = tiny
   apply = jax.jit(apply)
   tokens = jnp.arange(10, dtype=jnp.int32)[None]
   changed = tokens.at[0, 6].set(60)
@@ -122,9 +128,8 @@ def test_an_empty_config_says_what_it_lacks(key):
     models.init({"model_type": "llama"}, key)
 
 
-def test_load_names_what_disagrees_with_the_config(tmp_path, key):
-  config = TINY | {"model_type": "llama"}
-  _, params = models.init(config, key)
+def test_load_names_what_disagrees_with_the_config(tmp_path, tiny):
+  config, _, params = tiny
   folder = models.save(tmp_path / "model", params, config)
   wider = config | {"intermediate_size": 50, "num_hidden_layers": 3}
   (folder / "config.json").write_text(json.dumps(wider))
@@ -153,9 +158,8 @@ def test_load_refuses_a_folder_without_config(tmp_path):
     models.load(tmp_path)
 
 
-def test_save_never_overwrites_and_leaves_nothing_half_written(tmp_path, key):
-  config = TINY | {"model_type": "llama"}
-  _, params = models.init(config, key)
+def test_save_never_overwrites_and_leaves_nothing_half_written(tmp_path, tiny):
+  config, _, params = tiny
   models.save(tmp_path / "model", params, config)
   with pytest.raises(ValueError, match="exists"):
     models.save(tmp_path / "model", params, config)
