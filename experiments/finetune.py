@@ -84,7 +84,7 @@ def held_out_loss(apply: Apply, params: Any, tokens: np.ndarray) -> float:
 
 
 def is_kernel(path: str) -> bool:
-  """Whether a path is a layer's matrix: no norm, no bias, no embedding."""
+  """Whether a path is a linear layer's matrix: no norm, bias or embedding."""
   return path.endswith("/kernel")
 
 
