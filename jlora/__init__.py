@@ -1,2 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight changes as composable programs, in JAX."""
+"""Weight changes as composable programs: two checkpoints in, a LoRA out.
+
+checkpoints ─► deltas ─► factors ─► {path: Lora} ─► measured, exported
+"""
+
+from jlora.certificates import Certificate as Certificate
+from jlora.certificates import certificate as certificate
+from jlora.checkpoints import Checkpoint as Checkpoint
+from jlora.checkpoints import open_checkpoint as open_checkpoint
+from jlora.checkpoints import save_orbax as save_orbax
+from jlora.deltas import is_matrix as is_matrix
+from jlora.exporting import PEFT as PEFT
+from jlora.exporting import VLLM as VLLM
+from jlora.exporting import load_peft as load_peft
+from jlora.exporting import save_merged as save_merged
+from jlora.exporting import save_peft as save_peft
+from jlora.extraction import extract as extract
+from jlora.factoring import cheapest as cheapest
+from jlora.factoring import gram as gram
+from jlora.factoring import krylov as krylov
+from jlora.factoring import recompress as recompress
+from jlora.factoring import svd as svd
+from jlora.loras import Factors as Factors
+from jlora.loras import Lora as Lora
+from jlora.loras import Loras as Loras
+from jlora.loras import dense as dense
+from jlora.loras import from_factors as from_factors
+from jlora.pairing import common_rows as common_rows
+from jlora.pairing import keep_whole as keep_whole
+from jlora.pairing import refuse as refuse
+from jlora.paths import matching as matching
+from jlora.reporting import Report as Report
+from jlora.reporting import read_report as read_report
+from jlora.runs import Spectra as Spectra
+from jlora.runs import extract_checkpoint as extract_checkpoint
+
+__all__ = [
+  "PEFT",
+  "VLLM",
+  "Certificate",
+  "Checkpoint",
+  "Factors",
+  "Lora",
+  "Loras",
+  "Report",
+  "Spectra",
+  "certificate",
+  "cheapest",
+  "common_rows",
+  "dense",
+  "extract",
+  "extract_checkpoint",
+  "from_factors",
+  "gram",
+  "is_matrix",
+  "keep_whole",
+  "krylov",
+  "load_peft",
+  "matching",
+  "open_checkpoint",
+  "read_report",
+  "recompress",
+  "refuse",
+  "save_merged",
+  "save_orbax",
+  "save_peft",
+  "svd",
+]

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pair of tensors at a time: read, compared, factored and measured.
+
+The step is compiled once per shape and dtype and shared by all threads.
+"""
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.certificates import Certificate, certificate
+from jlora.deltas import difference, is_floating, rounding_noise
+from jlora.factoring import Factoriser
+from jlora.loras import Lora, from_factors
+from jlora.measurements import summarise
+from jlora.pairing import Pair, names_of, read
+from jlora.paths import key_for
+from jlora.views import MatrixView, as_matrix
+
+
+class Measured(NamedTuple):
+  """What one module's step gives: the stored factors and all figures' sources.
+
+  Attributes:
+    lora: a (..., r, in), b (..., r, out) in the storage dtype.
+    sigma: (..., r) singular values found.
+    certificate: of the stored factors.
+    base_norm: Frobenius norm of the base's parameter.
+    noise_std: standard deviation of the finetune's rounding to its dtype.
+  """
+
+  lora: Lora
+  sigma: jax.Array
+  certificate: Certificate
+  base_norm: jax.Array
+  noise_std: jax.Array
+
+
+class Outcome(NamedTuple):
+  """What became of a pair.
+
+  Attributes:
+    status: "extracted", "unchanged", "kept whole" or "not representable".
+    why: the reason, where the status alone does not say it.
+    arrays: `a` and `b` of an extracted module.
+    figures: its figures, for JSON.
+  """
+
+  status: str
+  why: str = ""
+  arrays: Mapping[str, np.ndarray] = {}
+  figures: Mapping[str, Any] = {}
+
+
+def measure_parameter(
+  base: jax.Array,
+  finetuned: jax.Array,
+  key: jax.Array,
+  *,
+  view: MatrixView,
+  rank: int,
+  factor: Factoriser,
+  dtype: Any,
+  stored: Any,
+) -> Measured:
+  """One parameter's change, factored, rounded to storage and certified.
+
+  Args:
+    base: the parameter, any floating dtype, its own layout.
+    finetuned: the same shape.
+    key: PRNG key of the module.
+    view: how the layout is read as a matrix; static, as all below.
+    rank: triplets to keep.
+    factor: the factoriser.
+    dtype: storage dtype of the factors.
+    stored: dtype of the finetune's file, for its rounding noise.
+
+  Returns:
+    Measured. Pure; costs the factoriser and a certificate.
+
+  Example:
+    >>> from jlora.factoring import svd
+    >>> w = jnp.zeros((3, 5))
+    >>> m = measure_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
+    ...   rank=1, factor=svd, dtype=jnp.float32, stored=jnp.float32)
+    >>> m.certificate.errors.shape
+    (2,)
+  """
+  delta = as_matrix(difference(base, finetuned), view)
+  factors = factor(delta, rank, key)
+  lora = from_factors(factors, dtype)
+  weights = base.astype(jnp.float32)
+  return Measured(
+    lora=lora,
+    sigma=factors.s,
+    certificate=certificate(delta, lora, key),
+    base_norm=jnp.sqrt(jnp.sum(jnp.square(weights), axis=-1).sum()),
+    noise_std=rounding_noise(finetuned, stored),
+  )
+
+
+class Extractor:
+  """Factors pairs of two checkpoints; safe to call from several threads.
+
+  Attributes:
+    compilations: how many distinct shapes were compiled so far.
+
+  Example:
+    >>> from jlora.factoring import svd
+    >>> from jlora.pairing import Part
+    >>> w = np.zeros((3, 5), np.float32)
+    >>> step = Extractor(svd, jnp.float32, None)
+    >>> pair = Pair("w", (3, 5), Part("w"), Part("w"))
+    >>> step(pair, MatrixView(), 2, {"w": w}, {"w": w + 1}).status
+    'extracted'
+  """
+
+  def __init__(self, factor: Factoriser, dtype: Any, key: jax.Array | None):
+    self._factor, self._dtype, self._key = factor, dtype, key
+    self._compiled: dict[Any, Any] = {}
+    self._locks: dict[Any, threading.Lock] = {}
+    self._lock = threading.Lock()
+
+  @property
+  def compilations(self) -> int:
+    """Distinct shapes compiled so far."""
+    return len(self._compiled)
+
+  def __call__(
+    self,
+    pair: Pair,
+    view: MatrixView | None,
+    rank: int,
+    base: Mapping[str, Any],
+    finetuned: Mapping[str, Any],
+  ) -> Outcome:
+    """What becomes of a pair.
+
+    Args:
+      pair: which tensors.
+      view: how they are read as a matrix; None: they are not factored.
+      rank: triplets to keep, clipped to what the matrix has; 0: the matrix was
+        not selected and is only compared.
+      base: the base, name -> array.
+      finetuned: the finetune.
+
+    Returns:
+      Outcome.
+
+    Raises:
+      ValueError: NaN or infinity in either tensor.
+    """
+    left, right = read_pair(pair, base, finetuned)
+    if not is_floating(left.dtype) or not is_floating(right.dtype):
+      same = np.array_equal(left, right)
+      why = "" if same else f"not floating: {left.dtype} and {right.dtype}"
+      return Outcome("unchanged" if same else "not representable", why)
+    if not pair.whole and _is_same(left, right):
+      return Outcome("unchanged")
+    if view is not None and rank == 0:
+      return Outcome("not representable", "not selected")
+    if pair.whole or view is None:
+      _check_finite(pair.path, right)
+      return Outcome("kept whole")
+    return self._factored(
+      pair, view, rank, left, right, _stored(finetuned, pair)
+    )
+
+  def _factored(self, pair, view, rank, left, right, stored) -> Outcome:
+    shape = view.shape(pair.shape)
+    rank = min(rank, *shape[-2:])
+    step = self._step(left, right, view, rank, stored)
+    measured: Measured = step(left, right, key_for(self._key, pair.path))
+    norm = np.asarray(measured.certificate.norm)
+    if not np.all(np.isfinite(norm)):
+      _check_finite(pair.path, left, right)
+    figures = summarise(
+      jax.tree.map(np.asarray, measured.certificate),
+      np.asarray(measured.sigma),
+      shape,
+      base_norm=float(measured.base_norm),
+      noise_std=float(measured.noise_std),
+    )
+    if figures["norm"] == 0:
+      return Outcome("unchanged", "equal in value, not in dtype")
+    arrays = {
+      "a": np.asarray(measured.lora.a),
+      "b": np.asarray(measured.lora.b),
+    }
+    return Outcome("extracted", "", arrays, {"shape": list(shape), **figures})
+
+  def _step(self, left, right, view, rank, stored):
+    """The compiled step for these shapes; the first thread to ask compiles."""
+    signature = (left.shape, left.dtype, right.dtype, view, rank, stored)
+    with self._lock:
+      lock = self._locks.setdefault(signature, threading.Lock())
+    with lock:
+      if signature not in self._compiled:
+        step = functools.partial(
+          measure_parameter,
+          view=view,
+          rank=rank,
+          factor=self._factor,
+          dtype=self._dtype,
+          stored=stored,
+        )
+        shapes = (
+          jax.ShapeDtypeStruct(array.shape, array.dtype)
+          for array in (left, right)
+        )
+        key = jax.eval_shape(lambda: key_for(self._key, ""))
+        self._compiled[signature] = jax.jit(step).lower(*shapes, key).compile()
+    return self._compiled[signature]
+
+
+def read_pair(
+  pair: Pair, base: Mapping[str, Any], finetuned: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Both tensors of a pair, of the base's shape unless the pair is kept whole.
+
+  Args:
+    pair: which tensors.
+    base: the base, name -> array.
+    finetuned: the finetune. Rows it lacks (a smaller vocabulary) are filled
+      with the base's: their change is zero.
+
+  Returns:
+    (base, finetuned).
+
+  Example:
+    >>> from jlora.pairing import Part
+    >>> pair = Pair("w", (2,), Part("w"), Part("w", (slice(0, 1),)))
+    >>> read_pair(pair, {"w": np.zeros(2)}, {"w": np.ones(1)})[1]
+    array([1., 0.])
+  """
+  left, right = read(base, pair.base), read(finetuned, pair.finetuned)
+  if not pair.whole and right.shape[0] < left.shape[0]:
+    rest = left[right.shape[0] :].astype(right.dtype)
+    right = np.concatenate([right, rest])
+  return left, right
+
+
+def _is_same(left: np.ndarray, right: np.ndarray) -> bool:
+  """Whether two tensors hold the same bytes (so NaN equals itself)."""
+  if left.dtype != right.dtype or left.shape != right.shape:
+    return False
+  word = np.dtype(f"u{left.dtype.itemsize}")
+  return np.array_equal(
+    np.ascontiguousarray(left).view(word),
+    np.ascontiguousarray(right).view(word),
+  )
+
+
+def _stored(finetuned: Mapping[str, Any], pair: Pair) -> np.dtype:
+  """The dtype of the finetune's file, float8 too."""
+  specs = getattr(finetuned, "spec", finetuned)
+  return np.dtype(specs[names_of(pair.finetuned)[0]].dtype)
+
+
+def _check_finite(path: str, *arrays: np.ndarray) -> None:
+  for side, array in zip(
+    ("base", "finetuned")[-len(arrays) :], arrays, strict=True
+  ):
+    bad = array.size - int(np.isfinite(array.astype(np.float32)).sum())
+    if bad:
+      raise ValueError(
+        f"{path}: {bad} of {array.size} values of the {side} tensor are NaN or "
+        "infinite; the checkpoint is damaged or training diverged."
+      )
