@@ -204,7 +204,7 @@ def plan_full(
       continue
     kept[name] = path
     if base.tied_head and re.fullmatch(INPUT_EMBEDDINGS, name):
-      kept[HEAD] = path
+      kept.setdefault(HEAD, path)
   return kept
 
 
@@ -249,6 +249,8 @@ def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
   ]
   if not module:
     return "a parameter of no module, which PEFT cannot replace"
+  if module not in base.modules and name != HEAD:
+    return "the base has no such module"
   if module in wrapped:
     return "its module has a Lora; give its change in `biases`"
   if missing:

@@ -90,9 +90,10 @@ def save_peft(
       change. PEFT applies it rightly but merges a tied LoRA twice: use
       `save_merged` there.
     model_type: `model_type` of the base's config.json.
-    rename: path -> Hugging Face name, for every path of `like`. For a
-      parameter with leading axes (scanned layers) a sequence of names, one
-      per index.
+    rename: path -> name in the Hugging Face model, for every path of `like`.
+      For a parameter with leading axes (scanned layers) a sequence of names,
+      one per index. Some checkpoints need one too: that of GPT-2 lacks the
+      `transformer.` under which its causal model keeps its layers.
     overwrite: whether an adapter in the folder may be replaced.
 
   Returns:
@@ -135,11 +136,10 @@ def save_peft(
   named = {"base_model_name_or_path": base_model, "task_type": task_type}
   folder.mkdir(parents=True, exist_ok=True)
   (folder / CONFIG).unlink(missing_ok=True)
-  spec = _spec(parts, carried) | {
-    PREFIX + name: (full[path].shape, full[path].dtype)
-    for name, path in kept.items()
-  }
-  whole = ((PREFIX + name, full[path]) for name, path in kept.items())
+  spec = _spec(parts, carried) | _spec_of_whole(full, kept)
+  whole = (
+    (PREFIX + name, np.asarray(full[path])) for name, path in kept.items()
+  )
   arrays = itertools.chain(_arrays(parts, loras, biases, carried), whole)
   stream_safetensors(folder / TENSORS, spec, arrays, {"format": "pt"})
   _write_json(
@@ -205,7 +205,9 @@ def _configuration(
   ours = {part.name for part in parts} | kept.keys()
   optional = {
     "alpha_pattern": patterns,
-    "ensure_weight_tying": base.tied_head and HEAD in ours,
+    "ensure_weight_tying": base.tied_head
+    and HEAD in ours
+    and base.rename(kept.get(HEAD, "")) != HEAD,
     "fan_in_fan_out": any(is_transposed(part, base) for part in parts),
     "lora_bias": bool(carried),
     "modules_to_save": sorted(saved),
@@ -238,6 +240,16 @@ def _spec(
     if carried:
       spec[f"{PREFIX}{part.stem}.{BIAS}"] = (part.b[-1:], part.dtype)
   return spec
+
+
+def _spec_of_whole(full, kept: Mapping[str, str]) -> dict[str, tuple]:
+  """Shape and dtype of every tensor kept whole, each read once at most."""
+  leaves = getattr(full, "spec", full)
+  found = {}
+  for name, path in kept.items():
+    leaf = leaves[path]
+    found[PREFIX + name] = (leaf.shape, leaf.dtype)
+  return found
 
 
 def _stored(part: Part, a, b) -> Iterator[tuple[str, np.ndarray]]:

@@ -5,6 +5,7 @@ PEFT itself ignores tensors that it has no place for, and fills up missing
 ones with zeros. Here both are errors.
 """
 
+import collections
 import json
 import os
 import re
@@ -87,35 +88,35 @@ def load_peft(
 ) -> PeftAdapter:
   """The Loras, biases and whole tensors of a PEFT adapter folder.
 
-        scale = lora_alpha / r   (/ sqrt(r) with use_rslora), after the patterns
+      scale = lora_alpha / r   (/ sqrt(r) with use_rslora), after the patterns
 
   Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-      like: parameter -> anything with `.shape`, every parameter of the base; if
-        given, shapes must fit and every module that the configuration targets
-        must be there.
-      model_type: `model_type` of the base's config.json, with `like`.
+    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+    like: parameter -> anything with `.shape`, every parameter of the base; if
+      given, shapes must fit, every module that the configuration targets must
+      be there, and what a tied head repeats is not returned twice.
+    model_type: `model_type` of the base's config.json, with `like`.
 
   Returns:
-      PeftAdapter, in the dtypes of the file.
+    PeftAdapter, in the dtypes of the file.
 
   Raises:
-      ValueError: a method other than plain LoRA, tensors the configuration does
-        not explain, an A without its B, ranks that disagree with each other or
-        with the configuration, and what does not fit `like`.
+    ValueError: a method other than plain LoRA, tensors the configuration does
+      not explain, an A without its B, ranks that disagree with each other or
+      with the configuration, and what does not fit `like`.
 
   Example:
-      >>> import tempfile
-      >>> from jlora.checkpoints import write_safetensors
-      >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
-      ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}
-      >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 4,
-      ...           "target_modules": ["q"]}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...   write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
-      ...   _ = Path(folder, CONFIG).write_text(json.dumps(config))
-      ...   load_peft(folder).loras["q.weight"].scale
-      Array(4., dtype=float32)
+    >>> import tempfile
+    >>> from jlora.checkpoints import write_safetensors
+    >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
+    ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}
+    >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 4,
+    ...           "target_modules": ["q"]}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
+    ...   _ = Path(folder, CONFIG).write_text(json.dumps(config))
+    ...   load_peft(folder).loras["q.weight"].scale
+    Array(4., dtype=float32)
   """
   folder = Path(folder)
   for name in (CONFIG, TENSORS):
@@ -129,8 +130,10 @@ def load_peft(
   found, full = _sort_keys(file, config)
   wrappers = _wrappers(found, file, config)
   if like is not None:
-    _check_complete(config, wrappers, like)
-    _check_shapes(wrappers, file, like, model_type)
+    shapes = _shapes(like)
+    wrappers, full = _without_tied_head(wrappers, full, file, shapes)
+    _check_complete(config, wrappers, shapes)
+    _check_shapes(wrappers, file, shapes, table_for(shapes, model_type))
   biases = {
     wrapper.name.removesuffix("weight") + "bias": wrapper.scale
     * file.read_float32(wrapper.keys["bias"])
@@ -186,14 +189,14 @@ def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
       f"{module}: PEFT nests {name_some(sorted(names))} in an order that is"
       f" known only for {name_some(PARAMETER_ORDER)}."
     )
-  return sorted(
-    names, key=lambda n: n in PARAMETER_ORDER and PARAMETER_ORDER.index(n)
-  )
+  order = [name for name in PARAMETER_ORDER if name in names]
+  return order if len(names) > 1 else list(names)
 
 
 def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
   """Every LoRA layer, its ranks compared with the configuration."""
   wrappers, wrong = [], []
+  depths = collections.Counter(module for module, _ in found)
   for (module, nest), keys in found.items():
     if not {"a", "b"} <= keys.keys():
       wrong.append(f"{module}: only {name_some(sorted(keys.values()))}")
@@ -201,14 +204,18 @@ def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
     parameters = (
       [] if is_targeted(config, module) else _parameters(config, module)
     )
-    if len(parameters) <= nest and (parameters or nest):
-      wrong.append(f"{module}: more LoRA layers than target_parameters")
+    if depths[module] != max(len(parameters), 1):
+      wrong.append(
+        f"{module}: {depths[module]} LoRA layers, configured"
+        f" {name_some(parameters)}"
+      )
       continue
     a, b = file.spec[keys["a"]].shape, file.spec[keys["b"]].shape
     name = f"{module}.{parameters[-1 - nest]}" if parameters else module
     rank, scale = rank_and_scale(config, name)
     layout = _layout(keys["a"], a, parameters)
-    if a[0] != b[1] or (a[0] % rank if layout is EXPERTS else a[0] != rank):
+    units = a[0] % rank + rank if layout is EXPERTS else a[0]
+    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or units != rank:
       wrong.append(f"{name}: A {a}, B {b}, configured rank {rank}")
       continue
     name = name if parameters else f"{module}.weight"
@@ -241,7 +248,38 @@ def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:
   return Lora(jnp.asarray(a), jnp.asarray(b), scale)
 
 
-def _check_complete(config, wrappers: list[_Wrapper], like) -> None:
+def _shapes(like: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter; an open checkpoint is not read."""
+  leaves = getattr(like, "spec", like)
+  return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+
+def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
+  """Wrappers and whole tensors without a head that repeats the embedding."""
+  if HEAD in shapes:
+    return wrappers, full
+  heads = [wrapper for wrapper in wrappers if wrapper.name == HEAD]
+  tables = [wrapper for wrapper in wrappers if wrapper.layout is EMBEDDING]
+  repeats = heads and any(
+    np.array_equal(file[heads[0].keys[one]], file[table.keys[other]].T)
+    for table in tables
+    for one, other in (("a", "b"), ("b", "a"))
+  )
+  same = HEAD in full and any(
+    np.array_equal(file[full[HEAD]], file[key])
+    for name, key in full.items()
+    if name != HEAD and file.spec[key].shape == file.spec[full[HEAD]].shape
+  )
+  if (heads and not repeats) or (HEAD in full and not same):
+    raise ValueError(
+      f"{HEAD} is not a parameter of `like`, and its change is not that of the"
+      " embedding it is tied to; untie the base first."
+    )
+  kept = {name: key for name, key in full.items() if name != HEAD}
+  return [wrapper for wrapper in wrappers if wrapper.name != HEAD], kept
+
+
+def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
   """Nothing, if the file has every module of an explicit target list."""
   if (
     config.get("target_modules") == "all-linear"
@@ -251,11 +289,11 @@ def _check_complete(config, wrappers: list[_Wrapper], like) -> None:
   present = {wrapper.name for wrapper in wrappers}
   missing = [
     name
-    for name, leaf in getattr(like, "spec", like).items()
-    if len(leaf.shape) > 1
+    for name, shape in shapes.items()
+    if len(shape) > 1
     and name.endswith(".weight")
-    and is_targeted(config, name.removesuffix(".weight"))
     and name not in present
+    and is_targeted(config, name.removesuffix(".weight"))
   ]
   if missing:
     raise ValueError(
@@ -264,19 +302,10 @@ def _check_complete(config, wrappers: list[_Wrapper], like) -> None:
     )
 
 
-def _check_shapes(
-  wrappers: list[_Wrapper], file: Checkpoint, like, model_type
-) -> None:
+def _check_shapes(wrappers: list[_Wrapper], file, shapes, table) -> None:
   """Nothing, if every Lora fits the parameter it changes."""
-  shapes = {
-    name: tuple(leaf.shape)
-    for name, leaf in getattr(like, "spec", like).items()
-  }
-  table = table_for(shapes, model_type)
   wrong = []
   for wrapper in wrappers:
-    if wrapper.name == HEAD and HEAD not in shapes:
-      continue  # tied to the embedding, whose shape is compared
     view = view_of(wrapper.name, shapes.get(wrapper.name, ()), table)
     needed = view and view.shape(shapes[wrapper.name])
     blank = [
