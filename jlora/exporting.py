@@ -9,18 +9,16 @@ Scales are folded into the factors and `r == lora_alpha == max rank`, with
 only looks at the tensors both come to scale 1.
 """
 
-import itertools
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.adapter_parts import (
   HEAD,
@@ -31,16 +29,15 @@ from jlora.adapter_parts import (
   is_transposed,
 )
 from jlora.adapter_plans import plan_biases, plan_full, plan_loras
+from jlora.adapter_tensors import arrays_of, spec_of
 from jlora.checkpoints import stream_safetensors
 from jlora.expert_parts import nest_parameters, stack_experts
 from jlora.loras import Lora, name_some
 from jlora.merged_checkpoints import save_merged as save_merged
 from jlora.peft_configs import shortest_targets
 from jlora.peft_files import (
-  BIAS,
   CONFIG,
   PEFT,
-  PREFIX,
   TENSORS,
   Profile,
 )
@@ -90,10 +87,10 @@ def save_peft(
       change. PEFT applies it rightly but merges a tied LoRA twice: use
       `save_merged` there.
     model_type: `model_type` of the base's config.json.
-    rename: path -> name in the Hugging Face model, for every path of `like`.
-      For a parameter with leading axes (scanned layers) a sequence of names,
-      one per index. Some checkpoints need one too: that of GPT-2 lacks the
-      `transformer.` under which its causal model keeps its layers.
+    rename: path -> name in the Hugging Face model, for every path of `like`
+      and of the changes. For a parameter with leading axes (scanned layers)
+      a sequence of names, one per index. Some checkpoints need one too: that
+      of GPT-2 lacks the `transformer.` that its causal model puts before.
     overwrite: whether an adapter in the folder may be replaced.
 
   Returns:
@@ -134,16 +131,13 @@ def save_peft(
     raise ValueError(f"No module is left to write. {reasons}")
   config = _configuration(parts, carried, kept, base)
   named = {"base_model_name_or_path": base_model, "task_type": task_type}
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / CONFIG).unlink(missing_ok=True)
-  spec = _spec(parts, carried) | _spec_of_whole(full, kept)
-  whole = (
-    (PREFIX + name, np.asarray(full[path])) for name, path in kept.items()
-  )
-  arrays = itertools.chain(_arrays(parts, loras, biases, carried), whole)
-  stream_safetensors(folder / TENSORS, spec, arrays, {"format": "pt"})
-  _write_json(
-    folder / CONFIG, config | {k: v for k, v in named.items() if v is not None}
+  spec = spec_of(parts, carried, full, kept)
+  arrays = arrays_of(parts, loras, biases, carried, full, kept)
+  _write_folder(
+    folder,
+    spec,
+    arrays,
+    config | {key: value for key, value in named.items() if value is not None},
   )
   return left
 
@@ -162,8 +156,8 @@ def to_in_rank(lora: Lora) -> tuple[jax.Array, jax.Array]:
     >>> [factor.shape for factor in to_in_rank(lora)]
     [(3, 1), (1, 2)]
   """
-  scale = lora.scale[..., None, None].astype(lora.b.dtype)
-  return jnp.swapaxes(lora.a, -1, -2), lora.b * scale
+  b = lora.scale[..., None, None] * lora.b.astype(jnp.float32)
+  return jnp.swapaxes(lora.a, -1, -2), b.astype(lora.b.dtype)
 
 
 def from_in_rank(a: jax.Array, b: jax.Array, scale: float = 1.0) -> Lora:
@@ -202,12 +196,11 @@ def _configuration(
   }
   modules = {part.module for part in parts if not part.layout.wraps_parameter}
   saved = {name.rpartition(".")[0] for name in kept}
+  has_head = HEAD in kept and base.rename(kept[HEAD]) == HEAD
   ours = {part.name for part in parts} | kept.keys()
   optional = {
     "alpha_pattern": patterns,
-    "ensure_weight_tying": base.tied_head
-    and HEAD in ours
-    and base.rename(kept.get(HEAD, "")) != HEAD,
+    "ensure_weight_tying": base.tied_head and HEAD in ours and not has_head,
     "fan_in_fan_out": any(is_transposed(part, base) for part in parts),
     "lora_bias": bool(carried),
     "modules_to_save": sorted(saved),
@@ -224,89 +217,22 @@ def _configuration(
   } | {key: value for key, value in optional.items() if value}
 
 
-def _spec(
-  parts: Sequence[Part], carried: Mapping[str, str]
-) -> dict[str, tuple]:
-  """Shape and dtype of every tensor of the Loras."""
-  spec = {}
-  for part in parts:
-    blank = (
-      np.broadcast_to(np.empty((), part.dtype), part.a),
-      np.broadcast_to(np.empty((), part.dtype), part.b),
-    )
-    spec |= {
-      key: (array.shape, part.dtype) for key, array in _stored(part, *blank)
-    }
-    if carried:
-      spec[f"{PREFIX}{part.stem}.{BIAS}"] = (part.b[-1:], part.dtype)
-  return spec
-
-
-def _spec_of_whole(full, kept: Mapping[str, str]) -> dict[str, tuple]:
-  """Shape and dtype of every tensor kept whole, each read once at most."""
-  leaves = getattr(full, "spec", full)
-  found = {}
-  for name, path in kept.items():
-    leaf = leaves[path]
-    found[PREFIX + name] = (leaf.shape, leaf.dtype)
-  return found
-
-
-def _stored(part: Part, a, b) -> Iterator[tuple[str, np.ndarray]]:
-  """The two tensors of a part, under their keys."""
-  a, b = part.layout.store(a, b, part.kernel)
-  yield f"{PREFIX}{part.stem}.{part.layout.a}", a
-  yield f"{PREFIX}{part.stem}.{part.layout.b}", b
-
-
-def _arrays(parts, loras, biases, carried) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor of the Loras, one Lora in memory at a time."""
-  for path, group in itertools.groupby(parts, lambda part: part.path):
-    factors = None if path is None else _folded(loras[path])
-    for part in group:
-      if factors is None:
-        a, b = np.zeros(part.a, part.dtype), np.zeros(part.b, part.dtype)
-      else:
-        a, b = factors[::-1] if part.swapped else factors
-      if part.index is not None:
-        a = a.reshape(-1, *a.shape[-2:])[part.index]
-        b = b.reshape(-1, *b.shape[-2:])[part.index]
-      a, b = (_padded(factor, part.rank) for factor in (a, b))
-      yield from _stored(part, a.astype(part.dtype), b.astype(part.dtype))
-      if carried:
-        bias = (
-          biases[carried[part.module]]
-          if part.module in carried
-          else (np.zeros(part.b[-1:]))
-        )
-        yield (
-          f"{PREFIX}{part.stem}.{BIAS}",
-          np.asarray(bias).astype(part.dtype),
-        )
-
-
-def _padded(factor: np.ndarray, rank: int) -> np.ndarray:
-  """A factor (..., r, n) with zero units up to a rank."""
-  if factor.shape[-2] == rank:
-    return factor
-  missing = (0, rank - factor.shape[-2])
-  return np.pad(factor, [(0, 0)] * (factor.ndim - 2) + [missing, (0, 0)])
-
-
-def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
-  """A and scale * b, b in float32 where the scale is not one."""
-  scale = np.asarray(lora.scale, np.float32)[..., None, None]
-  b = np.asarray(lora.b)
-  if (scale != 1).any():
-    b = b.astype(np.float32) * scale
-  return np.asarray(lora.a), b
-
-
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-  """A JSON file with sorted keys, written whole or not at all."""
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def _write_folder(
+  folder: Path, spec, arrays, config: Mapping[str, Any]
+) -> None:
+  """Both files; an adapter that was there stays until the new one is whole."""
+  folder.mkdir(parents=True, exist_ok=True)
+  suffix = f"{secrets.token_hex(4)}.tmp"
+  tensors, text = (
+    folder / f".{TENSORS}.{suffix}",
+    folder / f".{CONFIG}.{suffix}",
+  )
   try:
-    temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    stream_safetensors(tensors, spec, arrays, {"format": "pt"})
+    text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).unlink(missing_ok=True)
+    os.replace(tensors, folder / TENSORS)
+    os.replace(text, folder / CONFIG)
   finally:
-    temporary.unlink(missing_ok=True)
+    tensors.unlink(missing_ok=True)
+    text.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from jlora.peft_files import PARAMETER_ORDER
+
 # Configuration entries with which a module is not base + scale * B @ A, or is
 # so only for another base. Anything but None, False and empty is refused.
 REFUSED = {
@@ -167,6 +169,40 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
     return False
   targets = config.get("target_modules") or ()
   return targets == "all-linear" or _matches(targets, module)
+
+
+def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
+  """The parameters of a module that PEFT wraps, the innermost first.
+
+  Args:
+    config: the contents of `adapter_config.json`.
+    module: a full module name.
+
+  Returns:
+    Last parts of names from `target_parameters`; empty if there are none.
+
+  Raises:
+    ValueError: several, of which the nesting is not known.
+
+  Example:
+    >>> entries = {"target_parameters": ["experts.down_proj",
+    ...                                  "experts.gate_up_proj"]}
+    >>> wrapped_parameters(entries, "h.0.experts")
+    ['gate_up_proj', 'down_proj']
+  """
+  names = {
+    target.rpartition(".")[2]
+    for target in config.get("target_parameters") or ()
+    if f".{module}".endswith(f".{target}".rpartition(".")[0])
+  }
+  if len(names) < 2:
+    return list(names)
+  if names <= set(PARAMETER_ORDER):
+    return [name for name in PARAMETER_ORDER if name in names]
+  raise ValueError(
+    f"{module}: PEFT nests {', '.join(sorted(names)[:3])} in an order that is"
+    f" known only for {', '.join(PARAMETER_ORDER)}."
+  )
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:

@@ -25,6 +25,7 @@ from jlora.peft_configs import (
   is_saved,
   is_targeted,
   rank_and_scale,
+  wrapped_parameters,
 )
 from jlora.peft_files import (
   BIAS,
@@ -33,7 +34,6 @@ from jlora.peft_files import (
   EMBEDDING,
   EXPERTS,
   LINEAR,
-  PARAMETER_ORDER,
   PREFIX,
   TENSORS,
   Layout,
@@ -158,7 +158,9 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
       module, role = match["module"], match["role"]
       roles = found.setdefault((module, match["nest"].count(".")), {})
       roles[_ROLES[role]] = key
-      explained = is_targeted(config, module) or _parameters(config, module)
+      explained = is_targeted(config, module) or wrapped_parameters(
+        config, module
+      )
       explained = explained and (role != BIAS or config.get("lora_bias"))
     else:
       module, _, leaf = name.rpartition(".")
@@ -177,22 +179,6 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
   return found, full
 
 
-def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
-  """Parameters of a module in `target_parameters`, the innermost first."""
-  names = {
-    target.rpartition(".")[2]
-    for target in config.get("target_parameters") or ()
-    if f".{module}".endswith(f".{target}".rpartition(".")[0])
-  }
-  if len(names) > 1 and not names <= set(PARAMETER_ORDER):
-    raise ValueError(
-      f"{module}: PEFT nests {name_some(sorted(names))} in an order that is"
-      f" known only for {name_some(PARAMETER_ORDER)}."
-    )
-  order = [name for name in PARAMETER_ORDER if name in names]
-  return order if len(names) > 1 else list(names)
-
-
 def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
   """Every LoRA layer, its ranks compared with the configuration."""
   wrappers, wrong = [], []
@@ -202,7 +188,7 @@ def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
       wrong.append(f"{module}: only {name_some(sorted(keys.values()))}")
       continue
     parameters = (
-      [] if is_targeted(config, module) else _parameters(config, module)
+      [] if is_targeted(config, module) else wrapped_parameters(config, module)
     )
     if depths[module] != max(len(parameters), 1):
       wrong.append(

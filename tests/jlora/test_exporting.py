@@ -407,6 +407,19 @@ def test_an_adapter_is_replaced_only_when_asked(tmp_path):
   assert list(load_peft(tmp_path, like=LIKE).loras) == ["h.k.weight"]
 
 
+def test_an_adapter_stays_when_its_successor_fails(tmp_path):
+  save_peft(tmp_path, {"h.q.weight": LORA}, like=LIKE)
+  before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+  wrong = {"h.norm.weight": np.array(["not", "a", "number"])}
+  like = LIKE | {"h.norm.weight": np.ones(3)}
+  with pytest.raises(ValueError, match="which safetensors lacks"):
+    save_peft(
+      tmp_path, {"h.k.weight": LORA}, like=like, full=wrong, overwrite=True
+    )
+  after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+  assert after == before
+
+
 def test_each_lora_of_a_lazy_mapping_is_read_twice_at_most(tmp_path):
   class Lazy(dict):
     reads = 0
