@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from jlora.adapter_parts import ROUTERS, SPLIT_EXPERTS, Base, Part, zero_part
-from jlora.peft_files import PARAMETER_ORDER
+from jlora.peft_files import PARAMETER_ORDER, ROUTER
 
 # Model types of which PEFT 0.21 takes every module with these names for an
 # expert, also the shared experts and the dense layers, which it then drops.
@@ -65,7 +65,10 @@ def stack_experts(
     match = re.fullmatch(SPLIT_EXPERTS, part.name)
     if match:
       stacks[match[1]] = part.dtype
-    if match or (base.splits_experts and re.fullmatch(ROUTERS, part.name)):
+    is_router = base.splits_experts and re.fullmatch(ROUTERS, part.name)
+    if is_router and base.model_type in _NOT_CONVERTED:
+      part = part._replace(layout=ROUTER)
+    elif match or is_router:
       part = part._replace(a=(rank, part.a[-1]), b=(rank, part.b[-1]))
     padded.append(part)
   present = {part.name for part in parts}

@@ -192,6 +192,21 @@ def test_split_experts_load_as_transformers_fuses_them(tmp_path):
   assert_close(logits_of(wrapped), logits_of(reference.eval()))
 
 
+def test_separate_experts_that_peft_does_not_convert(tmp_path):
+  model = build(qwen2_moe())
+  model.save_pretrained(tmp_path / "base")
+  base = open_checkpoint(tmp_path / "base")
+  loras = random_loras(model, ranks=(2, 3))
+  fused = {name for name in loras if ".experts." in name}
+  loras = {name: lora for name, lora in loras.items() if name not in fused}
+  split = "model.layers.0.mlp.experts.0.up_proj.weight"
+  expert = {split: from_in_rank(jnp.ones((32, 2)), jnp.ones((2, 16)))}
+  folder = tmp_path / "adapter"
+  left = save_peft(folder, loras | expert, like=base, model_type="qwen2_moe")
+  assert list(left) == [split]
+  assert_close(logits_of(loaded(model, folder)), changed(model, loras))
+
+
 def test_what_peft_takes_for_an_expert_is_reported(tmp_path):
   names = ["mlp.experts.0.up_proj", "mlp.shared_experts.up_proj", "q_proj"]
   loras = {f"model.layers.0.{name}.weight": LORA for name in names}
