@@ -71,7 +71,7 @@ def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
   Args:
     delta: (..., m, n), read as float32.
     rank: triplets to keep, static; clipped to min(m, n).
-    key: fills in directions where delta is zero; None is `key(0)`.
+    key: unused; there so that every factoriser has the same call.
 
   Returns:
     Factors as `svd` gives them, to rounding. Costs one product of
@@ -85,11 +85,12 @@ def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
     >>> gram(jnp.diag(jnp.array([1.0, 4.0, 2.0])), 2).s.round(4)
     Array([4., 2.], dtype=float32)
   """
+  del key
   rank = _check(delta, rank)
 
   def core(a):
     vectors = _ritz_vectors(_rows_gram(a), a, rank)
-    return _finish(vectors, vectors @ a, key)
+    return _finish(vectors, vectors @ a)
 
   return _each(functools.partial(_short_side_first, core), delta)
 
@@ -124,7 +125,8 @@ def krylov(
     passes: blocks at the most; `2 passes - 1` products of
       `2 m n (rank + oversample)` operations.
     tol: stops after the second or third block when the last one lowered the
-      squared error by less than this share. Under `vmap` nothing stops early.
+      squared error by less than this share, or found nothing where delta is of
+      low rank. Under `vmap` nothing stops early.
 
   Returns:
     Factors u (..., m, r), s (..., r), vt (..., r, n), float32, orthonormal also
@@ -137,7 +139,7 @@ def krylov(
   Example:
     >>> delta = jnp.outer(jnp.arange(1., 6.), jnp.ones(3))
     >>> u, s, vt = krylov(delta, 1, jax.random.key(0))
-    >>> bool(jnp.allclose(u * s @ vt, delta, atol=1e-4))
+    >>> bool(jnp.allclose(u @ jnp.diag(s) @ vt, delta, atol=1e-4))
     True
 
   References:
@@ -157,11 +159,10 @@ def krylov(
 
   def core(a):
     start = jax.random.normal(_or_zero(key), (rank + oversample, a.shape[0]))
-    basis = orthonormal_rows(start, rounds=2)
-    vectors, images = _grow(
-      a, basis, basis @ a, None, None, rank=rank, passes=passes, tol=tol
+    vectors, images = _iterate(
+      a, orthonormal_rows(start, 2), rank=rank, passes=passes, tol=tol
     )
-    return _finish(vectors, images, key)
+    return _finish(vectors, images)
 
   return _each(functools.partial(_short_side_first, core), delta)
 
@@ -240,7 +241,7 @@ def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     u, s, vt = jnp.linalg.svd(small, full_matrices=False)
     u = qa @ u[..., :rank]
     vt = vt[..., :rank, :] @ jnp.swapaxes(qb, -1, -2)
-    return _fix_signs(u, s[..., :rank] * (a_scale * b_scale)[..., 0], vt)
+    return _fix_signs(u, s[..., :rank] * a_scale * b_scale, vt)
 
 
 def _check(delta: jax.Array, rank: int) -> int:
@@ -276,8 +277,9 @@ def _unit(a: jax.Array) -> tuple[jax.Array, jax.Array]:
   exponent = jnp.frexp(jnp.where(top > 0, top, 1.0))[1]
   # In two steps: 2^-e alone overflows for the smallest float32 numbers.
   half = exponent // 2
-  scaled = jnp.ldexp(jnp.ldexp(a, -half), half - exponent)
-  return scaled, jnp.ldexp(jnp.ones_like(top), exponent)[..., 0]
+  one = jnp.ones_like(top)
+  scaled = a * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent)
+  return scaled, jnp.ldexp(one, exponent)[..., 0]
 
 
 def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> Factors:
@@ -301,22 +303,85 @@ def _rows_gram(x: jax.Array) -> jax.Array:
 
 
 def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
-  """Rows with the same span, orthonormal after two rounds; zero rows stay zero.
+  """Orthonormal rows of the same span, zero for a row that depends on others.
+
+      x ← c⁻¹ x,   c cᵀ = x xᵀ + shift
 
   The shift keeps the Cholesky factor finite for dependent and zero rows, where
   the unshifted scheme gives NaN. The last round is run on nearly orthonormal
-  rows and takes a smaller one.
+  rows and takes a smaller one. What is still short then was rounding noise.
+
+  Args:
+    x: (r, n) float32.
+    rounds: 2 for rows spread over four decades, 3 for seven; static.
+
+  Returns:
+    (r, n) float32. Under sharding only r x r products are reduced.
+
+  Example:
+    >>> q = orthonormal_rows(jnp.array([[3.0, 0.0], [1.0, 1.0]]), 2)
+    >>> bool(jnp.allclose(q @ q.T, jnp.eye(2), atol=1e-5))
+    True
   """
   eye = jnp.eye(x.shape[0], dtype=x.dtype)
-  for turn in range(rounds):
+
+  def condition(turn, x):
     g = _rows_gram(x)
-    size = jnp.trace(g) / (1 if turn < rounds - 1 else x.shape[0])
-    c = jnp.linalg.cholesky(g + (1e-6 * size + 1e-30) * eye)
+    share = jnp.where(turn < rounds - 1, 1e-6, 1e-6 / x.shape[0])
+    c = jnp.linalg.cholesky(g + (share * jnp.trace(g) + 1e-30) * eye)
     inverse = jax.lax.linalg.triangular_solve(
       c, eye, left_side=True, lower=True
     )
-    x = inverse @ x
-  return x
+    return inverse @ x
+
+  x = jax.lax.fori_loop(0, rounds, condition, x)
+  return jnp.where(jnp.sum(x * x, axis=1, keepdims=True) > 0.5, x, 0.0)
+
+
+def _iterate(a, block, *, rank, passes, tol):
+  """Ritz rows (r, m) and their images (r, n) from a Krylov space.
+
+  Rows of the basis that are not reached stay zero: they are orthogonal to all
+  and have no image, so they never lead.
+  """
+  width, (m, n) = block.shape[0], a.shape
+  basis = jnp.zeros((passes * width, m)).at[:width].set(block)
+  images = jnp.zeros((passes * width, n)).at[:width].set(block @ a)
+
+  def grow(state):
+    at, _, basis, images = state
+    newest = jax.lax.dynamic_slice_in_dim(images, (at - 1) * width, width)
+    block = _next_block(a, basis, newest)
+    basis = jax.lax.dynamic_update_slice_in_dim(basis, block, at * width, 0)
+    images = jax.lax.dynamic_update_slice_in_dim(
+      images, block @ a, at * width, 0
+    )
+    stop = jax.lax.cond(
+      at == 2,
+      lambda: _is_settled(a, images[: 3 * width], rank, tol),
+      lambda: False,
+    )
+    return at + 1, stop, basis, images
+
+  def unsettled(state):
+    return (state[0] < passes) & ~state[1]
+
+  _, _, basis, images = jax.lax.while_loop(
+    unsettled, grow, (jnp.int32(1), jnp.bool_(False), basis, images)
+  )
+  rows = _ritz_vectors(_rows_gram(images), images, rank)
+  return rows @ basis, rows @ images
+
+
+def _is_settled(a, images, rank, tol):
+  """Whether the third block lowered the squared error by less than `tol`."""
+  projected = _rows_gram(images)
+  before = 2 * images.shape[0] // 3
+  energy, earlier = (
+    jnp.linalg.eigvalsh(g)[-rank:].sum()
+    for g in (projected, projected[:before, :before])
+  )
+  return energy - earlier <= tol * (jnp.sum(a * a) - energy)
 
 
 def _next_block(a, basis, images):
@@ -324,54 +389,12 @@ def _next_block(a, basis, images):
   # Conditioning the images first keeps directions that a dominant singular
   # value would drown, squared, in the rounding of the product.
   block = jnp.einsum("bn,mn->bm", orthonormal_rows(images, 2), a)
-  for _ in range(2):
+
+  def off_basis(_, block):
     block = block - (block @ basis.T) @ basis
-    block = orthonormal_rows(block, 1)
-  return block
+    return orthonormal_rows(block, 2)
 
-
-def _grow(a, basis, images, projected, captured, *, rank, passes, tol):
-  """Ritz rows and their images, from a basis grown by up to passes - 1 blocks.
-
-  `projected` is images imagesᵀ without the newest block, `captured` the energy
-  its leading triplets held; both are None on the first call.
-  """
-  width = images.shape[0] - (0 if projected is None else projected.shape[0])
-  newest = images[-width:]
-  border = images @ newest.T
-  if projected is None:
-    projected = border
-  else:
-    projected = jnp.block(
-      [[projected, border[:-width]], [border[:-width].T, border[-width:]]]
-    )
-
-  def finish(_):
-    rows = _ritz_vectors(projected, images, rank)
-    return rows @ basis, rows @ images
-
-  def more(energy):
-    block = _next_block(a, basis, newest)
-    return _grow(
-      a,
-      jnp.concatenate([basis, block]),
-      jnp.concatenate([images, block @ a]),
-      projected,
-      energy,
-      rank=rank,
-      passes=passes - 1,
-      tol=tol,
-    )
-
-  if passes == 1:
-    return finish(None)
-  if basis.shape[0] > 3 * width:  # the eigenproblem costs more than it saves
-    return more(None)
-  energy = jnp.linalg.eigvalsh(projected)[-rank:].sum()
-  if captured is None:
-    return more(energy)
-  done = energy - captured <= tol * (jnp.sum(a * a) - energy)
-  return jax.lax.cond(done, finish, more, energy)
+  return jax.lax.fori_loop(0, 2, off_basis, block)
 
 
 def _ritz_vectors(projected, images, rank):
@@ -382,7 +405,7 @@ def _ritz_vectors(projected, images, rank):
   def deflate(_):
     large = values > _GRADED * values[0]
     count = jnp.minimum(large.sum(), rank)
-    taken = vectors * large
+    taken = jnp.where(large, vectors, 0.0)
     rest = images - taken @ (taken.T @ images)
     small = _descending_eigh(_rows_gram(rest))[1]
     index = jnp.arange(rank)
@@ -402,21 +425,27 @@ def _descending_eigh(symmetric):
   return values[::-1], vectors[:, ::-1]
 
 
-def _finish(rows, images, key):
+def _finish(rows, images):
   """Triplets of `rowsᵀ images`, rows (r, m) orthonormal or nearly so."""
-  left, right = jax.random.split(_or_zero(key))
   norms = jnp.linalg.norm(images, axis=1)
-  floor = norms.max() * 1e-7
-  u = _complete(rows, jnp.linalg.norm(rows, axis=1) > 0.5, left)
-  live = norms > floor
-  directions = images / jnp.where(live, norms, 1.0)[:, None]
-  v = _complete(directions, live, right)
+  live = norms > norms.max() * 1e-7
+  u = _complete(rows, jnp.linalg.norm(rows, axis=1) > 0.5)
+  v = _complete(images / jnp.where(live, norms, 1.0)[:, None], live)
   core = jnp.where(live[:, None], images @ v.T, 0.0)
   w, s, xt = jnp.linalg.svd(core)
   return u.T @ w, s, xt @ v
 
 
-def _complete(rows, live, key):
-  """Orthonormal rows: the live ones kept, the others replaced at random."""
-  noise = jax.random.normal(key, rows.shape) / jnp.sqrt(rows.shape[1])
-  return orthonormal_rows(jnp.where(live[:, None], rows, noise), 3)
+def _complete(rows, live):
+  """Orthonormal rows: the live ones kept, the others replaced by noise."""
+  return orthonormal_rows(jnp.where(live[:, None], rows, _noise(rows.shape)), 3)
+
+
+def _noise(shape):
+  """Rows of about unit norm, always the same, from a hash of the indices."""
+  i, j = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+  h = i * jnp.uint32(0x9E3779B9) ^ j * jnp.uint32(0x85EBCA6B)
+  for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+    h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
+  uniform = (h >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-23 - 1.0
+  return uniform * (3.0 / shape[1]) ** 0.5
