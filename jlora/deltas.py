@@ -90,8 +90,11 @@ def rounding_noise(stored: jax.Array, dtype: Any) -> jax.Array:
   Approximation: treats rounding errors as uniform and independent, which holds
   while the changes are larger than an ulp.
   """
-  values = jnp.abs(stored.astype(jnp.float32))
-  exponent = jnp.frexp(values)[1] - 1 - jnp.finfo(dtype).nmant
-  ulp = jnp.where(values > 0, jnp.ldexp(1.0, exponent), 0.0)
+  bits = jax.lax.bitcast_convert_type(stored.astype(jnp.float32), jnp.uint32)
+  # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
+  power = jax.lax.bitcast_convert_type(
+    bits & jnp.uint32(0x7F800000), jnp.float32
+  )
+  ulp = power * 2.0 ** -jnp.finfo(dtype).nmant
   rows = jnp.mean(jnp.square(ulp), axis=-1) if ulp.ndim else jnp.square(ulp)
   return jnp.sqrt(jnp.mean(rows) / 12)

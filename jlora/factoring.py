@@ -356,12 +356,12 @@ def _iterate(a, block, *, rank, passes, tol):
     images = jax.lax.dynamic_update_slice_in_dim(
       images, block @ a, at * width, 0
     )
-    stop = jax.lax.cond(
+    settled = jax.lax.cond(
       at == 2,
       lambda: _is_settled(a, images[: 3 * width], rank, tol),
-      lambda: False,
+      lambda: jnp.bool_(False),
     )
-    return at + 1, stop, basis, images
+    return at + 1, settled | ~jnp.any(block), basis, images
 
   def unsettled(state):
     return (state[0] < passes) & ~state[1]
@@ -381,7 +381,10 @@ def _is_settled(a, images, rank, tol):
     jnp.linalg.eigvalsh(g)[-rank:].sum()
     for g in (projected, projected[:before, :before])
   )
-  return energy - earlier <= tol * (jnp.sum(a * a) - energy)
+  total = jnp.sum(a * a)
+  rest = total - energy
+  # Under this share of the total, rounding decides and another pass is due.
+  return (energy - earlier <= tol * rest) & (rest > 1e-5 * total)
 
 
 def _next_block(a, basis, images):
@@ -389,9 +392,13 @@ def _next_block(a, basis, images):
   # Conditioning the images first keeps directions that a dominant singular
   # value would drown, squared, in the rounding of the product.
   block = jnp.einsum("bn,mn->bm", orthonormal_rows(images, 2), a)
+  noise = 3e-6 * jnp.linalg.norm(block)
 
   def off_basis(_, block):
     block = block - (block @ basis.T) @ basis
+    # A block that lay in the basis leaves only rounding, which must not be
+    # blown up into rows that are not orthogonal to the basis.
+    block = jnp.where(jnp.linalg.norm(block) > noise, block, 0.0)
     return orthonormal_rows(block, 2)
 
   return jax.lax.fori_loop(0, 2, off_basis, block)
