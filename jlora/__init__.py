@@ -4,6 +4,7 @@
 checkpoints ─► deltas ─► factors ─► {path: Lora} ─► measured, exported
 """
 
+from jlora.assembly import Spectra as Spectra
 from jlora.certificates import Certificate as Certificate
 from jlora.certificates import certificate as certificate
 from jlora.checkpoints import Checkpoint as Checkpoint
@@ -32,7 +33,6 @@ from jlora.pairing import refuse as refuse
 from jlora.paths import matching as matching
 from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
-from jlora.runs import Spectra as Spectra
 from jlora.runs import extract_checkpoint as extract_checkpoint
 
 __all__ = [

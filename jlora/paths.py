@@ -176,7 +176,6 @@ def _is_node(tree: Any) -> bool:
 
 def _name(path: tuple[Any, ...]) -> str:
   """`a/b/c` of a key path, without NNX's trailing `.value`."""
-  last = path[-1] if path else None
-  if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+  if path and path[-1] == jax.tree_util.GetAttrKey("value"):
     path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator="/")
