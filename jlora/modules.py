@@ -239,7 +239,7 @@ def read_pair(
     array([1., 0.])
   """
   left, right = read(base, pair.base), read(finetuned, pair.finetuned)
-  if not pair.whole and right.shape[0] < left.shape[0]:
+  if not pair.whole and right.shape[:1] < left.shape[:1]:
     rest = left[right.shape[0] :].astype(right.dtype)
     right = np.concatenate([right, rest])
   return left, right
