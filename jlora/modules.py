@@ -22,6 +22,8 @@ from jlora.pairing import Pair, names_of, read
 from jlora.paths import key_for
 from jlora.views import MatrixView, as_matrix
 
+_EQUAL = "equal in value, not in bytes"
+
 
 class Measured(NamedTuple):
   """What one module's step gives: the stored factors and all figures' sources.
@@ -162,6 +164,8 @@ class Extractor:
       return Outcome("unchanged" if same else "not representable", why)
     if not pair.whole and _is_same(left, right):
       return Outcome("unchanged")
+    if not pair.whole and not (view and rank) and _is_equal(left, right):
+      return Outcome("unchanged", _EQUAL)
     if view is not None and rank == 0:
       return Outcome("not representable", "not selected")
     if pair.whole or view is None:
@@ -187,7 +191,7 @@ class Extractor:
       noise_std=float(measured.noise_std),
     )
     if figures["norm"] == 0:
-      return Outcome("unchanged", "equal in value, not in dtype")
+      return Outcome("unchanged", _EQUAL)
     arrays = {
       "a": np.asarray(measured.lora.a),
       "b": np.asarray(measured.lora.b),
@@ -254,6 +258,11 @@ def _is_same(left: np.ndarray, right: np.ndarray) -> bool:
     np.ascontiguousarray(left).view(word),
     np.ascontiguousarray(right).view(word),
   )
+
+
+def _is_equal(left: np.ndarray, right: np.ndarray) -> bool:
+  """Whether two tensors hold the same values, whatever their dtypes."""
+  return np.array_equal(left.astype(np.float32), right.astype(np.float32))
 
 
 def _stored(finetuned: Mapping[str, Any], pair: Pair) -> np.dtype:
