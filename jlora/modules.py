@@ -183,6 +183,10 @@ class Extractor:
     norm = np.asarray(measured.certificate.norm)
     if not np.all(np.isfinite(norm)):
       _check_finite(pair.path, left, right)
+      raise ValueError(
+        f"{pair.path}: the change is larger than float32 holds; the checkpoint "
+        "is damaged or training diverged."
+      )
     figures = summarise(
       jax.tree.map(np.asarray, measured.certificate),
       np.asarray(measured.sigma),
