@@ -14,6 +14,7 @@ import itertools
 import os
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,9 +84,9 @@ def held_out_loss(apply: Apply, params: Any, tokens: np.ndarray) -> float:
   return float(np.mean(jax.device_get(rows)))
 
 
-def is_kernel(path: str) -> bool:
-  """Whether a path is a linear layer's matrix: no norm, bias or embedding."""
-  return path.endswith("/kernel")
+def is_matrix(path: str) -> bool:
+  """Whether a path is a layer's matrix or an embedding: no norm, no bias."""
+  return path.endswith(("/kernel", "/embedding"))
 
 
 def finetune(
@@ -95,9 +96,11 @@ def finetune(
   *,
   steps: int,
   learning_rate: float,
-  train: Callable[[str], bool] = is_kernel,
+  train: Callable[[str], bool] = is_matrix,
 ) -> Any:
   """Parameters after full finetuning: every trained matrix moves freely.
+
+  Matrices and embeddings move unless `train` says otherwise.
 
   Adam without weight decay, linear warmup over a fifth of the steps, cosine to
   zero, gradients clipped to norm 1. Costs four copies of what is trained,
@@ -138,7 +141,7 @@ def finetune(
     change, state = optimiser.update(gradient, state)
     return optax.apply_updates(moving, change), state, value
 
-  state, done = optimiser.init(moving), 0
+  state, done, began = optimiser.init(moving), 0, time.monotonic()
   with tqdm.tqdm(total=steps, desc="finetune", disable=None) as bar:
     for tokens in itertools.islice(batches, steps):
       moving, state, value = update(moving, state, frozen, jnp.asarray(tokens))
@@ -146,7 +149,14 @@ def finetune(
       bar.set_postfix_str(f"loss {value:.3f}")  # waits for the step
       bar.update()
       if bar.disable and done % (steps // 5 or 1) == 0:
-        logging.info("finetune: step %d/%d, loss %.3f", done, steps, value)
+        left = (time.monotonic() - began) / done * (steps - done)
+        logging.info(
+          "finetune: step %d/%d, loss %.3f, %.0f s left",
+          done,
+          steps,
+          value,
+          left,
+        )
   if done < steps:
     raise ValueError(f"{steps} steps need as many batches, got {done}")
   return traverse_util.unflatten_dict({**frozen, **moving}, sep="/")
@@ -188,7 +198,9 @@ def kjv_pair(
     ValueError: if a checksum is wrong.
   """
   base = smollm2.fetch(cache)
-  folder = base.with_name(f"{base.name}-kjv-{steps}x4x128-{learning_rate:g}")
+  folder = base.with_name(
+    f"{base.name}-kjv-{steps}x4x128-{learning_rate:g}-all"
+  )
   if not folder.exists():
     text, _ = texts.split(smollm2.kjv(cache))
     apply, params = models.load(base)

@@ -4,6 +4,7 @@
 checkpoints ─► deltas ─► factors ─► {path: Lora} ─► measured, exported
 """
 
+from jlora.application import apply as apply
 from jlora.assembly import Spectra as Spectra
 from jlora.certificates import Certificate as Certificate
 from jlora.certificates import certificate as certificate
@@ -45,6 +46,7 @@ __all__ = [
   "Loras",
   "Report",
   "Spectra",
+  "apply",
   "certificate",
   "cheapest",
   "common_rows",

@@ -33,7 +33,7 @@ def test_kernels_move_and_nothing_else(pair):
     for folder in pair
   )
   moved = {p for p in base if not np.array_equal(base[p], tuned[p])}
-  assert moved == {path for path in base if finetune.is_kernel(path)}
+  assert moved == {path for path in base if finetune.is_matrix(path)}
   assert len(moved) == 14
 
 

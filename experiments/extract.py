@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LoRA from two checkpoints, with the loss of every module.
+
+  python -m experiments.extract --base=DIR --finetuned=DIR --out=DIR --rank=64
+
+Writes `adapter_model.safetensors`, `adapter_config.json`, `README.md` and
+`report.json` into the output folder and prints the tables of the report.
+Checkpoints are safetensors files, Hugging Face folders or orbax directories.
+"""
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from absl import app, flags
+
+import jlora
+from experiments.compilation import keep_compilations
+from jlora import ranks, reporting
+
+_BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
+_FINETUNED = flags.DEFINE_string(
+  "finetuned", None, "The finetuned checkpoint.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "The output folder.", required=True)
+_RANK = flags.DEFINE_integer(
+  "rank",
+  64,
+  "Rank of every module, and the most a policy gives.",
+  lower_bound=1,
+)
+_POLICY = flags.DEFINE_enum(
+  "policy",
+  "fixed",
+  ["fixed", "energy", "ratio", "noise", "budget"],
+  "How ranks up to --rank are chosen: all the same; the share of the energy "
+  "(--energy); singular values above the largest / --ratio; above the rounding "
+  "noise of the stored dtype; or a byte budget (--budget_mib).",
+)
+_ENERGY = flags.DEFINE_float(
+  "energy", 0.95, "Squared share of each change to keep.", 0.0, 1.0
+)
+_RATIO = flags.DEFINE_float("ratio", 30.0, "Largest over smallest value kept.")
+_BUDGET = flags.DEFINE_float(
+  "budget_mib", None, "Size of all factors together; sets --policy=budget."
+)
+_SELECT = flags.DEFINE_string(
+  "select", None, "Regex of whole names: only these matrices are factored."
+)
+_EXCLUDE = flags.DEFINE_string(
+  "exclude", None, "Regex of whole names: these matrices are not factored."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  "float32",
+  ["float32", "bfloat16", "float16"],
+  "Storage dtype of the factors.",
+)
+_PROFILE = flags.DEFINE_enum(
+  "profile", "peft", ["peft", "vllm"], "Who will load the adapter."
+)
+_VOCABULARY = flags.DEFINE_enum(
+  "vocabulary",
+  "whole",
+  ["whole", "common", "error"],
+  "A table whose number of rows changed: keep the finetuned one whole, compare "
+  "the common rows, or stop.",
+)
+_FACTOR = flags.DEFINE_enum(
+  "factor", "krylov", ["krylov", "gram", "svd"], "The factoriser."
+)
+_BASE_MODEL = flags.DEFINE_string(
+  "base_model", None, "Name of the base in the adapter; --base by default."
+)
+_RESUME = flags.DEFINE_bool("resume", False, "Go on with an unfinished run.")
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Replace an adapter that is in the output folder."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print report.json, not tables.")
+_CACHE = flags.DEFINE_string(
+  "cache", None, "Folder of compiled programs; ~/.cache/jlora by default."
+)
+
+_PROFILES = {"peft": jlora.PEFT, "vllm": jlora.VLLM}
+_FACTORS = {"krylov": jlora.krylov, "gram": jlora.gram, "svd": jlora.svd}
+_VOCABULARIES = {
+  "whole": jlora.keep_whole,
+  "common": jlora.common_rows,
+  "error": jlora.refuse,
+}
+_POLICIES: dict[str, Callable[[jlora.Spectra], dict[str, int]] | None] = {
+  "fixed": None,
+  "energy": lambda s: ranks.energy(s.values, s.norms, _ENERGY.value),
+  "ratio": lambda s: ranks.ratio(s.values, _RATIO.value),
+  "noise": lambda s: ranks.above_floor(s.values, s.floors),
+  "budget": lambda s: ranks.budget(
+    s.values, s.unit_bytes, int((_BUDGET.value or 0) * 2**20)
+  ),
+}
+
+
+def main(argv: list[str]) -> None:
+  """Runs the extraction; a bad input is one message and exit code 1."""
+  try:
+    _run(argv)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
+  keep_compilations(_CACHE.value)
+  report = jlora.extract_checkpoint(
+    _BASE.value,
+    _FINETUNED.value,
+    _OUT.value,
+    rank=_RANK.value,
+    policy=_POLICIES[_policy()],
+    factor=_FACTORS[_FACTOR.value],
+    select=_selector(),
+    vocabulary=_VOCABULARIES[_VOCABULARY.value],
+    profile=_PROFILES[_PROFILE.value],
+    dtype=jnp.dtype(_DTYPE.value),
+    base_model=_BASE_MODEL.value,
+    resume=_RESUME.value,
+    overwrite=_OVERWRITE.value,
+  )
+  reporting.write_card(_OUT.value, report, _command())
+  if _JSON.value:
+    print(json.dumps(report._asdict()))
+    return
+  print(reporting.type_table(report), end="\n\n")
+  print(reporting.worst_table(report), end="\n\n")
+  print(reporting.ledger_lines(report))
+  print(f"\nwritten: {_OUT.value}")
+
+
+def _policy() -> str:
+  """The policy's name; a budget is one whether or not it is said twice."""
+  if _BUDGET.value is None:
+    if _POLICY.value == "budget":
+      raise ValueError("--policy=budget needs --budget_mib.")
+    return _POLICY.value
+  if _POLICY.value not in ("fixed", "budget"):
+    raise ValueError(f"--budget_mib does not go with --policy={_POLICY.value}.")
+  return "budget"
+
+
+def _selector() -> Callable[[str, Any], bool]:
+  """The matrices that --select and --exclude leave."""
+  named = jlora.matching(_SELECT.value, _EXCLUDE.value)
+  return functools.partial(_is_selected, named)
+
+
+def _is_selected(
+  named: Callable[[str, Any], bool], path: str, leaf: Any
+) -> bool:
+  return jlora.is_matrix(path, leaf) and named(path, leaf)
+
+
+def _command() -> str:
+  """What makes this adapter again, without how the run was taken up."""
+  skipped = ("--resume", "--overwrite", "--json")
+  words = [word for word in sys.argv[1:] if not word.startswith(skipped)]
+  return f"python -m experiments.extract {shlex.join(words)}"
+
+
+if __name__ == "__main__":
+  app.run(main)
