@@ -121,8 +121,6 @@ def open_journal(
     0
   """
   folder = Path(out) / FOLDER
-  # A kill while close() was removing: everything was in place by then.
-  shutil.rmtree(folder.with_name(_DONE), ignore_errors=True)
   wanted = json.loads(json.dumps(fingerprint))
   header = folder / _HEADER
   if header.exists():
@@ -138,6 +136,20 @@ def open_journal(
     partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
     os.replace(partial, header)
   return Journal(folder)
+
+
+def remove_closed(out: str | os.PathLike) -> None:
+  """Removes what is left of a journal whose `close` was killed.
+
+  Args:
+    out: the run's output folder; all results were in place by then.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   remove_closed(out)
+  """
+  shutil.rmtree(Path(out) / _DONE, ignore_errors=True)
 
 
 def check_fingerprint(

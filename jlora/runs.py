@@ -7,6 +7,7 @@ open ─► pair ─► read, factor, certify, journal (threads) ─► ranks �
 import functools
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,13 @@ from jlora.assembly import Policy, choose_ranks, write_adapter
 from jlora.deltas import is_matrix
 from jlora.extraction import Select
 from jlora.factoring import Factoriser, krylov
-from jlora.journal import FOLDER, Journal, open_journal
+from jlora.journal import (
+  FOLDER,
+  Journal,
+  check_fingerprint,
+  open_journal,
+  remove_closed,
+)
 from jlora.loras import name_some
 from jlora.modules import Extractor, Outcome
 from jlora.pairing import Pair, Vocabulary, keep_whole
@@ -76,7 +83,7 @@ def extract_checkpoint(
     base_model: name of the base in the adapter's configuration; None is the
       path given.
     resume: go on with an unfinished run of the same inputs and options in
-      `out`; a finished one gives its report.
+      `out`; a finished one gives its report, if its settings are the same.
     overwrite: allow a folder that is not empty; an adapter, report or journal
       in it is replaced, other files stay.
     log: where progress goes, None is standard error.
@@ -107,28 +114,32 @@ def extract_checkpoint(
   out = Path(out)
   if rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}.")
-  if resume and not (out / FOLDER).exists() and (out / REPORT).exists():
-    return read_report(out)
-  plan = plan_run(base, finetuned, select, vocabulary)
-  _check_folder(out, resume=resume, overwrite=overwrite)
   options = {
     "rank": rank,
     "dtype": jnp.dtype(dtype).name,
     "factor": _name(factor),
   }
-  journal = open_journal(out, fingerprint(plan, key, options), resume=resume)
-  extractor = Extractor(factor, dtype, key)
-  _factor_all(plan, journal, extractor, rank, log)
-  ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
-  named = str(base) if base_model is None else base_model
   settings = {
     "jlora": metadata.version("jlora"),
     "base": str(base),
     "finetuned": str(finetuned),
     "profile": profile.name,
-    "vocabulary": vocabulary.__name__,
+    "vocabulary": _name(vocabulary),
     **options,
   }
+  if resume or overwrite:
+    _remove_leftovers(out)
+  if resume and not (out / FOLDER).exists() and (out / REPORT).exists():
+    report = read_report(out)
+    check_fingerprint(out / REPORT, report.settings, settings)
+    return report
+  plan = plan_run(base, finetuned, select, vocabulary)
+  _check_folder(out, resume=resume, overwrite=overwrite)
+  journal = open_journal(out, fingerprint(plan, key, options), resume=resume)
+  extractor = Extractor(factor, dtype, key)
+  _factor_all(plan, journal, extractor, rank, log)
+  ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
+  named = str(base) if base_model is None else base_model
   report = write_adapter(
     plan,
     journal,
@@ -145,28 +156,38 @@ def extract_checkpoint(
 def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file; give a folder.")
-  if resume or not out.exists():
+  if not out.exists() or (resume and (out / FOLDER).exists()):
     return
   if overwrite:
-    journal = out / FOLDER
-    if journal.exists():
-      Journal(journal).close()
+    # First the report: without it nothing in the folder counts as finished.
     (out / REPORT).unlink(missing_ok=True)
+    if (out / FOLDER).exists():
+      Journal(out / FOLDER).close()
     return
   found = sorted(file.name for file in out.iterdir())
   if found:
+    way = "It has no journal to resume" if resume else "Resume its own run"
     raise ValueError(
-      f"{out} is not empty ({name_some(found)}). Resume the run that wrote it, "
-      "allow overwriting, or give another folder."
+      f"{out} is not empty ({name_some(found)}). {way}; allow overwriting, or "
+      "give another folder."
     )
 
 
-def _name(factor: Factoriser) -> str:
-  """A factoriser with its options, as text."""
-  if isinstance(factor, functools.partial):
-    options = ", ".join(f"{k}={v}" for k, v in sorted(factor.keywords.items()))
-    return f"{_name(factor.func)}({options})"
-  return getattr(factor, "__name__", type(factor).__name__)
+def _remove_leftovers(out: Path) -> None:
+  """Removes what a killed run left half written or half removed."""
+  remove_closed(out)
+  for file in out.glob(".*adapter_*.tmp"):
+    file.unlink()
+
+
+def _name(function: Callable[..., Any]) -> str:
+  """A function with the options that `functools.partial` set, as text."""
+  if isinstance(function, functools.partial):
+    options = ", ".join(
+      f"{k}={v}" for k, v in sorted(function.keywords.items())
+    )
+    return f"{_name(function.func)}({options})"
+  return getattr(function, "__name__", type(function).__name__)
 
 
 class _Room:
