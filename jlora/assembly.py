@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a complete journal to the adapter folder: ranks, tensors, report."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,14 +88,14 @@ def choose_ranks(
   wrong = [
     f"{path}: {chosen.get(path)} of {cap}"
     for path, cap in caps.items()
-    if not 0 <= chosen.get(path, -1) <= cap
+    if not 0 <= chosen.get(path, -1) <= cap or chosen[path] % 1
   ]
   if wrong:
     raise ValueError(
-      f"The policy gave {len(wrong)} modules no rank or one outside 0..cap: "
+      f"The policy gave {len(wrong)} modules no whole rank in 0..cap: "
       f"{name_some(wrong)}."
     )
-  return chosen
+  return {path: int(chosen[path]) for path in caps}
 
 
 def _unit_size(shape: list[int]) -> int:
@@ -166,7 +166,7 @@ def write_adapter(
     return read_pair(pairs[path], plan.base, plan.finetuned)[1]
 
   kept = [p for p in pairs if journal[p]["status"] == "kept whole"]
-  biases, full = _sort_kept(kept, pairs, ranks)
+  biases, full = _sort_kept(kept, pairs, ranks.keys() | plan.refused)
   left = save_peft(
     out,
     _Lazy([path for path in pairs if path in ranks], lora),
@@ -201,18 +201,19 @@ def write_adapter(
 
 
 def _sort_kept(
-  kept: list[str], pairs: Mapping[str, Pair], ranks: Mapping[str, int]
+  kept: list[str], pairs: Mapping[str, Pair], matrices: Set[str]
 ) -> tuple[list[str], list[str]]:
-  """Biases of extracted modules, and parameters of modules kept whole."""
+  """Biases of factored or refused matrices, and parameters of whole modules."""
   biases = [
     path
     for path in kept
-    if path.endswith(".bias") and path.removesuffix("bias") + "weight" in ranks
+    if path.endswith(".bias")
+    and path.removesuffix("bias") + "weight" in matrices
   ]
   owners = {path.rpartition(".")[0] for path in kept if path not in biases}
   # A consumer replaces whole modules, so their unchanged parameters come too.
   full = [path for path in pairs if path.rpartition(".")[0] in owners]
-  return biases, [path for path in full if path not in ranks]
+  return biases, [path for path in full if path not in matrices | {*biases}]
 
 
 def _module_row(path, figures, rank, plan, journal) -> dict[str, Any]:
