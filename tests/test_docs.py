@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public function says what goes in and out, and shows it.
+
+That the examples run is pytest's doctest collection, not this file.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+
+import pytest
+
+import jlora
+
+
+def modules():
+  yield jlora.__name__
+  for found in pkgutil.walk_packages(jlora.__path__, "jlora."):
+    yield found.name
+
+
+def public(kind):
+  """Public functions or classes, each where it is defined."""
+  for name in modules():
+    module = importlib.import_module(name)
+    for attribute, value in sorted(vars(module).items()):
+      own = getattr(value, "__module__", None) == name
+      if own and kind(value) and not attribute.startswith("_"):
+        yield pytest.param(value, id=f"{name}.{attribute}")
+
+
+def parameters(function):
+  return [p for p in inspect.signature(function).parameters if p != "self"]
+
+
+def gives_back(function):
+  """Whether a value comes out: not of a nested function's own return."""
+  tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+  todo, inner = list(tree.body[0].body), (ast.FunctionDef, ast.ClassDef)
+  while todo:
+    node = todo.pop()
+    if isinstance(node, ast.Return) and node.value is not None:
+      return True
+    if isinstance(node, ast.Yield | ast.YieldFrom):
+      return True
+    if not isinstance(node, (*inner, ast.Lambda)):
+      todo.extend(ast.iter_child_nodes(node))
+  return False
+
+
+def sections(doc):
+  return set(re.findall(r"^([A-Z]\w+):(?=\s|$)", inspect.cleandoc(doc), re.M))
+
+
+def lacks(function):
+  """What the docstring of a function does not have."""
+  doc = inspect.getdoc(function) or ""
+  found = sections(doc)
+  if not doc:
+    yield "a docstring"
+    return
+  if parameters(function) and "Args" not in found:
+    yield "Args"
+  if "Args" in found:
+    named = doc.split("Args:", 1)[1]
+    for parameter in parameters(function):
+      if not re.search(rf"\b{parameter}\b.*:", named):
+        yield f"Args: {parameter}"
+  if gives_back(function) and not found & {"Returns", "Yields"}:
+    yield "Returns"
+  if "Example" not in found or ">>>" not in doc:
+    yield "Example with a >>>"
+
+
+@pytest.mark.parametrize("function", list(public(inspect.isfunction)))
+def test_functions_are_documented(function):
+  missing = list(lacks(function))
+  assert not missing, f"lacks {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("cls", list(public(inspect.isclass)))
+def test_classes_and_their_methods_are_documented(cls):
+  doc = cls.__doc__ or ""
+  assert doc
+  assert not doc.startswith(f"{cls.__name__}("), "the generated docstring"
+  bare = [
+    name
+    for name, value in vars(cls).items()
+    if not name.startswith("_")
+    and inspect.isfunction(getattr(value, "fget", value))
+    and not inspect.getdoc(getattr(value, "fget", value))
+  ]
+  assert not bare
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_modules_say_what_they_are_and_leave_nothing_open(name):
+  module = importlib.import_module(name)
+  source = inspect.getsource(module)
+  assert (module.__doc__ or "").strip()
+  assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+  assert not re.search(r"\b(TODO|FIXME|XXX)\b", source)
+
+
+def undocumented(x):
+  """A line."""
+  return x
+
+
+def documented(x):
+  """A line.
+
+  Args:
+    x: anything.
+
+  Returns:
+    It.
+
+  Example:
+    >>> documented(1)
+    1
+  """
+  return x
+
+
+def test_the_rule_itself():
+  assert list(lacks(undocumented)) == ["Args", "Returns", "Example with a >>>"]
+  assert list(lacks(documented)) == []
