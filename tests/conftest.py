@@ -5,6 +5,11 @@ import zlib
 
 import jax
 import pytest
+import scipy.linalg.cython_lapack  # noqa: F401  loads what is limited next
+import threadpoolctl
+
+# LAPACK's threads spin against XLA's over the same cores: minutes for seconds.
+threadpoolctl.threadpool_limits(1, user_api="blas")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
