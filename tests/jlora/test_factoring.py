@@ -196,10 +196,10 @@ def counted_krylov():
 
 
 @every_factoriser
-@pytest.mark.parametrize("shape", [SMALL, (1, 40), (24, 1)])
+@pytest.mark.parametrize("shape", [(6, 40), (1, 40), (24, 1)])
 def test_rank_above_the_short_side_is_clipped(factoriser, shape):
   delta = random(*shape)
-  factors = in_float64(factoriser(delta, 99))
+  factors = in_float64(compiled(factoriser)(delta, 99))
   assert factors.s.shape == (min(shape),)
   check_orthonormal(factors)
   np.testing.assert_allclose(product(factors), delta, atol=1e-5)
@@ -234,9 +234,9 @@ def test_bfloat16_is_read_as_float32(factoriser):
 def test_worked_example(factoriser):
   delta = jnp.array([[3.0, 0.0], [4.0, 5.0]])
   np.testing.assert_allclose(
-    factoriser(delta, 2).s, [6.708204, 2.236068], rtol=1e-6
+    compiled(factoriser)(delta, 2).s, [6.708204, 2.236068], rtol=1e-6
   )
-  one = factoriser(delta, 1)
+  one = compiled(factoriser)(delta, 1)
   np.testing.assert_allclose(product(one), [[1.5, 1.5], [4.5, 4.5]], rtol=5e-6)
   error = np.linalg.norm(delta - product(one))
   np.testing.assert_allclose(error, 2.236068, rtol=1e-6)
@@ -311,11 +311,11 @@ def test_recompress_is_the_svd_of_the_product(name, rank):
 
 
 def test_recompress_batches_and_low_precision():
-  a, b = random(2, 3, 4, 20), random(2, 3, 4, 10, seed=1)
+  a, b = random(2, 3, 12, 40), random(2, 3, 12, 30, seed=1)
   a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-  together = recompress(a, b, 2)
-  assert together.u.shape == (2, 3, 20, 2)
-  alone = recompress(a[1, 2], b[1, 2], 2)
+  together = jax.jit(recompress, static_argnums=2)(a, b, 5)
+  assert together.u.shape == (2, 3, 40, 5)
+  alone = recompress(a[1, 2], b[1, 2], 5)
   for one, two in zip(together, alone, strict=True):
     assert one.dtype == jnp.float32
     np.testing.assert_allclose(one[1, 2], two, atol=1e-5)
