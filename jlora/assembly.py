@@ -14,7 +14,7 @@ from jlora.ledgers import keep_ledger
 from jlora.loras import Lora, name_some
 from jlora.measurements import at_rank
 from jlora.modules import read_pair
-from jlora.pairing import Pair
+from jlora.pairs import Pair
 from jlora.peft_files import Profile
 from jlora.plans import Plan
 from jlora.reporting import Report, total_up, write_report

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jlora.deltas import difference, is_matrix
 from jlora.factoring import Factoriser, krylov
 from jlora.loras import Factors, Loras, from_factors, name_some
-from jlora.pairing import pair_up, read
+from jlora.pairing import pair_up
+from jlora.pairs import read
 from jlora.paths import check_same, flatten, key_for
 from jlora.views import MatrixView, Rule, as_matrix, table_for, view_of
 

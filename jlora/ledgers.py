@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jlora.pairing import Pair, Pairing, names_of
+from jlora.pairs import Pair, Pairing, names_of
 
 # The status of a row of several pairs is the first that any of them has.
 _ORDER = ("extracted", "kept whole", "not representable", "unchanged")
@@ -28,7 +28,7 @@ def keep_ledger(
     Rows {base: [names], finetuned: [names], status, why}.
 
   Example:
-    >>> from jlora.pairing import Part
+    >>> from jlora.pairs import Part
     >>> pair = Pair("w", (2,), Part("w"), Part("w"))
     >>> keep_ledger(Pairing([pair], [], ["x"]), {"w": ("unchanged", "")})[1]
     {'base': [], 'finetuned': ['x'], 'status': 'not representable', 'why': 'only

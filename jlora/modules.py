@@ -18,7 +18,7 @@ from jlora.deltas import difference, is_floating, rounding_noise
 from jlora.factoring import Factoriser
 from jlora.loras import Lora, from_factors
 from jlora.measurements import summarise
-from jlora.pairing import Pair, names_of, read
+from jlora.pairs import Pair, names_of, read
 from jlora.paths import key_for
 from jlora.views import MatrixView, as_matrix
 
@@ -114,7 +114,7 @@ class Extractor:
 
   Example:
     >>> from jlora.factoring import svd
-    >>> from jlora.pairing import Part
+    >>> from jlora.pairs import Part
     >>> w = np.zeros((3, 5), np.float32)
     >>> step = Extractor(svd, jnp.float32, None)
     >>> pair = Pair("w", (3, 5), Part("w"), Part("w"))
@@ -241,7 +241,7 @@ def read_pair(
     (base, finetuned).
 
   Example:
-    >>> from jlora.pairing import Part
+    >>> from jlora.pairs import Part
     >>> pair = Pair("w", (2,), Part("w"), Part("w", (slice(0, 1),)))
     >>> read_pair(pair, {"w": np.zeros(2)}, {"w": np.ones(1)})[1]
     array([1., 0.])

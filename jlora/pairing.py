@@ -8,11 +8,11 @@ its own name says so in a note, which the ledger carries.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from jlora.fused_experts import fused_in_base, fused_in_finetuned
 from jlora.loras import name_some
+from jlora.pairs import Pair, Pairing, Part, Stack
 
 # Wrappers around a language model, longest first.
 _PREFIXES = (
@@ -30,57 +30,6 @@ _EMBEDDING = (
   r"(.*\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight"
 )
 _HEAD = r"(lm_head|embed_out|output|(.*\.)lm_head)\.weight"
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
-# Names of the expert matrices, by the fused tensor that holds them, in order.
-_FUSED_ROLES = {
-  "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
-  "down_proj": (("down_proj", "w2"),),
-}
-
-
-class Part(NamedTuple):
-  """A tensor on disk or a slice of it, its last two axes exchanged or not."""
-
-  name: str
-  index: tuple[Any, ...] = ()
-  swap: bool = False
-
-
-class Stack(NamedTuple):
-  """A fused tensor put together: experts stacked, their parts concatenated."""
-
-  experts: tuple[tuple[Part, ...], ...]
-  swap: bool = False
-
-
-class Pair(NamedTuple):
-  """A parameter of the base and what the finetune made of it.
-
-  Attributes:
-    path: the parameter's name in the base, which is the adapter's.
-    shape: its shape in the base.
-    base: where the base's values lie.
-    finetuned: where the finetuned values lie.
-    note: why the two belong together, if the name alone does not say it.
-    whole: the finetuned tensor is to be kept as it is (its shape differs).
-  """
-
-  path: str
-  shape: tuple[int, ...]
-  base: Part
-  finetuned: Part | Stack
-  note: str = ""
-  whole: bool = False
-
-
-class Pairing(NamedTuple):
-  """All pairs, and the names on either side that found no partner."""
-
-  pairs: list[Pair]
-  only_base: list[str]
-  only_finetuned: list[str]
-
 
 Vocabulary = Callable[[str, tuple[int, ...], tuple[int, ...]], slice | None]
 
@@ -173,6 +122,7 @@ def pair_up(
     ValueError: shapes that differ otherwise, up to three named with both.
 
   Example:
+    >>> import numpy as np
     >>> shape = np.empty((4, 4))
     >>> pairing = pair_up({"model.q.weight": shape},
     ...                   {"language_model.model.q.weight": shape})
@@ -183,8 +133,8 @@ def pair_up(
   pairs = [
     *_by_name(base, left, right),
     *_by_prefix(base, left, right),
-    *_fused_in_finetuned(base, finetuned, left, right),
-    *_fused_in_base(base, finetuned, left, right),
+    *fused_in_finetuned(base, finetuned, left, right, _bare),
+    *fused_in_base(base, finetuned, left, right, _bare),
     *_by_tie(base, finetuned, left, right),
   ]
   pairs = [_settle_shape(pair, finetuned, vocabulary) for pair in pairs]
@@ -204,52 +154,6 @@ def pair_up(
   order = {name: place for place, name in enumerate(base)}
   pairs.sort(key=lambda pair: order[pair.base.name])
   return Pairing(pairs, list(left), list(right))
-
-
-def read(checkpoint: Any, side: Part | Stack) -> np.ndarray:
-  """The values of one side of a pair.
-
-  Args:
-    checkpoint: an open checkpoint, or any mapping from names to arrays.
-    side: a Part or a Stack of it.
-
-  Returns:
-    The array, in its stored dtype (float32 for float8).
-
-  Example:
-    >>> read({"w": np.arange(6).reshape(2, 3)}, Part("w", (1,)))
-    array([3, 4, 5])
-  """
-  if isinstance(side, Stack):
-    array = np.stack(
-      [
-        np.concatenate([read(checkpoint, part) for part in parts])
-        for parts in side.experts
-      ]
-    )
-  elif side.index and hasattr(checkpoint, "read"):
-    array = checkpoint.read(side.name, side.index)
-  else:
-    array = checkpoint[side.name][side.index]
-  return np.swapaxes(array, -1, -2) if side.swap else array
-
-
-def names_of(side: Part | Stack) -> list[str]:
-  """The names of the tensors a side of a pair is read from.
-
-  Args:
-    side: a Part or a Stack.
-
-  Returns:
-    Names, each once.
-
-  Example:
-    >>> names_of(Part("w"))
-    ['w']
-  """
-  if isinstance(side, Part):
-    return [side.name]
-  return [part.name for parts in side.experts for part in parts]
 
 
 def _by_name(base, left, right):
@@ -283,98 +187,6 @@ def _bare(name: str) -> str:
     if name.startswith(prefix):
       return _bare(name.removeprefix(prefix))
   return name
-
-
-def _stem(experts: str) -> str:
-  """`...layers.0.mlp.experts` whatever the family calls the block."""
-  return _bare(experts).replace(".block_sparse_moe.", ".mlp.")
-
-
-def _experts_of(names) -> dict[tuple[str, int, str], str]:
-  found = ((_EXPERT.fullmatch(name), name) for name in names)
-  return {
-    (_stem(match[1]), int(match[2]), match[3]): name
-    for match, name in found
-    if match
-  }
-
-
-def _matrices(experts, stem, fused, count):
-  """Names, per expert, of a fused tensor's matrices; None if one lacks."""
-  rows = []
-  for expert in range(count):
-    row = [
-      next(
-        (
-          experts[stem, expert, a]
-          for a in alike
-          if (stem, expert, a) in experts
-        ),
-        None,
-      )
-      for alike in _FUSED_ROLES[fused]
-    ]
-    if None in row:
-      return None
-    rows.append(row)
-  return rows
-
-
-def _fused_groups(fused_side, fused_names, single_names):
-  """(fused tensor, names of its matrices per expert) that both sides hold."""
-  experts = _experts_of(single_names)
-  for name in list(fused_names):
-    match = _FUSED.fullmatch(name)
-    if match and len(fused_side[name].shape) == 3:
-      rows = _matrices(
-        experts, _stem(match[1]), match[2], fused_side[name].shape[0]
-      )
-      if rows:
-        yield name, rows
-
-
-def _is_swapped(fused, singles, row) -> bool:
-  """Whether a fused tensor keeps (expert, in, out)."""
-  out = sum(singles[name].shape[0] for name in row)
-  return tuple(fused.shape[1:]) != (out, singles[row[0]].shape[1])
-
-
-def _fused_in_finetuned(base, finetuned, left, right):
-  for fused, rows in _fused_groups(finetuned, right, left):
-    swap = _is_swapped(finetuned[fused], base, rows[0])
-    del right[fused]
-    for expert, row in enumerate(rows):
-      start = 0
-      for name in row:
-        stop = start + base[name].shape[0]
-        cut = slice(start, stop)
-        index = (expert, slice(None), cut) if swap else (expert, cut)
-        del left[name]
-        yield Pair(
-          name,
-          tuple(base[name].shape),
-          Part(name),
-          Part(fused, index, swap),
-          f"fused in the finetune: {fused}",
-        )
-        start = stop
-
-
-def _fused_in_base(base, finetuned, left, right):
-  for fused, rows in _fused_groups(base, left, right):
-    swap = _is_swapped(base[fused], finetuned, rows[0])
-    del left[fused]
-    for row in rows:
-      for name in row:
-        del right[name]
-    parts = tuple(tuple(Part(name) for name in row) for row in rows)
-    yield Pair(
-      fused,
-      tuple(base[fused].shape),
-      Part(fused),
-      Stack(parts, swap),
-      f"fused in the base: {len(rows)} experts in the finetune",
-    )
 
 
 def _by_tie(base, finetuned, left, right):

@@ -15,7 +15,8 @@ import numpy as np
 from jlora.checkpoints import Checkpoint, open_checkpoint
 from jlora.extraction import Select
 from jlora.loras import name_some
-from jlora.pairing import Pair, Pairing, Vocabulary, names_of, pair_up
+from jlora.pairing import Vocabulary, pair_up
+from jlora.pairs import Pair, Pairing, names_of
 from jlora.views import MatrixView, table_for, view_of
 
 

@@ -32,7 +32,8 @@ from jlora.journal import (
 )
 from jlora.loras import name_some
 from jlora.modules import Extractor, Outcome
-from jlora.pairing import Pair, Vocabulary, keep_whole
+from jlora.pairing import Vocabulary, keep_whole
+from jlora.pairs import Pair
 from jlora.peft_files import PEFT, Profile
 from jlora.plans import bytes_on_disk, fingerprint, plan_run
 from jlora.progress import Progress

@@ -15,10 +15,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A package stands on one floor with all of its files.
 FLOORS = (
   # 0: types, names, and bytes in files
-  "loras paths views byte_ranges safetensors_headers safetensors_files "
+  "loras paths views pairs byte_ranges safetensors_headers safetensors_files "
   "quantisation orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
-  "factoring certificates ranks deltas pairing sharding checkpoints journal",
+  "factoring certificates ranks deltas pairing fused_experts sharding "
+  "checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
   "extraction application merging alignment routing measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
@@ -36,9 +37,10 @@ FLOOR_OF = {
 
 # Files of one floor that may import from each other, without a circle.
 FAMILIES = (
-  "loras paths views byte_ranges safetensors_headers safetensors_files "
+  "loras paths views pairs byte_ranges safetensors_headers safetensors_files "
   "quantisation orbax_directories huggingface_folders",
   "factoring certificates",
+  "pairing fused_experts",
   "checkpoints journal",
   "merging",
   "peft_configs peft_files peft_folders adapter_parts",

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora import pairing
-from jlora.pairing import Part, Stack, common_rows, keep_whole, pair_up, refuse
+from jlora import pairing, pairs
+from jlora.pairing import common_rows, keep_whole, pair_up, refuse
+from jlora.pairs import Part, Stack
 
 VOCABULARY, WIDTH, INNER, EXPERTS = 7, 4, 3, 2
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -75,7 +76,7 @@ def check_ledger(base, finetuned, found):
   }
   assert all(count == 1 or name in tied for name, count in served.items())
   assert sorted([*set(bases), *found.only_base]) == sorted(base)
-  others = {n for pair in found.pairs for n in pairing.names_of(pair.finetuned)}
+  others = {n for pair in found.pairs for n in pairs.names_of(pair.finetuned)}
   assert sorted([*others, *found.only_finetuned]) == sorted(finetuned)
   places = [list(base).index(name) for name in bases]
   assert places == sorted(places)
@@ -85,8 +86,8 @@ def values(found, base, finetuned):
   """Path -> both sides as read."""
   return {
     pair.path: (
-      pairing.read(base, pair.base),
-      pairing.read(finetuned, pair.finetuned),
+      pairs.read(base, pair.base),
+      pairs.read(finetuned, pair.finetuned),
     )
     for pair in found.pairs
   }
@@ -193,7 +194,7 @@ def test_a_grown_vocabulary_is_kept_whole_by_default():
     assert pair.note == (
       "vocabulary 7 in the base, 10 in the finetune: kept whole"
     )
-    read = pairing.read(finetuned, pair.finetuned)
+    read = pairs.read(finetuned, pair.finetuned)
     np.testing.assert_array_equal(read, finetuned[pair.path])
   assert pair_up(base, finetuned, vocabulary=keep_whole) == found
 
@@ -306,9 +307,9 @@ def test_reads_slices_through_a_checkpoint():
 
 
 def test_names_of_both_kinds_of_side():
-  assert pairing.names_of(Part("w", (1,))) == ["w"]
+  assert pairs.names_of(Part("w", (1,))) == ["w"]
   stack = Stack(((Part("a"), Part("b")), (Part("c"), Part("d"))))
-  assert pairing.names_of(stack) == ["a", "b", "c", "d"]
+  assert pairs.names_of(stack) == ["a", "b", "c", "d"]
 
 
 @st.composite
@@ -342,3 +343,21 @@ def test_every_tensor_of_both_sides_is_accounted_for_once(sides):
     assert one.shape == two.shape == pair.shape
     if "tied" not in pair.note:
       np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_square_expert_takes_its_orientation_from_gate_and_up(swap):
+  rng = np.random.default_rng(0)
+  singles = {
+    f"m.experts.0.{name}_proj.weight": rng.normal(size=(4, 4))
+    for name in ("gate", "up", "down")
+  }
+  gate, up, down = singles.values()
+  stored = [np.concatenate([gate, up])[None], down[None]]
+  if swap:
+    stored = [array.swapaxes(1, 2) for array in stored]
+  names = ("m.experts.gate_up_proj", "m.experts.down_proj")
+  fused = dict(zip(names, stored, strict=True))
+  for pair in pair_up(singles, fused).pairs:
+    found = pairs.read(fused, pair.finetuned)
+    np.testing.assert_array_equal(found, singles[pair.path])
