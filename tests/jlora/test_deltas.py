@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differences against float64, and rounding noise against real rounding."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_pairs import draw
+
+from jlora.deltas import difference, is_floating, is_matrix, rounding_noise
+
+
+def test_a_small_change_survives_bfloat16_inputs():
+  """Subtracted in bfloat16, 1 + 2^-7 against 256 steps would be lost."""
+  base = jnp.asarray(draw(16, 16), jnp.bfloat16)
+  finetuned = base.astype(jnp.float32) + 1e-4
+  delta = np.asarray(difference(base, finetuned))
+  exact = np.asarray(finetuned, np.float64) - np.asarray(base, np.float64)
+  assert delta.dtype == np.float32
+  np.testing.assert_allclose(delta, exact, rtol=1e-6, atol=0)
+  in_bfloat16 = finetuned.astype(jnp.bfloat16) - base
+  assert np.abs(np.asarray(in_bfloat16, np.float64) - exact).max() > 5e-5
+
+
+def test_differing_shapes_are_named():
+  with pytest.raises(ValueError, match=r"\(2, 3\) and finetuned \(3, 2\)"):
+    difference(jnp.ones((2, 3)), jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_noise_is_that_of_rounding(dtype):
+  values = draw(400, 200)
+  stored = jnp.asarray(values).astype(dtype)
+  error = np.asarray(stored, np.float64) - values
+  noise = float(rounding_noise(stored, dtype))
+  assert noise == pytest.approx(error.std(), rel=0.02)
+
+
+def test_noise_of_zeros_and_of_a_scalar():
+  assert float(rounding_noise(jnp.zeros((3, 3)), jnp.bfloat16)) == 0
+  one = float(rounding_noise(jnp.float32(1), jnp.bfloat16))
+  assert one == pytest.approx(2**-7 / 12**0.5)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype", "answer"),
+  [
+    ((3, 3), jnp.bfloat16, True),
+    ((2, 3, 3), jnp.float8_e4m3fn, True),
+    ((3,), jnp.float32, False),
+    ((), jnp.float32, False),
+    ((3, 3), jnp.int8, False),
+    ((3, 3), jnp.bool_, False),
+  ],
+)
+def test_what_is_a_matrix(shape, dtype, answer):
+  assert is_matrix("any", jnp.zeros(shape, dtype)) is answer
+  floating = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32)
+  assert is_floating(dtype) == (dtype in floating)

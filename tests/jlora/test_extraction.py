@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extraction from trees: containers, ranks, batches, doors and sharding."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg.cython_lapack  # noqa: F401  whose threads are limited below
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from small_pairs import draw, write_pair
+from threadpoolctl import threadpool_limits
+
+from jlora.checkpoints import open_checkpoint
+from jlora.extraction import extract, ranks_of
+from jlora.factoring import cheapest, krylov, svd
+from jlora.loras import dense
+from jlora.paths import matching
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_lapack_thread():
+  """Eight devices on few cores: LAPACK's own threads only wait."""
+  with threadpool_limits(1, user_api="blas"):
+    yield
+
+
+def tree(seed, dtype=jnp.float32):
+  """Two layers of one shape, so that all tests share a compilation."""
+  names = ("layer_0", "layer_1")
+  return {
+    name: {
+      "kernel": jnp.asarray(draw(6, 5, seed=seed + at)).astype(dtype),
+      "bias": jnp.asarray(draw(5, seed=seed)).astype(dtype),
+    }
+    for at, name in enumerate(names)
+  }
+
+
+BASE, FINETUNED = tree(0, jnp.bfloat16), tree(10)
+PATHS = ["layer_0/kernel", "layer_1/kernel"]
+
+
+def exact(path, base=BASE, finetuned=FINETUNED):
+  layer, leaf = path.split("/")
+  sides = (np.asarray(t[layer][leaf], np.float64) for t in (base, finetuned))
+  left, right = sides
+  return right - left
+
+
+def best(delta, rank):
+  u, s, vt = np.linalg.svd(delta, full_matrices=False)
+  return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+
+
+def same(left, right):
+  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_mixed_dtypes_give_the_best_change():
+  loras = extract(BASE, FINETUNED, rank=2)
+  assert list(loras) == PATHS
+  for path, lora in loras.items():
+    assert (lora.a.shape, lora.b.shape) == ((2, 6), (2, 5))
+    assert lora.a.dtype == lora.b.dtype == jnp.float32
+    np.testing.assert_allclose(dense(lora), best(exact(path), 2), atol=1e-5)
+
+
+def test_storage_dtype_is_the_callers():
+  loras = extract(BASE, FINETUNED, rank=2, dtype=jnp.bfloat16)
+  assert loras[PATHS[0]].a.dtype == jnp.bfloat16
+  assert loras[PATHS[0]].b.dtype == jnp.bfloat16
+
+
+def test_jitted_and_eager_agree():
+  eager = extract(BASE, FINETUNED, rank=2)
+  jitted = jax.jit(functools.partial(extract, rank=2))(BASE, FINETUNED)
+  for path in PATHS:
+    np.testing.assert_allclose(
+      dense(jitted[path]), dense(eager[path]), atol=1e-5
+    )
+
+
+def test_unchanged_modules_keep_the_structure():
+  loras = extract(BASE, BASE, rank=2)
+  assert list(loras) == PATHS
+  assert all(not np.any(dense(lora)) for lora in loras.values())
+
+
+def test_rank_by_path_leaves_others_out_and_clips():
+  loras = extract(BASE, FINETUNED, rank={PATHS[1]: 64})
+  assert list(loras) == [PATHS[1]]
+  assert loras[PATHS[1]].rank == 5
+
+
+def test_subset_and_order_do_not_change_the_factors():
+  both = extract(BASE, FINETUNED, rank=2)
+  one = extract(BASE, FINETUNED, rank=2, select=matching(".*_1/kernel"))
+  same(one[PATHS[1]], both[PATHS[1]])
+  turned = [dict(reversed(t.items())) for t in (BASE, FINETUNED)]
+  same(extract(*turned, rank=2), both)
+
+
+def test_the_key_reaches_the_factoriser():
+  seen = []
+
+  def spy(delta, rank, key):
+    seen.append(jax.random.key_data(key))
+    return svd(delta, rank, key)
+
+  with jax.disable_jit():
+    extract(BASE, FINETUNED, rank=1, factor=spy)
+    extract(BASE, FINETUNED, rank=1, factor=spy, key=jax.random.key(1))
+  assert len({tuple(np.asarray(key).tolist()) for key in seen}) == 4
+
+
+def test_linen_variables():
+  model = nn.Dense(5)
+  base = model.init(jax.random.key(0), jnp.ones((1, 6)))
+  finetuned = jax.tree.map(lambda w: w + 1.0, base)
+  loras = extract(base, finetuned, rank=1)
+  assert list(loras) == ["params/kernel"]
+  np.testing.assert_allclose(dense(loras["params/kernel"]), 1.0, atol=1e-5)
+
+
+def test_nnx_state():
+  state = nnx.state(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Param)
+  finetuned = jax.tree.map(lambda w: w + 1.0, state)
+  loras = extract(state, finetuned, rank=1)
+  assert list(loras) == ["kernel"]
+  np.testing.assert_allclose(dense(loras["kernel"]), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("path", "shape", "matrix"),
+  [
+    ("blocks/kernel", (3, 6, 5), (3, 6, 5)),  # scanned layers, experts
+    ("attn/q/kernel", (6, 2, 4), (6, 8)),  # (in, head, out)
+    ("conv/kernel", (3, 3, 2, 4), (18, 4)),
+  ],
+)
+def test_batched_and_folded_leaves(path, shape, matrix):
+  base, finetuned = (draw(*shape, seed=seed) for seed in (0, 1))
+  loras = extract({path: base}, {path: finetuned}, rank=2)
+  lora = loras[path]
+  assert lora.a.shape == (*matrix[:-2], 2, matrix[-2])
+  assert lora.scale.shape == matrix[:-2]
+  delta = (finetuned.astype(np.float64) - base).reshape(matrix)
+  np.testing.assert_allclose(dense(lora), best(delta, 2), atol=1e-4)
+
+
+SHORT = jax.tree.map(lambda w: w[:3], FINETUNED)
+
+
+def without(path):
+  return {k: v for k, v in FINETUNED.items() if k != path}
+
+
+@pytest.mark.parametrize(
+  ("finetuned", "options", "message"),
+  [
+    (without("layer_1"), {}, "only in base: layer_1/bias, layer_1/kernel"),
+    (SHORT, {}, r"\(6, 5\) against \(3, 5\)"),
+    (FINETUNED, {"rank": 0}, "at least 1, got layer_0/kernel: 0"),
+    (FINETUNED, {"rank": {PATHS[0]: -1}}, "at least 1, got layer_0/kernel: -1"),
+    (FINETUNED, {"rank": {"layer_7/kernel": 2}}, "layer_7/kernel; there are"),
+    (FINETUNED, {"rank": {}}, "no path at all"),
+    (FINETUNED, {"select": matching("none")}, "No matrix was selected"),
+    (FINETUNED, {"views": ()}, "No matrix was selected"),
+  ],
+)  # fmt: skip
+def test_errors_at_the_door(finetuned, options, message):
+  with pytest.raises(ValueError, match=message):
+    extract(BASE, finetuned, **options)
+
+
+def test_ranks_of_many_unknown_paths_are_counted():
+  with pytest.raises(ValueError, match="names 5 paths"):
+    ranks_of({f"x{i}": 1 for i in range(5)}, ["q"])
+
+
+def test_open_checkpoints_that_do_not_line_up(tmp_path):
+  """A prefix, a tied head, a grown vocabulary and fused experts at once."""
+  experts = [f"model.layers.0.mlp.experts.{e}" for e in range(2)]
+  singles = {
+    f"{expert}.{part}.weight": draw(5, 5, seed=10 * e + at)
+    for e, expert in enumerate(experts)
+    for at, part in enumerate(("gate_proj", "up_proj"))
+  }
+  fused = np.stack([
+    np.concatenate([singles[f"{x}.{p}.weight"] + 1
+                    for p in ("gate_proj", "up_proj")])
+    for x in experts
+  ])  # fmt: skip
+  q = draw(5, 5, seed=3)
+  base = {
+    "model.layers.0.q_proj.weight": q,
+    "model.embed_tokens.weight": draw(7, 5),
+    **singles,
+  }
+  finetuned = {
+    "language_model.model.layers.0.q_proj.weight": q + 1,
+    "language_model.model.embed_tokens.weight": draw(9, 5),
+    "language_model.model.layers.0.mlp.experts.gate_up_proj": fused,
+  }
+  sides = map(open_checkpoint, write_pair(tmp_path, base, finetuned))
+  loras = extract(*sides, rank=1)
+  assert set(loras) == {"model.layers.0.q_proj.weight", *singles}
+  for lora in loras.values():
+    np.testing.assert_allclose(dense(lora), 1.0, atol=1e-4)
+
+
+def test_a_tied_head_is_compared_with_the_table(tmp_path):
+  table = draw(5, 5)
+  base = {"model.embed_tokens.weight": table}
+  finetuned = {"model.embed_tokens.weight": table, "lm_head.weight": table + 1}
+  sides = map(open_checkpoint, write_pair(tmp_path, base, finetuned))
+  loras = extract(*sides, rank=1)
+  np.testing.assert_allclose(dense(loras["lm_head.weight"]), 1.0, atol=1e-4)
+
+
+# Sharding. The largest thing that may travel has a long side times the width
+# of a block; at this shape that is a seventh of the delta.
+M, N, RANK, OVERSAMPLE = 384, 512, 16, 16
+THIN = (M + N) * (RANK + OVERSAMPLE)
+_GATHER = re.compile(r"= (.*?) (?:all-gather|all-to-all)(?:-start)?\(")
+_PERMUTED = re.compile(r"= (.*?) collective-permute(?:-start)?\(")
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def factored(base, finetuned):
+  return extract({"kernel": base}, {"kernel": finetuned}, rank=RANK)["kernel"]
+
+
+@functools.cache
+def whole_pair():
+  low = draw(M, 8, seed=1) @ draw(8, N, seed=2)
+  base = draw(M, N)
+  return base, base + 0.01 * low + 0.01 * draw(M, N, seed=3)
+
+
+@functools.cache
+def single_device_change():
+  return np.asarray(dense(jax.jit(factored)(*whole_pair())))
+
+
+def gathered(program):
+  """Entries of each array that an instruction puts together from shards."""
+  results = [*_GATHER.findall(program), *_PERMUTED.findall(program)]
+  return [
+    int(np.prod([int(n) for n in dims.split(",") if n]))
+    for result in results
+    for dims in _SHAPE.findall(result)
+  ]
+
+
+def test_the_sharded_shape_takes_krylovs_own_path():
+  assert cheapest((M, N), RANK) is krylov
+  assert 4 * THIN < M * N
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    ("x", None),
+    (None, "x"),
+    ("x", "y"),
+    ("y", "x"),
+    (("x", "y"), None),
+    (None, ("x", "y")),
+  ],
+  ids=str,
+)
+def test_a_sharded_delta_is_not_gathered(spec):
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+  sharding = NamedSharding(mesh, PartitionSpec(*spec))
+  sides = [jax.device_put(side, sharding) for side in whole_pair()]
+  compiled = jax.jit(factored).lower(*sides).compile()
+  program = compiled.as_text()
+  assert "all-reduce" in program  # or it would not be sharded at all
+  assert max(gathered(program), default=0) <= THIN
+  change, single = np.asarray(dense(compiled(*sides))), single_device_change()
+  assert np.abs(change - single).max() < 1e-4 * np.abs(single).max()
+
+
+def test_a_gather_of_the_delta_would_be_seen():
+  """The check above reads a program that does gather."""
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  shards = jax.ShapeDtypeStruct(
+    (M, N),
+    jnp.float32,
+    sharding=NamedSharding(mesh, PartitionSpec("x")),
+  )
+  whole = NamedSharding(mesh, PartitionSpec())
+  gather = jax.jit(lambda w: w + 1.0, out_shardings=whole)
+  assert max(gathered(gather.lower(shards).compile().as_text())) == M * N
