@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.factoring import orthonormal_rows
 from jlora.loras import Lora
+from jlora.subspaces import orthonormal_rows
 
 # A mean of 16 chi-square variables falls below this share of its expectation
 # with probability 1e-6: scipy.stats.chi2.ppf(1e-6, 16) / 16 = 0.0907.

@@ -14,6 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora.loras import Factors
+from jlora.subspaces import (
+  iterate,
+  orthonormal_rows,
+  ritz_vectors,
+  rows_gram,
+  triplets,
+)
 
 Factoriser = Callable[..., Factors]
 
@@ -23,8 +30,6 @@ _EIGH_WEIGHT = 15
 _SVD_WEIGHT = 20
 # Below this many operations nothing is to be saved: take the exact one.
 _SMALL = 10**7
-# Eigenvalues below this share of the largest are lost in float32 products.
-_GRADED = 1e-4
 
 
 def svd(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
@@ -89,8 +94,8 @@ def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
   rank = _check(delta, rank)
 
   def core(a):
-    vectors = _ritz_vectors(_rows_gram(a), a, rank)
-    return _finish(vectors, vectors @ a)
+    vectors = ritz_vectors(rows_gram(a), a, rank)
+    return triplets(vectors, vectors @ a)
 
   return _each(functools.partial(_short_side_first, core), delta)
 
@@ -159,10 +164,10 @@ def krylov(
 
   def core(a):
     start = jax.random.normal(_or_zero(key), (rank + oversample, a.shape[0]))
-    vectors, images = _iterate(
+    vectors, images = iterate(
       a, orthonormal_rows(start, 2), rank=rank, passes=passes, tol=tol
     )
-    return _finish(vectors, images)
+    return triplets(vectors, images)
 
   return _each(functools.partial(_short_side_first, core), delta)
 
@@ -296,163 +301,3 @@ def _short_side_first(core, a: jax.Array):
     return core(a)
   u, s, vt = core(a.T)
   return vt.T, s, u.T
-
-
-def _rows_gram(x: jax.Array) -> jax.Array:
-  return jnp.einsum("im,jm->ij", x, x)
-
-
-def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
-  """Orthonormal rows of the same span, zero for a row that depends on others.
-
-      x ← c⁻¹ x,   c cᵀ = x xᵀ + shift
-
-  The shift keeps the Cholesky factor finite for dependent and zero rows, where
-  the unshifted scheme gives NaN. The last round is run on nearly orthonormal
-  rows and takes a smaller one. What is still short then was rounding noise.
-
-  Args:
-    x: (r, n) float32.
-    rounds: 2 for rows spread over four decades, 3 for seven; static.
-
-  Returns:
-    (r, n) float32. Under sharding only r x r products are reduced.
-
-  Example:
-    >>> q = orthonormal_rows(jnp.array([[3.0, 0.0], [1.0, 1.0]]), 2)
-    >>> bool(jnp.allclose(q @ q.T, jnp.eye(2), atol=1e-5))
-    True
-  """
-  eye = jnp.eye(x.shape[0], dtype=x.dtype)
-
-  def condition(turn, x):
-    g = _rows_gram(x)
-    share = jnp.where(turn < rounds - 1, 1e-6, 1e-6 / x.shape[0])
-    c = jnp.linalg.cholesky(g + (share * jnp.trace(g) + 1e-30) * eye)
-    inverse = jax.lax.linalg.triangular_solve(
-      c, eye, left_side=True, lower=True
-    )
-    return inverse @ x
-
-  x = jax.lax.fori_loop(0, rounds, condition, x)
-  return jnp.where(jnp.sum(x * x, axis=1, keepdims=True) > 0.5, x, 0.0)
-
-
-def _iterate(a, block, *, rank, passes, tol):
-  """Ritz rows (r, m) and their images (r, n) from a Krylov space.
-
-  Rows of the basis that are not reached stay zero: they are orthogonal to all
-  and have no image, so they never lead.
-  """
-  width, (m, n) = block.shape[0], a.shape
-  basis = jnp.zeros((passes * width, m)).at[:width].set(block)
-  images = jnp.zeros((passes * width, n)).at[:width].set(block @ a)
-
-  def grow(state):
-    at, _, basis, images = state
-    newest = jax.lax.dynamic_slice_in_dim(images, (at - 1) * width, width)
-    block = _next_block(a, basis, newest)
-    basis = jax.lax.dynamic_update_slice_in_dim(basis, block, at * width, 0)
-    images = jax.lax.dynamic_update_slice_in_dim(
-      images, block @ a, at * width, 0
-    )
-    settled = jax.lax.cond(
-      at == 2,
-      lambda: _is_settled(a, images[: 3 * width], rank, tol),
-      lambda: jnp.bool_(False),
-    )
-    return at + 1, settled | ~jnp.any(block), basis, images
-
-  def unsettled(state):
-    return (state[0] < passes) & ~state[1]
-
-  _, _, basis, images = jax.lax.while_loop(
-    unsettled, grow, (jnp.int32(1), jnp.bool_(False), basis, images)
-  )
-  rows = _ritz_vectors(_rows_gram(images), images, rank)
-  return rows @ basis, rows @ images
-
-
-def _is_settled(a, images, rank, tol):
-  """Whether the third block lowered the squared error by less than `tol`."""
-  projected = _rows_gram(images)
-  before = 2 * images.shape[0] // 3
-  energy, earlier = (
-    jnp.linalg.eigvalsh(g)[-rank:].sum()
-    for g in (projected, projected[:before, :before])
-  )
-  total = jnp.sum(a * a)
-  rest = total - energy
-  # Under this share of the total, rounding decides and another pass is due.
-  return (energy - earlier <= tol * rest) & (rest > 1e-5 * total)
-
-
-def _next_block(a, basis, images):
-  """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis."""
-  # Conditioning the images first keeps directions that a dominant singular
-  # value would drown, squared, in the rounding of the product.
-  block = jnp.einsum("bn,mn->bm", orthonormal_rows(images, 2), a)
-  noise = 3e-6 * jnp.linalg.norm(block)
-
-  def off_basis(_, block):
-    block = block - (block @ basis.T) @ basis
-    # A block that lay in the basis leaves only rounding, which must not be
-    # blown up into rows that are not orthogonal to the basis.
-    block = jnp.where(jnp.linalg.norm(block) > noise, block, 0.0)
-    return orthonormal_rows(block, 2)
-
-  return jax.lax.fori_loop(0, 2, off_basis, block)
-
-
-def _ritz_vectors(projected, images, rank):
-  """Rows: leading eigenvectors of `projected = images imagesᵀ`, graded."""
-  values, vectors = _descending_eigh(projected)
-  leading = vectors[:, :rank]
-
-  def deflate(_):
-    large = values > _GRADED * values[0]
-    count = jnp.minimum(large.sum(), rank)
-    taken = jnp.where(large, vectors, 0.0)
-    rest = images - taken @ (taken.T @ images)
-    small = _descending_eigh(_rows_gram(rest))[1]
-    index = jnp.arange(rank)
-    mixed = jnp.where(
-      index < count,
-      leading,
-      jnp.take(small, index - count, axis=1, mode="clip"),
-    )
-    return orthonormal_rows(mixed.T, 2).T
-
-  graded = values[rank - 1] < _GRADED * values[0]
-  return jax.lax.cond(graded, deflate, lambda _: leading, None).T
-
-
-def _descending_eigh(symmetric):
-  values, vectors = jnp.linalg.eigh(symmetric)
-  return values[::-1], vectors[:, ::-1]
-
-
-def _finish(rows, images):
-  """Triplets of `rowsᵀ images`, rows (r, m) orthonormal or nearly so."""
-  norms = jnp.linalg.norm(images, axis=1)
-  live = norms > norms.max() * 1e-7
-  u = _complete(rows, jnp.linalg.norm(rows, axis=1) > 0.5)
-  v = _complete(images / jnp.where(live, norms, 1.0)[:, None], live)
-  core = jnp.where(live[:, None], images @ v.T, 0.0)
-  w, s, xt = jnp.linalg.svd(core)
-  return u.T @ w, s, xt @ v
-
-
-def _complete(rows, live):
-  """Orthonormal rows: the live ones kept, the others replaced by noise."""
-  return orthonormal_rows(jnp.where(live[:, None], rows, _noise(rows.shape)), 3)
-
-
-def _noise(shape):
-  """Rows of about unit norm, always the same, from a hash of the indices."""
-  i, j = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
-  h = i * jnp.uint32(0x9E3779B9) ^ j * jnp.uint32(0x85EBCA6B)
-  for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-    h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
-  uniform = (h >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-23 - 1.0
-  return uniform * (3.0 / shape[1]) ** 0.5

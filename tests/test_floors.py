@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A package stands on one floor with all of its files.
 FLOORS = (
   # 0: types, names, and bytes in files
-  "loras paths views pairs byte_ranges safetensors_headers safetensors_files "
-  "quantisation orbax_directories huggingface_folders",
+  "loras paths views pairs subspaces byte_ranges safetensors_headers "
+  "safetensors_files quantisation orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates ranks deltas pairing fused_experts sharding "
   "checkpoints journal",
@@ -37,9 +37,8 @@ FLOOR_OF = {
 
 # Files of one floor that may import from each other, without a circle.
 FAMILIES = (
-  "loras paths views pairs byte_ranges safetensors_headers safetensors_files "
-  "quantisation orbax_directories huggingface_folders",
-  "factoring certificates",
+  "loras paths views pairs subspaces byte_ranges safetensors_headers "
+  "safetensors_files quantisation orbax_directories huggingface_folders",
   "pairing fused_experts",
   "checkpoints journal",
   "merging",
@@ -194,7 +193,7 @@ def test_mistakes_of_callers_are_not_asserted(file):
   ("module", "other", "legal"),
   [
     ("factoring", "loras", True),
-    ("certificates", "factoring", True),
+    ("pairing", "fused_experts", True),
     ("models/folders", "models/decoder", True),
     ("__init__", "runs", True),
     ("loras", "factoring", False),

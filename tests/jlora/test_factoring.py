@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matrices import SPECTRA, best_errors, matrix
 
-from jlora import factoring
+from jlora import factoring, subspaces
 from jlora.factoring import Factors, gram, krylov, recompress, svd
 from jlora.loras import dense, from_factors
 
@@ -182,14 +182,14 @@ def test_krylov_stops_when_nothing_is_left(spectrum, blocks):
 @functools.cache
 def counted_krylov():
   """A compiled krylov, and a list that grows by one for every block it adds."""
-  count, plain = [], factoring._next_block
+  count, plain = [], subspaces._next_block
 
   def counting(a, basis, images):
     jax.debug.callback(lambda: count.append(1))
     return plain(a, basis, images)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(factoring, "_next_block", counting)
+    patch.setattr(subspaces, "_next_block", counting)
     shape = jax.ShapeDtypeStruct((M, N), jnp.float32)
     run = jax.jit(lambda delta, key: krylov(delta, RANK, key))
     return count, run.lower(shape, jax.random.key(0)).compile()
