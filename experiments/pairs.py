@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic checkpoint pairs of a Llama's shapes, written a tensor at a time.
+
+The weights are noise; the finetune adds changes as finetuning makes them: a
+decaying part of low rank over a floor of noise. Embeddings and norms stay.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jlora.checkpoints import stream_checkpoint, write_safetensors
+
+#: The benchmark's model, but for its number of layers: a Llama of 1.1e9
+#: parameters has these shapes.
+LLAMA = {
+  "model_type": "llama",
+  "architectures": ["LlamaForCausalLM"],
+  "vocab_size": 32000,
+  "hidden_size": 2048,
+  "intermediate_size": 5632,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 32,
+  "head_dim": 64,
+  "max_position_embeddings": 2048,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 10000.0,
+  "tie_word_embeddings": False,
+  "torch_dtype": "bfloat16",
+}
+
+
+def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Every tensor of a Llama as its Hugging Face folder names and shapes it.
+
+  Args:
+    config: of config.json, with `num_hidden_layers` and `head_dim`.
+
+  Returns:
+    Name -> shape, matrices (out, in).
+
+  Example:
+    >>> shapes({**LLAMA, "num_hidden_layers": 1})["lm_head.weight"]
+    (32000, 2048)
+  """
+  hidden, inner = config["hidden_size"], config["intermediate_size"]
+  queries = config["num_attention_heads"] * config["head_dim"]
+  keys = config["num_key_value_heads"] * config["head_dim"]
+  table = (config["vocab_size"], hidden)
+  layer = {
+    "self_attn.q_proj": (queries, hidden),
+    "self_attn.k_proj": (keys, hidden),
+    "self_attn.v_proj": (keys, hidden),
+    "self_attn.o_proj": (hidden, queries),
+    "mlp.gate_proj": (inner, hidden),
+    "mlp.up_proj": (inner, hidden),
+    "mlp.down_proj": (hidden, inner),
+    "input_layernorm": (hidden,),
+    "post_attention_layernorm": (hidden,),
+  }
+  found = {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,)}
+  for index in range(config["num_hidden_layers"]):
+    for name, shape in layer.items():
+      found[f"model.layers.{index}.{name}.weight"] = shape
+  if not config["tie_word_embeddings"]:
+    found["lm_head.weight"] = table
+  return found
+
+
+class Noise:
+  """Standard normal arrays, cut out of one large draw: they cost no drawing.
+
+  Args:
+    seed: of the draw.
+
+  Example:
+    >>> Noise(0)((2, 3), np.random.default_rng(1)).shape
+    (2, 3)
+  """
+
+  def __init__(self, seed: int):
+    rng = np.random.default_rng(seed)
+    self._pool = rng.standard_normal(2**24, np.float32)
+
+  def __call__(
+    self, shape: tuple[int, ...], rng: np.random.Generator
+  ) -> np.ndarray:
+    """A float32 array of this shape; `rng` chooses where it is cut."""
+    start = int(rng.integers(self._pool.size))
+    return np.resize(np.roll(self._pool, start), shape)
+
+
+def change(
+  shape: tuple[int, int], rng: np.random.Generator, noise: Noise
+) -> np.ndarray:
+  """A change as finetuning makes it: 128 directions over a floor of noise.
+
+      (Σ_i i^-1/2 x_i y_iᵀ / 2 + noise / 10) / 1000,   x, y Gaussian
+
+  Args:
+    shape: (m, n).
+    rng: where it is cut out of the noise.
+    noise: its source.
+
+  Returns:
+    (m, n) float32.
+
+  Example:
+    >>> rng = np.random.default_rng(0)
+    >>> float(change((64, 64), rng, Noise(0)).std().round(3))
+    0.001
+  """
+  count = min(128, *shape)
+  sizes = np.arange(1, count + 1, dtype=np.float32) ** -0.5 / 2000
+  left = noise((shape[0], count), rng) * sizes
+  right = noise((count, shape[1]), rng)
+  return left @ right + noise(shape, rng) / 10000
+
+
+def write_pair(
+  folder: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  seed: int = 0,
+  dtype: Any = ml_dtypes.bfloat16,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """A random Llama and its finetune: Hugging Face folders, no tokenizer.
+
+  Args:
+    folder: receives the folders `base` and `finetuned`.
+    config: of config.json.
+    seed: of the weights.
+    dtype: they are stored in.
+
+  Returns:
+    The base folder and the finetuned folder. One tensor is held at a time;
+    disk: twice the model.
+
+  Raises:
+    ValueError: a folder holds such files already.
+  """
+  spec = shapes(config)
+  stored = {name: (shape, dtype) for name, shape in spec.items()}
+  made = pathlib.Path(folder) / "base", pathlib.Path(folder) / "finetuned"
+  for path in made:
+    path.mkdir(parents=True)
+    tensors = _tensors(spec, seed, finetuned=path == made[1])
+    arrays = ((name, array.astype(dtype)) for name, array in tensors)
+    stream_checkpoint(path, stored, arrays)
+    (path / "config.json").write_text(json.dumps(dict(config), indent=2))
+  return made
+
+
+def write_matrices(
+  folder: str | os.PathLike[str], spec: Mapping[str, tuple[int, ...]]
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """A random set of matrices and its finetune, two files in float32.
+
+  Args:
+    folder: receives `base.safetensors` and `finetuned.safetensors`.
+    spec: name -> shape; all named `..._proj.weight` change.
+
+  Returns:
+    The base file and the finetuned file.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  made = folder / "base.safetensors", folder / "finetuned.safetensors"
+  for file in made:
+    tensors = _tensors(spec, 0, finetuned=file == made[1])
+    write_safetensors(file, dict(tensors))
+  return made
+
+
+def _tensors(
+  spec: Mapping[str, tuple[int, ...]], seed: int, *, finetuned: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Float32 weights by name; those of the base come again in the finetune."""
+  noise = Noise(seed)
+  for index, (name, shape) in enumerate(spec.items()):
+    rng = np.random.default_rng((seed, index))
+    if len(shape) == 1:
+      yield name, np.ones(shape, np.float32)
+      continue
+    weights = noise(shape, rng) / 50
+    if finetuned and name.endswith("_proj.weight"):
+      weights += change((shape[0], shape[1]), rng, noise)
+    yield name, weights
