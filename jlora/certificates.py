@@ -17,7 +17,7 @@ _SHARE = 0.09
 # Sums of squares in float32 are off by less than this share (5e-7 measured).
 _ROUNDING = 2e-6
 # Rows of the residual are formed in blocks of about this many entries.
-_BLOCK = 2**23
+_BLOCK = 2**18
 
 
 class Certificate(NamedTuple):
@@ -117,24 +117,22 @@ def certificate(
 
 def _certify(delta, a, b, scale, key):
   """The certificate of one matrix, everything in units of its top entry."""
-  top = jnp.max(jnp.abs(delta))
-  unit = jnp.where(top > 0, top, 1.0)
-  delta = delta / unit
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  a = a * (scale.astype(jnp.float32) / unit)
-  norm2 = _sum(delta * delta)
-  images = delta @ b.T
-  inner = jnp.sum(images.T * a, axis=1)
+  unit, b_unit = _power(delta), _power(b)
+  b = b / b_unit
+  a = a * b_unit / unit * scale.astype(jnp.float32)
+  residual2, norm2, total = _sums(delta, a, b, 1 / unit)
+  images, energies = _leading_energies(delta, b, norm2, key, 1 / unit)
+  inner = jnp.sum(images * a, axis=1)
   overlaps = (a @ a.T) * (b @ b.T)
   added = 2 * jnp.sum(jnp.tril(overlaps), axis=1) - jnp.diag(overlaps)
   gained = jnp.cumsum((2 * inner - added)[::-1])[::-1]
-  errors2 = _residual_energy(delta, a, b) + jnp.append(gained, 0.0)
-  errors2 = errors2.at[0].set(norm2)
+  errors2 = (residual2 + jnp.append(gained, 0.0)).at[0].set(norm2)
   norm = jnp.sqrt(norm2)
-  best2 = norm2 - _leading_energies(delta, b, norm2, key) - _ROUNDING * norm2
+  best2 = norm2 - energies - _ROUNDING * norm2
   return Certificate(
     norm=unit * norm,
-    mean_abs=unit * _sum(jnp.abs(delta)) / delta.size,
+    mean_abs=unit * total / delta.size,
     errors=unit * jnp.sqrt(jnp.maximum(errors2, 0.0)),
     changes=unit * jnp.sqrt(jnp.maximum(_from_zero(added), 0.0)),
     projections=unit * _from_zero(inner) / jnp.where(norm > 0, norm, 1.0),
@@ -142,9 +140,10 @@ def _certify(delta, a, b, scale, key):
   )
 
 
-def _sum(x):
-  """Sum by rows first: rounding then grows with the sides, not the area."""
-  return jnp.sum(jnp.sum(x, axis=-1))
+def _power(x):
+  """A power of two near the largest entry: scaling by it rounds nothing."""
+  top = jnp.max(jnp.abs(x))
+  return jnp.ldexp(1.0, jnp.frexp(jnp.where(top > 0, top, 1.0))[1])
 
 
 def _from_zero(x):
@@ -152,54 +151,73 @@ def _from_zero(x):
   return jnp.append(0.0, jnp.cumsum(x))
 
 
-def _residual_energy(delta, a, b):
-  """‖delta - aᵀb‖², a block of rows at a time."""
+def _sums(delta, a, b, inverse):
+  """‖delta - aᵀb‖², ‖delta‖² and Σ|delta|, a block of rows at a time.
 
-  def energy(rows, columns):
+  A block fits the cache, so the delta is read from memory once.
+  """
+
+  def sums(rows, columns):
+    rows = rows * inverse
     rest = rows - columns.T @ b
-    return _sum(rest * rest)
+    parts = (jnp.square(rest), jnp.square(rows), jnp.abs(rows))
+    # By rows first: rounding then grows with the sides, not the area.
+    return jnp.stack([jnp.sum(jnp.sum(part, axis=1)) for part in parts])
 
   m, n = delta.shape
   blocks = min(math.ceil(m * n / _BLOCK), m)
   if blocks == 1:
-    return energy(delta, a)
+    return sums(delta, a)
   height = m // blocks
   whole = height * blocks
   stacked = delta[:whole].reshape(blocks, height, n)
   columns = a[:, :whole].reshape(-1, blocks, height).swapaxes(0, 1)
-  parts = jax.lax.map(lambda block: energy(*block), (stacked, columns)).sum()
-  return parts if whole == m else parts + energy(delta[whole:], a[:, whole:])
+  parts = jax.lax.map(lambda block: sums(*block), (stacked, columns)).sum(0)
+  return parts if whole == m else parts + sums(delta[whole:], a[:, whole:])
 
 
-def _leading_energies(delta, b, norm2, key):
-  """(r + 1,) upper bounds on the energy of the k largest singular values."""
+def _leading_energies(delta, b, norm2, key, inverse):
+  """`b deltaᵀ`; (r + 1,) upper bounds on the energy of the k largest values."""
   rank = b.shape[0]
   size = jnp.linalg.norm(b, axis=1, keepdims=True)
   v = orthonormal_rows(b / jnp.where(size > 0, size, 1.0), rounds=3)
-  left = v @ delta.T
+
+  def off_v(rows):
+    return rows - (rows @ v.T) @ v
+
+  # One product for all that is to be multiplied, thrice: delta is read thrice.
+  probes = off_v(jax.random.normal(key, (_PROBES, delta.shape[1])))
+  images, left, first = _times(
+    delta.T, inverse, jnp.concatenate([b, v, probes]), (rank, 2 * rank)
+  )
+  across, second = _times(
+    delta, inverse, jnp.concatenate([left, first]), (rank,)
+  )
+  across, second = off_v(across), off_v(second)
+  third = (second @ delta.T) * inverse
+  fourth = off_v((third @ delta) * inverse)
   inside = jnp.linalg.eigvalsh(left @ left.T)[::-1]
-  across = left @ delta
-  across = across - (across @ v.T) @ v
   coupling = jnp.linalg.eigvalsh(across @ across.T)[::-1]
-  outside = jnp.maximum(norm2 - inside.sum(), 0.0)
   count = jnp.arange(rank + 1)
-  tail = jnp.minimum(outside, _tail_sums(delta, v, count.astype(v.dtype), key))
+  tail = jnp.minimum(
+    jnp.maximum(norm2 - inside.sum(), 0.0),
+    _tail_sums((second, third, fourth), count.astype(v.dtype)),
+  )
   kept = count[:, None] - count[None]
   mixed = _from_zero(inside)[jnp.maximum(kept, 0)] + tail[None]
   most = jnp.max(jnp.where(kept >= 0, mixed, 0.0), axis=1)
-  return most + _from_zero(jnp.sqrt(jnp.maximum(coupling, 0.0)))
+  return images, most + _from_zero(jnp.sqrt(jnp.maximum(coupling, 0.0)))
 
 
-def _tail_sums(delta, v, count, key):
+def _times(matrix, inverse, rows, splits):
+  """`rows matrix`, scaled, in parts."""
+  return jnp.split((rows @ matrix) * inverse, splits)
+
+
+def _tail_sums(powers, count):
   """(r + 1,) bounds on the sum of the t largest eigenvalues outside V."""
-  power = jax.random.normal(key, (_PROBES, delta.shape[1]))
-  power = power - (power @ v.T) @ v
   least = jnp.full(count.shape, jnp.inf)
-  for p in range(1, 5):
-    power = power @ (delta.T if p % 2 else delta)
-    if p % 2 == 0:
-      power = power - (power @ v.T) @ v
+  for p, power in enumerate(powers, start=2):
     moment = jnp.sum(power * power) / _PROBES / _SHARE
-    if p > 1:
-      least = jnp.minimum(least, count ** (1 - 1 / p) * moment ** (1 / p))
+    least = jnp.minimum(least, count ** (1 - 1 / p) * moment ** (1 / p))
   return least

@@ -57,8 +57,8 @@ def svd(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
   del key
   rank = _check(delta, rank)
 
-  def core(a):
-    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+  def core(a, half):
+    u, s, vt = jnp.linalg.svd(a * half * half, full_matrices=False)
     return u[:, :rank], s[:rank], vt[:rank]
 
   return _each(core, delta)
@@ -93,7 +93,8 @@ def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
   del key
   rank = _check(delta, rank)
 
-  def core(a):
+  def core(a, half):
+    a = a * half * half
     vectors = ritz_vectors(rows_gram(a), a, rank)
     return triplets(vectors, vectors @ a)
 
@@ -162,10 +163,16 @@ def krylov(
   if other is not krylov:
     return other(delta, rank, key)
 
-  def core(a):
+  def core(a, half):
     start = jax.random.normal(_or_zero(key), (rank + oversample, a.shape[0]))
     vectors, images = iterate(
-      a, orthonormal_rows(start, 2), rank=rank, passes=passes, tol=tol
+      lambda rows: ((rows * half) @ a) * half,
+      lambda rows: jnp.einsum("kn,mn->km", rows * half, a) * half,
+      orthonormal_rows(start, 2),
+      lambda: jnp.sum(jnp.square(a * half * half)),
+      rank=rank,
+      passes=passes,
+      tol=tol,
     )
     return triplets(vectors, images)
 
@@ -237,16 +244,19 @@ def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
   if rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}.")
   rank = min(rank, a.shape[-2], a.shape[-1], b.shape[-1])
+
+  def one(a, b):
+    (a_half, a_root), (b_half, b_root) = _unit(a), _unit(b)
+    qa, ra = jnp.linalg.qr((a * a_half * a_half).T)
+    qb, rb = jnp.linalg.qr((b * b_half * b_half).T)
+    u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
+    s = s[:rank] * a_root * b_root * a_root * b_root
+    return _fix_signs(qa @ u[:, :rank], s, vt[:rank] @ qb.T)
+
+  for _ in range(a.ndim - 2):
+    one = jax.vmap(one)
   with jax.default_matmul_precision("highest"):
-    a, b = (jnp.swapaxes(x.astype(jnp.float32), -1, -2) for x in (a, b))
-    (a, a_scale), (b, b_scale) = _unit(a), _unit(b)
-    qa, ra = jnp.linalg.qr(a)
-    qb, rb = jnp.linalg.qr(b)
-    small = ra @ jnp.swapaxes(rb, -1, -2)
-    u, s, vt = jnp.linalg.svd(small, full_matrices=False)
-    u = qa @ u[..., :rank]
-    vt = vt[..., :rank, :] @ jnp.swapaxes(qb, -1, -2)
-    return _fix_signs(u, s[..., :rank] * a_scale * b_scale, vt)
+    return one(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def _check(delta: jax.Array, rank: int) -> int:
@@ -263,12 +273,17 @@ def _or_zero(key: jax.Array | None) -> jax.Array:
 
 
 def _each(core, delta: jax.Array) -> Factors:
-  """`core` on each matrix of a batch, brought to modulus 1, signs fixed."""
+  """`core(a, half)` on each matrix of a batch, signs fixed.
+
+  It factors `a half²`, which is of modulus 1. The scale goes into thin factors
+  where it can: a scaled copy of a costs as much as a product.
+  """
 
   def one(a):
-    a, scale = _unit(a.astype(jnp.float32))
-    u, s, vt = core(a)
-    return _fix_signs(u, s * scale[0], vt)
+    a = a.astype(jnp.float32)
+    half, root = _unit(a)
+    u, s, vt = core(a, half)
+    return _fix_signs(u, s * root * root, vt)
 
   for _ in range(delta.ndim - 2):
     one = jax.vmap(one)
@@ -277,14 +292,10 @@ def _each(core, delta: jax.Array) -> Factors:
 
 
 def _unit(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A matrix over a power of two near its largest entry, and that power."""
-  top = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-  exponent = jnp.frexp(jnp.where(top > 0, top, 1.0))[1]
-  # In two steps: 2^-e alone overflows for the smallest float32 numbers.
-  half = exponent // 2
-  one = jnp.ones_like(top)
-  scaled = a * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent)
-  return scaled, jnp.ldexp(one, exponent)[..., 0]
+  """Powers of two: `a half²` has modulus about 1, and root is 1 / half."""
+  top = jnp.max(jnp.abs(a))
+  exponent = jnp.frexp(jnp.where(top > 0, top, 1.0))[1] // 2
+  return jnp.ldexp(1.0, -exponent), jnp.ldexp(1.0, exponent)
 
 
 def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> Factors:
@@ -295,9 +306,9 @@ def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> Factors:
   return Factors(u * sign, s, vt * jnp.swapaxes(sign, -1, -2))
 
 
-def _short_side_first(core, a: jax.Array):
+def _short_side_first(core, a: jax.Array, half: jax.Array):
   """`core` on the orientation whose rows are the short side."""
   if a.shape[0] <= a.shape[1]:
-    return core(a)
-  u, s, vt = core(a.T)
+    return core(a, half)
+  u, s, vt = core(a.T, half)
   return vt.T, s, u.T

@@ -5,8 +5,12 @@ Nothing here is larger than the basis: eigenvalue and singular value problems
 are small and square. Callers set the precision of the products.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+Multiply = Callable[[jax.Array], jax.Array]
 
 # Eigenvalues below this share of the largest are lost in float32 products.
 _GRADED = 1e-4
@@ -65,7 +69,14 @@ def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
 
 
 def iterate(
-  a: jax.Array, block: jax.Array, *, rank: int, passes: int, tol: float
+  forward: Multiply,
+  backward: Multiply,
+  block: jax.Array,
+  energy: Callable[[], jax.Array],
+  *,
+  rank: int,
+  passes: int,
+  tol: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Ritz rows and their images from a block Krylov space of a matrix.
 
@@ -73,73 +84,98 @@ def iterate(
   and have no image, so they never lead.
 
   Args:
-    a: (m, n) float32.
+    forward: rows (k, m) -> their images `rows a` (k, n).
+    backward: (k, n) -> `rows aᵀ` (k, m).
     block: (w, m) orthonormal rows to start from.
+    energy: `‖a‖²`, called where it is needed.
     rank: rows wanted, at most w; static.
     passes: blocks at the most; static.
     tol: as for `krylov`.
 
   Returns:
-    (r, m) orthonormal rows and (r, n), their products with a.
+    (r, m) orthonormal rows and (r, n), their images.
 
   Example:
     >>> a = jnp.diag(jnp.array([1.0, 4.0, 2.0]))
-    >>> rows, _ = iterate(a, jnp.eye(3)[:2], rank=1, passes=1, tol=0.0)
+    >>> rows, _ = iterate(lambda x: x @ a, lambda x: x @ a.T, jnp.eye(3)[:2],
+    ...                   lambda: jnp.sum(a * a), rank=1, passes=1, tol=0.0)
     >>> jnp.abs(rows).round(4)
     Array([[0., 1., 0.]], dtype=float32)
   """
-  width, (m, n) = block.shape[0], a.shape
-  basis = jnp.zeros((passes * width, m)).at[:width].set(block)
-  images = jnp.zeros((passes * width, n)).at[:width].set(block @ a)
+  width = block.shape[0]
+  image = forward(block)
+  basis, images = (_with_room(first, passes) for first in (block, image))
+  projected = jnp.pad(rows_gram(image), (0, (passes - 1) * width))
 
   def grow(state):
-    at, _, basis, images = state
-    newest = jax.lax.dynamic_slice_in_dim(images, (at - 1) * width, width)
-    block = _next_block(a, basis, newest)
-    basis = jax.lax.dynamic_update_slice_in_dim(basis, block, at * width, 0)
-    images = jax.lax.dynamic_update_slice_in_dim(
-      images, block @ a, at * width, 0
-    )
+    at, _, basis, images, projected = state
+    start, last = at * width, (at - 1) * width
+    older = jax.lax.dynamic_slice_in_dim(images, last, width)
+    block = _next_block(backward, basis, older, at)
+    newest = forward(block)
+    basis = jax.lax.dynamic_update_slice_in_dim(basis, block, start, 0)
+    images = jax.lax.dynamic_update_slice_in_dim(images, newest, start, 0)
+    # All else in these rows is zero: the Lanczos recurrence.
+    cross = newest @ older.T
+    for part, corner in (
+      (rows_gram(newest), (start, start)),
+      (cross, (start, last)),
+      (cross.T, (last, start)),
+    ):
+      projected = jax.lax.dynamic_update_slice(projected, part, corner)
     settled = jax.lax.cond(
       at == 2,
-      lambda: _is_settled(a, images[: 3 * width], rank, tol),
+      lambda: _is_settled(
+        energy(), projected[: 3 * width, : 3 * width], rank, tol
+      ),
       lambda: jnp.bool_(False),
     )
-    return at + 1, settled | ~jnp.any(block), basis, images
+    return at + 1, settled | ~jnp.any(block), basis, images, projected
 
   def unsettled(state):
     return (state[0] < passes) & ~state[1]
 
-  _, _, basis, images = jax.lax.while_loop(
-    unsettled, grow, (jnp.int32(1), jnp.bool_(False), basis, images)
-  )
-  rows = ritz_vectors(rows_gram(images), images, rank)
+  start = (jnp.int32(1), jnp.bool_(False), basis, images, projected)
+  *_, basis, images, projected = jax.lax.while_loop(unsettled, grow, start)
+  rows = ritz_vectors(projected, images, rank)
   return rows @ basis, rows @ images
 
 
-def _is_settled(a, images, rank, tol):
+def _with_room(block, passes):
+  """A block and zero rows for the others."""
+  return jnp.pad(block, ((0, (passes - 1) * block.shape[0]), (0, 0)))
+
+
+def _is_settled(total, projected, rank, tol):
   """Whether the third block lowered the squared error by less than `tol`."""
-  projected = rows_gram(images)
-  before = 2 * images.shape[0] // 3
+  before = 2 * projected.shape[0] // 3
   energy, earlier = (
     jnp.linalg.eigvalsh(g)[-rank:].sum()
     for g in (projected, projected[:before, :before])
   )
-  total = jnp.sum(a * a)
   rest = total - energy
   # Under this share of the total, rounding decides and another pass is due.
   return (energy - earlier <= tol * rest) & (rest > 1e-5 * total)
 
 
-def _next_block(a, basis, images):
+def _next_block(backward, basis, images, at):
   """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis."""
   # Conditioning the images first keeps directions that a dominant singular
   # value would drown, squared, in the rounding of the product.
-  block = jnp.einsum("bn,mn->bm", orthonormal_rows(images, 2), a)
+  block = backward(orthonormal_rows(images, 2))
   noise = 3e-6 * jnp.linalg.norm(block)
+  filled = 3 * images.shape[0]
+
+  def project(block):
+    """Off the rows that are filled: half of the work in the first passes."""
+    return jax.lax.cond(
+      at <= 3,
+      lambda: block - (block @ basis[:filled].T) @ basis[:filled],
+      lambda: block - (block @ basis.T) @ basis,
+    )
 
   def off_basis(_, block):
-    block = block - (block @ basis.T) @ basis
+    block = project(block)
     # A block that lay in the basis leaves only rounding, which must not be
     # blown up into rows that are not orthogonal to the basis.
     block = jnp.where(jnp.linalg.norm(block) > noise, block, 0.0)
