@@ -24,6 +24,8 @@ from experiments import pairs
 from experiments.bench_arrays import Row, measure_errors, measure_factoring
 from experiments.bench_processes import Bench
 
+PARTS = ("errors", "factoring", "process", "memory", "small")
+
 
 class Sizes(NamedTuple):
   """What is measured.
@@ -120,7 +122,7 @@ def measure_parts(
   """The rows of some parts, each as soon as it is measured.
 
   Args:
-    parts: of "errors", "factoring", "process", "memory", "small".
+    parts: of PARTS.
     sizes: FULL or QUICK.
     work: folder for pairs.
     mergekit: its mergekit-extract-lora, or None.
@@ -183,6 +185,8 @@ def main(_: list[str]) -> None:
   values = flags.FLAGS
   if values.real and len(values.real) != 2:
     raise app.UsageError("--real takes two checkpoints: BASE,FINETUNED")
+  if unknown := [part for part in values.part if part not in PARTS]:
+    raise app.UsageError(f"--part takes {', '.join(PARTS)}, got {unknown}")
   real = tuple(values.real) if values.real else None
   sizes = QUICK if values.quick else FULL
   if not values.json:
@@ -201,8 +205,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   # Here, not above: importing this module must not claim a flag's name.
-  PARTS = ["errors", "factoring", "process", "memory", "small"]
-  flags.DEFINE_multi_enum("part", PARTS, PARTS, "What is measured.")
+  flags.DEFINE_list("part", list(PARTS), "What is measured.")
   flags.DEFINE_bool("quick", False, "Tiny sizes: does it run?")
   flags.DEFINE_bool("json", False, "Lines of JSON instead of the table.")
   flags.DEFINE_string("mergekit", None, "Its mergekit-extract-lora, 0.1.5.")

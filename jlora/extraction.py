@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extraction from pytrees: base and finetune in, Loras out, jit-able.
 
-What streams from disk is built on the same step, `factor_parameter`.
+What streams from disk is built on the same step, a parameter at a time.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jlora.deltas import difference, is_matrix
 from jlora.factoring import Factoriser, krylov
-from jlora.loras import Factors, Loras, from_factors, name_some
+from jlora.loras import Lora, Loras, exchange, from_factors, name_some
 from jlora.pairing import pair_up
 from jlora.pairs import read
 from jlora.paths import check_same, flatten, key_for
@@ -89,15 +89,15 @@ def extract(
   loras = {}
   for path, wanted in ranks.items():
     pair = pairs[path]
-    factors = factor_parameter(
+    loras[path] = extract_parameter(
       read(left, pair.base),
       read(right, pair.finetuned),
       key_for(key, path),
       view=modules[path],
       rank=wanted,
       factor=factor,
+      dtype=jnp.dtype(dtype),
     )
-    loras[path] = from_factors(factors, dtype)
   return loras
 
 
@@ -145,8 +145,34 @@ def ranks_of(
   return ranks
 
 
-@functools.partial(jax.jit, static_argnames=("view", "rank", "factor"))
-def factor_parameter(
+def delta_of(
+  base: jax.Array, finetuned: jax.Array, view: MatrixView
+) -> tuple[jax.Array, bool]:
+  """The change of a parameter as a matrix, in the order it is stored in.
+
+  Args:
+    base: the parameter, any floating dtype, its own layout.
+    finetuned: the same shape.
+    view: how the layout is read as a matrix.
+
+  Returns:
+    (..., in, out) and False, or (..., out, in) and True where that is how the
+    memory lies: factors are exchanged for less than a delta is transposed.
+
+  Example:
+    >>> from jlora.views import LINEAR
+    >>> w = jnp.zeros((5, 3))
+    >>> delta, is_exchanged = delta_of(w, w + 1, LINEAR)
+    >>> delta.shape, is_exchanged
+    ((5, 3), True)
+  """
+  flip = view.is_transposed
+  delta = difference(base, finetuned)
+  return as_matrix(delta, view.exchanged if flip else view), flip
+
+
+@functools.partial(jax.jit, static_argnames=("view", "rank", "factor", "dtype"))
+def extract_parameter(
   base: jax.Array,
   finetuned: jax.Array,
   key: jax.Array,
@@ -154,27 +180,31 @@ def factor_parameter(
   view: MatrixView,
   rank: int,
   factor: Factoriser = krylov,
-) -> Factors:
-  """The factors of one parameter's change, read as (..., in, out).
+  dtype: Any = jnp.float32,
+) -> Lora:
+  """The Lora of one parameter's change, read as (..., in, out).
 
   Args:
     base: the parameter, any floating dtype, its own layout.
     finetuned: the same shape.
     key: PRNG key of the module.
-    view: how the layout is read as a matrix; static.
-    rank: static.
-    factor: the factoriser; static. Equal shapes share a compilation.
+    view: how the layout is read as a matrix; static, as all below.
+    rank: units to keep.
+    factor: the factoriser. Equal shapes share a compilation.
+    dtype: storage dtype.
 
   Returns:
-    Factors u (..., in, r), s (..., r), vt (..., r, out), float32.
+    Lora with a (..., r, in), b (..., r, out), scale 1.
 
   Example:
     >>> w = jnp.zeros((3, 5), jnp.bfloat16)
-    >>> factor_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
-    ...                  rank=1).s.shape
-    (1,)
+    >>> extract_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
+    ...                   rank=1).a.shape
+    (1, 3)
   """
-  return factor(as_matrix(difference(base, finetuned), view), rank, key)
+  delta, is_exchanged = delta_of(base, finetuned, view)
+  lora = from_factors(factor(delta, rank, key), dtype)
+  return exchange(lora) if is_exchanged else lora
 
 
 def _leaves(tree: Any) -> Mapping[str, Any]:

@@ -65,6 +65,22 @@ class Factors(NamedTuple):
   vt: jax.Array
 
 
+def exchange(lora: Lora) -> Lora:
+  """The Lora of the transposed change: a and b exchanged.
+
+  Args:
+    lora: a (..., r, in), b (..., r, out).
+
+  Returns:
+    Lora with a (..., r, out), b (..., r, in); nothing is computed.
+
+  Example:
+    >>> exchange(Lora(jnp.ones((2, 3)), jnp.ones((2, 5)), 1.0)).a.shape
+    (2, 5)
+  """
+  return Lora(lora.b, lora.a, lora.scale)
+
+
 def from_factors(factors: Factors, dtype=jnp.float32) -> Lora:
   """The balanced Lora of a decomposition: `a = √s uᵀ`, `b = √s vt`, scale 1.
 

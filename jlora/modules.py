@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.certificates import Certificate, certificate
-from jlora.deltas import difference, is_floating, rounding_noise
+from jlora.deltas import is_floating, rounding_noise
+from jlora.extraction import delta_of
 from jlora.factoring import Factoriser
-from jlora.loras import Lora, from_factors
+from jlora.loras import Lora, exchange, from_factors
 from jlora.measurements import summarise
 from jlora.pairs import Pair, names_of, read
 from jlora.paths import key_for
-from jlora.views import MatrixView, as_matrix
+from jlora.views import MatrixView
 
 _EQUAL = "equal in value, not in bytes"
 
@@ -93,12 +94,12 @@ def measure_parameter(
     >>> m.certificate.errors.shape
     (2,)
   """
-  delta = as_matrix(difference(base, finetuned), view)
+  delta, is_exchanged = delta_of(base, finetuned, view)
   factors = factor(delta, rank, key)
   lora = from_factors(factors, dtype)
   weights = base.astype(jnp.float32)
   return Measured(
-    lora=lora,
+    lora=exchange(lora) if is_exchanged else lora,
     sigma=factors.s,
     certificate=certificate(delta, lora, key),
     base_norm=jnp.sqrt(jnp.sum(jnp.square(weights), axis=-1).sum()),

@@ -40,6 +40,16 @@ class MatrixView:
       math.prod(take(self.outputs)),
     )
 
+  @property
+  def exchanged(self) -> "MatrixView":
+    """The view that reads the transposed matrix, (out, in)."""
+    return MatrixView(self.batch, self.outputs, self.inputs)
+
+  @property
+  def is_transposed(self) -> bool:
+    """Whether the layout keeps its outputs before its inputs."""
+    return self.outputs < self.inputs
+
 
 Rule = tuple[str, int, MatrixView]
 
