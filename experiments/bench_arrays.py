@@ -56,12 +56,14 @@ def measure_errors(
   real = real or _cached_pair()
   if real:
     deltas.update(_one_of_each_type(*real))
+  factors = (jlora.krylov, jlora.gram)
+  compiled = {f: jax.jit(f, static_argnums=1) for f in factors}
   for name, delta in deltas.items():
     m, n = delta.shape
     sigma = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
     best = np.linalg.norm(sigma[rank:])
-    for factor in (jlora.krylov, jlora.gram):
-      u, s, vt = map(np.float64, factor(jnp.asarray(delta), rank))
+    for factor in factors:
+      u, s, vt = map(np.float64, compiled[factor](jnp.asarray(delta), rank))
       error = np.linalg.norm(delta - (u * s) @ vt)
       note = f"{m} x {n}, rank {rank}"
       if factor is jlora.krylov:

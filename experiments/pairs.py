@@ -6,6 +6,7 @@ decaying part of low rank over a floor of noise. Embeddings and norms stay.
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -91,8 +92,10 @@ class Noise:
     self, shape: tuple[int, ...], rng: np.random.Generator
   ) -> np.ndarray:
     """A float32 array of this shape; `rng` chooses where it is cut."""
-    start = int(rng.integers(self._pool.size))
-    return np.resize(np.roll(self._pool, start), shape)
+    size = math.prod(shape)
+    start = int(rng.integers(max(self._pool.size - size, 0) + 1))
+    cut = self._pool[start : start + size]
+    return np.resize(cut, shape) if cut.size < size else cut.reshape(shape)
 
 
 def change(
