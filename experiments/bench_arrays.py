@@ -61,10 +61,11 @@ def measure_errors(
   for name, delta in deltas.items():
     m, n = delta.shape
     sigma = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
-    best = np.linalg.norm(sigma[rank:])
+    best = float(np.linalg.norm(sigma[rank:]))
     for factor in factors:
-      u, s, vt = map(np.float64, compiled[factor](jnp.asarray(delta), rank))
-      error = np.linalg.norm(delta - (u * s) @ vt)
+      found = compiled[factor](jnp.asarray(delta), rank)
+      u, s, vt = (np.asarray(part, np.float64) for part in found)
+      error = float(np.linalg.norm(delta - (u * s) @ vt))
       note = f"{m} x {n}, rank {rank}"
       if factor is jlora.krylov:
         note += f", through {cheapest((m, n), rank).__name__}"
@@ -107,7 +108,7 @@ def _one_of_each_type(
     kind = re.sub(r"\d+", "*", name)
     if len(spec.shape) != 2 or kind in seen or name not in right.spec:
       continue
-    delta = np.float32(right[name]) - np.float32(left[name])
+    delta = right[name].astype(np.float32) - left[name].astype(np.float32)
     if delta.any():
       seen.add(kind)
       yield f"{name} of {label}", delta

@@ -115,7 +115,7 @@ def change(
 
   Example:
     >>> rng = np.random.default_rng(0)
-    >>> float(change((64, 64), rng, Noise(0)).std().round(3))
+    >>> round(float(change((64, 64), rng, Noise(0)).std()), 3)
     0.001
   """
   count = min(128, *shape)
