@@ -165,12 +165,18 @@ def write_adapter(
   def whole(path: str) -> np.ndarray:
     return read_pair(pairs[path], plan.base, plan.finetuned)[1]
 
+  # The finetune's own head, where the base ties it, is in no file of the base.
+  shapes = {
+    path: plan.base.spec[pair.base.name]
+    for path, pair in pairs.items()
+    if path not in plan.base.spec
+  }
   kept = [p for p in pairs if journal[p]["status"] == "kept whole"]
   biases, full = _sort_kept(kept, pairs, ranks.keys() | plan.refused)
   left = save_peft(
     out,
     _Lazy([path for path in pairs if path in ranks], lora),
-    like=plan.base.spec,
+    like=plan.base.spec | shapes,
     biases=_Lazy(biases, change),
     full=_Lazy(full, whole),
     profile=profile,
