@@ -84,7 +84,8 @@ def measure_parameter(
     stored: dtype of the finetune's file, for its rounding noise.
 
   Returns:
-    Measured. Pure; costs the factoriser and a certificate.
+    Measured, its norm NaN if the change is not finite. Pure; costs the
+    factoriser and a certificate.
 
   Example:
     >>> from jlora.factoring import svd
@@ -95,13 +96,17 @@ def measure_parameter(
     (2,)
   """
   delta, is_exchanged = delta_of(base, finetuned, view)
+  # LAPACK may never return from a matrix that holds NaN.
+  finite = jnp.isfinite(jnp.max(jnp.abs(delta)))
+  delta = jnp.where(finite, delta, 0.0)
   factors = factor(delta, rank, key)
   lora = from_factors(factors, dtype)
+  found = certificate(delta, lora, key)
   weights = base.astype(jnp.float32)
   return Measured(
     lora=exchange(lora) if is_exchanged else lora,
     sigma=factors.s,
-    certificate=certificate(delta, lora, key),
+    certificate=found._replace(norm=jnp.where(finite, found.norm, jnp.nan)),
     base_norm=jnp.sqrt(jnp.sum(jnp.square(weights), axis=-1).sum()),
     noise_std=rounding_noise(finetuned, stored),
   )
