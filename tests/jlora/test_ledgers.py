@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger on random pairs of checkpoints: every tensor exactly once."""
+
+import collections
+import io
+import tempfile
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_pairs import adapter_tensors, draw, shared_extractor, write_pair
+
+from jlora import runs
+
+BF16 = ml_dtypes.bfloat16
+LAYER = "model.layers.0"
+# Few shapes of matrices, as each is compiled once.
+SHAPES = {
+  "model.embed_tokens.weight": (9, 8),
+  "lm_head.weight": (9, 8),
+  f"{LAYER}.self_attn.q_proj.weight": (8, 8),
+  f"{LAYER}.self_attn.q_proj.bias": (8,),
+  f"{LAYER}.norm.weight": (8,),
+  f"{LAYER}.norm.bias": (8,),
+  f"{LAYER}.bn.num_batches_tracked": (),
+  f"{LAYER}.codes.weight": (8, 8),
+  "rotary.inv_freq": (4,),
+}
+DTYPES = {
+  f"{LAYER}.bn.num_batches_tracked": np.int64,
+  f"{LAYER}.codes.weight": np.int8,
+}
+FATES = ("same", "changed", "base", "finetuned")
+
+
+def values(name, seed):
+  return (100 * draw(*SHAPES[name], seed=seed)).astype(
+    DTYPES.get(name, np.float32)
+  )
+
+
+@st.composite
+def pairs(draw_):
+  """Two checkpoints that share at least one changed matrix."""
+  prefix = draw_(st.sampled_from(["", "language_model."]))
+  grown = draw_(st.sampled_from([0, 2]))
+  base = {"model.anchor.weight": draw(8, 8)}
+  finetuned = {prefix + "model.anchor.weight": draw(8, 8, seed=1)}
+  for seed, name in enumerate(SHAPES):
+    fate = draw_(st.sampled_from(FATES))
+    if fate != "finetuned":
+      base[name] = values(name, seed)
+    if fate != "base":
+      value = values(name, seed + 50 * (fate == "changed"))
+      if name == "model.embed_tokens.weight":
+        value = np.concatenate([value, draw(grown, 8)])
+      finetuned[prefix + name] = value
+  return base, finetuned
+
+
+@settings(max_examples=25, deadline=None)
+@given(pairs())
+def test_every_tensor_of_both_is_in_one_row(pair):
+  base, finetuned = pair
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    mock.patch.object(runs, "Extractor", shared_extractor),
+  ):
+    report = runs.extract_checkpoint(
+      *write_pair(folder, base, finetuned),
+      f"{folder}/out",
+      rank=2,
+      log=io.StringIO(),
+    )
+    stored = adapter_tensors(f"{folder}/out")
+  for side, tensors in (("base", base), ("finetuned", finetuned)):
+    named = collections.Counter(n for row in report.ledger for n in row[side])
+    assert named == collections.Counter(list(tensors))
+  for row in report.ledger:
+    check_row(row, base, finetuned, stored)
+
+
+def check_row(row, base, finetuned, stored):
+  """A row's status is what really became of its tensors."""
+  left = [base[name] for name in row["base"]]
+  right = [finetuned[name] for name in row["finetuned"]]
+  if row["status"] == "unchanged":
+    # A tie puts three tensors in a row.
+    assert all(np.array_equal(x, left[0]) for x in left + right)
+  elif row["status"] == "extracted":
+    modules = {name.rpartition(".lora_")[0] for name in stored}
+    # An untied head bears the finetune's name.
+    names = row["base"] + row["finetuned"]
+    assert any(name.removesuffix(".weight") in modules for name in names)
+  elif row["status"] == "kept whole":
+    carried = [stored.get(name) for name in row["base"]]
+    bias = stored.get(row["base"][0].removesuffix("bias") + "lora_B.bias")
+    whole = any(
+      value is not None and np.array_equal(value, x)
+      for value in carried
+      for x in right
+    )
+    assert whole or np.allclose(bias, right[0] - left[0], atol=1e-4)
+  else:
+    assert row["why"]
