@@ -6,7 +6,6 @@ import io
 import tempfile
 from unittest import mock
 
-import ml_dtypes
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,6 @@ from small_pairs import adapter_tensors, draw, shared_extractor, write_pair
 
 from jlora import runs
 
-BF16 = ml_dtypes.bfloat16
 LAYER = "model.layers.0"
 # Few shapes of matrices, as each is compiled once.
 SHAPES = {
