@@ -8,6 +8,7 @@ or a slice of one, is read when asked for. float8 weights come multiplied with
 their scales. Writers put a file in its place when it is whole.
 """
 
+import json
 import math
 import operator
 import os
@@ -95,6 +96,18 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
   def __repr__(self) -> str:
     return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+  @property
+  def model_type(self) -> str | None:
+    """`model_type` of the folder's config.json; None if there is none."""
+    file = self.path / "config.json"
+    if not file.exists():
+      return None
+    try:
+      config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"{file} is no JSON: {error}; mend it") from error
+    return config.get("model_type") if isinstance(config, dict) else None
 
   @property
   def bytes_read(self) -> int:

@@ -5,6 +5,7 @@ What streams from disk is built on the same step, a parameter at a time.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from jlora.deltas import difference, is_matrix
 from jlora.factoring import Factoriser, krylov
 from jlora.loras import Lora, Loras, exchange, from_factors, name_some
 from jlora.pairing import pair_up
-from jlora.pairs import read
+from jlora.pairs import Pairing, read
 from jlora.paths import check_same, flatten, key_for
 from jlora.views import MatrixView, Rule, as_matrix, table_for, view_of
 
@@ -54,9 +55,11 @@ def extract(
   Returns:
     {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones. Modules
     that did not change give zero factors: the structure never depends on
-    values, so the call can be jitted. Of an open checkpoint one pair of
-    tensors is in memory at a time. A sharded parameter is not gathered, only
-    its thin factors are.
+    values, so the call can be jitted. A change that is not finite gives a
+    scale of NaN. Of an open checkpoint one pair of tensors is in memory at a
+    time, and what has no partner or another shape is left out with a warning;
+    `extract_checkpoint` accounts for it. A sharded parameter is not gathered,
+    only its thin factors are.
 
   Raises:
     ValueError: structures or shapes that differ, a rank for a path that is not
@@ -77,8 +80,11 @@ def extract(
   if isinstance(left, dict) or isinstance(right, dict):
     check_same(left, right, "base", "finetuned")
   sides = getattr(left, "spec", left), getattr(right, "spec", right)
-  pairs = {pair.path: pair for pair in pair_up(*sides).pairs}
-  table = tuple(table_for(sides[0]) if views is None else views)
+  pairing = pair_up(*sides)
+  _warn_of_missing(pairing)
+  pairs = {pair.path: pair for pair in pairing.pairs}
+  model_type = getattr(left, "model_type", None)
+  table = tuple(table_for(sides[0], model_type) if views is None else views)
   modules = {
     path: view
     for path, pair in pairs.items()
@@ -194,7 +200,8 @@ def extract_parameter(
     dtype: storage dtype.
 
   Returns:
-    Lora with a (..., r, in), b (..., r, out), scale 1.
+    Lora with a (..., r, in), b (..., r, out), scale 1; scale NaN if either
+    parameter is not finite.
 
   Example:
     >>> w = jnp.zeros((3, 5), jnp.bfloat16)
@@ -203,8 +210,42 @@ def extract_parameter(
     (1, 3)
   """
   delta, is_exchanged = delta_of(base, finetuned, view)
+  delta, is_finite = without_nan(delta)
   lora = from_factors(factor(delta, rank, key), dtype)
+  scale = jnp.where(is_finite, lora.scale, jnp.nan)
+  lora = Lora(lora.a, lora.b, scale)
   return exchange(lora) if is_exchanged else lora
+
+
+def without_nan(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A delta that can be factored, zeros in place of one that is not finite.
+
+  LAPACK may not return from a matrix that holds NaN.
+
+  Args:
+    delta: any shape.
+
+  Returns:
+    The delta or zeros, and a bool scalar, whether it was finite throughout.
+
+  Example:
+    >>> without_nan(jnp.array([1.0, jnp.nan]))[1]
+    Array(False, dtype=bool)
+  """
+  is_finite = jnp.isfinite(jnp.max(jnp.abs(delta)))
+  return jnp.where(is_finite, delta, 0.0), is_finite
+
+
+def _warn_of_missing(pairing: Pairing) -> None:
+  missing = [f"{name} (only in the base)" for name in pairing.only_base]
+  missing += [f"{name} (only finetuned)" for name in pairing.only_finetuned]
+  missing += [
+    f"{pair.path} ({pair.note})" for pair in pairing.pairs if pair.whole
+  ]
+  if missing:
+    warnings.warn(
+      f"{len(missing)} tensors are left out: {name_some(missing)}", stacklevel=3
+    )
 
 
 def _leaves(tree: Any) -> Mapping[str, Any]:

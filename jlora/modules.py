@@ -15,7 +15,7 @@ import numpy as np
 
 from jlora.certificates import Certificate, certificate
 from jlora.deltas import is_floating, rounding_noise
-from jlora.extraction import delta_of
+from jlora.extraction import delta_of, without_nan
 from jlora.factoring import Factoriser
 from jlora.loras import Lora, exchange, from_factors
 from jlora.measurements import summarise
@@ -96,9 +96,7 @@ def measure_parameter(
     (2,)
   """
   delta, is_exchanged = delta_of(base, finetuned, view)
-  # LAPACK may never return from a matrix that holds NaN.
-  finite = jnp.isfinite(jnp.max(jnp.abs(delta)))
-  delta = jnp.where(finite, delta, 0.0)
+  delta, finite = without_nan(delta)
   factors = factor(delta, rank, key)
   lora = from_factors(factors, dtype)
   found = certificate(delta, lora, key)

@@ -207,7 +207,7 @@ def _by_tie(base, finetuned, left, right):
     del right[head]
     left.pop(base_table, None)
     yield Pair(
-      head,
+      _bare(head),
       tuple(base[base_table].shape),
       Part(base_table),
       Part(head),

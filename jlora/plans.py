@@ -2,11 +2,9 @@
 """What a run is to do, from headers alone, and what makes it the same run."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +76,7 @@ def plan_run(
       f"No tensor of {base} is in {finetuned}: {name_some(left.spec)} against "
       f"{name_some(right.spec)}. Is this the base of that finetune?"
     )
-  model_type = _model_type(left.path) or _model_type(right.path)
+  model_type = left.model_type or right.model_type
   table = table_for(left.spec, model_type)
   views = {
     pair.path: view_of(pair.path, pair.shape, table) for pair in pairing.pairs
@@ -93,17 +91,6 @@ def plan_run(
       f"No matrix of {base} is selected: there are {name_some(left.spec)}."
     )
   return Plan(left, right, pairing, views, refused, model_type)
-
-
-def _model_type(folder: Path) -> str | None:
-  file = folder / "config.json"
-  if not file.exists():
-    return None
-  try:
-    config = json.loads(file.read_text())
-  except ValueError as error:
-    raise ValueError(f"{file} is no JSON: {error}; mend it.") from error
-  return config.get("model_type") if isinstance(config, dict) else None
 
 
 def bytes_on_disk(plan: Plan, pair: Pair) -> int:

@@ -51,7 +51,7 @@ def total_up(
 
   Returns:
     `modules`, `relative_error` (of all deltas as one vector), `energy`,
-    `adapter_bytes`, `parameter_bytes` (of the finetuned matrices) and the
+    `adapter_bytes`, `parameter_bytes` (of these matrices in the base) and the
     number of ledger rows by status.
 
   Example:

@@ -209,7 +209,8 @@ def test_open_checkpoints_that_do_not_line_up(tmp_path):
     "language_model.model.layers.0.mlp.experts.gate_up_proj": fused,
   }
   sides = map(open_checkpoint, write_pair(tmp_path, base, finetuned))
-  loras = extract(*sides, rank=1)
+  with pytest.warns(UserWarning, match="1 tensors are left out: model.embed_t"):
+    loras = extract(*sides, rank=1)
   assert set(loras) == {"model.layers.0.q_proj.weight", *singles}
   for lora in loras.values():
     np.testing.assert_allclose(dense(lora), 1.0, atol=1e-4)
@@ -299,3 +300,20 @@ def test_a_gather_of_the_delta_would_be_seen():
   whole = NamedSharding(mesh, PartitionSpec())
   gather = jax.jit(lambda w: w + 1.0, out_shardings=whole)
   assert max(gathered(gather.lower(shards).compile().as_text())) == M * N
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_change_that_is_not_finite_gives_a_scale_of_nan(bad):
+  base = {"good": jnp.ones((5, 4)), "bad": jnp.ones((5, 4))}
+  finetuned = {"good": base["good"] + 1, "bad": base["bad"].at[2, 1].set(bad)}
+  loras = extract(base, finetuned, rank=2)
+  assert np.isnan(loras["bad"].scale)
+  np.testing.assert_allclose(dense(loras["good"]), 1.0, atol=1e-5)
+
+
+def test_gpt2_is_read_as_its_config_says(tmp_path):
+  name = "transformer.h.0.mlp.c_fc.weight"
+  sides = write_pair(tmp_path, {name: draw(4, 7)}, {name: draw(4, 7, seed=1)})
+  for side in sides:
+    (side / "config.json").write_text('{"model_type": "gpt2"}')
+  assert extract(*map(open_checkpoint, sides), rank=1)[name].a.shape == (1, 4)
