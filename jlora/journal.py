@@ -43,9 +43,15 @@ class Journal(Mapping[str, dict[str, Any]]):
   def __init__(self, folder: Path):
     self.folder = folder
     self._records: dict[str, dict[str, Any]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-      entry = json.loads(open_checkpoint(file).metadata["entry"])
-      self._records[entry["path"]] = entry["record"]
+    for file in _entries(folder):
+      try:
+        entry = json.loads(open_checkpoint(file).metadata["entry"])
+        self._records[entry["path"]] = entry["record"]
+      except (ValueError, KeyError) as error:
+        raise ValueError(
+          f"{file} is no entry of a journal ({error}). Remove it to do its "
+          "module again."
+        ) from error
 
   def __getitem__(self, path: str) -> dict[str, Any]:
     return self._records[path]
@@ -111,8 +117,9 @@ def open_journal(
     Journal.
 
   Raises:
-    ValueError: a journal is there and `resume` is False, or it belongs to
-      another run; up to three differing options are named with both values.
+    ValueError: a journal is there and `resume` is False, it is damaged, or it
+      belongs to another run; up to three differing options are named with both
+      values.
 
   Example:
     >>> import tempfile
@@ -129,7 +136,12 @@ def open_journal(
         f"{out} holds the journal of an unfinished run; resume it or remove "
         f"{folder}."
       )
-    check_fingerprint(folder, json.loads(header.read_text()), wanted)
+    check_fingerprint(folder, _read_header(header), wanted)
+  elif entries := _entries(folder):
+    raise ValueError(
+      f"{folder} has {len(entries)} entries but no {_HEADER}: nothing tells "
+      "which run they are of. Remove it."
+    )
   else:
     folder.mkdir(parents=True, exist_ok=True)
     partial = header.with_suffix(".partial")
@@ -182,3 +194,16 @@ def check_fingerprint(
       f"{folder} belongs to another run: {name_some(differing)}. "
       "Use the same options, or another output folder."
     )
+
+
+def _entries(folder: Path) -> list[Path]:
+  return sorted(folder.glob("*.safetensors"))
+
+
+def _read_header(header: Path) -> dict[str, Any]:
+  try:
+    return json.loads(header.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{header} is no JSON: {error}. Remove {header.parent} and begin again."
+    ) from error

@@ -28,7 +28,8 @@ def summarise(
 
   Args:
     certificate: of the module; leading axes (experts, layers) are taken
-      together as one block-diagonal matrix.
+      together: norms and errors are those of all members as one vector, and
+      value i is the root of the sum of squares of every member's i-th.
     sigma: (..., r) singular values found.
     shape: (..., in, out) of the module.
     base_norm: Frobenius norm of the base's parameter.
@@ -58,13 +59,14 @@ def summarise(
   values = together(sigma)
   floor = noise_std * (math.sqrt(shape[-2]) + math.sqrt(shape[-1]))
   floor *= math.sqrt(math.prod(shape[:-2]))
-  share = values[values > 0] ** 2 / np.sum(values**2) if norm else np.ones(1)
+  share = values[values > 0] ** 2 / np.sum(values**2)
+  entropy = -np.sum(share * np.log(share))
   return {
     "norm": norm,
     "mean_abs_delta": float(np.mean(certificate.mean_abs)),
     "relative_change": norm / base_norm if base_norm else None,
     "stable_rank": norm**2 / float(values[0]) ** 2 if values[0] else 0.0,
-    "effective_rank": float(np.exp(-np.sum(share * np.log(share)))),
+    "effective_rank": float(np.exp(entropy)) if values[0] else 0.0,
     "noise_floor": floor,
     "noise_floor_rank": int(np.sum(values > floor)),
     "singular_values": values.tolist(),

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A module's figures against float64 NumPy on matrices known in full."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matrices import matrix
+
+from jlora.certificates import Certificate, certificate
+from jlora.loras import Lora
+from jlora.measurements import at_rank, summarise
+
+M, N, RANK = 7, 5, 3
+SIGMA = np.array([4.0, 2.0, 1.0, 0.5, 0.25])
+BASE_NORM, NOISE = 50.0, 0.3
+
+certify = jax.jit(certificate)
+
+
+def factors(delta):
+  """The best rank-3 change of a (..., m, n) delta, in float32."""
+  u, s, vt = np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
+  root = np.sqrt(s[..., :RANK, None])
+  a = root * np.swapaxes(u, -1, -2)[..., :RANK, :]
+  b = root * vt[..., :RANK, :]
+  a, b = a.astype(np.float32), b.astype(np.float32)
+  return a, b, s[..., :RANK].astype(np.float32)
+
+
+def figures_of(delta, noise_std=NOISE):
+  a, b, sigma = factors(delta)
+  scale = jnp.ones(delta.shape[:-2])
+  lora = Lora(jnp.asarray(a), jnp.asarray(b), scale)
+  found = jax.tree.map(np.asarray, certify(jnp.asarray(delta), lora))
+  return summarise(
+    found, sigma, delta.shape, base_norm=BASE_NORM, noise_std=noise_std
+  )
+
+
+def single():
+  return matrix(SIGMA, M, N)
+
+
+def batched():
+  """(2, 3, m, n): six matrices of different size and direction."""
+  stack = [matrix((1 + at) * SIGMA, M, N, seed=at) for at in range(6)]
+  return np.stack(stack).reshape(2, 3, M, N)
+
+
+def check_figures(delta, figures, rank):
+  """Everything again in float64, from the matrices themselves."""
+  a, b, _ = factors(delta)
+  delta = np.asarray(delta, np.float64)
+  change = np.einsum(
+    "...ri,...ro->...io",
+    a[..., :rank, :].astype(np.float64),
+    b[..., :rank, :].astype(np.float64),
+  )
+  rest, norm = delta - change, math.sqrt(np.sum(delta**2))
+  error, size = math.sqrt(np.sum(rest**2)), math.sqrt(np.sum(change**2))
+  found = at_rank(figures, rank, delta.size)
+  assert figures["norm"] == pytest.approx(norm, rel=1e-6)
+  assert figures["mean_abs_delta"] == pytest.approx(np.abs(delta).mean())
+  assert figures["relative_change"] == pytest.approx(norm / BASE_NORM, rel=1e-6)
+  assert found["relative_error"] == pytest.approx(error / norm, rel=1e-5)
+  assert found["energy"] == pytest.approx(1 - (error / norm) ** 2, abs=1e-6)
+  assert found["mse"] == pytest.approx(np.mean(rest**2), rel=1e-5)
+  cosine = np.sum(delta * change) / (norm * size) if size else 0.0
+  assert found["cosine_distance"] == pytest.approx(1 - cosine, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [single, batched])
+@pytest.mark.parametrize("rank", range(RANK + 1))
+def test_figures_at_every_rank(make, rank):
+  delta = make()
+  check_figures(delta, figures_of(delta), rank)
+
+
+@pytest.mark.parametrize("make", [single, batched])
+@pytest.mark.parametrize("rank", range(1, RANK + 1))
+def test_optimality_bounds_the_ratio_to_the_best(make, rank):
+  """These factors are the best, so the bound is near 1 and never below."""
+  found = at_rank(figures_of(make()), rank, 1)
+  assert 1 <= found["optimality"] < 2
+
+
+def test_ranks_of_a_known_spectrum():
+  figures = figures_of(single())
+  assert figures["singular_values"] == pytest.approx(SIGMA[:RANK], rel=1e-6)
+  # Over the largest value: the whole norm, not only what was kept.
+  assert figures["stable_rank"] == pytest.approx(np.sum(SIGMA**2) / 16)
+  share = SIGMA[:RANK] ** 2 / np.sum(SIGMA[:RANK] ** 2)
+  entropy = -np.sum(share * np.log(share))
+  assert figures["effective_rank"] == pytest.approx(np.exp(entropy))
+
+
+def test_equal_values_count_fully():
+  figures = figures_of(matrix(np.array([2.0, 2.0, 2.0]), M, N))
+  assert figures["effective_rank"] == pytest.approx(3, rel=1e-5)
+  assert figures["stable_rank"] == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("noise", "count"), [(0.0, 3), (0.3, 2), (0.6, 1), (1.0, 0)]
+)
+def test_values_above_the_edge_of_noise(noise, count):
+  """The largest value of m x n noise of deviation d is d (√m + √n)."""
+  figures = figures_of(single(), noise)
+  edge = noise * (math.sqrt(M) + math.sqrt(N))
+  assert figures["noise_floor"] == pytest.approx(edge)
+  assert figures["noise_floor_rank"] == count == np.sum(SIGMA[:RANK] > edge)
+
+
+def test_repeating_a_matrix_changes_no_rank():
+  one = figures_of(single())
+  many = figures_of(np.broadcast_to(single(), (2, 3, M, N)))
+  for name in ("stable_rank", "effective_rank", "noise_floor_rank"):
+    assert many[name] == pytest.approx(one[name], rel=1e-6)
+  assert many["mean_abs_delta"] == pytest.approx(one["mean_abs_delta"])
+  for name in ("singular_values", "errors", "changes", "floors"):
+    expected = np.sqrt(6) * np.array(one[name])
+    assert many[name] == pytest.approx(expected, rel=1e-5)
+  for name in ("norm", "noise_floor"):
+    assert many[name] == pytest.approx(math.sqrt(6) * one[name])
+  assert many["inner"] == pytest.approx(6 * np.array(one["inner"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(M, N), (2, 3, M, N)])
+def test_no_change_has_figures(shape):
+  figures = figures_of(np.zeros(shape, np.float32))
+  json.dumps(figures, allow_nan=False)
+  names = ("norm", "mean_abs_delta", "relative_change", "stable_rank")
+  assert [figures[name] for name in names] == [0, 0, 0, 0]
+  assert (figures["effective_rank"], figures["noise_floor_rank"]) == (0, 0)
+  for rank in range(RANK + 1):
+    found = at_rank(figures, rank, 35)
+    assert (found["relative_error"], found["mse"]) == (0, 0)
+    assert found["optimality"] is None
+
+
+def test_a_base_of_zeros_has_no_relative_change():
+  one = np.ones(())
+  flat = np.array([1.0, 0.0])
+  found = Certificate(one, one, flat, flat, flat, flat)
+  figures = summarise(found, np.ones(1), (2, 2), base_norm=0.0, noise_std=0.0)
+  assert figures["relative_change"] is None
+
+
+def test_large_norms_do_not_overflow():
+  """Each fits float32; their squares do not."""
+  large = np.full(2, 3e30, np.float32)
+  curve = np.stack([large, large / 2], axis=-1)
+  found = Certificate(large, large, curve, curve, curve, curve)
+  figures = summarise(
+    found, large[:, None], (2, 2, 2), base_norm=1e30, noise_std=0.0
+  )
+  assert figures["norm"] == pytest.approx(math.sqrt(2) * 3e30)
+  assert at_rank(figures, 1, 8)["relative_error"] == pytest.approx(0.5)
