@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.deltas import is_floating
 from jlora.loras import Lora, check_loras, dense, name_some
 from jlora.paths import flatten, unflatten
 from jlora.views import Rule, as_parameter, table_for, view_of
@@ -31,8 +32,8 @@ def apply(
     change. Keep the base: the sum cannot be undone exactly.
 
   Raises:
-    ValueError: a path that is not there or is no matrix, or a shape that does
-      not fit; up to three named with both shapes.
+    ValueError: a path that is not there or is no floating matrix, or a shape
+      that does not fit; up to three named with both shapes.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -50,14 +51,19 @@ def apply(
   table = tuple(table_for(flat) if views is None else views)
   found = {path: view_of(path, flat[path].shape, table) for path in loras}
   wrong = [
-    f"{path} {flat[path].shape} for a {lora.a.shape}, b {lora.b.shape}"
+    f"{path} {flat[path].dtype} {flat[path].shape} for "
+    f"a {lora.a.shape}, b {lora.b.shape}"
     for path, lora in loras.items()
     if (view := found[path]) is None
+    or not is_floating(flat[path].dtype)
     or view.shape(flat[path].shape)
     != (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
   ]
   if wrong:
-    raise ValueError(f"{len(wrong)} Loras do not fit: {name_some(wrong)}.")
+    raise ValueError(
+      f"{len(wrong)} Loras do not fit: {name_some(wrong)}. Needed is a "
+      "floating matrix (..., in, out) for a (..., r, in), b (..., r, out)."
+    )
   summed = {
     path: _summed(flat[path], lora, found[path]) for path, lora in loras.items()
   }

@@ -160,8 +160,10 @@ def fingerprint(
 
 def _digest(checkpoint: Checkpoint) -> str:
   """A checkpoint's headers and its files' sizes and times, in one hash."""
-  files = sorted({spec.file for spec in checkpoint.spec.values() if spec.file})
-  stats = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+  files = {spec.file for spec in checkpoint.spec.values() if spec.file}
+  # The specs of an orbax directory name none: take all that it holds.
+  files = files or {f for f in checkpoint.path.rglob("*") if f.is_file()}
+  stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
   entries = [
     (name, spec.shape, spec.dtype.name, spec.start, spec.end)
     for name, spec in checkpoint.spec.items()

@@ -104,7 +104,7 @@ def read_report(folder: str | os.PathLike) -> Report:
     Report.
 
   Raises:
-    ValueError: there is no report, or of another schema version.
+    ValueError: there is no report, a damaged one, or of another schema version.
 
   Example:
     >>> read_report("/nowhere")
@@ -115,7 +115,10 @@ def read_report(folder: str | os.PathLike) -> Report:
   path = Path(folder) / REPORT
   if not path.exists():
     raise ValueError(f"{folder} holds no {REPORT}; the run did not finish.")
-  data = json.loads(path.read_text())
+  try:
+    data = dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is no report: {error}. Run again.") from error
   version = data.pop("schema_version", None)
   if version != SCHEMA_VERSION:
     raise ValueError(
@@ -163,10 +166,9 @@ def module_type(path: str) -> str:
     'q'
   """
   parts = [part for part in re.split(r"[./]", path) if not part.isdigit()]
-  suffixes = ("weight", "kernel", "embedding", "w")
-  while len(parts) > 1 and parts[-1] in suffixes:
+  if len(parts) > 1 and parts[-1] in ("weight", "kernel", "embedding", "w"):
     parts.pop()
-  return parts[-1]
+  return parts[-1] if parts else path
 
 
 def type_table(report: Report) -> str:
