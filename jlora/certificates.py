@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jlora.loras import Lora
-from jlora.subspaces import orthonormal_rows
 
 # A mean of 16 chi-square variables falls below this share of its expectation
 # with probability 1e-6: scipy.stats.chi2.ppf(1e-6, 16) / 16 = 0.0907.
@@ -179,8 +178,7 @@ def _sums(delta, a, b, inverse):
 def _leading_energies(delta, b, norm2, key, inverse):
   """`b deltaᵀ`; (r + 1,) upper bounds on the energy of the k largest values."""
   rank = b.shape[0]
-  size = jnp.linalg.norm(b, axis=1, keepdims=True)
-  v = orthonormal_rows(b / jnp.where(size > 0, size, 1.0), rounds=3)
+  v = jnp.linalg.qr(b.T)[0].T
 
   def off_v(rows):
     return rows - (rows @ v.T) @ v

@@ -218,7 +218,7 @@ def extract_parameter(
 
 
 def without_nan(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A delta that can be factored, zeros in place of one that is not finite.
+  """A delta that can be factored, with zeros for what is not finite.
 
   LAPACK may not return from a matrix that holds NaN.
 
@@ -226,14 +226,14 @@ def without_nan(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
     delta: any shape.
 
   Returns:
-    The delta or zeros, and a bool scalar, whether it was finite throughout.
+    The delta, and a bool scalar, whether it was finite throughout.
 
   Example:
-    >>> without_nan(jnp.array([1.0, jnp.nan]))[1]
-    Array(False, dtype=bool)
+    >>> without_nan(jnp.array([1.0, jnp.nan]))
+    (Array([1., 0.], dtype=float32), Array(False, dtype=bool))
   """
-  is_finite = jnp.isfinite(jnp.max(jnp.abs(delta)))
-  return jnp.where(is_finite, delta, 0.0), is_finite
+  is_finite = jnp.isfinite(delta)
+  return jnp.where(is_finite, delta, 0.0), jnp.all(is_finite)
 
 
 def _warn_of_missing(pairing: Pairing) -> None:

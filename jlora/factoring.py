@@ -247,11 +247,9 @@ def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
 
   def one(a, b):
     (a_half, a_root), (b_half, b_root) = _unit(a), _unit(b)
-    qa, ra = jnp.linalg.qr((a * a_half * a_half).T)
-    qb, rb = jnp.linalg.qr((b * b_half * b_half).T)
-    u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
+    u, s, vt = triplets(a * a_half * a_half, b * b_half * b_half)
     s = s[:rank] * a_root * b_root * a_root * b_root
-    return _fix_signs(qa @ u[:, :rank], s, vt[:rank] @ qb.T)
+    return _fix_signs(u[:, :rank], s, vt[:rank])
 
   for _ in range(a.ndim - 2):
     one = jax.vmap(one)

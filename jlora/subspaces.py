@@ -58,7 +58,9 @@ def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
   def condition(turn, x):
     g = rows_gram(x)
     share = jnp.where(turn < rounds - 1, 1e-6, 1e-6 / x.shape[0])
-    c = jnp.linalg.cholesky(g + (share * jnp.trace(g) + 1e-30) * eye)
+    c = jax.lax.linalg.cholesky(
+      g + (share * jnp.trace(g) + 1e-30) * eye, symmetrize_input=False
+    )
     inverse = jax.lax.linalg.triangular_solve(
       c, eye, left_side=True, lower=True
     )
@@ -220,7 +222,7 @@ def ritz_vectors(
       leading,
       jnp.take(small, index - count, axis=1, mode="clip"),
     )
-    return orthonormal_rows(mixed.T, 2).T
+    return jnp.linalg.qr(mixed)[0]
 
   graded = values[rank - 1] < _GRADED * values[0]
   return jax.lax.cond(graded, deflate, lambda _: leading, None).T
@@ -234,38 +236,23 @@ def _descending_eigh(symmetric):
 def triplets(
   rows: jax.Array, images: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The singular triplets of `rowsᵀ images`.
+  """The singular triplets of `rowsᵀ images`, the product never formed.
+
+      rowsᵀ = q_a r_a,  imagesᵀ = q_b r_b,   rowsᵀ images = q_a (r_a r_bᵀ) q_bᵀ
 
   Args:
-    rows: (r, m), orthonormal or zero.
-    images: (r, n).
+    rows: (k, m), k at most m.
+    images: (k, n), k at most n.
 
   Returns:
-    u (m, r), s (r,), vt (r, n); u and vt orthonormal also where s is 0.
+    u (m, k), s (k,), vt (k, n); u and vt orthonormal also where s is 0, which
+    is why the QR is Householder's.
 
   Example:
     >>> triplets(jnp.eye(2), jnp.array([[3.0, 0.0], [0.0, 0.0]]))[1].round(4)
     Array([3., 0.], dtype=float32)
   """
-  norms = jnp.linalg.norm(images, axis=1)
-  live = norms > norms.max() * 1e-7
-  u = _complete(rows, jnp.linalg.norm(rows, axis=1) > 0.5)
-  v = _complete(images / jnp.where(live, norms, 1.0)[:, None], live)
-  core = jnp.where(live[:, None], images @ v.T, 0.0)
-  w, s, xt = jnp.linalg.svd(core)
-  return u.T @ w, s, xt @ v
-
-
-def _complete(rows, live):
-  """Orthonormal rows: the live ones kept, the others replaced by noise."""
-  return orthonormal_rows(jnp.where(live[:, None], rows, _noise(rows.shape)), 3)
-
-
-def _noise(shape):
-  """Rows of about unit norm, always the same, from a hash of the indices."""
-  i, j = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
-  h = i * jnp.uint32(0x9E3779B9) ^ j * jnp.uint32(0x85EBCA6B)
-  for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-    h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
-  uniform = (h >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-23 - 1.0
-  return uniform * (3.0 / shape[1]) ** 0.5
+  qa, ra = jnp.linalg.qr(rows.T)
+  qb, rb = jnp.linalg.qr(images.T)
+  u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
+  return qa @ u, s, vt @ qb.T
