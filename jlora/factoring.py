@@ -108,7 +108,7 @@ def krylov(
   *,
   oversample: int = 16,
   passes: int = 6,
-  tol: float = 1e-3,
+  tol: float = 3e-4,
 ) -> Factors:
   """Leading triplets from a block Krylov space, by Rayleigh-Ritz.
 
@@ -130,9 +130,9 @@ def krylov(
     oversample: rows of a block beyond the rank.
     passes: blocks at the most; `2 passes - 1` products of
       `2 m n (rank + oversample)` operations.
-    tol: stops after the second or third block when the last one lowered the
-      squared error by less than this share, or found nothing where delta is of
-      low rank. Under `vmap` nothing stops early.
+    tol: stops after the fourth block or later when it estimates that more would
+      take less than this share off the squared error. Under `vmap` all stop
+      together.
 
   Returns:
     Factors u (..., m, r), s (..., r), vt (..., r, n), float32, orthonormal also

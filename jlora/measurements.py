@@ -6,14 +6,33 @@ lower rank need no further pass over the weights.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora.certificates import Certificate
+from jlora.loras import Lora
 
 # float32 norms of 1e30 square to infinity; figures are made in float64.
 _F64 = np.float64
+
+
+class Measured(NamedTuple):
+  """What one module's step gives: the stored factors and all figures' sources.
+
+  Attributes:
+    lora: a (..., r, in), b (..., r, out) in the storage dtype.
+    sigma: (..., r) singular values found.
+    certificate: of the stored factors.
+    base_norm: Frobenius norm of the base's parameter.
+    noise_std: standard deviation of the finetune's rounding to its dtype.
+  """
+
+  lora: Lora
+  sigma: Any
+  certificate: Certificate
+  base_norm: Any
+  noise_std: Any
 
 
 def summarise(

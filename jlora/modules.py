@@ -13,35 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.certificates import Certificate, certificate
+from jlora.certificates import certificate
 from jlora.deltas import is_floating, rounding_noise
 from jlora.extraction import delta_of, without_nan
-from jlora.factoring import Factoriser
-from jlora.loras import Lora, exchange, from_factors
-from jlora.measurements import summarise
+from jlora.factoring import Factoriser, krylov
+from jlora.loras import exchange, from_factors
+from jlora.measurements import Measured, summarise
 from jlora.pairs import Pair, names_of, read
 from jlora.paths import key_for
+from jlora.small_modules import is_small, measure_small
 from jlora.views import MatrixView
 
 _EQUAL = "equal in value, not in bytes"
-
-
-class Measured(NamedTuple):
-  """What one module's step gives: the stored factors and all figures' sources.
-
-  Attributes:
-    lora: a (..., r, in), b (..., r, out) in the storage dtype.
-    sigma: (..., r) singular values found.
-    certificate: of the stored factors.
-    base_norm: Frobenius norm of the base's parameter.
-    noise_std: standard deviation of the finetune's rounding to its dtype.
-  """
-
-  lora: Lora
-  sigma: jax.Array
-  certificate: Certificate
-  base_norm: jax.Array
-  noise_std: jax.Array
 
 
 class Outcome(NamedTuple):
@@ -182,8 +165,7 @@ class Extractor:
   def _factored(self, pair, view, rank, left, right, stored) -> Outcome:
     shape = view.shape(pair.shape)
     rank = min(rank, *shape[-2:])
-    step = self._step(left, right, view, rank, stored)
-    measured: Measured = step(left, right, key_for(self._key, pair.path))
+    measured = self._measured(pair.path, left, right, view, rank, stored)
     norm = np.asarray(measured.certificate.norm)
     if not np.all(np.isfinite(norm)):
       _check_finite(pair.path, left, right)
@@ -205,6 +187,14 @@ class Extractor:
       "b": np.asarray(measured.lora.b),
     }
     return Outcome("extracted", "", arrays, {"shape": list(shape), **figures})
+
+  def _measured(self, path, left, right, view, rank, stored) -> Measured:
+    if self._factor is krylov and is_small(view.shape(left.shape)):
+      return measure_small(
+        left, right, view=view, rank=rank, dtype=self._dtype, stored=stored
+      )
+    step = self._step(left, right, view, rank, stored)
+    return step(left, right, key_for(self._key, path))
 
   def _step(self, left, right, view, rank, stored):
     """The compiled step for these shapes; the first thread to ask compiles."""

@@ -6,6 +6,7 @@ open ─► pair ─► read, factor, certify, journal (threads) ─► ranks �
 
 import functools
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -25,7 +26,6 @@ from jlora.extraction import Select
 from jlora.factoring import Factoriser, krylov
 from jlora.journal import (
   FOLDER,
-  Journal,
   check_fingerprint,
   open_journal,
   remove_closed,
@@ -40,7 +40,7 @@ from jlora.progress import Progress
 from jlora.reporting import REPORT, Report, read_report
 
 _THREADS = 3  # two factor, one reads ahead
-_MEMORY = 640 * 2**20  # of tensors and their float32 copies in work at a time
+_MEMORY = 512 * 2**20  # of tensors and their float32 copies in work at a time
 
 
 def extract_checkpoint(
@@ -162,8 +162,7 @@ def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
   if overwrite:
     # First the report: without it nothing in the folder counts as finished.
     (out / REPORT).unlink(missing_ok=True)
-    if (out / FOLDER).exists():
-      Journal(out / FOLDER).close()
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
     return
   found = sorted(file.name for file in out.iterdir())
   if found:

@@ -27,7 +27,7 @@ FLOORS = (
   "evaluation reporting models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   # 4: whole runs, from disk to disk
-  "runs plans modules assembly progress",
+  "runs plans modules small_modules assembly progress",
   # 5: the public names
   "__init__",
 )
@@ -45,7 +45,7 @@ FAMILIES = (
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
-  "runs plans modules assembly progress",
+  "runs plans modules small_modules assembly progress",
 )
 
 # Neither a dependency nor a promise of jax: not in a library.

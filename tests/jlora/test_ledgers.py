@@ -89,8 +89,9 @@ def check_row(row, base, finetuned, stored):
     assert all(np.array_equal(x, left[0]) for x in left + right)
   elif row["status"] == "extracted":
     modules = {name.rpartition(".lora_")[0] for name in stored}
-    # An untied head bears the finetune's name.
+    # An untied head bears the finetune's name without its wrapper's prefix.
     names = row["base"] + row["finetuned"]
+    names += [name.removeprefix("language_model.") for name in names]
     assert any(name.removesuffix(".weight") in modules for name in names)
   elif row["status"] == "kept whole":
     carried = [stored.get(name) for name in row["base"]]
