@@ -8,7 +8,7 @@ Prints one table: every goal is a ratio within this run, on this machine, or a
 peak of memory. The pair of the process and memory parts is a bfloat16 Llama of
 width 2048 whose finetune leaves embeddings and norms as they are: ours reads
 and compares them, mergekit 0.1.5 is told to leave the embeddings out (it would
-store them whole). About ten minutes on two cores, with mergekit; the largest
+store them whole). Takes many minutes with mergekit on two cores; the largest
 pair takes 3.8 GB of disk.
 """
 
