@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The certified error of a stored low-rank change, and how near the optimum."""
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jlora.arrays import (
+  branch,
+  library_of,
+  normal,
+  over_leading,
+  sum_over_rows,
+)
 from jlora.loras import Lora
 
 # A mean of 16 chi-square variables falls below this share of its expectation
@@ -15,8 +22,10 @@ _PROBES = 16
 _SHARE = 0.09
 # Sums of squares in float32 are off by less than this share (5e-7 measured).
 _ROUNDING = 2e-6
-# Rows of the residual are formed in blocks of about this many entries.
-_BLOCK = 2**18
+# A squared error under this share of ‖delta‖² comes from the residual itself.
+_CANCELS = 0.05
+# Up to this short side all singular values cost less than bounds on them.
+_SHORT = 512
 
 
 class Certificate(NamedTuple):
@@ -53,35 +62,36 @@ class Certificate(NamedTuple):
     )
 
 
-def certificate(
-  delta: jax.Array, lora: Lora, key: jax.Array | None = None
-) -> Certificate:
+def certificate(delta: Any, lora: Lora, key: Any = None) -> Certificate:
   """The exact error of a stored change and a lower bound on the best possible.
 
       error_k² = ‖delta - change_k‖²,   change_k = scale Σ_{i≤k} a_iᵀ b_i,
       best_k²  = ‖delta‖² - Σ_{i≤k} σ_i²
                ≥ ‖delta‖² - max_{t≤k} (Σ_{i≤k-t} θ_i + K_t) - Σ_{i≤k} c_i
 
-  The error of the full rank comes from the residual itself, those of lower
-  ranks from the energy each unit adds, `2⟨delta, a_iᵀ b_i⟩` less its share of
-  ‖change‖², so that nothing cancels. In the bound, with V the row space of b
-  and H = deltaᵀ delta, θ are the eigenvalues of H within V, c the singular
-  values of its block between V and the rest, and K_t bounds the t largest
-  eigenvalues of H outside V together: `t^(1-1/p) tr(H⊥^p)^(1/p)` for the best p
-  of 1 to 4, p = 1 exact, the others from 16 Gaussian probes, raised so far that
-  one of them is too low with a probability under 4e-6.
+  Errors come from ‖delta‖² and the energy each unit adds, its share of
+  ‖change‖² less `2⟨delta, a_iᵀ b_i⟩`; where so little remains that rounding
+  would show (under 22% of the norm), from the residual itself.
+
+  With a short side of up to 512 the bound is the best error itself, from
+  deltaᵀ delta. Above, with V the row space of b and H = deltaᵀ delta, θ are the
+  eigenvalues of H within V, c the singular values of its block between V and
+  the rest, and K_t bounds the t largest eigenvalues of H outside V together:
+  `t^(1-1/p) tr(H⊥^p)^(1/p)` for the best p of 1 to 4, p = 1 exact, the others
+  from 16 Gaussian probes, raised so far that one of them is too low with a
+  probability under 4e-6.
 
   Args:
-    delta: (..., m, n), read as float32.
+    delta: (..., m, n), read as float32; NumPy's or JAX's, as all else.
     lora: a (..., r, m), b (..., r, n), scale (...), in their storage dtype:
       rounding is part of the error. Units should be sorted, largest first.
     key: PRNG key of the probes; None is `key(0)`.
 
   Returns:
     Certificate; `errors[..., -1] / floors[..., -1]` is an upper bound on the
-    ratio to the optimum. Costs as much as five products of `2 m n r`
-    operations; the residual is formed in blocks of rows. Nothing but thin
-    products is gathered under sharding.
+    ratio to the optimum. Costs as much as three products of `2 m n r`
+    operations and 32 rows more, and a fourth where the residual is formed, in
+    blocks of rows. Nothing but thin products is gathered under sharding.
 
   Raises:
     ValueError: the shapes of delta and lora do not fit.
@@ -103,119 +113,132 @@ def certificate(
       f"delta {delta.shape} does not fit a {lora.a.shape}, b {lora.b.shape}: "
       "needed are a (..., r, m), b (..., r, n) for delta (..., m, n)."
     )
-  key = jax.random.key(0) if key is None else key
 
   def one(matrix, a, b, scale):
-    return _certify(matrix.astype(jnp.float32), a, b, scale, key)
+    return _certify(matrix.astype(np.float32), a, b, scale, key)
 
-  for _ in range(delta.ndim - 2):
-    one = jax.vmap(one)
   with jax.default_matmul_precision("highest"):
-    return one(delta, lora.a, lora.b, lora.scale)
+    return over_leading(one, delta.ndim - 2, delta, lora.a, lora.b, lora.scale)
 
 
 def _certify(delta, a, b, scale, key):
   """The certificate of one matrix, everything in units of its top entry."""
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  xp = library_of(delta)
+  a, b = a.astype(np.float32), b.astype(np.float32)
   unit, b_unit = _power(delta), _power(b)
   b = b / b_unit
-  a = a * b_unit / unit * scale.astype(jnp.float32)
-  residual2, norm2, total = _sums(delta, a, b, 1 / unit)
+  a = a * (b_unit / unit * scale.astype(np.float32))
+  norm2, total = _sums(delta, 1 / unit)
   images, energies = _leading_energies(delta, b, norm2, key, 1 / unit)
-  inner = jnp.sum(images * a, axis=1)
+  inner = xp.sum(images * a, axis=1)
   overlaps = (a @ a.T) * (b @ b.T)
-  added = 2 * jnp.sum(jnp.tril(overlaps), axis=1) - jnp.diag(overlaps)
-  gained = jnp.cumsum((2 * inner - added)[::-1])[::-1]
-  errors2 = (residual2 + jnp.append(gained, 0.0)).at[0].set(norm2)
-  norm = jnp.sqrt(norm2)
+  added = 2 * xp.sum(xp.tril(overlaps), axis=1) - xp.diagonal(overlaps)
+  lost = _from_zero(added - 2 * inner)
+  rest2 = branch(
+    norm2 + lost[-1] > _CANCELS * norm2,
+    lambda: norm2 + lost[-1],
+    lambda: _residual(delta, a, b, 1 / unit),
+  )
+  # From the last rank down, so that nothing cancels where little is left.
+  errors2 = xp.concatenate([norm2[None], rest2 + (lost - lost[-1])[1:]])
+  norm = xp.sqrt(norm2)
   best2 = norm2 - energies - _ROUNDING * norm2
   return Certificate(
     norm=unit * norm,
     mean_abs=unit * total / delta.size,
-    errors=unit * jnp.sqrt(jnp.maximum(errors2, 0.0)),
-    changes=unit * jnp.sqrt(jnp.maximum(_from_zero(added), 0.0)),
-    projections=unit * _from_zero(inner) / jnp.where(norm > 0, norm, 1.0),
-    floors=unit * jnp.sqrt(jnp.where(best2 > 1e-5 * norm2, best2, 0.0)),
+    errors=unit * xp.sqrt(xp.maximum(errors2, 0.0)),
+    changes=unit * xp.sqrt(xp.maximum(_from_zero(added), 0.0)),
+    projections=unit * _from_zero(inner) / xp.where(norm > 0, norm, 1.0),
+    floors=unit * xp.sqrt(xp.where(best2 > 1e-5 * norm2, best2, 0.0)),
   )
 
 
 def _power(x):
   """A power of two near the largest entry: scaling by it rounds nothing."""
-  top = jnp.max(jnp.abs(x))
-  return jnp.ldexp(1.0, jnp.frexp(jnp.where(top > 0, top, 1.0))[1])
+  xp = library_of(x)
+  top = xp.maximum(xp.max(x), -xp.min(x))
+  one = xp.float32(1)
+  return xp.ldexp(one, xp.frexp(xp.where(top > 0, top, one))[1])
 
 
 def _from_zero(x):
   """(r + 1,) sums of the first 0..r entries."""
-  return jnp.append(0.0, jnp.cumsum(x))
+  xp = library_of(x)
+  return xp.concatenate([xp.zeros(1, x.dtype), xp.cumsum(x)])
 
 
-def _sums(delta, a, b, inverse):
-  """‖delta - aᵀb‖², ‖delta‖² and Σ|delta|, a block of rows at a time.
+def _sums(delta, inverse):
+  """‖delta‖² and Σ|delta|."""
+  xp = library_of(delta)
 
-  A block fits the cache, so the delta is read from memory once.
-  """
-
-  def sums(rows, columns):
+  def sums(rows):
     rows = rows * inverse
-    rest = rows - columns.T @ b
-    parts = (jnp.square(rest), jnp.square(rows), jnp.abs(rows))
     # By rows first: rounding then grows with the sides, not the area.
-    return jnp.stack([jnp.sum(jnp.sum(part, axis=1)) for part in parts])
+    parts = (xp.square(rows), xp.abs(rows))
+    return xp.stack([xp.sum(xp.sum(part, axis=1)) for part in parts])
 
-  m, n = delta.shape
-  blocks = min(math.ceil(m * n / _BLOCK), m)
-  if blocks == 1:
-    return sums(delta, a)
-  height = m // blocks
-  whole = height * blocks
-  stacked = delta[:whole].reshape(blocks, height, n)
-  columns = a[:, :whole].reshape(-1, blocks, height).swapaxes(0, 1)
-  parts = jax.lax.map(lambda block: sums(*block), (stacked, columns)).sum(0)
-  return parts if whole == m else parts + sums(delta[whole:], a[:, whole:])
+  return sum_over_rows(sums, delta)
+
+
+def _residual(delta, a, b, inverse):
+  """‖delta - aᵀb‖², never formed as a whole."""
+  xp = library_of(delta)
+
+  def squares(rows, columns):
+    return xp.sum(
+      xp.sum(xp.square(rows * inverse - columns @ b), axis=1), axis=0
+    )
+
+  return sum_over_rows(squares, delta, a.T)
 
 
 def _leading_energies(delta, b, norm2, key, inverse):
   """`b deltaᵀ`; (r + 1,) upper bounds on the energy of the k largest values."""
-  rank = b.shape[0]
-  v = jnp.linalg.qr(b.T)[0].T
+  xp, rank = library_of(delta), b.shape[0]
+  if min(delta.shape) <= _SHORT:
+    values = _all_energies(delta, inverse)[:rank]
+    values = xp.pad(values, (0, rank - len(values)))
+    return (b @ delta.T) * inverse, _from_zero(values)
+  qr = xp.linalg.qr(b.T)
+  v = qr[0].T
 
   def off_v(rows):
     return rows - (rows @ v.T) @ v
 
-  # One product for all that is to be multiplied, thrice: delta is read thrice.
-  probes = off_v(jax.random.normal(key, (_PROBES, delta.shape[1])))
-  images, left, first = _times(
-    delta.T, inverse, jnp.concatenate([b, v, probes]), (rank, 2 * rank)
-  )
-  across, second = _times(
-    delta, inverse, jnp.concatenate([left, first]), (rank,)
-  )
-  across, second = off_v(across), off_v(second)
+  # One product for all that is to be multiplied: delta is read four times.
+  probes = off_v(normal(key, (_PROBES, delta.shape[1]), delta))
+  first = (xp.concatenate([v, probes]) @ delta.T) * inverse
+  second = off_v((first @ delta) * inverse)
+  left, across, second = first[:rank], second[:rank], second[rank:]
   third = (second @ delta.T) * inverse
   fourth = off_v((third @ delta) * inverse)
-  inside = jnp.linalg.eigvalsh(left @ left.T)[::-1]
-  coupling = jnp.linalg.eigvalsh(across @ across.T)[::-1]
-  count = jnp.arange(rank + 1)
-  tail = jnp.minimum(
-    jnp.maximum(norm2 - inside.sum(), 0.0),
+  inside = xp.linalg.eigvalsh(left @ left.T)[::-1]
+  coupling = xp.linalg.eigvalsh(across @ across.T)[::-1]
+  count = xp.arange(rank + 1)
+  tail = xp.minimum(
+    xp.maximum(norm2 - inside.sum(), 0.0),
     _tail_sums((second, third, fourth), count.astype(v.dtype)),
   )
   kept = count[:, None] - count[None]
-  mixed = _from_zero(inside)[jnp.maximum(kept, 0)] + tail[None]
-  most = jnp.max(jnp.where(kept >= 0, mixed, 0.0), axis=1)
-  return images, most + _from_zero(jnp.sqrt(jnp.maximum(coupling, 0.0)))
+  mixed = _from_zero(inside)[xp.maximum(kept, 0)] + tail[None]
+  most = xp.max(xp.where(kept >= 0, mixed, 0.0), axis=1)
+  coupled = _from_zero(xp.sqrt(xp.maximum(coupling, 0.0)))
+  return qr[1].T @ left, most + coupled
 
 
-def _times(matrix, inverse, rows, splits):
-  """`rows matrix`, scaled, in parts."""
-  return jnp.split((rows @ matrix) * inverse, splits)
+def _all_energies(delta, inverse):
+  """The squared singular values, largest first."""
+  xp = library_of(delta)
+  rows = delta if delta.shape[0] <= delta.shape[1] else delta.T
+  rows = rows * inverse
+  return xp.maximum(xp.linalg.eigvalsh(rows @ rows.T)[::-1], 0.0)
 
 
 def _tail_sums(powers, count):
   """(r + 1,) bounds on the sum of the t largest eigenvalues outside V."""
-  least = jnp.full(count.shape, jnp.inf)
+  xp = library_of(count)
+  least = xp.full(count.shape, np.inf, count.dtype)
   for p, power in enumerate(powers, start=2):
-    moment = jnp.sum(power * power) / _PROBES / _SHARE
-    least = jnp.minimum(least, count ** (1 - 1 / p) * moment ** (1 / p))
+    moment = xp.sum(power * power) / _PROBES / _SHARE
+    least = xp.minimum(least, count ** (1 - 1 / p) * moment ** (1 / p))
   return least

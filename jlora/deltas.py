@@ -3,21 +3,30 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jlora.arrays import library_of, sum_over_rows
+
+# A block of so many entries stays in the cache while it is worked on.
+_BLOCK = 2**17
 
 
-def difference(base: Any, finetuned: Any) -> jax.Array:
+def difference(
+  base: Any, finetuned: Any, room: np.ndarray | None = None
+) -> Any:
   """`finetuned - base`, upcast before it is subtracted.
 
   Args:
-    base: any shape, any floating dtype.
+    base: any shape, any floating dtype, of NumPy or of JAX.
     finetuned: the same shape, its own dtype.
+    room: for NumPy, float32 of that size or more that the result may lie in:
+      memory that was used before is several times faster than new.
 
   Returns:
-    float32 of that shape; exact to float32 rounding, where a subtraction in
-    bfloat16 loses whatever is under 1/256 of the change. Elementwise: keeps
-    its inputs' sharding.
+    float32 of that shape, NumPy's if both are; exact to float32 rounding,
+    where a subtraction in bfloat16 loses whatever is under 1/256 of the change.
+    Elementwise: keeps its inputs' sharding.
 
   Raises:
     ValueError: the shapes differ.
@@ -31,7 +40,17 @@ def difference(base: Any, finetuned: Any) -> jax.Array:
       f"base {base.shape} and finetuned {finetuned.shape} differ in shape; "
       "give the base this finetune was made from."
     )
-  return jnp.asarray(finetuned, jnp.float32) - jnp.asarray(base, jnp.float32)
+  if library_of(base) is jnp or library_of(finetuned) is jnp:
+    return jnp.asarray(finetuned, jnp.float32) - jnp.asarray(base, jnp.float32)
+  room = np.empty(base.size, np.float32) if room is None else room
+  delta = room[: base.size].reshape(base.shape)
+  left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))
+  for start in range(0, out.size, _BLOCK):
+    part = slice(start, start + _BLOCK)
+    # Infinities of a damaged file are found by the caller.
+    with np.errstate(invalid="ignore", over="ignore"):
+      out[part] = right[part].astype(np.float32) - left[part]
+  return delta
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -68,13 +87,30 @@ def is_floating(dtype: Any) -> bool:
   return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
-def rounding_noise(stored: jax.Array, dtype: Any) -> jax.Array:
+def norm_of(parameter: Any) -> Any:
+  """The Frobenius norm of a parameter of any dtype.
+
+  Args:
+    parameter: any shape with an axis or more, of NumPy or of JAX.
+
+  Returns:
+    float32 scalar.
+
+  Example:
+    >>> norm_of(np.array([3.0, 4.0], np.float16))
+    np.float32(5.0)
+  """
+  xp = library_of(parameter)
+  return xp.sqrt(_sum(lambda x: xp.square(x.astype(np.float32)), parameter))
+
+
+def rounding_noise(stored: Any, dtype: Any) -> Any:
   """The standard deviation of the error of rounding an array to its dtype.
 
       std² = mean(ulp(w)²) / 12,   ulp(w) = 2^(⌊log2 |w|⌋ - mantissa bits)
 
   Args:
-    stored: the values as stored, any shape.
+    stored: the values as stored, any shape, of NumPy or of JAX.
     dtype: the dtype of the file they come from.
 
   Returns:
@@ -90,11 +126,22 @@ def rounding_noise(stored: jax.Array, dtype: Any) -> jax.Array:
   Approximation: treats rounding errors as uniform and independent, which holds
   while the changes are larger than an ulp.
   """
-  bits = jax.lax.bitcast_convert_type(stored.astype(jnp.float32), jnp.uint32)
-  # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
-  power = jax.lax.bitcast_convert_type(
-    bits & jnp.uint32(0x7F800000), jnp.float32
-  )
-  ulp = power * 2.0 ** -jnp.finfo(dtype).nmant
-  rows = jnp.mean(jnp.square(ulp), axis=-1) if ulp.ndim else jnp.square(ulp)
-  return jnp.sqrt(jnp.mean(rows) / 12)
+  xp = library_of(stored)
+  ulp_of_one = np.float32(2.0 ** -jnp.finfo(dtype).nmant)
+
+  def squared_ulps(x):
+    # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
+    bits = x.astype(np.float32).view(np.uint32) & np.uint32(0x7F800000)
+    return xp.square(bits.view(np.float32) * ulp_of_one)
+
+  return xp.sqrt(_sum(squared_ulps, stored) / np.float32(12 * stored.size))
+
+
+def _sum(function: Any, x: Any) -> Any:
+  """The sum of an elementwise function, NumPy's a block at a time."""
+  if library_of(x) is jnp:
+    # By rows first: rounding then grows with the sides, not the area.
+    parts = function(x)
+    return jnp.sum(jnp.sum(parts, axis=-1) if parts.ndim else parts)
+  with np.errstate(over="ignore"):  # infinity is the figure then
+    return sum_over_rows(lambda part: np.sum(function(part)), x.reshape(-1))

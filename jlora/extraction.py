@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jlora.arrays import library_of
 from jlora.deltas import difference, is_matrix
 from jlora.factoring import Factoriser, krylov
 from jlora.loras import Lora, Loras, exchange, from_factors, name_some
@@ -152,14 +154,18 @@ def ranks_of(
 
 
 def delta_of(
-  base: jax.Array, finetuned: jax.Array, view: MatrixView
-) -> tuple[jax.Array, bool]:
+  base: Any,
+  finetuned: Any,
+  view: MatrixView,
+  room: np.ndarray | None = None,
+) -> tuple[Any, bool]:
   """The change of a parameter as a matrix, in the order it is stored in.
 
   Args:
     base: the parameter, any floating dtype, its own layout.
     finetuned: the same shape.
     view: how the layout is read as a matrix.
+    room: as for `difference`.
 
   Returns:
     (..., in, out) and False, or (..., out, in) and True where that is how the
@@ -173,7 +179,7 @@ def delta_of(
     ((5, 3), True)
   """
   flip = view.is_transposed
-  delta = difference(base, finetuned)
+  delta = difference(base, finetuned, room)
   return as_matrix(delta, view.exchanged if flip else view), flip
 
 
@@ -217,7 +223,7 @@ def extract_parameter(
   return exchange(lora) if is_exchanged else lora
 
 
-def without_nan(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+def without_nan(delta: Any) -> tuple[Any, Any]:
   """A delta that can be factored, with zeros for what is not finite.
 
   LAPACK may not return from a matrix that holds NaN.
@@ -232,8 +238,11 @@ def without_nan(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> without_nan(jnp.array([1.0, jnp.nan]))
     (Array([1., 0.], dtype=float32), Array(False, dtype=bool))
   """
-  is_finite = jnp.isfinite(delta)
-  return jnp.where(is_finite, delta, 0.0), jnp.all(is_finite)
+  xp = library_of(delta)
+  is_finite = xp.isfinite(delta)
+  if xp is np and is_finite.all():
+    return delta, np.bool_(True)  # no copy
+  return xp.where(is_finite, delta, 0.0), xp.all(is_finite)
 
 
 def _warn_of_missing(pairing: Pairing) -> None:

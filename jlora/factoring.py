@@ -5,14 +5,20 @@ All share the call `(delta, rank, key) -> Factors`, work on batches over leading
 axes and go through `jit` and `vmap`. Only matrix products touch the delta, so a
 sharded one is never gathered; eigenvalue and singular value problems are small
 and square. Bases are kept with the rank axis first, (rows, m), as in a Lora.
+
+A NumPy array is factored on the host by the same algorithm, and the result is
+NumPy's: nothing is compiled, and no more memory than is filled takes part.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jlora.arrays import library_of, normal, over_leading, sum_over_rows
 from jlora.loras import Factors
 from jlora.subspaces import (
   iterate,
@@ -32,7 +38,7 @@ _SVD_WEIGHT = 20
 _SMALL = 10**7
 
 
-def svd(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
+def svd(delta: Any, rank: int, key: Any = None) -> Factors:
   """The best rank-r approximation, from the full decomposition: the oracle.
 
       delta ≈ u diag(s) vt,   error² = Σ_{i>r} σ_i²   (Eckart and Young, 1936)
@@ -58,13 +64,13 @@ def svd(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
   rank = _check(delta, rank)
 
   def core(a, half):
-    u, s, vt = jnp.linalg.svd(a * half * half, full_matrices=False)
+    u, s, vt = library_of(a).linalg.svd(a * half * half, full_matrices=False)
     return u[:, :rank], s[:rank], vt[:rank]
 
   return _each(core, delta)
 
 
-def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
+def gram(delta: Any, rank: int, key: Any = None) -> Factors:
   """Leading triplets through the Gram matrix of the short side.
 
       delta deltaᵀ = u diag(s²) uᵀ,   diag(s) vt = uᵀ delta
@@ -102,13 +108,13 @@ def gram(delta: jax.Array, rank: int, key: jax.Array | None = None) -> Factors:
 
 
 def krylov(
-  delta: jax.Array,
+  delta: Any,
   rank: int,
-  key: jax.Array | None = None,
+  key: Any = None,
   *,
   oversample: int = 16,
   passes: int = 6,
-  tol: float = 3e-4,
+  tol: float = 5e-4,
 ) -> Factors:
   """Leading triplets from a block Krylov space, by Rayleigh-Ritz.
 
@@ -130,7 +136,7 @@ def krylov(
     oversample: rows of a block beyond the rank.
     passes: blocks at the most; `2 passes - 1` products of
       `2 m n (rank + oversample)` operations.
-    tol: stops after the fourth block or later when it estimates that more would
+    tol: stops after the third or fourth block when it estimates that more would
       take less than this share off the squared error. Under `vmap` all stop
       together.
 
@@ -164,12 +170,13 @@ def krylov(
     return other(delta, rank, key)
 
   def core(a, half):
-    start = jax.random.normal(_or_zero(key), (rank + oversample, a.shape[0]))
+    start = normal(key, (rank + oversample, a.shape[0]), a)
     vectors, images = iterate(
       lambda rows: ((rows * half) @ a) * half,
-      lambda rows: jnp.einsum("kn,mn->km", rows * half, a) * half,
+      lambda rows: ((rows * half) @ a.T) * half,
       orthonormal_rows(start, 2),
-      lambda: jnp.sum(jnp.square(a * half * half)),
+      _energy(a, half),
+      length=a.shape[1],
       rank=rank,
       passes=passes,
       tol=tol,
@@ -215,7 +222,7 @@ def cheapest(
   return krylov if iterated < squared else gram
 
 
-def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
+def recompress(a: Any, b: Any, rank: int) -> Factors:
   """The best rank-r triplets of `aᵀ b`, from the thin factors alone.
 
       aᵀ = q_a r_a,  bᵀ = q_b r_b,   aᵀ b = q_a (r_a r_bᵀ) q_bᵀ
@@ -246,18 +253,17 @@ def recompress(a: jax.Array, b: jax.Array, rank: int) -> Factors:
   rank = min(rank, a.shape[-2], a.shape[-1], b.shape[-1])
 
   def one(a, b):
+    a, b = a.astype(np.float32), b.astype(np.float32)
     (a_half, a_root), (b_half, b_root) = _unit(a), _unit(b)
     u, s, vt = triplets(a * a_half * a_half, b * b_half * b_half)
     s = s[:rank] * a_root * b_root * a_root * b_root
     return _fix_signs(u[:, :rank], s, vt[:rank])
 
-  for _ in range(a.ndim - 2):
-    one = jax.vmap(one)
   with jax.default_matmul_precision("highest"):
-    return one(a.astype(jnp.float32), b.astype(jnp.float32))
+    return over_leading(one, a.ndim - 2, a, b)
 
 
-def _check(delta: jax.Array, rank: int) -> int:
+def _check(delta: Any, rank: int) -> int:
   """The rank clipped to what the delta has."""
   if delta.ndim < 2:
     raise ValueError(f"delta needs two axes or more, got shape {delta.shape}.")
@@ -266,11 +272,7 @@ def _check(delta: jax.Array, rank: int) -> int:
   return min(rank, *delta.shape[-2:])
 
 
-def _or_zero(key: jax.Array | None) -> jax.Array:
-  return jax.random.key(0) if key is None else key
-
-
-def _each(core, delta: jax.Array) -> Factors:
+def _each(core, delta: Any) -> Factors:
   """`core(a, half)` on each matrix of a batch, signs fixed.
 
   It factors `a half²`, which is of modulus 1. The scale goes into thin factors
@@ -278,33 +280,46 @@ def _each(core, delta: jax.Array) -> Factors:
   """
 
   def one(a):
-    a = a.astype(jnp.float32)
+    a = a.astype(np.float32)
     half, root = _unit(a)
     u, s, vt = core(a, half)
     return _fix_signs(u, s * root * root, vt)
 
-  for _ in range(delta.ndim - 2):
-    one = jax.vmap(one)
   with jax.default_matmul_precision("highest"):
-    return one(delta)
+    return over_leading(one, delta.ndim - 2, delta)
 
 
-def _unit(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _unit(a: Any) -> tuple[Any, Any]:
   """Powers of two: `a half²` has modulus about 1, and root is 1 / half."""
-  top = jnp.max(jnp.abs(a))
-  exponent = jnp.frexp(jnp.where(top > 0, top, 1.0))[1] // 2
-  return jnp.ldexp(1.0, -exponent), jnp.ldexp(1.0, exponent)
+  xp = library_of(a)
+  top = xp.maximum(xp.max(a), -xp.min(a))  # no array of moduli
+  exponent = xp.frexp(xp.where(top > 0, top, xp.float32(1)))[1] // 2
+  one = xp.float32(1)
+  return xp.ldexp(one, -exponent), xp.ldexp(one, exponent)
 
 
-def _fix_signs(u: jax.Array, s: jax.Array, vt: jax.Array) -> Factors:
+def _energy(a: Any, half: Any) -> Any:
+  """`‖a half²‖²`."""
+  if library_of(a) is jnp:
+    return jnp.sum(jnp.square(a * half * half))
+
+  def squares(rows):
+    rows = rows * (half * half)
+    return np.vdot(rows, rows)
+
+  return sum_over_rows(squares, a if a.flags.c_contiguous else a.T)
+
+
+def _fix_signs(u: Any, s: Any, vt: Any) -> Factors:
   """Triplets with the entry of largest modulus in each column of u positive."""
-  index = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-  top = jnp.take_along_axis(u, index, axis=-2)
-  sign = jnp.where(top < 0, -1.0, 1.0)
-  return Factors(u * sign, s, vt * jnp.swapaxes(sign, -1, -2))
+  xp = library_of(u)
+  index = xp.argmax(xp.abs(u), axis=-2, keepdims=True)
+  top = xp.take_along_axis(u, index, axis=-2)
+  sign = xp.where(top < 0, xp.float32(-1), xp.float32(1))
+  return Factors(u * sign, s, vt * xp.swapaxes(sign, -1, -2))
 
 
-def _short_side_first(core, a: jax.Array, half: jax.Array):
+def _short_side_first(core, a: Any, half: Any):
   """`core` on the orientation whose rows are the short side."""
   if a.shape[0] <= a.shape[1]:
     return core(a, half)

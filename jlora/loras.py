@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jlora.arrays import library_of
 
 
 @jax.tree_util.register_dataclass
@@ -99,10 +102,11 @@ def from_factors(factors: Factors, dtype=jnp.float32) -> Lora:
     >>> from_factors(f).a
     Array([[2., 0., 0.]], dtype=float32)
   """
-  root = jnp.sqrt(factors.s)[..., None]
-  a = root * jnp.swapaxes(factors.u, -1, -2)
+  xp = library_of(factors.s)
+  root = xp.sqrt(factors.s)[..., None]
+  a = root * xp.swapaxes(factors.u, -1, -2)
   b = root * factors.vt
-  scale = jnp.ones(factors.s.shape[:-1], jnp.float32)
+  scale = xp.ones(factors.s.shape[:-1], np.float32)
   return Lora(a.astype(dtype), b.astype(dtype), scale)
 
 

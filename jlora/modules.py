@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pair of tensors at a time: read, compared, factored and measured.
 
-The step is compiled once per shape and dtype and shared by all threads.
+On a CPU the step runs on NumPy arrays: compiling it would take longer than many
+models need, and a GEMM is as fast. On accelerators it is compiled, once per
+shape and dtype, and shared by all threads.
 """
 
 import functools
 import threading
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jlora.arrays import library_of, words_of
 from jlora.certificates import certificate
-from jlora.deltas import is_floating, rounding_noise
+from jlora.deltas import is_floating, norm_of, rounding_noise
 from jlora.extraction import delta_of, without_nan
-from jlora.factoring import Factoriser, krylov
-from jlora.loras import exchange, from_factors
+from jlora.factoring import Factoriser
+from jlora.loras import Factors, exchange, from_factors
 from jlora.measurements import Measured, summarise
-from jlora.pairs import Pair, names_of, read
+from jlora.pairs import Pair, Stack, names_of, read
 from jlora.paths import key_for
-from jlora.small_modules import is_small, measure_small
 from jlora.views import MatrixView
 
 _EQUAL = "equal in value, not in bytes"
+_COMPARED = 2**22  # bytes of a tensor that are compared at a time
 
 
 class Outcome(NamedTuple):
@@ -44,27 +47,30 @@ class Outcome(NamedTuple):
 
 
 def measure_parameter(
-  base: jax.Array,
-  finetuned: jax.Array,
-  key: jax.Array,
+  base: Any,
+  finetuned: Any,
+  key: Any,
   *,
   view: MatrixView,
   rank: int,
   factor: Factoriser,
   dtype: Any,
   stored: Any,
+  room: np.ndarray | None = None,
 ) -> Measured:
   """One parameter's change, factored, rounded to storage and certified.
 
   Args:
-    base: the parameter, any floating dtype, its own layout.
+    base: the parameter, any floating dtype, its own layout; of NumPy or of
+      JAX, as its result.
     finetuned: the same shape.
-    key: PRNG key of the module.
+    key: PRNG key of the module; for NumPy, words of one.
     view: how the layout is read as a matrix; static, as all below.
     rank: triplets to keep.
     factor: the factoriser.
     dtype: storage dtype of the factors.
     stored: dtype of the finetune's file, for its rounding noise.
+    room: as for `difference`, for NumPy alone.
 
   Returns:
     Measured, its norm NaN if the change is not finite. Pure; costs the
@@ -72,29 +78,35 @@ def measure_parameter(
 
   Example:
     >>> from jlora.factoring import svd
-    >>> w = jnp.zeros((3, 5))
-    >>> m = measure_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
-    ...   rank=1, factor=svd, dtype=jnp.float32, stored=jnp.float32)
+    >>> w = np.zeros((3, 5), np.float32)
+    >>> m = measure_parameter(w, w + 1, None, view=MatrixView(), rank=1,
+    ...   factor=svd, dtype=np.float32, stored=np.float32)
     >>> m.certificate.errors.shape
     (2,)
   """
-  delta, is_exchanged = delta_of(base, finetuned, view)
+  delta, is_exchanged = delta_of(base, finetuned, view, room)
   delta, finite = without_nan(delta)
-  factors = factor(delta, rank, key)
+  xp = library_of(delta)
+  factors = Factors(*map(xp.asarray, factor(delta, rank, key)))
   lora = from_factors(factors, dtype)
   found = certificate(delta, lora, key)
-  weights = base.astype(jnp.float32)
   return Measured(
     lora=exchange(lora) if is_exchanged else lora,
     sigma=factors.s,
-    certificate=found._replace(norm=jnp.where(finite, found.norm, jnp.nan)),
-    base_norm=jnp.sqrt(jnp.sum(jnp.square(weights), axis=-1).sum()),
+    certificate=found._replace(norm=xp.where(finite, found.norm, np.nan)),
+    base_norm=norm_of(base),
     noise_std=rounding_noise(finetuned, stored),
   )
 
 
 class Extractor:
   """Factors pairs of two checkpoints; safe to call from several threads.
+
+  Args:
+    factor: the factoriser.
+    dtype: storage dtype of the factors.
+    key: PRNG key; each module uses its own, from its path.
+    on_host: whether the step runs on NumPy arrays; None: if JAX has CPUs alone.
 
   Attributes:
     compilations: how many distinct shapes were compiled so far.
@@ -103,17 +115,26 @@ class Extractor:
     >>> from jlora.factoring import svd
     >>> from jlora.pairs import Part
     >>> w = np.zeros((3, 5), np.float32)
-    >>> step = Extractor(svd, jnp.float32, None)
+    >>> step = Extractor(svd, np.float32, None)
     >>> pair = Pair("w", (3, 5), Part("w"), Part("w"))
     >>> step(pair, MatrixView(), 2, {"w": w}, {"w": w + 1}).status
     'extracted'
   """
 
-  def __init__(self, factor: Factoriser, dtype: Any, key: jax.Array | None):
+  def __init__(
+    self,
+    factor: Factoriser,
+    dtype: Any,
+    key: jax.Array | None,
+    on_host: bool | None = None,
+  ):
     self._factor, self._dtype, self._key = factor, dtype, key
+    is_cpu = on_host is None and jax.default_backend() == "cpu"
+    self._on_host = is_cpu or bool(on_host)
     self._compiled: dict[Any, Any] = {}
     self._locks: dict[Any, threading.Lock] = {}
     self._lock = threading.Lock()
+    self._own = threading.local()
 
   @property
   def compilations(self) -> int:
@@ -144,13 +165,13 @@ class Extractor:
     Raises:
       ValueError: NaN or infinity in either tensor.
     """
+    if not pair.whole and is_same(pair, base, finetuned):
+      return Outcome("unchanged")
     left, right = read_pair(pair, base, finetuned)
     if not is_floating(left.dtype) or not is_floating(right.dtype):
       same = np.array_equal(left, right)
       why = "" if same else f"not floating: {left.dtype} and {right.dtype}"
       return Outcome("unchanged" if same else "not representable", why)
-    if not pair.whole and _is_same(left, right):
-      return Outcome("unchanged")
     if not pair.whole and not (view and rank) and _is_equal(left, right):
       return Outcome("unchanged", _EQUAL)
     if view is not None and rank == 0:
@@ -189,34 +210,42 @@ class Extractor:
     return Outcome("extracted", "", arrays, {"shape": list(shape), **figures})
 
   def _measured(self, path, left, right, view, rank, stored) -> Measured:
-    if self._factor is krylov and is_small(view.shape(left.shape)):
-      return measure_small(
-        left, right, view=view, rank=rank, dtype=self._dtype, stored=stored
-      )
-    step = self._step(left, right, view, rank, stored)
-    return step(left, right, key_for(self._key, path))
+    options = {
+      "view": view,
+      "rank": rank,
+      "factor": self._factor,
+      "dtype": self._dtype,
+      "stored": stored,
+    }
+    if self._on_host:
+      name = np.uint32(zlib.crc32(path.encode()))
+      words = np.append(words_of(self._key), name)
+      room = self._room(left.size)
+      return measure_parameter(left, right, words, **options, room=room)
+    key = key_for(self._key, path)
+    return self._step(left, right, key, options)(left, right, key)
 
-  def _step(self, left, right, view, rank, stored):
+  def _room(self, size: int) -> np.ndarray:
+    """This thread's memory for a delta, kept from module to module."""
+    room = getattr(self._own, "room", None)
+    if room is None or room.size < size:
+      self._own.room = room = None  # given back before more is asked for
+      self._own.room = room = np.empty(size, np.float32)
+    return room
+
+  def _step(self, left, right, key, options):
     """The compiled step for these shapes; the first thread to ask compiles."""
-    signature = (left.shape, left.dtype, right.dtype, view, rank, stored)
+    signature = (left.shape, left.dtype, right.dtype, *options.values())
     with self._lock:
       lock = self._locks.setdefault(signature, threading.Lock())
     with lock:
       if signature not in self._compiled:
-        step = functools.partial(
-          measure_parameter,
-          view=view,
-          rank=rank,
-          factor=self._factor,
-          dtype=self._dtype,
-          stored=stored,
-        )
+        step = functools.partial(measure_parameter, **options)
         shapes = (
           jax.ShapeDtypeStruct(array.shape, array.dtype)
-          for array in (left, right)
+          for array in (left, right, key)
         )
-        key = jax.eval_shape(lambda: key_for(self._key, ""))
-        self._compiled[signature] = jax.jit(step).lower(*shapes, key).compile()
+        self._compiled[signature] = jax.jit(step).lower(*shapes).compile()
     return self._compiled[signature]
 
 
@@ -247,15 +276,60 @@ def read_pair(
   return left, right
 
 
-def _is_same(left: np.ndarray, right: np.ndarray) -> bool:
-  """Whether two tensors hold the same bytes (so NaN equals itself)."""
+def is_same(
+  pair: Pair, base: Mapping[str, Any], finetuned: Mapping[str, Any]
+) -> bool:
+  """Whether both tensors of a pair hold the same bytes (so NaN equals itself).
+
+  Read a few rows at a time, up to the first that differ.
+
+  Args:
+    pair: which tensors.
+    base: the base, name -> array.
+    finetuned: the finetune.
+
+  Returns:
+    bool. False for stacks and parts of tensors, which nothing shortens.
+
+  Example:
+    >>> from jlora.pairs import Part
+    >>> pair = Pair("w", (2,), Part("w"), Part("w"))
+    >>> is_same(pair, {"w": np.zeros(2)}, {"w": np.zeros(2)})
+    True
+  """
+  sides = pair.base, pair.finetuned
+  if any(isinstance(side, Stack) or side.index or side.swap for side in sides):
+    return False
+  left, right = (
+    getattr(checkpoint, "spec", checkpoint)[names_of(side)[0]]
+    for checkpoint, side in zip((base, finetuned), sides, strict=True)
+  )
   if left.dtype != right.dtype or left.shape != right.shape:
     return False
-  word = np.dtype(f"u{left.dtype.itemsize}")
-  return np.array_equal(
-    np.ascontiguousarray(left).view(word),
-    np.ascontiguousarray(right).view(word),
+  return all(
+    np.array_equal(_words(one), _words(two))
+    for one, two in _rows_of(pair, left, base, finetuned)
   )
+
+
+def _rows_of(pair, spec, base, finetuned):
+  """Both tensors of a pair, a few rows at a time where files have rows."""
+  rows = spec.shape[0] if spec.shape else 1
+  step = rows
+  if getattr(spec, "start", None) is not None and rows:
+    step = max(1, rows * _COMPARED // max(spec.nbytes, 1))
+  for start in range(0, rows, step):
+    index = (slice(start, start + step),) if step < rows else ()
+    yield tuple(
+      read(checkpoint, side._replace(index=index))
+      for checkpoint, side in ((base, pair.base), (finetuned, pair.finetuned))
+    )
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+  """The bits of an array."""
+  word = np.dtype(f"u{array.dtype.itemsize}")
+  return np.ascontiguousarray(array).view(word)
 
 
 def _is_equal(left: np.ndarray, right: np.ndarray) -> bool:

@@ -2,24 +2,33 @@
 """Orthonormal rows, Krylov spaces and Ritz vectors, by matrix products.
 
 Nothing here is larger than the basis: eigenvalue and singular value problems
-are small and square. Callers set the precision of the products.
+are small and square. Callers set the precision of the products. Arrays are
+those of NumPy or of JAX throughout.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Multiply = Callable[[jax.Array], jax.Array]
+from jlora.arrays import branch, library_of, put, repeat, rows_at, run_while
 
-# Blocks beside the first before it is asked whether the space is rich enough.
-_FIRST_CHECK = 3
+Multiply = Callable[[Any], Any]
+
+# How many blocks make it worth asking whether they are enough. Where four are
+# not, five rarely are, and asking has its price.
+_ASKED_AT = (3, 4)
+
+# Rows whose directions differ by less than this in energy need no conditioning.
+_EVEN = 1e-3
 
 # Eigenvalues below this share of the largest are lost in float32 products.
 _GRADED = 1e-4
 
 
-def rows_gram(x: jax.Array) -> jax.Array:
+def rows_gram(x: Any) -> Any:
   """The inner products of all rows, `x xᵀ`.
 
   Args:
@@ -32,10 +41,10 @@ def rows_gram(x: jax.Array) -> jax.Array:
     >>> rows_gram(jnp.array([[3.0, 4.0]]))
     Array([[25.]], dtype=float32)
   """
-  return jnp.einsum("im,jm->ij", x, x)
+  return x @ x.T
 
 
-def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
+def orthonormal_rows(x: Any, rounds: int) -> Any:
   """Orthonormal rows of the same span, zero for a row that depends on others.
 
       x ← c⁻¹ x,   c cᵀ = x xᵀ + shift
@@ -56,33 +65,52 @@ def orthonormal_rows(x: jax.Array, rounds: int) -> jax.Array:
     >>> bool(jnp.allclose(q @ q.T, jnp.eye(2), atol=1e-5))
     True
   """
-  eye = jnp.eye(x.shape[0], dtype=x.dtype)
+  xp = library_of(x)
 
   def condition(turn, x):
-    g = rows_gram(x)
-    share = jnp.where(turn < rounds - 1, 1e-6, 1e-6 / x.shape[0])
-    c = jax.lax.linalg.cholesky(
-      g + (share * jnp.trace(g) + 1e-30) * eye, symmetrize_input=False
-    )
-    inverse = jax.lax.linalg.triangular_solve(
-      c, eye, left_side=True, lower=True
-    )
-    return inverse @ x
+    share = xp.where(turn < rounds - 1, 1e-6, 1e-6 / x.shape[0])
+    return _inverse(_cholesky(rows_gram(x), share.astype(x.dtype))) @ x
 
-  x = jax.lax.fori_loop(0, rounds, condition, x)
-  return jnp.where(jnp.sum(x * x, axis=1, keepdims=True) > 0.5, x, 0.0)
+  x = repeat(rounds, condition, x)
+  return xp.where(xp.sum(x * x, axis=1, keepdims=True) > 0.5, x, 0.0)
+
+
+def _cholesky(g, share=1e-6):
+  """The lower factor of g, shifted by a share of its trace."""
+  xp = library_of(g)
+  shift = share * xp.trace(g) + np.float32(1e-30)
+  g = g + shift * xp.eye(g.shape[0], dtype=g.dtype)
+  if xp is np:
+    return np.linalg.cholesky(g)
+  return jax.lax.linalg.cholesky(g, symmetrize_input=False)
+
+
+def _inverse(lower):
+  """The inverse of a lower triangular matrix."""
+  if library_of(lower) is np:
+    return np.linalg.inv(lower)
+  eye = jnp.eye(lower.shape[0], dtype=lower.dtype)
+  return jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+
+
+def _is_even(gram):
+  """Whether no direction of the rows is drowned when they are squared."""
+  xp = library_of(gram)
+  squares = xp.square(xp.diagonal(_cholesky(gram)))
+  return xp.min(squares) > _EVEN * xp.max(squares) + np.float32(1e-25)
 
 
 def iterate(
   forward: Multiply,
   backward: Multiply,
-  block: jax.Array,
-  energy: Callable[[], jax.Array],
+  block: Any,
+  energy: Any,
   *,
+  length: int,
   rank: int,
   passes: int,
   tol: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, Any]:
   """Ritz rows and their images from a block Krylov space of a matrix.
 
   Rows of the basis that are not reached stay zero: they are orthogonal to all
@@ -92,9 +120,10 @@ def iterate(
     forward: rows (k, m) -> their images `rows a` (k, n).
     backward: (k, n) -> `rows aᵀ` (k, m).
     block: (w, m) orthonormal rows to start from.
-    energy: `‖a‖²`, called where it is needed.
-    rank: rows wanted, at most w; static.
-    passes: blocks at the most; static.
+    energy: `‖a‖²`.
+    length: n; static, as all below.
+    rank: rows wanted, at most w.
+    passes: blocks at the most.
     tol: as for `krylov`.
 
   Returns:
@@ -103,103 +132,138 @@ def iterate(
   Example:
     >>> a = jnp.diag(jnp.array([1.0, 4.0, 2.0]))
     >>> rows, _ = iterate(lambda x: x @ a, lambda x: x @ a.T, jnp.eye(3)[:2],
-    ...                   lambda: jnp.sum(a * a), rank=1, passes=1, tol=0.0)
+    ...                   jnp.sum(a * a), length=3, rank=1, passes=1,
+    ...                   tol=0.0)
     >>> jnp.abs(rows).round(4)
     Array([[0., 1., 0.]], dtype=float32)
   """
+  xp = library_of(block)
   width = block.shape[0]
-  image = forward(block)
-  basis, images = (_with_room(first, passes) for first in (block, image))
-  projected = jnp.pad(rows_gram(image), (0, (passes - 1) * width))
+  asked_at = [count for count in _ASKED_AT if count < passes and tol > 0]
 
-  def grow(state):
-    at, _, basis, images, projected = state
-    start, last = at * width, (at - 1) * width
-    older = jax.lax.dynamic_slice_in_dim(images, last, width)
-    block = _next_block(backward, basis, older, at)
-    newest = forward(block)
-    basis = jax.lax.dynamic_update_slice_in_dim(basis, block, start, 0)
-    images = jax.lax.dynamic_update_slice_in_dim(images, newest, start, 0)
+  def add(at, filled, block):
+    """The block, its images and their products beside the others'."""
+    basis, images, projected = filled
+    start, last = at * width, xp.maximum(at - 1, 0) * width
+    newest, older = forward(block), rows_at(images, last, width)
     # All else in these rows is zero: the Lanczos recurrence.
     cross = newest @ older.T
-    for part, corner in (
-      (rows_gram(newest), (start, start)),
-      (cross, (start, last)),
-      (cross.T, (last, start)),
-    ):
-      projected = jax.lax.dynamic_update_slice(projected, part, corner)
-    settled = jnp.bool_(False)
-    if passes > _FIRST_CHECK + 1:
-      settled = jax.lax.cond(
-        at >= _FIRST_CHECK,
-        lambda: _is_settled(energy(), projected, cross, at, rank, tol),
+    projected = put(projected, cross, (start, last))
+    projected = put(projected, cross.T, (last, start))
+    projected = put(projected, rows_gram(newest), (start, start))
+    basis = put(basis, block, (start, 0))
+    images = put(images, newest, (start, 0))
+    return basis, images, projected
+
+  def follow(count, filled):
+    """The next block, and whether the basis is rich enough without it."""
+    basis, images, projected = filled
+    newest = rows_at(images, (count - 1) * width, width)
+    block, off, mixed = _next_block(backward, basis, newest, count)
+    settled = xp.bool_(False)
+    if asked_at:
+      settled = branch(
+        (count >= asked_at[0]) & (count <= asked_at[-1]),
+        lambda: _is_settled(energy, projected, off, mixed, count, rank, tol),
         lambda: settled,
       )
-    return at + 1, settled | ~jnp.any(block), basis, images, projected
+    return block, settled | ~xp.any(block)
 
-  def unsettled(state):
-    return (state[0] < passes) & ~state[1]
+  def grow(state):
+    count, _, block, filled = state
+    filled = add(count, filled, block)
+    count = count + 1
+    block, done = branch(
+      count < passes,
+      lambda: follow(count, filled),
+      lambda: (block, xp.bool_(True)),
+    )
+    return count, done, block, filled
 
-  start = (jnp.int32(1), jnp.bool_(False), basis, images, projected)
-  *_, basis, images, projected = jax.lax.while_loop(unsettled, grow, start)
+  span = passes * width
+  room = tuple(
+    xp.zeros((span, columns), block.dtype)
+    for columns in (block.shape[1], length, span)
+  )
+  state = (xp.int32(0), xp.bool_(False), block, room)
+  count, _, _, filled = run_while(lambda state: ~state[1], grow, state)
+  basis, images, projected = _filled(count * width, *filled)
   rows = ritz_vectors(projected, images, rank)
   return rows @ basis, rows @ images
 
 
-def _with_room(block, passes):
-  """A block and zero rows for the others."""
-  return jnp.pad(block, ((0, (passes - 1) * block.shape[0]), (0, 0)))
+def _filled(count, basis, images, projected):
+  """What is filled so far; all of it where shapes must not hang on values."""
+  if library_of(basis) is jnp:
+    return basis, images, projected
+  return basis[:count], images[:count], projected[:count, :count]
 
 
-def _is_settled(total, projected, cross, at, rank, tol):
+def _is_settled(total, projected, off, mixed, count, rank, tol):
   """Whether the space still lacks less than `tol` of the squared error.
 
-  What it lacks is estimated as Σ |residual|² / value over the leading Ritz
-  pairs. A residual is the newest block's part of the eigenvector times the
-  coupling to the next block, for which the last coupling stands in: it is
-  larger, but for flat spectra, where the estimate is up to 4 times too low.
+  What it lacks is estimated as Σ |residual|² / (value - mean of the others)
+  over the leading Ritz pairs: for decaying spectra to a few tenths, for flat
+  ones up to 3 times too low. A residual is the newest block's part of the
+  eigenvector times what that block has off the basis, `mixed off`.
   """
-  width = cross.shape[0]
-  size = projected.shape[0] - width  # after the last block nobody asks
+  xp = library_of(projected)
+  width = off.shape[0]
+  size = (_ASKED_AT[-1] if xp is jnp else count) * width
   values, vectors = _descending_eigh(projected[:size, :size])
+  others = values[rank:].sum() / (count * width - rank).astype(values.dtype)
   values, vectors = values[:rank], vectors[:, :rank]
-  newest = jax.lax.dynamic_slice_in_dim(vectors, at * width, width)
-  residuals = jnp.sum(jnp.square(cross.T @ newest), axis=0)
-  lacking = jnp.sum(residuals / jnp.where(values > 0, values, 1.0))
+  newest = rows_at(vectors, (count - 1) * width, width)
+  residuals = xp.sum(xp.square(off.T @ (mixed.T @ newest)), axis=0)
+  above = values - others
+  lacking = xp.sum(residuals / xp.where(above > 0, above, 1.0))
   rest = total - values.sum()
   # Under this share of the total, rounding decides and another pass is due.
   return (lacking <= tol * rest) & (rest > 1e-5 * total)
 
 
-def _next_block(backward, basis, images, at):
-  """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis."""
-  # Conditioning the images first keeps directions that a dominant singular
-  # value would drown, squared, in the rounding of the product.
-  block = backward(orthonormal_rows(images, 2))
-  noise = 3e-6 * jnp.linalg.norm(block)
-  filled = 3 * images.shape[0]
+def _next_block(backward, basis, images, count):
+  """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis.
 
-  def project(block):
+  Also what the images have off the basis, as `mixed off`: (w, w) and (w, m).
+  """
+  xp = library_of(images)
+  width = images.shape[0]
+  eye = xp.eye(width, dtype=images.dtype)
+
+  def condition():
+    """Keeps directions that a dominant singular value would drown, squared."""
+    even = orthonormal_rows(images, 2)
+    return even, images @ even.T
+
+  is_even = _is_even(rows_gram(images))
+  images, mixed = branch(is_even, lambda: (images, eye), condition)
+  block = backward(images)
+  noise = 3e-6 * xp.linalg.norm(block)
+
+  def off_rows(block, filled):
+    return block - (block @ basis[:filled].T) @ basis[:filled]
+
+  def off_basis(block):
     """Off the rows that are filled: half of the work in the first passes."""
-    return jax.lax.cond(
-      at <= 3,
-      lambda: block - (block @ basis[:filled].T) @ basis[:filled],
-      lambda: block - (block @ basis.T) @ basis,
-    )
-
-  def off_basis(_, block):
-    block = project(block)
+    if xp is np:
+      block = off_rows(block, count * width)
+    else:
+      block = branch(
+        count <= 3,
+        lambda: off_rows(block, 3 * width),
+        lambda: off_rows(block, len(basis)),
+      )
     # A block that lay in the basis leaves only rounding, which must not be
     # blown up into rows that are not orthogonal to the basis.
-    block = jnp.where(jnp.linalg.norm(block) > noise, block, 0.0)
-    return orthonormal_rows(block, 2)
+    return xp.where(xp.linalg.norm(block) > noise, block, 0.0)
 
-  return jax.lax.fori_loop(0, 2, off_basis, block)
+  off = off_basis(block)
+  again = off_basis(orthonormal_rows(off, 2))
+  return orthonormal_rows(again, 2), off, mixed
 
 
-def ritz_vectors(
-  projected: jax.Array, images: jax.Array, rank: int
-) -> jax.Array:
+def ritz_vectors(projected: Any, images: Any, rank: int) -> Any:
   """Leading eigenvectors, as rows, of `projected = images imagesᵀ`.
 
   Where eigenvalues under 1e-4 of the largest are wanted, which float32 has
@@ -218,35 +282,34 @@ def ritz_vectors(
     >>> jnp.abs(ritz_vectors(rows_gram(images), images, 1))
     Array([[0., 1.]], dtype=float32)
   """
+  xp = library_of(projected)
   values, vectors = _descending_eigh(projected)
   leading = vectors[:, :rank]
 
-  def deflate(_):
+  def deflate():
     large = values > _GRADED * values[0]
-    count = jnp.minimum(large.sum(), rank)
-    taken = jnp.where(large, vectors, 0.0)
+    count = xp.minimum(large.sum(), rank)
+    taken = xp.where(large, vectors, 0.0)
     rest = images - taken @ (taken.T @ images)
     small = _descending_eigh(rows_gram(rest))[1]
-    index = jnp.arange(rank)
-    mixed = jnp.where(
+    index = xp.arange(rank)
+    mixed = xp.where(
       index < count,
       leading,
-      jnp.take(small, index - count, axis=1, mode="clip"),
+      xp.take(small, index - count, axis=1, mode="clip"),
     )
-    return jnp.linalg.qr(mixed)[0]
+    return xp.linalg.qr(mixed)[0]
 
   graded = values[rank - 1] < _GRADED * values[0]
-  return jax.lax.cond(graded, deflate, lambda _: leading, None).T
+  return branch(graded, deflate, lambda: leading).T
 
 
 def _descending_eigh(symmetric):
-  values, vectors = jnp.linalg.eigh(symmetric)
+  values, vectors = library_of(symmetric).linalg.eigh(symmetric)
   return values[::-1], vectors[:, ::-1]
 
 
-def triplets(
-  rows: jax.Array, images: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def triplets(rows: Any, images: Any) -> tuple[Any, Any, Any]:
   """The singular triplets of `rowsᵀ images`, the product never formed.
 
       rowsᵀ = q_a r_a,  imagesᵀ = q_b r_b,   rowsᵀ images = q_a (r_a r_bᵀ) q_bᵀ
@@ -263,7 +326,21 @@ def triplets(
     >>> triplets(jnp.eye(2), jnp.array([[3.0, 0.0], [0.0, 0.0]]))[1].round(4)
     Array([3., 0.], dtype=float32)
   """
-  qa, ra = jnp.linalg.qr(rows.T)
-  qb, rb = jnp.linalg.qr(images.T)
-  u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
-  return qa @ u, s, vt @ qb.T
+  xp = library_of(rows)
+
+  def plain():
+    """Rows that are orthonormal, images spread over three decades at most."""
+    qb = orthonormal_rows(images, 2)
+    u, s, vt = xp.linalg.svd(images @ qb.T, full_matrices=False)
+    return rows.T @ u, s, vt @ qb
+
+  def careful():
+    qa, ra = xp.linalg.qr(rows.T)
+    qb, rb = xp.linalg.qr(images.T)
+    u, s, vt = xp.linalg.svd(ra @ rb.T, full_matrices=False)
+    return qa @ u, s, vt @ qb.T
+
+  if len(rows) > min(rows.shape[1], images.shape[1]):
+    return careful()
+  off = xp.max(xp.abs(rows_gram(rows) - xp.eye(len(rows), dtype=rows.dtype)))
+  return branch(_is_even(rows_gram(images)) & (off < 3e-6), plain, careful)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A package stands on one floor with all of its files.
 FLOORS = (
   # 0: types, names, and bytes in files
-  "loras paths views pairs subspaces byte_ranges safetensors_headers "
+  "arrays loras paths views pairs subspaces byte_ranges safetensors_headers "
   "safetensors_files quantisation orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates ranks deltas pairing fused_experts sharding "
@@ -27,7 +27,7 @@ FLOORS = (
   "evaluation reporting models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   # 4: whole runs, from disk to disk
-  "runs plans modules small_modules assembly progress",
+  "runs plans modules assembly progress",
   # 5: the public names
   "__init__",
 )
@@ -37,7 +37,7 @@ FLOOR_OF = {
 
 # Files of one floor that may import from each other, without a circle.
 FAMILIES = (
-  "loras paths views pairs subspaces byte_ranges safetensors_headers "
+  "arrays loras paths views pairs subspaces byte_ranges safetensors_headers "
   "safetensors_files quantisation orbax_directories huggingface_folders",
   "pairing fused_experts",
   "checkpoints journal",
@@ -45,7 +45,7 @@ FAMILIES = (
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
-  "runs plans modules small_modules assembly progress",
+  "runs plans modules assembly progress",
 )
 
 # Neither a dependency nor a promise of jax: not in a library.

@@ -2,7 +2,8 @@
 """One conformance table for every factoriser, and recompression.
 
 All cases of a factoriser share one shape, so each is compiled once. At that
-shape `krylov` does not hand over to another one.
+shape `krylov` does not hand over to another one. Every factoriser is run twice:
+compiled, and on the host on NumPy arrays.
 """
 
 import functools
@@ -17,7 +18,22 @@ from jlora import factoring, subspaces
 from jlora.factoring import Factors, gram, krylov, recompress, svd
 from jlora.loras import dense, from_factors
 
-FACTORISERS = [svd, gram, krylov]
+
+def on_host(factoriser):
+  """The factoriser on NumPy arrays, its results checked to be NumPy's."""
+
+  @functools.wraps(factoriser)
+  def run(delta, rank, key=None):
+    found = factoriser(np.asarray(delta), rank, key)
+    assert all(type(x) is np.ndarray for x in found)
+    return Factors(*map(jnp.asarray, found))
+
+  run.__name__ = f"{factoriser.__name__}-on-host"
+  return run
+
+
+COMPILED = [svd, gram, krylov]
+FACTORISERS = COMPILED + [on_host(factoriser) for factoriser in COMPILED]
 M, N, RANK = 384, 512, 16
 SMALL = (24, 40)
 
@@ -29,7 +45,9 @@ every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
 
 @functools.cache
 def compiled(factoriser):
-  return jax.jit(factoriser, static_argnums=1)
+  if factoriser in COMPILED:
+    return jax.jit(factoriser, static_argnums=1)
+  return factoriser
 
 
 @functools.cache
@@ -44,7 +62,7 @@ def factored(factoriser, spectrum, scale=1.0):
 
 
 def in_float64(factors):
-  assert all(x.dtype == jnp.float32 for x in factors)
+  assert all(x.dtype == np.float32 for x in factors)
   return Factors(*(np.asarray(x, np.float64) for x in factors))
 
 
@@ -195,6 +213,21 @@ def counted_krylov():
     return count, run.lower(shape, jax.random.key(0)).compile()
 
 
+@pytest.mark.parametrize("tol", [0.0, 5e-4])
+def test_what_is_asked_of_the_host_is_asked_of_a_device(tol):
+  """Where both stop: after as many blocks, with as small an error."""
+  sigma = np.arange(1.0, M + 1) ** -0.6
+  delta = matrix(sigma, M, N)
+  best = best_errors(sigma)[RANK]
+  errors = [
+    np.linalg.norm(delta - product(in_float64(krylov(x, RANK, tol=tol))))
+    for x in (delta, jnp.asarray(delta))
+  ]
+  assert max(errors) <= 1.001 * best
+  if tol:
+    assert min(errors) > best * (1 + 1e-7)  # it stopped early
+
+
 @every_factoriser
 @pytest.mark.parametrize("shape", [(6, 40), (1, 40), (24, 1)])
 def test_rank_above_the_short_side_is_clipped(factoriser, shape):
@@ -210,11 +243,12 @@ def test_batches_equal_one_by_one_and_vmap(factoriser):
   deltas = random(2, 3, *SMALL).at[1, 2].set(0.0)
   together = compiled(factoriser)(deltas, 5)
   assert together.u.shape == (2, 3, 24, 5)
-  nested = jax.jit(jax.vmap(jax.vmap(lambda delta: factoriser(delta, 5))))(
-    deltas
-  )
-  for one, two in zip(together, nested, strict=True):
-    np.testing.assert_allclose(one, two, atol=1e-5)
+  if factoriser in COMPILED:
+    nested = jax.jit(jax.vmap(jax.vmap(lambda delta: factoriser(delta, 5))))(
+      deltas
+    )
+    for one, two in zip(together, nested, strict=True):
+      np.testing.assert_allclose(one, two, atol=1e-5)
   alone = compiled(factoriser)(deltas[1, 1], 5)
   for one, two in zip(together, alone, strict=True):
     np.testing.assert_allclose(one[1, 1], two, atol=1e-5)
@@ -265,9 +299,10 @@ def test_krylov_refuses_options_without_sense(options):
     krylov(jnp.ones((3, 4)), 1, **options)
 
 
-def test_orthonormal_rows_of_dependent_and_zero_rows():
+@pytest.mark.parametrize("library", [jnp, np])
+def test_orthonormal_rows_of_dependent_and_zero_rows(library):
   x = random(6, 30)
-  x = x.at[4].set(x[0] - 2 * x[1]).at[5].set(0.0)
+  x = library.asarray(x.at[4].set(x[0] - 2 * x[1]).at[5].set(0.0))
   rows = np.asarray(factoring.orthonormal_rows(x, 3), np.float64)
   assert np.isfinite(rows).all()
   np.testing.assert_allclose(rows[:4] @ rows[:4].T, np.eye(4), atol=1e-5)
@@ -291,10 +326,11 @@ def factor_pairs():
   }
 
 
+@pytest.mark.parametrize("library", [jnp, np])
 @pytest.mark.parametrize("name", factor_pairs())
 @pytest.mark.parametrize("rank", [1, 5, 50])
-def test_recompress_is_the_svd_of_the_product(name, rank):
-  a, b = factor_pairs()[name]
+def test_recompress_is_the_svd_of_the_product(name, rank, library):
+  a, b = map(library.asarray, factor_pairs()[name])
   factors = in_float64(recompress(a, b, rank))
   truth = np.asarray(a, np.float64).T @ np.asarray(b, np.float64)
   u, s, vt = np.linalg.svd(truth, full_matrices=False)

@@ -68,7 +68,7 @@ def check_figures(delta, figures, rank):
   assert figures["relative_change"] == pytest.approx(norm / BASE_NORM, rel=1e-6)
   assert found["relative_error"] == pytest.approx(error / norm, rel=1e-5)
   assert found["energy"] == pytest.approx(1 - (error / norm) ** 2, abs=1e-6)
-  assert found["mse"] == pytest.approx(np.mean(rest**2), rel=1e-5)
+  assert found["mse"] == pytest.approx(np.mean(rest**2), rel=2e-5)
   cosine = np.sum(delta * change) / (norm * size) if size else 0.0
   assert found["cosine_distance"] == pytest.approx(1 - cosine, abs=1e-6)
 

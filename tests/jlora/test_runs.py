@@ -18,7 +18,7 @@ from small_pairs import (
   write_pair,
 )
 
-from jlora import modules, ranks, runs
+from jlora import ranks, runs
 from jlora.checkpoints import open_checkpoint, save_orbax, stream_checkpoint
 from jlora.factoring import krylov, svd
 from jlora.journal import FOLDER
@@ -251,12 +251,11 @@ def test_one_compilation_a_shape(extract_to, monkeypatch):
   made = []
 
   def extractor(*args):
-    made.append(runs_extractor(*args))
+    made.append(runs_extractor(*args, on_host=False))
     return made[0]
 
   runs_extractor = shared_extractor.__wrapped__
   monkeypatch.setattr(runs, "Extractor", extractor)
-  monkeypatch.setattr(modules, "is_small", lambda shape: False)
   extract_to(rank=2)
   assert made[0].compilations == 2  # four modules of two shapes
 
