@@ -3,10 +3,11 @@
 
 import contextlib
 import pathlib
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import pairs
 from experiments.bench_arrays import Row
@@ -28,20 +29,6 @@ save_file(found, sys.argv[3])
 """
 
 
-class Runs(NamedTuple):
-  """Ours on one pair, in processes of their own.
-
-  Attributes:
-    cold: with an empty compilation cache.
-    warm: with what that run left there.
-    compilations: of a module's step, in the cold run.
-  """
-
-  cold: Usage
-  warm: Usage
-  compilations: int
-
-
 class Bench:
   """Extractions of synthetic pairs, one pair on disk at a time.
 
@@ -61,7 +48,7 @@ class Bench:
   ):
     self._work, self._mergekit = work, mergekit
     self._config, self._rank = config, rank
-    self._ours: dict[int, Runs] = {}
+    self._ours: dict[int, Usage] = {}
     self._theirs: dict[int, Usage] = {}
 
   def measure_process(self, layers: int) -> Iterator[Row]:
@@ -73,17 +60,12 @@ class Bench:
     Yields:
       Rows of seconds, and of ratios if there is a mergekit.
     """
-    cold, warm, _ = self._extract(layers)
-    more = self._extract(2 * layers).warm
+    ours, more = self._extract(layers), self._extract(2 * layers)
     whole, further = f"whole, {layers} layers", "per further layer"
-    note = "{:.1f} s of processor time; start-up included"
-    for label, usage in (("empty", cold), ("warm", warm)):
-      what = f"ours, {whole}, {label} compilation cache"
-      yield Row(
-        "process", what, usage.wall, "s", "", note.format(usage.processor)
-      )
-    step = (more.wall - warm.wall) / layers
-    processor = (more.processor - warm.processor) / layers
+    note = f"{ours.processor:.1f} s of processor time; start-up included"
+    yield Row("process", f"ours, {whole}", ours.wall, "s", "", note)
+    step = (more.wall - ours.wall) / layers
+    processor = (more.processor - ours.processor) / layers
     note = (
       f"from {layers} and {2 * layers}; {processor:.1f} s of processor time"
     )
@@ -101,17 +83,16 @@ class Bench:
     yield Row("process", f"mergekit, {whole}", theirs, "s", "", note)
     slope_processor = two.processor - one.processor
     theirs_processor = two.processor + (layers - 2) * slope_processor
-    for label, ours, goal in (("empty", cold, ">= 15"), ("warm", warm, "")):
-      what = f"speed-up, {whole}, {label} compilation cache"
-      note = f"{theirs_processor / ours.processor:.1f} x in processor time"
-      yield Row("process", what, theirs / ours.wall, "x", goal, note)
+    note = f"{theirs_processor / ours.processor:.1f} x in processor time"
+    what = f"speed-up, {whole}"
+    yield Row("process", what, theirs / ours.wall, "x", ">= 15", note)
     note = f"{slope_processor / processor:.1f} x in processor time"
     yield Row(
       "process", f"speed-up, {further}", slope / step, "x", ">= 30", note
     )
 
   def measure_memory(self, layers: Sequence[int]) -> Iterator[Row]:
-    """Peak resident memory, cold, and how far it differs.
+    """Peak resident memory, and how far it differs.
 
     Args:
       layers: of the models.
@@ -121,12 +102,9 @@ class Bench:
     """
     peaks = []
     for count in layers:
-      runs = self._extract(count)
-      peaks.append(runs.cold.peak)
-      note = f"compiling; {runs.warm.peak / 2**30:.2f} GiB with a warm cache"
-      what = f"peak resident, {count} layers"
-      peak = peaks[-1] / 2**30
-      yield Row("memory", what, peak, "GiB", "<= 1.5", note)
+      peaks.append(self._extract(count).peak)
+      what, peak = f"peak resident, {count} layers", peaks[-1] / 2**30
+      yield Row("memory", what, peak, "GiB", "<= 1.5")
     what = "largest over smallest peak"
     yield Row("memory", what, max(peaks) / min(peaks), "x", "<= 1.1")
 
@@ -145,16 +123,16 @@ class Bench:
     count = len(set(spec.values()))
     with self._folder() as work:
       base, tuned = pairs.write_matrices(work, spec)
-      runs = self._run_ours(base, tuned, work)
+      ours = self._run_ours(base, tuned, work)
+      steps = (work / "cache/compilations").glob("jit_measure_parameter*-cache")
+      compilations = len(list(steps))
       program = work / "plain.py"
       program.write_text(_NUMPY)
       files = [str(file) for file in (program, base, tuned, work / "plain")]
       plain = measure([sys.executable, *files, str(self._rank)])
     kind = f"{len(spec)} matrices, {count} shapes"
-    yield Row(
-      "small", f"compilations, {kind}", runs.compilations, "", f"<= {count}"
-    )
-    yield from self._beside("NumPy's svd", kind, runs, plain, ">= 1")
+    yield Row("small", f"compilations, {kind}", compilations, "", f"<= {count}")
+    yield self._beside("NumPy's svd", kind, ours, plain)
     kind = f"Llama of {llama['num_hidden_layers']} layers of width"
     kind += f" {llama['hidden_size']}"
     if not self._mergekit:
@@ -164,16 +142,15 @@ class Bench:
       return
     with self._folder() as work:
       base, tuned = pairs.write_pair(work, llama)
-      runs = self._run_ours(base, tuned, work)
+      ours = self._run_ours(base, tuned, work)
       theirs = self._run_theirs(base, tuned, work)
-    yield from self._beside("mergekit", kind, runs, theirs, ">= 1")
+    yield self._beside("mergekit", kind, ours, theirs)
 
-  def _beside(self, peer, kind, runs, theirs, goal) -> Iterator[Row]:
-    """Whole processes of a peer over ours, cold and warm."""
-    for label, ours in (("empty", runs.cold), ("warm", runs.warm)):
-      what = f"{peer} over ours, {kind}, {label} compilation cache"
-      note = f"{theirs.wall:.1f} s over {ours.wall:.1f} s, rank {self._rank}"
-      yield Row("small", what, theirs.wall / ours.wall, "x", goal, note)
+  def _beside(self, peer, kind, ours, theirs) -> Row:
+    """The whole process of a peer over ours."""
+    note = f"{theirs.wall:.1f} s over {ours.wall:.1f} s, rank {self._rank}"
+    ratio = theirs.wall / ours.wall
+    return Row("small", f"{peer} over ours, {kind}", ratio, "x", ">= 1", note)
 
   @contextlib.contextmanager
   def _folder(self) -> Iterator[pathlib.Path]:
@@ -181,7 +158,7 @@ class Bench:
     with tempfile.TemporaryDirectory(dir=self._work) as folder:
       yield pathlib.Path(folder)
 
-  def _extract(self, layers: int) -> Runs:
+  def _extract(self, layers: int) -> Usage:
     """Ours on a pair of so many layers, run once."""
     if layers not in self._ours:
       self._measure_pair(layers, ours=True, theirs=False)
@@ -202,18 +179,16 @@ class Bench:
       if theirs and self._mergekit:
         self._theirs[layers] = self._run_theirs(base, tuned, work)
 
-  def _run_ours(self, base, tuned, work) -> Runs:
-    """The script twice: its compilation cache is empty, then filled."""
-    cache = work / "cache"
+  def _run_ours(self, base, tuned, work) -> Usage:
+    """The script three times, the median of each figure."""
     usages = []
-    for turn in ("cold", "warm"):
-      paths = {"base": base, "finetuned": tuned, "out": work / turn}
-      paths |= {"cache": cache, "rank": self._rank}
+    for turn in range(3):
+      paths = {"base": base, "finetuned": tuned, "out": work / f"ours{turn}"}
+      paths |= {"cache": work / "cache", "rank": self._rank}
       arguments = [f"--{name}={value}" for name, value in paths.items()]
       command = [sys.executable, "-m", "experiments.extract", *arguments]
       usages.append(measure(command, {"PYTHONPATH": str(_ROOT)}))
-    steps = (cache / "compilations").glob("jit_measure_parameter*-cache")
-    return Runs(usages[0], usages[1], len(list(steps)))
+    return Usage(*map(statistics.median, zip(*usages, strict=True)))
 
   def _run_theirs(self, base, tuned, work) -> Usage:
     """Mergekit without the embeddings, which it would store whole."""

@@ -115,7 +115,7 @@ def certificate(delta: Any, lora: Lora, key: Any = None) -> Certificate:
     )
 
   def one(matrix, a, b, scale):
-    return _certify(matrix.astype(np.float32), a, b, scale, key)
+    return _certify(matrix.astype(np.float32, copy=False), a, b, scale, key)
 
   with jax.default_matmul_precision("highest"):
     return over_leading(one, delta.ndim - 2, delta, lora.a, lora.b, lora.scale)

@@ -280,7 +280,7 @@ def _each(core, delta: Any) -> Factors:
   """
 
   def one(a):
-    a = a.astype(np.float32)
+    a = a.astype(np.float32, copy=False)
     half, root = _unit(a)
     u, s, vt = core(a, half)
     return _fix_signs(u, s * root * root, vt)
