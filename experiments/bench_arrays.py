@@ -15,7 +15,7 @@ import scipy.linalg.cython_lapack  # noqa: F401  whose threads are limited below
 from threadpoolctl import threadpool_limits
 
 import jlora
-from experiments import pairs, smollm2
+from experiments import caches, pairs
 from jlora.factoring import cheapest
 
 
@@ -92,7 +92,7 @@ def _synthetic(shape: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
 
 def _cached_pair() -> tuple[str, str] | None:
   """The real pair where experiments.finetune has left it."""
-  for tuned in sorted(smollm2.cache_folder().glob("*-kjv-*")):
+  for tuned in sorted(caches.cache_folder().glob("*-kjv-*")):
     base = tuned.with_name(tuned.name.split("-kjv-")[0])
     if base.exists():
       return str(base), str(tuned)

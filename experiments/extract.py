@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import jlora
-from experiments.compilation import keep_compilations
+from experiments.caches import keep_compilations
 from jlora import ranks, reporting
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)

@@ -186,7 +186,7 @@ def kjv_pair(
   text's first nine tenths, 4 x 128 tokens a step, each seen once.
 
   Args:
-    cache: as `smollm2.cache_folder`.
+    cache: as `caches.cache_folder`.
     steps: updates.
     learning_rate: the largest.
 

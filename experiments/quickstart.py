@@ -23,7 +23,7 @@ from absl import app, flags
 
 import jlora
 from experiments import finetune, smollm2, texts
-from experiments.compilation import keep_compilations
+from experiments.caches import keep_compilations
 from jlora import models, reporting
 
 _CACHE = flags.DEFINE_string(

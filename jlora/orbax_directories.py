@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 from etils import epath
 
 from jlora.loras import name_some
@@ -104,6 +102,8 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
     >>> leaves["layer/kernel"].shape
     (2, 3)
   """
+  import orbax.checkpoint as ocp  # a third of a second: only where it is used
+
   folder = Path(folder).absolute()
   try:
     found = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
@@ -146,6 +146,8 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
     ...   read_leaf(leaf, (range(1, 3), range(1)))
     array([[2.], [4.]])
   """
+  import tensorstore as ts  # late, as orbax
+
   out = np.empty([len(indices) for indices in region], leaf.dtype)
   if out.size == 0:
     return out
@@ -188,6 +190,8 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     tree = dict(tree)
     if all(isinstance(name, str) for name in tree):
       tree = _nested(tree)
+  import orbax.checkpoint as ocp  # late, as above
+
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, tree)
 
@@ -212,6 +216,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(path: Path) -> list[Path]:
+  import orbax.checkpoint as ocp  # late, as above
+
   return [
     child
     for child in sorted(path.iterdir())

