@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 
 from jlora.loras import name_some
+
+with epy.lazy_imports():  # a third of a second: only where they are used
+  import orbax.checkpoint as ocp
+  import tensorstore as ts
 
 _TREE = "_METADATA"
 _STEP = "_CHECKPOINT_METADATA"
@@ -102,8 +106,6 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
     >>> leaves["layer/kernel"].shape
     (2, 3)
   """
-  import orbax.checkpoint as ocp  # a third of a second: only where it is used
-
   folder = Path(folder).absolute()
   try:
     found = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
@@ -146,8 +148,6 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
     ...   read_leaf(leaf, (range(1, 3), range(1)))
     array([[2.], [4.]])
   """
-  import tensorstore as ts  # late, as orbax
-
   out = np.empty([len(indices) for indices in region], leaf.dtype)
   if out.size == 0:
     return out
@@ -190,8 +190,6 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     tree = dict(tree)
     if all(isinstance(name, str) for name in tree):
       tree = _nested(tree)
-  import orbax.checkpoint as ocp  # late, as above
-
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, tree)
 
@@ -216,8 +214,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(path: Path) -> list[Path]:
-  import orbax.checkpoint as ocp  # late, as above
-
   return [
     child
     for child in sorted(path.iterdir())
