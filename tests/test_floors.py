@@ -21,7 +21,7 @@ FLOORS = (
   "factoring certificates ranks deltas pairing fused_experts sharding "
   "checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
-  "extraction application merging alignment routing measurements ledgers "
+  "extraction application packing merging alignment routing measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
   "evaluation reporting models "
