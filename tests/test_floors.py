@@ -24,7 +24,7 @@ FLOORS = (
   "extraction application packing merging alignment routing measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
-  "evaluation reporting models "
+  "evaluation reporting refinement models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress",
