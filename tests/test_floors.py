@@ -18,13 +18,13 @@ FLOORS = (
   "arrays loras paths views pairs subspaces byte_ranges safetensors_headers "
   "safetensors_files quantisation orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
-  "factoring certificates ranks deltas pairing fused_experts sharding "
+  "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
   "extraction application packing merging alignment routing measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
-  "evaluation reporting refinement models "
+  "evaluation divergences moments reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress",

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pair of models taken apart once: lower ranks are cuts of the highest."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+import jlora
+from jlora import models
+
+Ranks = Mapping[str, int]
+
+
+class Ladder(NamedTuple):
+  """Two models and the change between them, factored.
+
+  Attributes:
+    model: `(params, tokens) -> logits`.
+    base: its parameters, a nested dict.
+    finetuned: the same structure.
+    loras: path -> Lora of NumPy arrays at the highest rank, units in order.
+    spectra: path -> singular values of those.
+    norms: path -> Frobenius norm of the change.
+  """
+
+  model: Any
+  base: Any
+  finetuned: Any
+  loras: dict[str, jlora.Lora]
+  spectra: dict[str, np.ndarray]
+  norms: dict[str, float]
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, int]]:
+    """Path -> (in, out)."""
+    return {
+      path: (lora.a.shape[-1], lora.b.shape[-1])
+      for path, lora in self.loras.items()
+    }
+
+
+def load_ladder(
+  base: str | os.PathLike[str], finetuned: str | os.PathLike[str], rank: int
+) -> Ladder:
+  """The ladder of two model folders.
+
+  Args:
+    base: a folder that `models.load` reads.
+    finetuned: another of the same config.
+    rank: the highest.
+
+  Returns:
+    Ladder; matrices that did not change are left out.
+  """
+  model, left = models.load(base)
+  _, right = models.load(finetuned)
+  return build_ladder(model, left, right, rank)
+
+
+def build_ladder(model: Any, base: Any, finetuned: Any, rank: int) -> Ladder:
+  """The ladder of two trees of parameters.
+
+  Args:
+    model: `(params, tokens) -> logits`.
+    base: its parameters.
+    finetuned: the same structure.
+    rank: the highest; every matrix has what its short side allows.
+
+  Returns:
+    Ladder, in float32, factored on the host.
+
+  Example:
+    >>> w = np.eye(4, dtype=np.float32)
+    >>> ladder = build_ladder(None, {"w": w}, {"w": 3 * w}, 2)
+    >>> ladder.spectra["w"].round(3), round(ladder.norms["w"], 3)
+    (array([2., 2.], dtype=float32), 4.0)
+  """
+  left, right = (
+    traverse_util.flatten_dict(x, sep="/") for x in (base, finetuned)
+  )
+  loras, spectra, norms = {}, {}, {}
+  for path, leaf in left.items():
+    delta = np.asarray(right[path], np.float32) - np.asarray(leaf, np.float32)
+    if delta.ndim != 2 or not delta.any():
+      continue
+    factors = jlora.krylov(delta, rank)
+    loras[path] = jlora.from_factors(factors)
+    spectra[path], norms[path] = factors.s, float(np.linalg.norm(delta))
+  return Ladder(model, base, finetuned, loras, spectra, norms)
+
+
+def cut(loras: Mapping[str, jlora.Lora], ranks: Ranks | int) -> jlora.Loras:
+  """The first units of every Lora.
+
+  Args:
+    loras: path -> Lora.
+    ranks: one for all, or path -> rank; 0 leaves a module out.
+
+  Returns:
+    path -> Lora.
+
+  Example:
+    >>> lora = jlora.Lora(np.ones((4, 2)), np.ones((4, 3)), np.float32(1))
+    >>> cut({"w": lora}, 3)["w"].rank
+    3
+  """
+  wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(loras, ranks)
+  return {
+    path: jlora.Lora(lora.a[: wanted[path]], lora.b[: wanted[path]], lora.scale)
+    for path, lora in loras.items()
+    if wanted[path]
+  }
+
+
+def with_loras(base: Any, loras: Mapping[str, jlora.Lora]) -> Any:
+  """A model's parameters with an adapter added, on the host.
+
+  As `jlora.apply`, of which every rank would be another compilation.
+
+  Args:
+    base: nested dict of kernels (in, out).
+    loras: path -> Lora.
+
+  Returns:
+    The nested dict; float32 where a Lora was added.
+  """
+  flat = dict(traverse_util.flatten_dict(base, sep="/"))
+  for path, lora in loras.items():
+    a, b = (np.asarray(x, np.float32) for x in (lora.a, lora.b))
+    change = np.float32(lora.scale) * (a.T @ b)
+    flat[path] = np.asarray(flat[path]) + change  # pyright: ignore
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def bytes_of(
+  shapes: Mapping[str, tuple[int, int]], ranks: Ranks | int, itemsize: int = 2
+) -> int:
+  """Bytes of an adapter's factors.
+
+  Args:
+    shapes: path -> (in, out).
+    ranks: one for all, or path -> rank; clipped to the short side.
+    itemsize: bytes an entry; 2 is bfloat16.
+
+  Returns:
+    The bytes.
+
+  Example:
+    >>> bytes_of({"w": (10, 20)}, 4)
+    240
+  """
+  wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(shapes, ranks)
+  return sum(
+    min(wanted[path], *shape) * sum(shape) * itemsize
+    for path, shape in shapes.items()
+  )
