@@ -12,6 +12,11 @@ from jlora.checkpoints import Checkpoint as Checkpoint
 from jlora.checkpoints import open_checkpoint as open_checkpoint
 from jlora.checkpoints import save_orbax as save_orbax
 from jlora.deltas import is_matrix as is_matrix
+from jlora.divergences import Divergence as Divergence
+from jlora.divergences import Score as Score
+from jlora.divergences import mean_kl as mean_kl
+from jlora.divergences import recovered as recovered
+from jlora.divergences import score as score
 from jlora.exporting import PEFT as PEFT
 from jlora.exporting import VLLM as VLLM
 from jlora.exporting import load_peft as load_peft
@@ -41,10 +46,12 @@ __all__ = [
   "VLLM",
   "Certificate",
   "Checkpoint",
+  "Divergence",
   "Factors",
   "Lora",
   "Loras",
   "Report",
+  "Score",
   "Spectra",
   "apply",
   "certificate",
@@ -60,12 +67,15 @@ __all__ = [
   "krylov",
   "load_peft",
   "matching",
+  "mean_kl",
   "open_checkpoint",
   "read_report",
   "recompress",
+  "recovered",
   "refuse",
   "save_merged",
   "save_orbax",
   "save_peft",
+  "score",
   "svd",
 ]
