@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison found, in sentences and in rows of cells."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.tables import by_kind, measure
+from jlora.reporting import Report, total_up
+
+_MIB = 2**20
+Table = tuple[Sequence[str], list[Sequence[str]]]
+
+
+def headline(report: Report, results: Mapping[str, Any]) -> list[str]:
+  """The comparison in a few sentences.
+
+  Args:
+    report: cut to the chosen rank.
+    results: of results.json; `kl` and `generation` may be missing.
+
+  Returns:
+    Sentences of plain text.
+  """
+  totals, rank = report.totals, report.settings["rank"]
+  size, whole = totals["adapter_bytes"], totals["parameter_bytes"]
+  said = [
+    f"At rank {rank} the adapter takes {size / _MIB:.1f} MiB, "
+    f"{size / whole:.1%} of the {whole / _MIB:.1f} MiB of the matrices that "
+    f"changed. It misses {totals['relative_error']:.2%} of the norm of their "
+    f"change and keeps {totals['energy']:.2%} of its energy."
+  ]
+  for name, found in results.get("kl", {}).items():
+    rows = {row["rank"]: row for row in found["ranks"]}
+    row, base = rows.get(rank), rows.get(0)
+    if row and base:
+      said.append(
+        f"On {name} it leaves KL(finetuned ‖ base + adapter) = "
+        f"{_pm(row['kl'], row['kl_error'])} of "
+        f"{_pm(base['kl'], base['kl_error'])} nats per token"
+        + (
+          f": {row['recovered']:.1%} recovered."
+          if row["recovered"] is not None
+          else "."
+        )
+      )
+  return said
+
+
+def type_rows(report: Report) -> Table:
+  """The figures by kind of module, all of a kind as one vector.
+
+  Args:
+    report: cut to the chosen rank.
+
+  Returns:
+    Header and rows of text.
+  """
+  header = (
+    "kind", "modules", "shape of the first", "relative error", "worst",
+    "cosine distance", "energy kept", "|Δ|/|W|, mean", "MiB",
+  )  # fmt: skip
+  rows: list[Sequence[str]] = []
+  for kind, members in by_kind(report.modules).items():
+    both = total_up(members, [])
+    changes = [m["relative_change"] for m in members if m["relative_change"]]
+    distance = measure(members, max(m["rank"] for m in members))
+    rows.append(
+      (
+        kind,
+        str(len(members)),
+        " x ".join(map(str, members[0]["shape"])),
+        _figure(both["relative_error"]),
+        _figure(max(m["relative_error"] for m in members)),
+        _figure(distance["cosine_distance"]),
+        f"{both['energy']:.2%}",
+        f"{sum(changes) / len(changes):.1e}" if changes else "–",
+        f"{both['adapter_bytes'] / _MIB:.2f}",
+      )
+    )
+  return header, rows
+
+
+def module_rows(report: Report, count: int | None = None) -> Table:
+  """The modules, largest relative error first.
+
+  Args:
+    report: cut to the chosen rank.
+    count: how many; None for all.
+
+  Returns:
+    Header and rows of text.
+  """
+  header = (
+    "module", "shape", "rank", "relative error", "cosine distance", "mse",
+    "mean |Δ|", "stable rank", "effective rank", "noise floor",
+    "ranks above it",
+  )  # fmt: skip
+  worst = sorted(report.modules, key=lambda row: -row["relative_error"])
+  return header, [
+    (
+      row["path"],
+      " x ".join(map(str, row["shape"])),
+      str(row["rank"]),
+      _figure(row["relative_error"]),
+      _figure(row["cosine_distance"]),
+      f"{row['mse']:.2e}",
+      f"{row['mean_abs_delta']:.2e}",
+      f"{row['stable_rank']:.1f}",
+      f"{row['effective_rank']:.1f}",
+      f"{row['noise_floor']:.1e}",
+      _above(row),
+    )
+    for row in worst[:count]
+  ]
+
+
+def _above(row: Mapping[str, Any]) -> str:
+  """Singular values above the noise; at least so many, if all known are."""
+  count = row["noise_floor_rank"]
+  return f"{'≥ ' * (count == len(row['singular_values']))}{count}"
+
+
+def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
+  """What the model says by rank, on one text.
+
+  Args:
+    found: of one text, from results.json.
+    sizes: bytes of the adapter by rank.
+
+  Returns:
+    Header and rows of text; the base first, the finetune last.
+  """
+  header = (
+    "rank", "MiB", "KL(ft ‖ base + adapter)", "KL the other way",
+    "recovered", "same top token", "loss", "perplexity",
+  )  # fmt: skip
+  rows = [
+    (
+      str(row["rank"]) if row["rank"] else "0 (base)",
+      f"{sizes.get(row['rank'], 0) / _MIB:.1f}",
+      _pm(row["kl"], row["kl_error"]),
+      _pm(row["reverse_kl"], row["reverse_kl_error"]),
+      "–" if row["recovered"] is None else f"{row['recovered']:.2%}",
+      f"{row['agreement']:.2%}",
+      _pm(row["loss"], row["loss_error"]),
+      f"{row['perplexity']:.3f}",
+    )
+    for row in found["ranks"]
+  ]
+  tuned = found["finetuned"]
+  loss = _pm(tuned["loss"], tuned["loss_error"])
+  last = ("finetuned", "–", "0", "0", "100%", "100%", loss)
+  return header, [*rows, (*last, f"{tuned['perplexity']:.3f}")]
+
+
+def similarity_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
+  """TF-IDF cosines of pairs of models.
+
+  Args:
+    rows: of results.json.
+
+  Returns:
+    Header and rows of text.
+  """
+  header = ("texts of", "cosine", "below the ceiling", "what it tells")
+  return header, [
+    (
+      row["pair"],
+      _pm(row["cosine"], row["cosine_error"]),
+      _pm(row["below_ceiling"], row["below_ceiling_error"]),
+      row["what"],
+    )
+    for row in rows
+  ]
+
+
+def ledger_rows(report: Report, count: int = 200) -> Table:
+  """Tensors that are not in the adapter as a LoRA although they changed.
+
+  Args:
+    report: any.
+    count: how many are listed; the rest is counted in a last row.
+
+  Returns:
+    Header and rows of text; what is lost comes first.
+  """
+  header = ("tensor", "what became of it", "why")
+  noted = [
+    row
+    for status in ("not representable", "kept whole")
+    for row in report.ledger
+    if row["status"] == status
+  ]
+  rows: list[Sequence[str]] = [
+    ((row["base"] or row["finetuned"])[0], row["status"], row["why"])
+    for row in noted[:count]
+  ]
+  if len(noted) > count:
+    rows.append((f"and {len(noted) - count} more in report.json", "", ""))
+  return header, rows
+
+
+def align_table(table: Table) -> str:
+  """A table for the terminal.
+
+  Args:
+    table: header and rows.
+
+  Returns:
+    Lines; the first column to the left, the others to the right.
+
+  Example:
+    >>> print(align_table((("a", "b"), [("xyz", "1")])))
+    a    b
+    xyz  1
+  """
+  lines = [table[0], *table[1]]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.rjust(width) if place else cell.ljust(width)
+      for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ).rstrip()
+    for line in lines
+  )
+
+
+def _figure(value: float) -> str:
+  """Four decimals, or an exponent where they would say nothing."""
+  return f"{value:.4f}" if value >= 0.005 or value == 0 else f"{value:.1e}"
+
+
+def _pm(value: float, error: float | None) -> str:
+  """A value with its standard error, to the error's second figure."""
+  if not error:
+    return f"{value:.4g}"
+  places = max(0, 1 - _exponent(error))
+  if places > 6:
+    return f"{value:.2e} ± {error:.0e}"
+  return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def _exponent(value: float) -> int:
+  return int(f"{value:e}".partition("e")[2])
