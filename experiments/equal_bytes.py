@@ -83,6 +83,12 @@ def in_bfloat16(loras: Mapping[str, jlora.Lora]) -> Made:
   return made, sum(lora.nbytes for lora in made.values())
 
 
+def _rounded(x: Any) -> Any:
+  """Factors in bfloat16; a scale stays."""
+  x = np.asarray(x)
+  return x.astype(ml_dtypes.bfloat16) if x.ndim else x
+
+
 def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
   """Loras packed and unpacked, and their packed bytes."""
   packed = {
