@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank does a finetune need? Error, divergence and bytes by rank, advice.
+
+  python -m experiments.rank_sweep --base=DIR --finetuned=DIR --text=FILE
+  python -m experiments.rank_sweep --cache=FOLDER      (SmolLM2 and the KJV)
+
+One factorisation serves every rank. The advice is the smallest adapter with
+uneven ranks that reaches `--max_kl`, `--max_error` or `--recover`.
+"""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments import finetune, ladders, smollm2, texts
+from experiments.caches import keep_compilations
+from jlora import advice
+from jlora.divergences import mean_kl, recovered
+
+RANKS = (8, 16, 32, 64, 128, 256, 512)
+_ITEM = 2  # bytes of bfloat16, what adapters are served in
+
+
+class Step(NamedTuple):
+  """An adapter of one rank throughout.
+
+  Attributes:
+    rank: of every module, clipped to its short side.
+    nbytes: in bfloat16.
+    error: of all changes as one vector, relative.
+    kl: KL(finetuned ‖ base + adapter), nats per token.
+    kl_error: its standard error.
+    agreement: share of tokens with the same likeliest successor.
+    kept: 1 - kl / KL(finetuned ‖ base).
+  """
+
+  rank: int
+  nbytes: int
+  error: float
+  kl: float
+  kl_error: float
+  agreement: float
+  kept: float
+
+
+def sweep(
+  ladder: ladders.Ladder, tokens: np.ndarray, ranks: tuple[int, ...] = RANKS
+) -> Iterator[Step]:
+  """The steps of a ladder; the first is the base alone, rank 0.
+
+  Args:
+    ladder: the pair.
+    tokens: (rows, time), held out.
+    ranks: ascending; those above what was factored are left out.
+
+  Yields:
+    Step.
+  """
+  measure = advice.error_of(ladder.spectra, ladder.norms)
+  highest = max(len(s) for s in ladder.spectra.values())
+  alone = None
+  for rank in (0, *(rank for rank in ranks if rank <= highest)):
+    found = divergence(ladder, dict.fromkeys(ladder.loras, rank), tokens)
+    alone = found.kl if alone is None else alone
+    clipped = {path: min(rank, len(s)) for path, s in ladder.spectra.items()}
+    yield Step(
+      rank,
+      ladders.bytes_of(ladder.shapes, clipped, _ITEM),
+      measure(clipped),
+      found.kl,
+      found.kl_error,
+      found.agreement,
+      recovered(found.kl, alone),
+    )
+
+
+def divergence(
+  ladder: ladders.Ladder, ranks: Mapping[str, int], tokens: np.ndarray
+) -> Any:
+  """`mean_kl` of the finetune against the base with an adapter.
+
+  Args:
+    ladder: the pair.
+    ranks: path -> rank.
+    tokens: (rows, time); a row at a time bounds the memory.
+
+  Returns:
+    Divergence.
+  """
+  params = ladders.with_loras(ladder.base, ladders.cut(ladder.loras, ranks))
+  batches = tokens[:, None]
+  return mean_kl(ladder.model, ladder.finetuned, params, batches)
+
+
+def advise(
+  ladder: ladders.Ladder,
+  tokens: np.ndarray,
+  *,
+  max_kl: float | None = None,
+  max_error: float | None = None,
+) -> advice.Advice:
+  """The smallest uneven adapter that stays within one limit.
+
+  Args:
+    ladder: the pair.
+    tokens: (rows, time), for a limit of divergence.
+    max_kl: nats per token.
+    max_error: relative error of all changes as one vector.
+
+  Returns:
+    Advice.
+
+  Raises:
+    ValueError: not exactly one limit.
+  """
+  if (max_kl is None) == (max_error is None):
+    raise ValueError(
+      f"one limit is needed, got max_kl {max_kl} and max_error {max_error}."
+    )
+  units = {path: _ITEM * sum(shape) for path, shape in ladder.shapes.items()}
+  if max_error is not None:
+    measure = advice.error_of(ladder.spectra, ladder.norms)
+    return advice.advise(ladder.spectra, units, measure, max_error)
+  assert max_kl is not None
+  return advice.advise(
+    ladder.spectra,
+    units,
+    lambda ranks: divergence(ladder, ranks, tokens).kl,
+    max_kl,
+  )
+
+
+def as_table(steps: list[Step]) -> str:
+  """The steps as a Markdown table.
+
+  Args:
+    steps: as `sweep` yields them.
+
+  Returns:
+    Lines.
+
+  Example:
+    >>> print(as_table([Step(8, 2**20, 0.5, 0.01, 0.001, 0.9, 0.98)]))
+    | rank | MiB | relative error | KL, nats | agreement | effect kept |
+    |---|---|---|---|---|---|
+    | 8 | 1.0 | 0.5000 | 0.01000 ± 0.00100 | 90.0% | 98.00% |
+  """
+  header = ("rank", "MiB", "relative error", "KL, nats", "agreement",
+            "effect kept")  # fmt: skip
+  lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+  for step in steps:
+    lines.append(
+      f"| {step.rank} | {step.nbytes / 2**20:.1f} | {step.error:.4f} | "
+      f"{step.kl:.5f} ± {step.kl_error:.5f} | {step.agreement:.1%} | "
+      f"{step.kept:.2%} |"
+    )
+  return "\n".join(lines)
+
+
+def report_advice(
+  found: advice.Advice, steps: list[Step], share: float, model_bytes: int
+) -> str:
+  """What was advised, in words.
+
+  Args:
+    found: the advice.
+    steps: of the sweep, rank 64 or the nearest among them.
+    share: of the effect that was asked for.
+    model_bytes: of the model in bfloat16.
+
+  Returns:
+    Lines.
+  """
+  usual = min(steps[1:], key=lambda step: abs(step.rank - 64))
+  spread = sorted(found.ranks.values())
+  return "\n".join(
+    [
+      advice.verdict(
+        usual.rank, usual.kept, share, found.nbytes, model_bytes, found.met
+      ),
+      f"ranks {spread[0]} to {spread[-1]}, median {spread[len(spread) // 2]}; "
+      f"measured {found.value:.5f}, {len(found.tried)} adapters tried",
+    ]
+  )
+
+
+def _pair(values: Any, work: str) -> tuple[Any, Any, str]:
+  """Base folder, finetuned folder and held-out text."""
+  if values.smoke:
+    pair = finetune.tiny_pair(work, jax.random.key(0))
+    return *pair, texts.split(texts.pydoc())[1]
+  if values.base:
+    if not (values.finetuned and values.text):
+      raise app.UsageError("--base needs --finetuned and --text")
+    return values.base, values.finetuned, pathlib.Path(values.text).read_text()
+  held_out = texts.split(smollm2.kjv(values.cache))[1]
+  return *finetune.kjv_pair(values.cache), held_out
+
+
+def main(_: list[str]) -> None:
+  """Prints the sweep and the advice, and writes both as JSON."""
+  values = flags.FLAGS
+  keep_compilations(values.cache)
+  with tempfile.TemporaryDirectory() as work:
+    base, tuned, text = _pair(values, work)
+    encode = texts.encode_bytes if values.smoke else smollm2.tokenizer(base)
+    tokens = texts.excerpts(text, encode, rows=values.rows, length=127)
+    ladder = ladders.load_ladder(base, tuned, values.highest)
+  chosen = tuple(rank for rank in RANKS if rank <= values.highest)
+  steps = list(sweep(ladder, tokens, chosen))
+  print(as_table(steps))
+  goal = values.max_kl
+  if goal is None and values.max_error is None:
+    goal = (1 - values.recover) * steps[0].kl
+  found = advise(ladder, tokens, max_kl=goal, max_error=values.max_error)
+  size = _ITEM * sum(leaf.size for leaf in jax.tree.leaves(ladder.base))
+  print(report_advice(found, steps, values.recover, size))
+  if values.out:
+    data = {
+      "steps": [step._asdict() for step in steps],
+      "advice": found._asdict(),
+      "model_bytes": size,
+    }
+    pathlib.Path(values.out).write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  # Here, not above: importing this module must not claim a flag's name.
+  flags.DEFINE_string("base", None, "Model folder; SmolLM2 without it.")
+  flags.DEFINE_string("finetuned", None, "Model folder of the same config.")
+  flags.DEFINE_string("text", None, "Held-out text file, with --base.")
+  flags.DEFINE_integer("highest", 512, "Rank up to which is factored.")
+  flags.DEFINE_integer("rows", 16, "Held-out rows of 128 tokens.")
+  flags.DEFINE_float("max_kl", None, "Goal: nats per token at the most.")
+  flags.DEFINE_float("max_error", None, "Goal: relative error at the most.")
+  flags.DEFINE_float("recover", 0.95, "Goal without the others: effect kept.")
+  flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
+  flags.DEFINE_string("out", None, "JSON file.")
+  flags.DEFINE_bool("smoke", False, "The tiny pair, in seconds.")
+  app.run(main)
