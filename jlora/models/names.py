@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of the Llama family's parameters: Hugging Face and Flax.
+"""The names of the models' parameters: Hugging Face and Flax.
 
 One table serves both directions: reading a checkpoint into a Flax tree, and
-naming the modules of an adapter that was extracted from such a tree.
+naming the modules of an adapter that was extracted from such a tree:
+
+    jlora.save_peft(folder, loras, like=jlora.flatten(params),
+                    rename=lambda path: to_hf(path)[0])
 """
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from jlora.loras import name_some
 
 #: (Hugging Face module, Flax path of the module, kind of its leaves).
-#: `{}` is the layer's number.
+#: `{}` is the number of the layer, the next one that of the expert.
 MODULES = (
   ("model.embed_tokens", "embed", "embedding"),
   ("model.layers.{}.input_layernorm", "layers/{}/attn_norm", "norm"),
@@ -22,16 +29,124 @@ MODULES = (
   ("model.layers.{}.mlp.gate_proj", "layers/{}/mlp/gate", "linear"),
   ("model.layers.{}.mlp.up_proj", "layers/{}/mlp/up", "linear"),
   ("model.layers.{}.mlp.down_proj", "layers/{}/mlp/down", "linear"),
+  ("model.layers.{}.block_sparse_moe.gate", "layers/{}/moe/router", "linear"),
+  ("model.layers.{}.block_sparse_moe.experts.{}.w1",
+   "layers/{}/moe/experts/{}/gate", "linear"),
+  ("model.layers.{}.block_sparse_moe.experts.{}.w3",
+   "layers/{}/moe/experts/{}/up", "linear"),
+  ("model.layers.{}.block_sparse_moe.experts.{}.w2",
+   "layers/{}/moe/experts/{}/down", "linear"),
   ("model.norm", "norm", "norm"),
   ("lm_head", "head", "linear"),
-)
+  ("transformer.wte", "wte", "embedding"),
+  ("transformer.wpe", "wpe", "embedding"),
+  ("transformer.h.{}.ln_1", "h/{}/ln_1", "norm"),
+  ("transformer.h.{}.attn.c_attn", "h/{}/attn/c_attn", "conv1d"),
+  ("transformer.h.{}.attn.c_proj", "h/{}/attn/c_proj", "conv1d"),
+  ("transformer.h.{}.ln_2", "h/{}/ln_2", "norm"),
+  ("transformer.h.{}.mlp.c_fc", "h/{}/mlp/c_fc", "conv1d"),
+  ("transformer.h.{}.mlp.c_proj", "h/{}/mlp/c_proj", "conv1d"),
+  ("transformer.ln_f", "ln_f", "norm"),
+)  # fmt: skip
 
 #: kind -> (Hugging Face leaf, Flax leaf, transposed between the two).
 LEAVES = {
   "embedding": (("weight", "embedding", False),),
-  "norm": (("weight", "scale", False),),
+  "norm": (("weight", "scale", False), ("bias", "bias", False)),
   "linear": (("weight", "kernel", True), ("bias", "bias", False)),
+  "conv1d": (("weight", "kernel", False), ("bias", "bias", False)),
 }
+
+#: (regex, the name in MODULES): GPT-2 saved without its head, and Mixtral's
+#: router as transformers 5 calls it inside.
+SPELLINGS = (
+  (r"((?:wte|wpe|ln_f|h\.\d+)\..+)", r"transformer.\1"),
+  (r"(model\.layers\.\d+)\.mlp\.(gate\.weight)", r"\1.block_sparse_moe.\2"),
+)
+
+#: (regex of a tensor of all experts, (expert, out, in); Flax modules of its
+#: rows, in order), as transformers 5 keeps them inside.
+FUSED = (
+  (r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj", ("gate", "up")),
+  (r"model\.layers\.(\d+)\.mlp\.experts\.down_proj", ("down",)),
+)
+
+#: Regexes of tensors that are no parameters: causal masks, rotary angles.
+CONSTANTS = (
+  r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
+  r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+)
+
+
+class Source(NamedTuple):
+  """Where a leaf lies in a checkpoint: a tensor, or a part of one.
+
+  Attributes:
+    name: the tensor's.
+    shape: the leaf's, (in, out) for a kernel.
+    transposed: whether the tensor keeps (out, in).
+    expert: index on the tensor's first axis, None if it is all of the leaf's.
+    row: the first one, on the axis of outputs of such an expert.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  transposed: bool
+  expert: int | None = None
+  row: int = 0
+
+
+def find_sources(
+  shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Source]:
+  """Where a checkpoint keeps each leaf, by the leaf's Flax path.
+
+  Args:
+    shapes: name -> shape of every tensor.
+
+  Returns:
+    Path -> Source. Tensors of `CONSTANTS` are left out.
+
+  Raises:
+    ValueError: for a name that no parameter has, or two names of one leaf.
+
+  Example:
+    >>> find_sources({"lm_head.weight": (9, 4)})["head/kernel"].shape
+    (4, 9)
+    >>> fused = {"model.layers.0.mlp.experts.down_proj": (2, 4, 6)}
+    >>> list(find_sources(fused))
+    ['layers/0/moe/experts/0/down/kernel', 'layers/0/moe/experts/1/down/kernel']
+  """
+  found: dict[str, Source] = {}
+  for name, shape in shapes.items():
+    if any(re.fullmatch(pattern, name) for pattern in CONSTANTS):
+      continue
+    new = dict(_fused_sources(name, shape))
+    if not new:
+      path, transposed = from_hf(name)
+      new = {
+        path: Source(name, shape[::-1] if transposed else shape, transposed)
+      }
+    if twice := sorted(found.keys() & new.keys()):
+      raise ValueError(
+        f"{name} and {found[twice[0]].name} are both {name_some(twice)}; "
+        "remove one of them"
+      )
+    found |= new
+  return found
+
+
+def _fused_sources(
+  name: str, shape: tuple[int, ...]
+) -> Iterable[tuple[str, Source]]:
+  """(path, source) of every kernel in a tensor of all experts; else none."""
+  for pattern, modules in FUSED:
+    if (match := re.fullmatch(pattern, name)) and len(shape) == 3:
+      experts, out, into = shape[0], shape[1] // len(modules), shape[2]
+      for expert in range(experts):
+        for i, module in enumerate(modules):
+          path = f"layers/{match[1]}/moe/experts/{expert}/{module}/kernel"
+          yield path, Source(name, (into, out), True, expert, i * out)
 
 
 def _rows() -> list[tuple[tuple[str, str], bool]]:
@@ -51,8 +166,8 @@ def _find(name: str, column: int) -> tuple[str, bool]:
     if match := re.fullmatch(pattern, name):
       return pair[1 - column].format(*match.groups()), transposed
   raise ValueError(
-    f"no parameter of the Llama family is called {name!r}; names look like "
-    f"{rows[2][0][column].format(0)!r}"
+    f"no parameter of these models is called {name!r}; names look like "
+    f"{rows[3][0][column].format(0)!r}"
   )
 
 
@@ -60,20 +175,24 @@ def from_hf(name: str) -> tuple[str, bool]:
   """The Flax path of a Hugging Face parameter, and whether to transpose it.
 
   Args:
-    name: a tensor's name in a checkpoint of the Llama family.
+    name: a tensor's name in a checkpoint, in any of its spellings; not one
+      that holds all experts (see `find_sources`).
 
   Returns:
     The path, and True where torch's (out, in) is Flax's (in, out).
 
   Raises:
-    ValueError: if the family has no such parameter.
+    ValueError: if the models have no such parameter.
 
   Example:
     >>> from_hf("model.layers.3.self_attn.q_proj.weight")
     ('layers/3/attn/q/kernel', True)
-    >>> from_hf("model.norm.weight")
-    ('norm/scale', False)
+    >>> from_hf("h.3.attn.c_attn.weight")
+    ('h/3/attn/c_attn/kernel', False)
   """
+  for pattern, spelling in SPELLINGS:
+    if match := re.fullmatch(pattern, name):
+      name = match.expand(spelling)
   return _find(name, 0)
 
 
@@ -84,10 +203,11 @@ def to_hf(path: str) -> tuple[str, bool]:
     path: a parameter's path in a tree of `jlora.models`.
 
   Returns:
-    The tensor's name, and True where it is to be transposed.
+    The tensor's name as transformers saves it, and True where it is to be
+    transposed.
 
   Raises:
-    ValueError: if the family has no such parameter.
+    ValueError: if the models have no such parameter.
 
   Example:
     >>> to_hf("layers/3/mlp/down/kernel")
@@ -106,7 +226,7 @@ def hf_module(path: str) -> str:
     The module's dotted name, without the leaf.
 
   Raises:
-    ValueError: if the family has no such parameter.
+    ValueError: if the models have no such parameter.
 
   Example:
     >>> hf_module("layers/3/attn/q/kernel")

@@ -4,21 +4,38 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.loras import name_some
 
-#: model_type -> (biases on q, k, v whatever else is said, norms on q and k).
-FAMILIES = {
-  "llama": (False, False),
-  "mistral": (False, False),
-  "qwen2": (True, False),
-  "qwen3": (False, True),
-}
 
+class Family(NamedTuple):
+  """What a `model_type` means beside its config.
+
+  Attributes:
+    qkv_bias: biases on q, k, v whatever else is said.
+    qk_norm: norms on q and k.
+    windowed: whether `sliding_window` is heeded.
+    mixture: a mixture of experts for an MLP.
+  """
+
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  windowed: bool = False
+  mixture: bool = False
+
+
+#: model_type -> its family.
+FAMILIES = {
+  "llama": Family(),
+  "mistral": Family(windowed=True),
+  "mixtral": Family(windowed=True, mixture=True),
+  "qwen2": Family(qkv_bias=True),
+  "qwen3": Family(qk_norm=True),
+}
 
 #: Keys without a default.
 REQUIRED = (
@@ -28,6 +45,7 @@ REQUIRED = (
   "num_hidden_layers",
   "num_attention_heads",
 )
+MIXTURE = ("num_local_experts", "num_experts_per_tok")
 LLAMA3 = (
   "factor",
   "low_freq_factor",
@@ -44,6 +62,8 @@ class Shape:
     window: positions attended to, the present one included; None for all.
     tied: the head is the embedding, transposed.
     frequencies: head_dim / 2 rotary frequencies, in radians a position.
+    experts: MLPs of a layer, each of width `mlp`; 0 for a plain one.
+    chosen: how many of them a token goes through.
     dtype: of the parameters and of the computation.
   """
 
@@ -62,6 +82,8 @@ class Shape:
   window: int | None
   tied: bool
   frequencies: tuple[float, ...]
+  experts: int = 0
+  chosen: int = 0
   dtype: Any = jnp.float32
 
 
@@ -100,7 +122,7 @@ def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
   theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
   f = theta ** -(np.arange(0, head_dim, 2) / head_dim)
   if kind == "llama3":
-    _require(rope, LLAMA3)
+    require(rope, LLAMA3)
     turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -129,19 +151,18 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     >>> read_shape(config).head_dim
     4
   """
-  family = config.get("model_type")
-  if family not in FAMILIES:
-    raise ValueError(
-      f"model_type {family!r} is not one of {', '.join(FAMILIES)}"
-    )
+  name = config.get("model_type")
+  if name not in FAMILIES:
+    raise ValueError(f"model_type {name!r} is not one of {', '.join(FAMILIES)}")
+  family = FAMILIES[name]
   if config.get("hidden_act", "silu") != "silu":
     raise ValueError(f"hidden_act {config['hidden_act']!r} is not 'silu'")
   if config.get("use_sliding_window"):
     raise ValueError("use_sliding_window is not supported; set it to false")
-  _require(config, REQUIRED)
-  qkv_bias, qk_norm = FAMILIES[family]
+  require(config, REQUIRED + MIXTURE * family.mixture)
   heads = config["num_attention_heads"]
   head_dim = config.get("head_dim") or config["hidden_size"] // heads
+  has_bias = bool(config.get("attention_bias"))
   return Shape(
     vocab=config["vocab_size"],
     hidden=config["hidden_size"],
@@ -151,18 +172,34 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     kv_heads=config.get("num_key_value_heads") or heads,
     head_dim=head_dim,
     eps=config.get("rms_norm_eps", 1e-6),
-    qkv_bias=qkv_bias or bool(config.get("attention_bias")),
-    out_bias=not qkv_bias and bool(config.get("attention_bias")),
+    qkv_bias=family.qkv_bias or has_bias,
+    out_bias=not family.qkv_bias and has_bias,
     mlp_bias=bool(config.get("mlp_bias")),
-    qk_norm=qk_norm,
-    window=config.get("sliding_window") if family == "mistral" else None,
+    qk_norm=family.qk_norm,
+    window=config.get("sliding_window") if family.windowed else None,
     tied=bool(config.get("tie_word_embeddings")),
     frequencies=read_frequencies(config, head_dim),
+    experts=config["num_local_experts"] if family.mixture else 0,
+    chosen=config["num_experts_per_tok"] if family.mixture else 0,
     dtype=dtype,
   )
 
 
-def _require(config: Mapping, keys: Sequence[str]) -> None:
-  """Raises unless `config` has the keys."""
+def require(config: Mapping, keys: Sequence[str]) -> None:
+  """Nothing, if a config has all of some keys.
+
+  Args:
+    config: the content of a `config.json`.
+    keys: what it needs.
+
+  Raises:
+    ValueError: which it lacks, three of them by name.
+
+  Example:
+    >>> require({"a": 1}, ["a", "b"])
+    Traceback (most recent call last):
+    ...
+    ValueError: config.json lacks b
+  """
   if missing := [key for key in keys if key not in config]:
     raise ValueError(f"config.json lacks {name_some(missing)}")

@@ -11,6 +11,13 @@ PAIRS = [
   ("model.layers.0.self_attn.v_proj.bias", "layers/0/attn/v/bias", False),
   ("model.layers.7.input_layernorm.weight", "layers/7/attn_norm/scale", False),
   ("lm_head.weight", "head/kernel", True),
+  (
+    "model.layers.4.block_sparse_moe.experts.12.w2.weight",
+    "layers/4/moe/experts/12/down/kernel",
+    True,
+  ),
+  ("transformer.h.3.mlp.c_fc.weight", "h/3/mlp/c_fc/kernel", False),
+  ("transformer.h.3.ln_2.bias", "h/3/ln_2/bias", False),
 ]
 
 
@@ -23,7 +30,7 @@ def test_pairs(name, path, transposed):
 
 def test_every_row_goes_both_ways():
   for (name, path), transposed in names._rows():
-    name, path = name.format(5), path.format(5)
+    name, path = name.format(5, 3), path.format(5, 3)
     assert names.from_hf(name) == (path, transposed)
     assert names.to_hf(path) == (name, transposed)
 
@@ -33,5 +40,5 @@ def test_every_row_goes_both_ways():
   ["model.layers.x.mlp.up_proj.weight", "xmodel.norm.weight", "norm/scale"],
 )
 def test_unknown_names_are_refused(name):
-  with pytest.raises(ValueError, match="no parameter of the Llama family"):
+  with pytest.raises(ValueError, match="no parameter of these models"):
     names.from_hf(name)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention, rotary positions, and the cache of keys and values."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Span(NamedTuple):
+  """The positions that a call computes, and what is remembered of them.
+
+  Attributes:
+    start: of the first token, an int, or () int32 where a cache holds those
+      before it.
+    length: positions that the cache has room for; None remembers nothing.
+  """
+
+  start: int | jax.Array = 0
+  length: int | None = None
+
+
+#: A text from its start, nothing remembered.
+WHOLE = Span()
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  window: int | None = None,
+  start: int | jax.Array = 0,
+) -> jax.Array:
+  """Values averaged over each position's past, weighted by softmax(q k / √d).
+
+  Args:
+    q: (batch, time, heads, d), any float dtype, of the positions from `start`.
+    k: (batch, past, kv_heads, d), of the positions from 0; each head serves
+      heads / kv_heads queries. What lies ahead of a query is not looked at.
+    v: (batch, past, kv_heads, d).
+    window: positions seen, the present one included; None for all.
+    start: position of the first query, an int or () int32.
+
+  Returns:
+    (batch, time, heads, d) in the dtype of `q`; the softmax is float32. Holds
+    heads * time * past numbers per example.
+
+  Example:
+    >>> x = jnp.eye(2)[None, :, None]
+    >>> attend(jnp.zeros((1, 2, 1, 2)), x, x)[0, :, 0].tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
+
+  References:
+    Ainslie et al. (2023), GQA.
+  """
+  batch, time, heads, d = q.shape
+  q = q.reshape(batch, time, k.shape[2], -1, d)
+  scores = jnp.einsum(
+    "btgqd,bsgd->bgqts", q, k, preferred_element_type=jnp.float32
+  )
+  age = np.arange(time)[:, None] - np.arange(k.shape[1])[None] + start
+  seen = age >= 0
+  if window is not None:
+    seen &= age < window
+  weights = jax.nn.softmax(
+    scores / math.sqrt(d), where=seen[None, None, None], axis=-1
+  )
+  y = jnp.einsum("bgqts,bsgd->btgqd", weights.astype(v.dtype), v)
+  return y.reshape(batch, time, heads, d)
+
+
+def turns(
+  frequencies: Sequence[float],
+  span: Span,
+  time: int,
+  dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of the angles of some positions, for `rotate`.
+
+      cos(t f_i), sin(t f_i),   t = start, ..., start + time - 1
+
+  Args:
+    frequencies: d/2 angles per position, in radians.
+    span: where the positions start; its length bounds a traced start.
+    time: how many there are.
+    dtype: of the result; the angles are float64.
+
+  Returns:
+    Two arrays (1, time, 1, d/2).
+
+  Example:
+    >>> turns((np.pi,), Span(), 2, jnp.float32)[0].ravel().tolist()
+    [1.0, -1.0]
+  """
+  angles = np.outer(np.arange(span.length or time), frequencies)
+  cos, sin = (
+    jax.lax.dynamic_slice_in_dim(
+      jnp.asarray(f(angles), dtype), span.start, time
+    )
+    for f in (np.cos, np.sin)
+  )
+  return cos[None, :, None], sin[None, :, None]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Channels of x turned pairwise by their position's angle (RoPE).
+
+  Channel i is paired with channel i + d/2, as Hugging Face stores them:
+
+      y_i       = x_i cos(t f_i) - x_{i+d/2} sin(t f_i)
+      y_{i+d/2} = x_{i+d/2} cos(t f_i) + x_i sin(t f_i)
+
+  Args:
+    x: (batch, time, heads, d), any float dtype.
+    cos: (1, time, 1, d/2), as `turns` gives it, in the dtype of `x`.
+    sin: the same.
+
+  Returns:
+    The shape and dtype of `x`.
+
+  Example:
+    >>> x = jnp.ones((1, 2, 1, 2))
+    >>> y = rotate(x, *turns((np.pi / 2,), Span(), 2, x.dtype))
+    >>> y[0, :, 0].round(3).tolist()
+    [[1.0, 1.0], [-1.0, 1.0]]
+
+  References:
+    Su et al. (2021), RoFormer.
+  """
+  low, high = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [low * cos - high * sin, high * cos + low * sin], axis=-1
+  )
+
+
+def remember(
+  module: nn.Module, k: jax.Array, v: jax.Array, span: Span
+) -> tuple[jax.Array, jax.Array]:
+  """Keys and values of all positions so far: those given and those cached.
+
+  Args:
+    module: the layer whose collection "cache" holds `keys` and `values`,
+      each (batch, length, kv_heads, d); made at the first call.
+    k: (batch, time, kv_heads, d), of the span's positions.
+    v: the same.
+    span: where they start, and the cache's length, if there is one.
+
+  Returns:
+    Two arrays (batch, past, kv_heads, d), positions counted from 0; zeros
+    where none has been given.
+
+  Example:
+    >>> class Layer(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, x, span):
+    ...     return remember(self, x, x, span)[0]
+    >>> x = jnp.ones((1, 1, 1, 1))
+    >>> _, kept = Layer().apply({}, x, Span(0, 3), mutable="cache")
+    >>> y, _ = Layer().apply(kept, 2 * x, Span(1, 3), mutable="cache")
+    >>> y.ravel().tolist()
+    [1.0, 2.0, 0.0]
+  """
+  if span.length is None:
+    return k, v
+  is_first = not module.has_variable("cache", "keys")
+  shape = (k.shape[0], span.length, *k.shape[2:])
+  kept = {
+    name: module.variable("cache", name, jnp.zeros, shape, k.dtype)
+    for name in ("keys", "values")
+  }
+  for name, new in (("keys", k), ("values", v)):
+    kept[name].value = jax.lax.dynamic_update_slice_in_dim(
+      kept[name].value, new, span.start, axis=1
+    )
+  # The prompt attends to itself alone, not to the room left for what follows.
+  return (k, v) if is_first else (kept["keys"].value, kept["values"].value)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text continued token by token, with a cache of keys and values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jlora.models.attention import Span
+from jlora.models.networks import Model, Params
+
+
+def generate(
+  apply: Model,
+  params: Params,
+  tokens: jax.Array,
+  steps: int,
+  *,
+  key: jax.Array | None = None,
+  temperature: float = 0.0,
+) -> jax.Array:
+  """The tokens that a model says next, (batch, steps) int32.
+
+      t_n ~ softmax(logits(t_0, ..., t_{n-1}) / temperature),
+
+  the largest logit where the temperature is 0. One compiled program: the
+  prompts together, then a scan. It is compiled once for a shape of prompts and
+  a number of steps: not again for other parameters of the same model, such as
+  `jlora.apply` gives, nor for another positive temperature.
+
+  Args:
+    apply: as `load` and `init` give it.
+    params: its parameters; may be sharded.
+    tokens: (batch, time) int, prompts of one length. Others need a call for
+      each length: there is no padding.
+    steps: how many tokens follow each prompt; the end of a text is not looked
+      for, so cut there.
+    key: PRNG key of the samples; None means `jax.random.key(0)`. The samples
+      of a row depend on the rows beside it.
+    temperature: not negative; 1 samples from the model as it is.
+
+  Returns:
+    (batch, steps) int32, without the prompts. Beside the parameters it costs
+    2 layers (time + steps) kv_heads head_dim numbers per row.
+
+  Raises:
+    ValueError: for prompts without a token, no steps, a negative temperature,
+      or more positions than a GPT-2 has.
+
+  Example:
+    >>> from jlora import models
+    >>> config = dict(model_type="llama", vocab_size=9, hidden_size=8,
+    ...               intermediate_size=8, num_hidden_layers=1,
+    ...               num_attention_heads=2)
+    >>> apply, params = models.init(config, jax.random.key(0))
+    >>> generate(apply, params, jnp.array([[1, 2, 3]]), 4).shape
+    (1, 4)
+  """
+  if jnp.ndim(tokens) != 2 or not jnp.size(tokens):
+    raise ValueError(
+      f"prompts are (batch, time) with at least a token, got shape "
+      f"{jnp.shape(tokens)}"
+    )
+  if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+    raise ValueError(f"prompts are integers, got {jnp.result_type(tokens)}")
+  if steps < 1 or not temperature >= 0.0:
+    raise ValueError(
+      f"steps must be at least 1, temperature at least 0; got {steps} and "
+      f"{temperature}"
+    )
+  return _generate(
+    apply,
+    params,
+    jnp.asarray(tokens, jnp.int32),
+    steps,
+    jax.random.key(0) if key is None else key,
+    jnp.float32(temperature),
+    is_greedy=temperature == 0.0,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnums=(0, 3), static_argnames=("is_greedy",)
+)
+def _generate(apply, params, tokens, steps, key, temperature, *, is_greedy):
+  """The prompts at once, then one token a step."""
+  time = tokens.shape[1]
+  # The last token is said, never read.
+  length = time + steps - 1
+
+  def choose(logits, key):
+    logits = logits.astype(jnp.float32)
+    if is_greedy:
+      return jnp.argmax(logits, -1)[:, None]
+    return jax.random.categorical(key, logits / temperature)[:, None]
+
+  def step(carry, key):
+    cache, token, position = carry
+    span = Span(position, length)
+    logits, cache = apply.extend(params, token, span, cache)
+    return (cache, choose(logits, key), position + 1), token
+
+  keys = jax.random.split(key, steps)
+  logits, cache = apply.extend(params, tokens, Span(0, length), {})
+  carry = cache, choose(logits, keys[0]), jnp.int32(time)
+  (_, last, _), said = jax.lax.scan(step, carry, keys[1:])
+  return jnp.concatenate([said[..., 0].T, last], axis=1)

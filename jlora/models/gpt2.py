@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPT-2 in Flax: learned positions, layer norms, one product for q, k and v.
+
+Paths keep GPT-2's own names, `h/0/attn/c_attn/kernel`: the fused product has no
+counterpart among the Llama family's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora.models.attention import WHOLE, Span, attend, remember
+from jlora.models.layers import dense
+from jlora.models.shape import require
+
+#: key of config.json -> the values covered here, its default first.
+COVERED = {
+  "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+  "add_cross_attention": (False,),
+  "scale_attn_by_inverse_layer_idx": (False,),
+  "scale_attn_weights": (True,),
+}
+#: Keys without a default.
+REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpt2Shape:
+  """What `config.json` says about the network, in the field's short names.
+
+  Attributes:
+    positions: the longest text, in tokens.
+    tied: the head is the embedding, transposed.
+    dtype: of the parameters and of the computation.
+  """
+
+  vocab: int
+  hidden: int
+  mlp: int
+  layers: int
+  heads: int
+  positions: int
+  eps: float
+  tied: bool
+  dtype: Any = jnp.float32
+
+
+def read_gpt2(config: Mapping, dtype: Any = jnp.float32) -> Gpt2Shape:
+  """The network that GPT-2's `config.json` describes.
+
+  Args:
+    config: the file's content.
+    dtype: of the parameters and of the computation.
+
+  Returns:
+    A `Gpt2Shape`, hashable.
+
+  Raises:
+    ValueError: for a value not covered here, or a missing key.
+
+  Example:
+    >>> config = dict(vocab_size=9, n_embd=8, n_layer=1, n_head=2,
+    ...               n_positions=16)
+    >>> read_gpt2(config).mlp
+    32
+  """
+  for key, covered in COVERED.items():
+    if config.get(key, covered[0]) not in covered:
+      raise ValueError(
+        f"{key} {config[key]!r} is not supported; {covered[0]!r} is"
+      )
+  require(config, REQUIRED)
+  return Gpt2Shape(
+    vocab=config["vocab_size"],
+    hidden=config["n_embd"],
+    mlp=config.get("n_inner") or 4 * config["n_embd"],
+    layers=config["n_layer"],
+    heads=config["n_head"],
+    positions=config["n_positions"],
+    eps=config.get("layer_norm_epsilon", 1e-5),
+    tied=bool(config.get("tie_word_embeddings", True)),
+    dtype=dtype,
+  )
+
+
+class Norm(nn.Module):
+  """(x - mean) / sqrt(var + eps) * scale + bias, in float32 whatever x is."""
+
+  shape: Gpt2Shape
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (batch, time, hidden), rounded to its own dtype at the end."""
+    scale, bias = (
+      self.param(name, start, x.shape[-1:], self.shape.dtype)[None, None]
+      for name, start in (
+        ("scale", nn.initializers.ones),
+        ("bias", nn.initializers.zeros),
+      )
+    )
+    y = x.astype(jnp.float32)
+    y -= y.mean(-1, keepdims=True)
+    y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.shape.eps)
+    y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Causal attention whose queries, keys and values are one product."""
+
+  shape: Gpt2Shape
+
+  @nn.compact
+  def __call__(self, x: jax.Array, span: Span) -> jax.Array:
+    """Mixes x (batch, time, hidden) along time."""
+    s = self.shape
+    fused = dense(3 * s.hidden, s.dtype, "c_attn", bias=True)(x)
+    q, k, v = jnp.split(fused.reshape(*x.shape[:2], 3 * s.heads, -1), 3, axis=2)
+    k, v = remember(self, k, v, span)
+    y = attend(q, k, v, start=span.start).reshape(x.shape)
+    return dense(s.hidden, s.dtype, "c_proj", bias=True)(y)
+
+
+class Mlp(nn.Module):
+  """c_proj(gelu(c_fc(x))), the gelu by its tanh approximation."""
+
+  shape: Gpt2Shape
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (batch, time, hidden) position by position."""
+    s = self.shape
+    y = jax.nn.gelu(dense(s.mlp, s.dtype, "c_fc", bias=True)(x))
+    return dense(s.hidden, s.dtype, "c_proj", bias=True)(y)
+
+
+class Layer(nn.Module):
+  """Attention and MLP, each behind a norm and added to the stream."""
+
+  shape: Gpt2Shape
+
+  @nn.compact
+  def __call__(self, x: jax.Array, span: Span) -> jax.Array:
+    """Maps the stream x (batch, time, hidden) to the next layer's."""
+    s = self.shape
+    x = x + Attention(s, name="attn")(Norm(s, name="ln_1")(x), span)
+    return x + Mlp(s, name="mlp")(Norm(s, name="ln_2")(x))
+
+
+class Layers(nn.Module):
+  """The layers in order, their parameters under '0', '1', ..."""
+
+  shape: Gpt2Shape
+
+  @nn.compact
+  def __call__(self, x: jax.Array, span: Span) -> jax.Array:
+    """Maps the stream x (batch, time, hidden) through every layer."""
+    for i in range(self.shape.layers):
+      x = Layer(self.shape, name=str(i))(x, span)
+    return x
+
+
+class Gpt2(nn.Module):
+  """Tokens (batch, time) int32 to next-token logits (batch, time, vocab)."""
+
+  shape: Gpt2Shape
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, span: Span = WHOLE) -> jax.Array:
+    """Logits of the token after each position; of the last with a cache."""
+    s, time = self.shape, tokens.shape[1]
+    if (span.length or time) > s.positions:
+      raise ValueError(
+        f"{span.length or time} positions are more than the {s.positions} that "
+        "this GPT-2 has learned (n_positions); shorten the text"
+      )
+    wte, wpe = (
+      nn.Embed(rows, s.hidden, name=name, dtype=s.dtype, param_dtype=s.dtype)
+      for name, rows in (("wte", s.vocab), ("wpe", s.positions))
+    )
+    x = wte(tokens) + wpe(jnp.arange(time)[None] + span.start)
+    x = Layers(s, name="h")(x, span)
+    x = Norm(s, name="ln_f")(x if span.length is None else x[:, -1:])
+    return wte.attend(x) if s.tied else dense(s.vocab, s.dtype, "head")(x)
