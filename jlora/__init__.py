@@ -17,6 +17,7 @@ from jlora.divergences import Score as Score
 from jlora.divergences import mean_kl as mean_kl
 from jlora.divergences import recovered as recovered
 from jlora.divergences import score as score
+from jlora.evaluation import compare as compare
 from jlora.exporting import PEFT as PEFT
 from jlora.exporting import VLLM as VLLM
 from jlora.exporting import load_peft as load_peft
@@ -33,6 +34,9 @@ from jlora.loras import Lora as Lora
 from jlora.loras import Loras as Loras
 from jlora.loras import dense as dense
 from jlora.loras import from_factors as from_factors
+from jlora.moments import Moment as Moment
+from jlora.moments import second_moments as second_moments
+from jlora.moments import weighted_error as weighted_error
 from jlora.pairing import common_rows as common_rows
 from jlora.pairing import keep_whole as keep_whole
 from jlora.pairing import refuse as refuse
@@ -50,6 +54,7 @@ __all__ = [
   "Factors",
   "Lora",
   "Loras",
+  "Moment",
   "Report",
   "Score",
   "Spectra",
@@ -57,6 +62,7 @@ __all__ = [
   "certificate",
   "cheapest",
   "common_rows",
+  "compare",
   "dense",
   "extract",
   "extract_checkpoint",
@@ -77,5 +83,7 @@ __all__ = [
   "save_orbax",
   "save_peft",
   "score",
+  "second_moments",
   "svd",
+  "weighted_error",
 ]

@@ -12,7 +12,7 @@ from jlora.exporting import save_peft
 from jlora.journal import Journal
 from jlora.ledgers import keep_ledger
 from jlora.loras import Lora, name_some
-from jlora.measurements import at_rank
+from jlora.measurements import row_of
 from jlora.modules import read_pair
 from jlora.pairs import Pair
 from jlora.peft_files import Profile
@@ -224,31 +224,13 @@ def _sort_kept(
 
 def _module_row(path, figures, rank, plan, journal) -> dict[str, Any]:
   """A module's row of the report at the rank it got."""
-  size = int(np.prod(figures["shape"]))
-  norm = figures["norm"]
+  shape = figures["shape"]
   itemsize = journal.arrays(path).spec["a"].dtype.itemsize
   stored = plan.base.spec
   name = next(p.base.name for p in plan.pairing.pairs if p.path == path)
   return {
     "path": path,
-    "shape": figures["shape"],
-    "rank": rank,
-    **at_rank(figures, rank, size),
-    **{
-      name: figures[name]
-      for name in (
-        "mean_abs_delta",
-        "relative_change",
-        "stable_rank",
-        "effective_rank",
-        "noise_floor",
-        "noise_floor_rank",
-        "norm",
-      )
-    },
-    "error": figures["errors"][rank],
-    "bytes": rank * _unit_size(figures["shape"]) * itemsize,
-    "parameter_bytes": size * stored[name].dtype.itemsize,
-    "singular_values": figures["singular_values"],
-    "relative_errors": [error / norm for error in figures["errors"]],
+    **row_of(figures, rank),
+    "bytes": rank * _unit_size(shape) * itemsize,
+    "parameter_bytes": int(np.prod(shape)) * stored[name].dtype.itemsize,
   }

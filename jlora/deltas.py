@@ -137,6 +137,25 @@ def rounding_noise(stored: Any, dtype: Any) -> Any:
   return xp.sqrt(_sum(squared_ulps, stored) / np.float32(12 * stored.size))
 
 
+def share_of_zeros(delta: Any) -> Any:
+  """The share of a delta's entries that are zero: nothing changed there.
+
+  Args:
+    delta: any shape, of NumPy or of JAX.
+
+  Returns:
+    Scalar in [0, 1].
+
+  Example:
+    >>> float(share_of_zeros(np.array([0.0, 1.0, 0.0, 2.0])))
+    0.5
+  """
+  xp = library_of(delta)
+  if xp is np:
+    return np.float64(1 - np.count_nonzero(delta) / delta.size)
+  return xp.mean((delta == 0).astype(np.float32))
+
+
 def _sum(function: Any, x: Any) -> Any:
   """The sum of an elementwise function, NumPy's a block at a time."""
   if library_of(x) is jnp:

@@ -17,7 +17,12 @@ import numpy as np
 
 from jlora.arrays import library_of, words_of
 from jlora.certificates import certificate
-from jlora.deltas import is_floating, norm_of, rounding_noise
+from jlora.deltas import (
+  is_floating,
+  norm_of,
+  rounding_noise,
+  share_of_zeros,
+)
 from jlora.extraction import delta_of, without_nan
 from jlora.factoring import Factoriser
 from jlora.loras import Factors, exchange, from_factors
@@ -96,6 +101,7 @@ def measure_parameter(
     certificate=found._replace(norm=xp.where(finite, found.norm, np.nan)),
     base_norm=norm_of(base),
     noise_std=rounding_noise(finetuned, stored),
+    unchanged=share_of_zeros(delta),
   )
 
 
@@ -200,6 +206,7 @@ class Extractor:
       shape,
       base_norm=float(measured.base_norm),
       noise_std=float(measured.noise_std),
+      unchanged=float(measured.unchanged),
     )
     if figures["norm"] == 0:
       return Outcome("unchanged", _EQUAL)

@@ -23,8 +23,9 @@ class Report(NamedTuple):
     settings: inputs and options.
     modules: one dict per extracted module: path, shape, rank, relative_error,
       energy, mse, cosine_distance, mean_abs_delta, relative_change,
-      stable_rank, effective_rank, noise_floor, noise_floor_rank, optimality,
-      bytes, singular_values, relative_errors (by rank, 0..).
+      stable_rank, effective_rank, rank_90, rank_95, rank_99, noise_floor,
+      noise_floor_rank, learnt_norm, rounding_share, unchanged, spectral_bound,
+      optimality, bytes, singular_values, relative_errors (by rank, 0..).
     totals: sums over the model.
     ledger: rows {base, finetuned, status, why}; every tensor of both
       checkpoints is in exactly one row.
@@ -46,13 +47,16 @@ def total_up(
   """The totals of a report from its rows.
 
   Args:
-    modules: rows with `norm`, `error`, `bytes` and `parameter_bytes`.
+    modules: rows with `norm`, `error`, `bytes` and `parameter_bytes`; of rows
+      with `shape`, `learnt_norm`, `rounding_share` and `unchanged` those too.
     ledger: rows with `status`.
 
   Returns:
     `modules`, `relative_error` (of all deltas as one vector), `energy`,
-    `adapter_bytes`, `parameter_bytes` (of these matrices in the base) and the
-    number of ledger rows by status.
+    `learnt_norm` (of all modules as one vector), `rounding_share` (of the
+    energy of all deltas), `unchanged` (share of all entries), these three None
+    where rows lack them, `adapter_bytes`, `parameter_bytes` (of these matrices
+    in the base) and the number of ledger rows by status.
 
   Example:
     >>> row = {"norm": 5.0, "error": 3.0, "bytes": 8, "parameter_bytes": 16}
@@ -67,12 +71,33 @@ def total_up(
     "modules": len(modules),
     "relative_error": math.sqrt(share),
     "energy": 1 - share,
+    **_total_rounding(modules, norm2),
     "adapter_bytes": sum(row["bytes"] for row in modules),
     "parameter_bytes": sum(row["parameter_bytes"] for row in modules),
     "ledger": {
       status: sum(row["status"] == status for row in ledger)
       for status in _STATUSES
     },
+  }
+
+
+def _total_rounding(
+  modules: Sequence[Mapping[str, Any]], norm2: float
+) -> dict[str, float | None]:
+  """What was learnt and what was rounded, if the rows say so."""
+  names = ("learnt_norm", "rounding_share", "unchanged")
+  if any(name not in row for row in modules for name in names):
+    return dict.fromkeys(names)
+  learnt2 = sum(row["learnt_norm"] ** 2 for row in modules)
+  rounded2 = sum(row["rounding_share"] * row["norm"] ** 2 for row in modules)
+  sizes = [math.prod(row["shape"]) for row in modules]
+  equal = sum(
+    row["unchanged"] * size for row, size in zip(modules, sizes, strict=True)
+  )
+  return {
+    "learnt_norm": math.sqrt(learnt2),
+    "rounding_share": rounded2 / norm2 if norm2 else 0.0,
+    "unchanged": equal / sum(sizes) if sizes else 0.0,
   }
 
 

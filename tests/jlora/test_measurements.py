@@ -11,6 +11,7 @@ import pytest
 from matrices import matrix
 
 from jlora.certificates import Certificate, certificate
+from jlora.deltas import rounding_noise, share_of_zeros
 from jlora.loras import Lora
 from jlora.measurements import at_rank, summarise
 
@@ -37,7 +38,12 @@ def figures_of(delta, noise_std=NOISE):
   lora = Lora(jnp.asarray(a), jnp.asarray(b), scale)
   found = jax.tree.map(np.asarray, certify(jnp.asarray(delta), lora))
   return summarise(
-    found, sigma, delta.shape, base_norm=BASE_NORM, noise_std=noise_std
+    found,
+    sigma,
+    delta.shape,
+    base_norm=BASE_NORM,
+    noise_std=noise_std,
+    unchanged=float(np.mean(delta == 0)),
   )
 
 
@@ -146,7 +152,9 @@ def test_a_base_of_zeros_has_no_relative_change():
   one = np.ones(())
   flat = np.array([1.0, 0.0])
   found = Certificate(one, one, flat, flat, flat, flat)
-  figures = summarise(found, np.ones(1), (2, 2), base_norm=0.0, noise_std=0.0)
+  figures = summarise(
+    found, np.ones(1), (2, 2), base_norm=0.0, noise_std=0.0, unchanged=0.0
+  )
   assert figures["relative_change"] is None
 
 
@@ -156,7 +164,108 @@ def test_large_norms_do_not_overflow():
   curve = np.stack([large, large / 2], axis=-1)
   found = Certificate(large, large, curve, curve, curve, curve)
   figures = summarise(
-    found, large[:, None], (2, 2, 2), base_norm=1e30, noise_std=0.0
+    found,
+    large[:, None],
+    (2, 2, 2),
+    base_norm=1e30,
+    noise_std=0.0,
+    unchanged=0.0,
   )
   assert figures["norm"] == pytest.approx(math.sqrt(2) * 3e30)
   assert at_rank(figures, 1, 8)["relative_error"] == pytest.approx(0.5)
+
+
+def test_ranks_that_keep_a_share_of_the_energy():
+  """The worked example of the spectrum 4, 2, 1, 1/2: 2, 3 and 4 units."""
+  delta = matrix(np.array([4.0, 2.0, 1.0, 0.5]), M, N)
+  figures = figures_of(delta)
+  # Three units were stored and keep 98.8%: for 99% nobody looked.
+  ranks = [figures[name] for name in ("rank_90", "rank_95", "rank_99")]
+  assert ranks == [2, 3, None]
+  exact = figures_of(matrix(np.array([2.0, 2.0, 2.0]), M, N))
+  assert exact["rank_99"] == 3
+  nothing = figures_of(np.zeros((M, N), np.float32))
+  assert (nothing["rank_90"], nothing["rank_99"]) == (0, 0)
+
+
+@pytest.mark.parametrize("make", [single, batched])
+@pytest.mark.parametrize("rank", range(RANK + 1))
+def test_the_spectral_bound_holds(make, rank):
+  delta = make()
+  bound = at_rank(figures_of(delta), rank, delta.size)["spectral_bound"]
+  a, b, _ = factors(delta)
+  change = np.einsum("...ri,...ro->...io", a[..., :rank, :], b[..., :rank, :])
+  true = np.linalg.norm(delta - change, ord=2, axis=(-2, -1)).max()
+  assert bound >= true * (1 - 1e-5)
+  if make is single and rank < RANK:
+    assert bound == pytest.approx(SIGMA[rank], rel=1e-5)
+
+
+def test_learnt_and_rounded_energy_add_up():
+  figures = figures_of(single(), noise_std=0.3)
+  rounded = M * N * 0.3**2
+  assert figures["rounding_share"] == pytest.approx(rounded / 21.3125)
+  assert figures["learnt_norm"] ** 2 + rounded == pytest.approx(21.3125)
+  drowned = figures_of(single(), noise_std=3.0)
+  assert (drowned["rounding_share"], drowned["learnt_norm"]) == (1, 0)
+
+
+def bfloat16_pair(relative_change):
+  """512 x 512 of entries 0.02, a rank-4 change, both stored in bfloat16."""
+  rng = np.random.default_rng(0)
+  base = jnp.asarray(0.02 * rng.standard_normal((512, 512)), jnp.bfloat16)
+  base = np.asarray(base, np.float64)
+  change = rng.standard_normal((512, 4)) @ rng.standard_normal((4, 512))
+  change *= relative_change * np.linalg.norm(base) / np.linalg.norm(change)
+  tuned = jnp.asarray(base + change, jnp.bfloat16)
+  return base, change, np.asarray(tuned, np.float32)
+
+
+def top_four(delta):
+  """Their share of the energy."""
+  values = np.linalg.svd(delta, compute_uv=False)
+  return np.sum(values[:4] ** 2) / np.sum(values**2)
+
+
+def test_rounding_of_bfloat16_is_told_from_the_finetune():
+  """At 1e-2 of the weights: what the four values do not hold is rounding."""
+  base, change, tuned = bfloat16_pair(1e-2)
+  share = top_four(tuned - base)
+  assert share == pytest.approx(0.974, abs=0.001)
+  figures = rounded_figures(base, tuned)
+  norm = np.linalg.norm(change)
+  assert figures["learnt_norm"] == pytest.approx(norm, rel=0.003)
+  assert figures["norm"] > 1.012 * norm
+  assert figures["rounding_share"] == pytest.approx(1 - share, abs=0.003)
+  assert figures["noise_floor_rank"] == 4
+
+
+def rounded_figures(base, tuned):
+  delta = (tuned - base).astype(np.float32)
+  u, s, vt = np.linalg.svd(delta, full_matrices=False)
+  root = np.sqrt(s[:8, None])
+  lora = Lora(root * u.T[:8], root * vt[:8], np.float32(1))
+  return summarise(
+    certificate(delta, lora),
+    s[:8],
+    delta.shape,
+    base_norm=float(np.linalg.norm(base)),
+    noise_std=float(rounding_noise(tuned, jnp.bfloat16)),
+    unchanged=float(share_of_zeros(delta)),
+  )
+
+
+@pytest.mark.parametrize(
+  ("relative_change", "energy", "unchanged"),
+  [(1e-3, 0.505, 0.79), (1e-4, 0.113, 0.978)],
+)
+def test_updates_under_half_an_ulp_leave_most_entries_as_they_were(
+  relative_change, energy, unchanged
+):
+  """All of it is then within what rounding can do, and that is said."""
+  base, _, tuned = bfloat16_pair(relative_change)
+  assert top_four(tuned - base) == pytest.approx(energy, abs=0.01)
+  figures = rounded_figures(base, tuned)
+  assert figures["unchanged"] == np.mean(tuned == base)
+  assert figures["unchanged"] == pytest.approx(unchanged, abs=0.01)
+  assert (figures["rounding_share"], figures["learnt_norm"]) == (1, 0)

@@ -90,6 +90,20 @@ def test_totals_are_of_all_deltas_as_one_vector():
   }  # fmt: skip
 
 
+def test_totals_tell_what_was_learnt_from_what_was_rounded():
+  """Energies add up; entries count by the size of their matrix."""
+  told = [
+    row("q", 5.0, 3.0, learnt_norm=4.0, rounding_share=0.36, unchanged=0.5),
+    row("k", 13.0, 0.0, learnt_norm=12.0, rounding_share=25 / 169,
+        unchanged=0.0, shape=[3, 64, 32]),
+  ]  # fmt: skip
+  totals = total_up(told, [])
+  assert totals["learnt_norm"] == pytest.approx(math.sqrt(160))
+  assert totals["rounding_share"] == pytest.approx((9 + 25) / (25 + 169))
+  assert totals["unchanged"] == pytest.approx(0.5 / 4)
+  assert total_up([*told, MODULES[0]], [])["unchanged"] is None
+
+
 def test_totals_of_nothing():
   totals = total_up([], [])
   assert (totals["relative_error"], totals["energy"]) == (0, 1)
