@@ -123,7 +123,8 @@ def _figures(report: Report, shown: Report, results) -> Figures:
       ),
       "How far the next-token predictions are from the finetune's; bars are "
       "one standard error. Both axes are logarithmic; dashed lines are the "
-      "base without adapter. Of kjv and pydoc the last tenth is read.",
+      "base without adapter. Of kjv and pydoc the last tenth is read. One "
+      "position is right to about 1e-6 nats.",
     )
   for each in _generated(results):
     figures[f"tfidf_{each['temperature']:g}.png"] = (
@@ -211,7 +212,8 @@ def _page(folder: Path, report, shown, results, figures: Figures) -> str:
       count = found["ranks"][0]["tokens"]
       content += pages.make_paragraph(
         f"{name}: {count} tokens; KL and loss in nats per token, "
-        "± one standard error."
+        "± one standard error over stretches of text. Losses are of the same "
+        "stretches: their differences are surer than each of them."
       ) + pages.make_table(*summaries.kl_rows(found, sizes))
     parts.append(("Which rank? Predictions", content))
   for each in _generated(results):

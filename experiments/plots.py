@@ -244,7 +244,7 @@ def draw_similarities(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     title: what was generated.
 
   Returns:
-    Figure.
+    Figure; the axis begins at 0 and ends at 1, or where small cosines end.
   """
   figure = Figure(figsize=(7.4, 1.3 + 0.38 * len(rows)))
   axes = figure.add_subplot()
@@ -256,7 +256,8 @@ def draw_similarities(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
   )  # fmt: skip
   axes.set_yticks(places, [row["pair"] for row in rows])
   axes.set_ylim(-0.6, len(rows) - 0.4)
-  axes.set_xlim(0, 1.02)
+  widest = max(row["cosine"] + (row["cosine_error"] or 0) for row in rows)
+  axes.set_xlim(0, 1.02 if widest > 0.5 else 1.25 * max(widest, 0.01))
   axes.grid(axis="x", color="0.9")
   axes.set_xlabel(
     "cosine of TF-IDF vectors, mean over prompts ± standard error"

@@ -132,7 +132,7 @@ def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
   """
   header = (
     "rank", "MiB", "KL(ft ‖ base + adapter)", "KL the other way",
-    "recovered", "same top token", "loss", "perplexity",
+    "recovered", "same top token", "loss", "± over texts", "perplexity",
   )  # fmt: skip
   rows = [
     (
@@ -142,15 +142,25 @@ def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
       _pm(row["reverse_kl"], row["reverse_kl_error"]),
       "–" if row["recovered"] is None else f"{row['recovered']:.2%}",
       f"{row['agreement']:.2%}",
-      _pm(row["loss"], row["loss_error"]),
-      f"{row['perplexity']:.3f}",
+      *_loss(row),
     )
     for row in found["ranks"]
   ]
   tuned = found["finetuned"]
-  loss = _pm(tuned["loss"], tuned["loss_error"])
-  last = ("finetuned", "–", "0", "0", "100%", "100%", loss)
-  return header, [*rows, (*last, f"{tuned['perplexity']:.3f}")]
+  last = ("finetuned", "–", "0", "0", "100%", "100%")
+  return header, [*rows, (*last, *_loss(tuned))]
+
+
+def _loss(row: Mapping[str, Any]) -> tuple[str, str, str]:
+  """Loss, its error and perplexity.
+
+  Rows are of the same texts: they differ by less than the error says.
+  """
+  return (
+    f"{row['loss']:.4f}",
+    f"{row['loss_error']:.2g}",
+    f"{row['perplexity']:.3f}",
+  )
 
 
 def similarity_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
