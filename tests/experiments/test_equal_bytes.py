@@ -47,7 +47,7 @@ def rows(trial):
 
 
 def test_no_variant_takes_more_bytes(trial, rows):
-  assert [row["variant"] for row in rows] == ["no adapter", *VARIANTS]
+  assert [row["variant"] for row in rows] == list(VARIANTS)
   for row in rows:
     assert row["bytes"] <= trial.max_bytes
   assert rows[1]["bytes"] == trial.max_bytes
@@ -58,7 +58,7 @@ def test_no_variant_takes_more_bytes(trial, rows):
 def test_every_variant_beats_no_adapter_and_some_beat_plain_svd(rows):
   kl = {row["variant"]: row["held"]["kl"] for row in rows}
   assert max(list(kl.values())[1:]) < kl["no adapter"]
-  assert kl["bits by squared error"] < kl["plain SVD, bfloat16"]
+  assert kl["bits by squared error"] < kl["plain SVD in bfloat16"]
 
 
 def test_sensitivity_is_the_cost_of_one_module_alone(trial):
