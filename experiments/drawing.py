@@ -156,7 +156,7 @@ _SIMILARITY = (
   "The adapter is as good as the finetune where its cosine reaches that of "
   "two samples of the finetune; the cosine with the base says how much there "
   "was to recover, and that with texts on other prompts how alike any two "
-  "texts are. Cosines alone mean little."
+  "texts are. Cosines alone mean little. Greedy, two samples are one text: 1."
 )
 
 
@@ -250,7 +250,7 @@ def _generation(generation: Mapping[str, Any], each) -> str:
       f"{generation['prompts']} prompts of {generation['prompt_tokens']} "
       f"tokens of {generation['text']}, {generation['steps']} tokens each."
     )
-    + pages.make_table(*summaries.similarity_rows(each["rows"]))
+    + pages.make_table(*summaries.similarity_rows(each["rows"]), is_text=True)
     + pages.fold(
       f"The first {len(examples)}",
       pages.make_table(

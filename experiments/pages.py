@@ -21,7 +21,8 @@ table { border-collapse: collapse; font-size: 13px; margin: 0.7rem 0;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd;
   text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #666; }
+th { border-bottom: 2px solid #666; white-space: normal;
+  vertical-align: bottom; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 .text td { white-space: normal; vertical-align: top; }
 code { font-size: 13px; overflow-wrap: anywhere; }

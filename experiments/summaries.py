@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.tables import by_kind, measure
+from experiments.tables import Row, by_kind, measure
 from jlora.reporting import Report, total_up
 
 _MIB = 2**20
@@ -35,8 +35,8 @@ def headline(report: Report, results: Mapping[str, Any]) -> list[str]:
     if row and base:
       said.append(
         f"On {name} it leaves KL(finetuned ‖ base + adapter) = "
-        f"{_pm(row['kl'], row['kl_error'])} of "
-        f"{_pm(base['kl'], base['kl_error'])} nats per token"
+        f"{write_with_error(row['kl'], row['kl_error'])} of "
+        f"{write_with_error(base['kl'], base['kl_error'])} nats per token"
         + (
           f": {row['recovered']:.1%} recovered."
           if row["recovered"] is not None
@@ -53,31 +53,34 @@ def type_rows(report: Report) -> Table:
     report: cut to the chosen rank.
 
   Returns:
-    Header and rows of text.
+    Header and rows of text; all modules together come last.
   """
   header = (
-    "kind", "modules", "shape of the first", "relative error", "worst",
+    "kind", "modules", "shape", "relative error", "worst",
     "cosine distance", "energy kept", "|Δ|/|W|, mean", "MiB",
   )  # fmt: skip
-  rows: list[Sequence[str]] = []
-  for kind, members in by_kind(report.modules).items():
-    both = total_up(members, [])
-    changes = [m["relative_change"] for m in members if m["relative_change"]]
-    distance = measure(members, max(m["rank"] for m in members))
-    rows.append(
-      (
-        kind,
-        str(len(members)),
-        " x ".join(map(str, members[0]["shape"])),
-        _figure(both["relative_error"]),
-        _figure(max(m["relative_error"] for m in members)),
-        _figure(distance["cosine_distance"]),
-        f"{both['energy']:.2%}",
-        f"{sum(changes) / len(changes):.1e}" if changes else "–",
-        f"{both['adapter_bytes'] / _MIB:.2f}",
-      )
-    )
-  return header, rows
+  kinds: dict[str, Sequence[Row]] = {**by_kind(report.modules)}
+  if len(kinds) > 1:
+    kinds["all"] = report.modules
+  return header, [_type_row(kind, members) for kind, members in kinds.items()]
+
+
+def _type_row(kind: str, members: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+  both = total_up(members, [])
+  changes = [m["relative_change"] for m in members if m["relative_change"]]
+  distance = measure(members, max(m["rank"] for m in members))
+  shapes = {" x ".join(map(str, m["shape"])) for m in members}
+  return (
+    kind,
+    str(len(members)),
+    shapes.pop() if len(shapes) == 1 else "several",
+    _figure(both["relative_error"]),
+    _figure(max(m["relative_error"] for m in members)),
+    _figure(distance["cosine_distance"]),
+    f"{both['energy']:.2%}",
+    f"{sum(changes) / len(changes):.1e}" if changes else "–",
+    f"{both['adapter_bytes'] / _MIB:.2f}",
+  )
 
 
 def module_rows(report: Report, count: int | None = None) -> Table:
@@ -115,9 +118,10 @@ def module_rows(report: Report, count: int | None = None) -> Table:
 
 
 def _above(row: Mapping[str, Any]) -> str:
-  """Singular values above the noise; at least so many, if all known are."""
-  count = row["noise_floor_rank"]
-  return f"{'≥ ' * (count == len(row['singular_values']))}{count}"
+  """Singular values above the noise; at least so many, if more are unknown."""
+  count, known = row["noise_floor_rank"], len(row["singular_values"])
+  more = count == known < min(row["shape"][-2:])
+  return f"≥ {count}" if more else str(count)
 
 
 def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
@@ -138,8 +142,8 @@ def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
     (
       str(row["rank"]) if row["rank"] else "0 (base)",
       f"{sizes.get(row['rank'], 0) / _MIB:.1f}",
-      _pm(row["kl"], row["kl_error"]),
-      _pm(row["reverse_kl"], row["reverse_kl_error"]),
+      write_with_error(row["kl"], row["kl_error"]),
+      write_with_error(row["reverse_kl"], row["reverse_kl_error"]),
       "–" if row["recovered"] is None else f"{row['recovered']:.2%}",
       f"{row['agreement']:.2%}",
       *_loss(row),
@@ -176,8 +180,8 @@ def similarity_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
   return header, [
     (
       row["pair"],
-      _pm(row["cosine"], row["cosine_error"]),
-      _pm(row["below_ceiling"], row["below_ceiling_error"]),
+      write_with_error(row["cosine"], row["cosine_error"]),
+      write_with_error(row["below_ceiling"], row["below_ceiling_error"]),
       row["what"],
     )
     for row in rows
@@ -240,15 +244,31 @@ def _figure(value: float) -> str:
   return f"{value:.4f}" if value >= 0.005 or value == 0 else f"{value:.1e}"
 
 
-def _pm(value: float, error: float | None) -> str:
-  """A value with its standard error, to the error's second figure."""
+def write_with_error(value: float, error: float | None) -> str:
+  """A value with its standard error, to the error's second figure.
+
+  Args:
+    value: any.
+    error: its standard error; None or 0 where there is none.
+
+  Returns:
+    Text.
+
+  Example:
+    >>> write_with_error(0.25, 0.03125)
+    '0.250 ± 0.031'
+  """
   if not error:
     return f"{value:.4g}"
   places = max(0, 1 - _exponent(error))
-  if places > 6:
-    return f"{value:.2e} ± {error:.0e}"
-  return f"{value:.{places}f} ± {error:.{places}f}"
+  if places <= 6:
+    return f"{value:.{places}f} ± {error:.{places}f}"
+  power = _exponent(max(abs(value), error))
+  places = max(0, places + power)
+  value, error = value / 10.0**power, error / 10.0**power
+  return f"({value:.{places}f} ± {error:.{places}f})e{power}"
 
 
 def _exponent(value: float) -> int:
+  """Of the decimal point, as it is printed."""
   return int(f"{value:e}".partition("e")[2])
