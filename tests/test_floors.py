@@ -21,7 +21,8 @@ FLOORS = (
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
-  "extraction application packing merging alignment routing measurements ledgers "
+  "extraction application packing packed_files merging alignment routing "
+  "measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
   "evaluation divergences moments reporting refinement advice models "
@@ -42,6 +43,7 @@ FAMILIES = (
   "pairing fused_experts",
   "checkpoints journal",
   "merging",
+  "packing packed_files",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
