@@ -63,7 +63,10 @@ def load_adapter(
   Raises:
     ValueError: it does not fit.
   """
-  return jlora.load_peft(folder, like=jlora.open_checkpoint(base).spec)
+  checkpoint = jlora.open_checkpoint(base)
+  return jlora.load_peft(
+    folder, like=checkpoint.spec, model_type=checkpoint.model_type
+  )
 
 
 def adapt_params(params: Params, adapter: PeftAdapter, rank: int) -> Params:

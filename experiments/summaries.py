@@ -26,7 +26,7 @@ def headline(report: Report, results: Mapping[str, Any]) -> list[str]:
   said = [
     f"At rank {rank} the adapter takes {size / _MIB:.1f} MiB, "
     f"{size / whole:.1%} of the {whole / _MIB:.1f} MiB of the matrices that "
-    f"changed. It misses {totals['relative_error']:.2%} of the norm of their "
+    f"changed. It misses {_share(totals['relative_error'])} of the norm of their "
     f"change and keeps {totals['energy']:.2%} of its energy."
   ]
   for name, found in results.get("kl", {}).items():
@@ -237,6 +237,12 @@ def align_table(table: Table) -> str:
     ).rstrip()
     for line in lines
   )
+
+
+def _share(value: float) -> str:
+  """Per cent, with an exponent where two decimals would say nothing."""
+  small = 0 < value < 5e-4
+  return f"{100 * value:.1e}%" if small else f"{value:.2%}"
 
 
 def _figure(value: float) -> str:

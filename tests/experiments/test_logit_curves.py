@@ -89,6 +89,24 @@ def test_the_curve_begins_at_the_base_and_ends_at_the_finetune(loaded):
   assert rows[2]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+def test_a_layout_of_its_own_is_read_as_such(tmp_path):
+  """GPT-2 stores (in, out), which its config alone says."""
+  config = {
+    "model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1,
+    "n_head": 2, "n_positions": 8, "layer_norm_epsilon": 1e-5,
+  }  # fmt: skip
+  _, params = models.init(config, jax.random.key(0))
+  target = _tuned(params)
+  base = models.save(tmp_path / "base", params, config)
+  tuned = models.save(tmp_path / "tuned", target, config)
+  out = tmp_path / "out"
+  jlora.extract_checkpoint(base, tuned, out, rank=16, log=io.StringIO())
+  adapter = logit_curves.load_adapter(out, base)
+  found = logit_curves.adapt_params(params, adapter, 16)
+  place = lambda tree: tree["h"]["0"]["mlp"]["c_fc"]["kernel"]  # noqa: E731
+  np.testing.assert_allclose(place(found), place(target), atol=1e-5)
+
+
 def test_batches_have_one_size_and_every_row():
   tokens = np.arange(18).reshape(6, 3)
   parts = logit_curves.batches_of(tokens)

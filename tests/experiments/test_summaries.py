@@ -74,3 +74,10 @@ def test_the_ledger_is_counted_where_it_is_cut():
     "n.0", "n.1", "n.2", "and 3 more in report.json",
   ]  # fmt: skip
   assert summaries.ledger_rows(report)[1][-1] == ("norm", "kept whole", "")
+
+
+def test_a_small_error_is_not_called_none():
+  report = tables.cut(comparisons.report(), 4)
+  totals = report.totals | {"relative_error": 1.4e-5}
+  (said,) = summaries.headline(report._replace(totals=totals), {})
+  assert "It misses 1.4e-03% of the norm" in said
