@@ -26,8 +26,8 @@ def headline(report: Report, results: Mapping[str, Any]) -> list[str]:
   said = [
     f"At rank {rank} the adapter takes {size / _MIB:.1f} MiB, "
     f"{size / whole:.1%} of the {whole / _MIB:.1f} MiB of the matrices that "
-    f"changed. It misses {_share(totals['relative_error'])} of the norm of their "
-    f"change and keeps {totals['energy']:.2%} of its energy."
+    f"changed. It misses {_share(totals['relative_error'])} of the norm of "
+    f"their change and keeps {totals['energy']:.2%} of its energy."
   ]
   for name, found in results.get("kl", {}).items():
     rows = {row["rank"]: row for row in found["ranks"]}
