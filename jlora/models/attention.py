@@ -58,19 +58,30 @@ def attend(
     Ainslie et al. (2023), GQA.
   """
   batch, time, heads, d = q.shape
-  q = q.reshape(batch, time, k.shape[2], -1, d)
+  past, kv_heads = k.shape[1:3]
+  grouped = (batch, kv_heads, heads // kv_heads, time)
+  # The queries of a group side by side: one product for each kv head.
+  q = q.reshape(batch, time, kv_heads, -1, d).transpose(0, 2, 3, 1, 4)
+  q = q.reshape(batch, kv_heads, -1, d)
   scores = jnp.einsum(
-    "btgqd,bsgd->bgqts", q, k, preferred_element_type=jnp.float32
-  )
-  age = np.arange(time)[:, None] - np.arange(k.shape[1])[None] + start
+    "bgnd,bsgd->bgns", q, k, preferred_element_type=jnp.float32
+  ).reshape(*grouped, past)
+  age = np.arange(time)[:, None] - np.arange(past)[None] + start
   seen = age >= 0
   if window is not None:
     seen &= age < window
-  weights = jax.nn.softmax(
-    scores / math.sqrt(d), where=seen[None, None, None], axis=-1
-  )
-  y = jnp.einsum("bgqts,bsgd->btgqd", weights.astype(v.dtype), v)
-  return y.reshape(batch, time, heads, d)
+  scores = jnp.where(seen[None, None, None], scores / math.sqrt(d), -jnp.inf)
+  # Each position sees itself, so no row's largest score is infinite.
+  most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - most)
+  y = jnp.einsum(
+    "bgns,bsgd->bgnd",
+    weights.reshape(batch, kv_heads, -1, past).astype(v.dtype),
+    v,
+    preferred_element_type=jnp.float32,
+  ).reshape(*grouped, d)
+  y = (y / weights.sum(-1, keepdims=True)).astype(v.dtype)
+  return y.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, d)
 
 
 def turns(
