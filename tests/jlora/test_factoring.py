@@ -213,19 +213,19 @@ def counted_krylov():
     return count, run.lower(shape, jax.random.key(0)).compile()
 
 
-@pytest.mark.parametrize("tol", [0.0, 5e-4])
-def test_what_is_asked_of_the_host_is_asked_of_a_device(tol):
-  """Where both stop: after as many blocks, with as small an error."""
+@pytest.mark.parametrize("library", [np, jnp])
+def test_krylov_stops_early_but_not_too_early(library):
+  """With `tol` it is a little worse than without, and near the optimum."""
   sigma = np.arange(1.0, M + 1) ** -0.6
   delta = matrix(sigma, M, N)
   best = best_errors(sigma)[RANK]
-  errors = [
-    np.linalg.norm(delta - product(in_float64(krylov(x, RANK, tol=tol))))
-    for x in (delta, jnp.asarray(delta))
-  ]
-  assert max(errors) <= 1.001 * best
-  if tol:
-    assert min(errors) > best * (1 + 1e-7)  # it stopped early
+  full, stopped = (
+    np.linalg.norm(
+      delta - product(in_float64(krylov(library.asarray(delta), RANK, tol=tol)))
+    )
+    for tol in (0.0, 5e-4)
+  )
+  assert full < stopped <= 1.001 * best
 
 
 @every_factoriser
