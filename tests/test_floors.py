@@ -25,7 +25,7 @@ FLOORS = (
   "measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
-  "evaluation divergences moments reporting refinement advice models "
+  "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress",
@@ -47,6 +47,7 @@ FAMILIES = (
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
+  "moments whitening",
   "runs plans modules assembly progress",
 )
 
