@@ -20,7 +20,7 @@ from absl import app, flags
 
 import jlora
 from experiments.caches import keep_compilations
-from jlora import ranks, reporting
+from jlora import ranks, report_tables
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
 _FINETUNED = flags.DEFINE_string(
@@ -131,13 +131,14 @@ def _run(argv: list[str]) -> None:
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
   )
-  reporting.write_card(_OUT.value, report, _command())
+  report_tables.write_card(_OUT.value, report, _command())
   if _JSON.value:
     print(json.dumps(report._asdict()))
     return
-  print(reporting.type_table(report), end="\n\n")
-  print(reporting.worst_table(report), end="\n\n")
-  print(reporting.ledger_lines(report))
+  print(report_tables.type_table(report), end="\n\n")
+  print(report_tables.worst_table(report), end="\n\n")
+  print(report_tables.rounding_line(report))
+  print(report_tables.ledger_lines(report))
   print(f"\nwritten: {_OUT.value}")
 
 

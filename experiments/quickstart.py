@@ -24,7 +24,7 @@ from absl import app, flags
 import jlora
 from experiments import finetune, smollm2, texts
 from experiments.caches import keep_compilations
-from jlora import models, reporting
+from jlora import models, report_tables
 
 _CACHE = flags.DEFINE_string(
   "cache", None, "Folder; ~/.cache/jlora by default."
@@ -74,11 +74,12 @@ def _extract(base, finetuned, out, rank) -> jlora.Report:
     f"python -m experiments.extract --base={base} --finetuned={finetuned} "
     f"--out={out} --rank={rank}"
   )
-  reporting.write_card(out, report, command)
+  report_tables.write_card(out, report, command)
   print(f"extracted rank {rank} in {seconds:.1f} s\n")
-  print(reporting.type_table(report), end="\n\n")
-  print(reporting.worst_table(report), end="\n\n")
-  print(reporting.ledger_lines(report), end="\n\n")
+  print(report_tables.type_table(report), end="\n\n")
+  print(report_tables.worst_table(report), end="\n\n")
+  print(report_tables.rounding_line(report))
+  print(report_tables.ledger_lines(report), end="\n\n")
   return report
 
 

@@ -17,6 +17,7 @@ from jlora.measurements import Measured, row_of, summarise
 from jlora.pairing import pair_up
 from jlora.pairs import names_of, read
 from jlora.paths import flatten
+from jlora.rounding import ulp_histogram
 from jlora.views import MatrixView, Rule, table_for, view_of
 
 _PROBES = 8
@@ -46,7 +47,8 @@ def compare(
     `report.json` has (`row_of`): among others rank (nominal), mse,
     cosine_distance, mean_abs_delta, relative_error, energy, effective_rank (the
     entropy rank), stable_rank, rank_90, rank_95, rank_99, noise_floor_rank,
-    relative_change, learnt_norm, rounding_share and unchanged. Besides:
+    relative_change, learnt_norm and rounding_share (None where what was learnt
+    is not identifiable: `jlora.rounding`) and unchanged. Besides:
     `spectral_error`, an estimate from below of the largest singular value of
     the error (of the worst member of a batch), by power iteration; and `bytes`
     of the factors.
@@ -151,6 +153,7 @@ def _measure(base, finetuned, lora, view, stored):
     base_norm=norm_of(base),
     noise_std=rounding_noise(finetuned, stored),
     unchanged=share_of_zeros(delta),
+    ulps=ulp_histogram(base, finetuned, stored),
   )
   return measured, spectral_norm(delta, mine)
 
@@ -188,6 +191,7 @@ def _figures(path, measured, shape) -> dict[str, Any]:
     base_norm=float(measured.base_norm),
     noise_std=float(measured.noise_std),
     unchanged=float(measured.unchanged),
+    ulps=np.asarray(measured.ulps),
   )
   return {"shape": list(shape), **figures}
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora.certificates import Certificate
 from jlora.loras import Lora
+from jlora.rounding import Learnt, learnt_of
 
 # float32 norms of 1e30 square to infinity; figures are made in float64.
 _F64 = np.float64
@@ -27,6 +28,7 @@ class Measured(NamedTuple):
     base_norm: Frobenius norm of the base's parameter.
     noise_std: standard deviation of the finetune's rounding to its dtype.
     unchanged: share of the entries that the finetune left as they were.
+    ulps: (3, 32) changes by ulp, from `ulp_histogram`; None: not looked at.
   """
 
   lora: Lora
@@ -35,6 +37,7 @@ class Measured(NamedTuple):
   base_norm: Any
   noise_std: Any
   unchanged: Any
+  ulps: Any = None
 
 
 # At how much of the energy the rank is told.
@@ -64,11 +67,10 @@ def summarise(
   base_norm: float,
   noise_std: float,
   unchanged: float,
+  ulps: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """The rank-independent figures of a module and its curves over the rank.
 
-      learnt_norm² = max(‖delta‖² - size std², 0),
-      rounding_share = min(size std² / ‖delta‖², 1),
       effective_rank = exp(-Σ p_i log p_i),  p_i = σ_i² / Σ σ²  (entropy rank)
 
   Args:
@@ -80,21 +82,19 @@ def summarise(
     base_norm: Frobenius norm of the base's parameter.
     noise_std: standard deviation of the finetuned parameter's rounding.
     unchanged: share of the entries, in [0, 1], that are equal in both
-      checkpoints. With updates under half an ulp most are, and what was learnt
-      there is lost; rounding is then no noise of its own, so that its share
-      comes out near 1.
+      checkpoints; with updates under half an ulp most are.
+    ulps: changes by ulp, from `ulp_histogram`; None: what was learnt is not
+      told.
 
   Returns:
     A dict for JSON: `norm`, `mean_abs_delta`, `relative_change`,
     `stable_rank`, `effective_rank` (of the values found), `rank_90`, `rank_95`
     and `rank_99` (units of the stored factors that keep this share of the
     energy; None where all together do not), `noise_floor`, `noise_floor_rank`,
-    `learnt_norm` and `rounding_share` (what the finetune changed, and the share
-    of ‖delta‖² that rounding explains), `unchanged`, `singular_values`, and by
-    rank 0..r `errors`, `changes`, `inner` and `floors`.
-
-  Approximation: learnt and rounded parts are taken to be uncorrelated, which
-  holds while changes are larger than an ulp.
+    `learnt_norm` and `rounding_share` (of the change before it was rounded, and
+    how much of its energy rounding took or covers; both None where that is not
+    identifiable: see `learnt_of`, which estimates them), `unchanged`,
+    `singular_values`, and by rank 0..r `errors`, `changes`, `inner`, `floors`.
 
   Example:
     >>> one = np.ones(())
@@ -116,7 +116,7 @@ def summarise(
   floor *= math.sqrt(math.prod(shape[:-2]))
   share = values[values > 0] ** 2 / np.sum(values**2)
   entropy = -np.sum(share * np.log(share))
-  rounding2 = math.prod(shape) * float(noise_std) ** 2
+  learnt = Learnt(None, None) if ulps is None else learnt_of(ulps, norm)
   errors = together(certificate.errors)
   return {
     "norm": norm,
@@ -125,8 +125,8 @@ def summarise(
     "stable_rank": norm**2 / float(values[0]) ** 2 if values[0] else 0.0,
     "effective_rank": float(np.exp(entropy)) if values[0] else 0.0,
     **{name: _rank_for(errors, norm, part) for name, part in _SHARES.items()},
-    "learnt_norm": math.sqrt(max(norm**2 - rounding2, 0.0)),
-    "rounding_share": min(rounding2 / norm**2, 1.0) if norm else 0.0,
+    "learnt_norm": learnt.norm,
+    "rounding_share": learnt.rounding_share,
     "unchanged": float(unchanged),
     "noise_floor": floor,
     "noise_floor_rank": int(np.sum(values > floor)),

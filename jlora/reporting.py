@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says: report.json, the tables people read, the adapter's card."""
+"""What a run says: its report, written to report.json and read again."""
 
 import json
 import math
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1
 REPORT = "report.json"
-CARD = "README.md"
-_MIB = 2**20
 _STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
 
 
@@ -53,10 +51,11 @@ def total_up(
 
   Returns:
     `modules`, `relative_error` (of all deltas as one vector), `energy`,
-    `learnt_norm` (of all modules as one vector), `rounding_share` (of the
-    energy of all deltas), `unchanged` (share of all entries), these three None
-    where rows lack them, `adapter_bytes`, `parameter_bytes` (of these matrices
-    in the base) and the number of ledger rows by status.
+    `learnt_norm` and `rounding_share` (of all modules that tell what they
+    learnt, as one vector; None if none does), `not_identifiable` (the number of
+    the others), `unchanged` (share of all entries, None where rows lack it),
+    `adapter_bytes`, `parameter_bytes` (of these matrices in the base) and the
+    number of ledger rows by status.
 
   Example:
     >>> row = {"norm": 5.0, "error": 3.0, "bytes": 8, "parameter_bytes": 16}
@@ -71,7 +70,7 @@ def total_up(
     "modules": len(modules),
     "relative_error": math.sqrt(share),
     "energy": 1 - share,
-    **_total_rounding(modules, norm2),
+    **_total_rounding(modules),
     "adapter_bytes": sum(row["bytes"] for row in modules),
     "parameter_bytes": sum(row["parameter_bytes"] for row in modules),
     "ledger": {
@@ -82,22 +81,26 @@ def total_up(
 
 
 def _total_rounding(
-  modules: Sequence[Mapping[str, Any]], norm2: float
-) -> dict[str, float | None]:
-  """What was learnt and what was rounded, if the rows say so."""
-  names = ("learnt_norm", "rounding_share", "unchanged")
-  if any(name not in row for row in modules for name in names):
-    return dict.fromkeys(names)
-  learnt2 = sum(row["learnt_norm"] ** 2 for row in modules)
-  rounded2 = sum(row["rounding_share"] * row["norm"] ** 2 for row in modules)
-  sizes = [math.prod(row["shape"]) for row in modules]
-  equal = sum(
-    row["unchanged"] * size for row, size in zip(modules, sizes, strict=True)
+  modules: Sequence[Mapping[str, Any]],
+) -> dict[str, float | int | None]:
+  """What was learnt and what was rounded, of the rows that know."""
+  told = [row for row in modules if row.get("learnt_norm") is not None]
+  learnt2 = [row["learnt_norm"] ** 2 for row in told]
+  lost2 = sum(
+    row["rounding_share"] * square
+    for row, square in zip(told, learnt2, strict=True)
   )
+  has_zeros = all("unchanged" in row for row in modules)
+  sizes = [math.prod(row["shape"]) for row in modules] if has_zeros else []
+  equal = sum(
+    row["unchanged"] * size for row, size in zip(modules, sizes, strict=False)
+  )
+  whole = sum(learnt2)
   return {
-    "learnt_norm": math.sqrt(learnt2),
-    "rounding_share": rounded2 / norm2 if norm2 else 0.0,
-    "unchanged": equal / sum(sizes) if sizes else 0.0,
+    "learnt_norm": math.sqrt(whole) if told else None,
+    "rounding_share": (lost2 / whole if whole else 0.0) if told else None,
+    "not_identifiable": len(modules) - len(told),
+    "unchanged": equal / sum(sizes) if sizes else None,
   }
 
 
@@ -194,197 +197,3 @@ def module_type(path: str) -> str:
   if len(parts) > 1 and parts[-1] in ("weight", "kernel", "embedding", "w"):
     parts.pop()
   return parts[-1] if parts else path
-
-
-def type_table(report: Report) -> str:
-  """The figures by module type, as a table of text.
-
-  Args:
-    report: the report.
-
-  Returns:
-    Lines: type, modules, shape of the first, rank, relative error (of all
-    deltas of the type as one vector, and of the worst module), energy kept,
-    relative change of the weights, noise floor rank, MiB.
-
-  Example:
-    >>> type_table(Report({}, [], total_up([], []), [])).splitlines()[0][:4]
-    'type'
-  """
-  groups: dict[str, list[dict[str, Any]]] = {}
-  for row in report.modules:
-    groups.setdefault(module_type(row["path"]), []).append(row)
-  header = (
-    "type", "modules", "shape", "rank", "rel. error", "worst", "energy",
-    "|dW|/|W|", "above noise", "MiB",
-  )  # fmt: skip
-  rows: list[Sequence[str]] = [header]
-  for name, members in groups.items():
-    both = total_up(members, [])
-    change = [m["relative_change"] for m in members if m["relative_change"]]
-    rows.append(
-      (
-        name,
-        str(len(members)),
-        "x".join(map(str, members[0]["shape"])),
-        _span(m["rank"] for m in members),
-        f"{both['relative_error']:.4f}",
-        f"{max(m['relative_error'] for m in members):.4f}",
-        f"{both['energy']:.1%}",
-        f"{sum(change) / len(change):.1e}" if change else "-",
-        _span(m["noise_floor_rank"] for m in members),
-        f"{both['adapter_bytes'] / _MIB:.2f}",
-      )
-    )
-  totals = report.totals
-  rows.append(
-    (
-      "all",
-      str(totals["modules"]),
-      "",
-      "",
-      f"{totals['relative_error']:.4f}",
-      "",
-      f"{totals['energy']:.1%}",
-      "",
-      "",
-      f"{totals['adapter_bytes'] / _MIB:.2f}",
-    )
-  )
-  return _align(rows)
-
-
-def worst_table(report: Report, count: int = 5) -> str:
-  """The modules with the largest relative error, as a table of text.
-
-  Args:
-    report: the report.
-    count: how many.
-
-  Returns:
-    Lines: path, shape, rank, relative error, energy, stable rank and an upper
-    bound on error / best error at that rank.
-
-  Example:
-    >>> worst_table(Report({}, [], {}, [])).split()[:2]
-    ['worst', 'modules']
-  """
-  header = (
-    "worst modules", "shape", "rank", "rel. error", "energy", "stable rank",
-    "error/best at most",
-  )  # fmt: skip
-  worst = sorted(report.modules, key=lambda row: -row["relative_error"])[:count]
-  return _align(
-    [
-      header,
-      *(
-        (
-          row["path"],
-          "x".join(map(str, row["shape"])),
-          str(row["rank"]),
-          f"{row['relative_error']:.4f}",
-          f"{row['energy']:.1%}",
-          f"{row['stable_rank']:.1f}",
-          f"{row['optimality']:.3f}" if row["optimality"] else "-",
-        )
-        for row in worst
-      ),
-    ]
-  )
-
-
-def ledger_lines(report: Report, count: int = 8) -> str:
-  """What became of every tensor: counts, and what needs a reader's eye.
-
-  Args:
-    report: the report.
-    count: how many rows are listed; the rest is counted.
-
-  Returns:
-    Lines: the number of rows by status, then rows kept whole, not
-    representable or matched otherwise than by name.
-
-  Example:
-    >>> ledger_lines(Report({}, [], total_up([], []), []))
-    'ledger: 0 extracted, 0 unchanged, 0 kept whole, 0 not representable'
-  """
-  counts = report.totals["ledger"]
-  lines = [
-    "ledger: " + ", ".join(f"{n} {status}" for status, n in counts.items())
-  ]
-  noted = [
-    row for row in report.ledger if row["why"] and row["status"] != "unchanged"
-  ]
-  # What is lost comes first.
-  noted.sort(key=lambda row: row["status"] != "not representable")
-  for row in noted[:count]:
-    name = (row["base"] or row["finetuned"])[0]
-    lines.append(f"  {row['status']}: {name} ({row['why']})")
-  if len(noted) > count:
-    lines.append(f"  and {len(noted) - count} more in {REPORT}")
-  return "\n".join(lines)
-
-
-def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
-  """Writes the adapter's model card, `README.md`.
-
-  Args:
-    folder: an existing folder.
-    report: the report.
-    command: what made the adapter, to be repeated.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   write_card(folder, Report({"base": "b", "finetuned": "f"}, [],
-    ...                             total_up([], []), []), "jlora ...")
-    ...   (Path(folder) / CARD).read_text().splitlines()[0]
-    '---'
-  """
-  settings = report.settings
-  text = f"""---
-library_name: peft
-base_model: {json.dumps(str(settings["base"]))}
-tags: [lora, jlora]
----
-
-# LoRA extracted from `{settings["finetuned"]}`
-
-The low-rank part of what a finetune changed in `{settings["base"]}`. All deltas
-together, it misses {report.totals["relative_error"]:.2%} of their norm
-({report.totals["energy"]:.2%} of the energy is kept).
-
-```
-{command}
-```
-
-```
-{type_table(report)}
-
-{worst_table(report)}
-
-{ledger_lines(report)}
-```
-
-`{REPORT}` has every module and every tensor. Load with
-`peft.PeftModel.from_pretrained(base_model, folder)`.
-"""
-  replace_text(Path(folder) / CARD, text)
-
-
-def _span(values: Iterable[int]) -> str:
-  values = sorted(values)
-  low, high = values[0], values[-1]
-  return str(low) if low == high else f"{low}-{high}"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-  """Columns of text: the first to the left, figures to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if place == 0 else cell.rjust(width)
-      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  )

@@ -19,14 +19,15 @@ FLOORS = (
   "safetensors_files quantisation orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
-  "checkpoints journal",
+  "rounding checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
   "extraction application packing packed_files merging alignment routing "
   "measurements ledgers "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
-  "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
+  "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
+  "report_tables",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress",
   # 5: the public names
@@ -48,6 +49,7 @@ FAMILIES = (
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
   "moments whitening",
+  "reporting report_tables",
   "runs plans modules assembly progress",
 )
 

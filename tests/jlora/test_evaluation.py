@@ -103,13 +103,14 @@ def test_rows_agree_with_the_run_that_made_the_adapter(tmp_path):
   for told in report.modules:
     row = rows[told["path"]]
     assert set(told) <= {*row, "path", "parameter_bytes"}
+    if told["learnt_norm"] is None:  # the run did not look
+      told = told | {k: row[k] for k in ("learnt_norm", "rounding_share")}
     for name in set(told) & set(row):
       assert row[name] == pytest.approx(told[name], rel=2e-4, abs=2e-6), name
-  totals = report.totals
-  assert 0 < totals["rounding_share"] < 0.01
-  assert 0 <= totals["unchanged"] < 0.1
-  norms = [row["norm"] for row in report.modules]
-  assert totals["learnt_norm"] == pytest.approx(np.linalg.norm(norms), rel=1e-2)
+  assert 0 <= report.totals["unchanged"] < 0.1
+  for row in rows.values():
+    assert 0 < row["rounding_share"] < 0.01
+    assert row["learnt_norm"] == pytest.approx(row["norm"], rel=1e-2)
 
 
 def test_a_lora_of_another_size_is_measured_as_it_is():
@@ -147,6 +148,8 @@ def test_no_change_and_no_lora():
   row = compare(base, base, {"w": nothing})["w"]
   assert (row["norm"], row["unchanged"], row["spectral_error"]) == (0, 1, 0)
   assert (row["rank_90"], row["relative_error"]) == (0, 0)
+  # Updates under half an ulp would have left no trace either.
+  assert (row["learnt_norm"], row["rounding_share"]) == (None, None)
 
 
 def test_what_is_refused():

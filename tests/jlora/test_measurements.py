@@ -14,6 +14,7 @@ from jlora.certificates import Certificate, certificate
 from jlora.deltas import rounding_noise, share_of_zeros
 from jlora.loras import Lora
 from jlora.measurements import at_rank, summarise
+from jlora.rounding import ulp_histogram
 
 M, N, RANK = 7, 5, 3
 SIGMA = np.array([4.0, 2.0, 1.0, 0.5, 0.25])
@@ -201,13 +202,9 @@ def test_the_spectral_bound_holds(make, rank):
     assert bound == pytest.approx(SIGMA[rank], rel=1e-5)
 
 
-def test_learnt_and_rounded_energy_add_up():
-  figures = figures_of(single(), noise_std=0.3)
-  rounded = M * N * 0.3**2
-  assert figures["rounding_share"] == pytest.approx(rounded / 21.3125)
-  assert figures["learnt_norm"] ** 2 + rounded == pytest.approx(21.3125)
-  drowned = figures_of(single(), noise_std=3.0)
-  assert (drowned["rounding_share"], drowned["learnt_norm"]) == (1, 0)
+def test_what_was_learnt_is_not_told_where_nobody_looked():
+  figures = figures_of(single())
+  assert (figures["learnt_norm"], figures["rounding_share"]) == (None, None)
 
 
 def bfloat16_pair(relative_change):
@@ -252,6 +249,7 @@ def rounded_figures(base, tuned):
     base_norm=float(np.linalg.norm(base)),
     noise_std=float(rounding_noise(tuned, jnp.bfloat16)),
     unchanged=float(share_of_zeros(delta)),
+    ulps=ulp_histogram(base.astype(np.float32), tuned, jnp.bfloat16),
   )
 
 
@@ -262,10 +260,14 @@ def rounded_figures(base, tuned):
 def test_updates_under_half_an_ulp_leave_most_entries_as_they_were(
   relative_change, energy, unchanged
 ):
-  """All of it is then within what rounding can do, and that is said."""
-  base, _, tuned = bfloat16_pair(relative_change)
+  """Small weights tell all the same what was learnt."""
+  base, change, tuned = bfloat16_pair(relative_change)
   assert top_four(tuned - base) == pytest.approx(energy, abs=0.01)
   figures = rounded_figures(base, tuned)
   assert figures["unchanged"] == np.mean(tuned == base)
   assert figures["unchanged"] == pytest.approx(unchanged, abs=0.01)
-  assert (figures["rounding_share"], figures["learnt_norm"]) == (1, 0)
+  norm = np.linalg.norm(change)
+  assert figures["learnt_norm"] == pytest.approx(norm, rel=0.05)
+  assert abs(figures["norm"] / norm - 1) > 0.1
+  lost = np.linalg.norm(tuned - (base + change)) ** 2 / norm**2
+  assert figures["rounding_share"] == pytest.approx(lost, rel=0.2)
