@@ -87,7 +87,10 @@ def _score(base, finetuned, out, tokens: np.ndarray) -> None:
   """Prints the held-out losses and the share of the gain that is kept."""
   apply, params = models.load(base)
   _, target = models.load(finetuned)
-  adapter = jlora.load_peft(out, like=jlora.open_checkpoint(base).spec)
+  checkpoint = jlora.open_checkpoint(base)
+  adapter = jlora.load_peft(
+    out, like=checkpoint.spec, model_type=checkpoint.model_type
+  )
   # The name table gives the Flax path; a Lora reads (in, out) on both sides.
   loras = {
     models.from_hf(name)[0]: lora for name, lora in adapter.loras.items()

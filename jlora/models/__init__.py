@@ -6,7 +6,7 @@ from jlora.models.folders import read_config as read_config
 from jlora.models.folders import save as save
 from jlora.models.generation import generate as generate
 from jlora.models.names import from_hf as from_hf
-from jlora.models.names import hf_module as hf_module
+from jlora.models.names import hf_name as hf_name
 from jlora.models.names import to_hf as to_hf
 from jlora.models.networks import Model as Model
 from jlora.models.networks import init as init
@@ -17,7 +17,7 @@ __all__ = [
   "Model",
   "from_hf",
   "generate",
-  "hf_module",
+  "hf_name",
   "init",
   "load",
   "read_config",

@@ -5,7 +5,7 @@ One table serves both directions: reading a checkpoint into a Flax tree, and
 naming the modules of an adapter that was extracted from such a tree:
 
     jlora.save_peft(folder, loras, like=jlora.flatten(params),
-                    rename=lambda path: to_hf(path)[0])
+                    rename=models.hf_name, model_type="gpt2")
 """
 
 import re
@@ -216,20 +216,20 @@ def to_hf(path: str) -> tuple[str, bool]:
   return _find(path, 1)
 
 
-def hf_module(path: str) -> str:
-  """The Hugging Face module that holds a Flax path, as PEFT names it.
+def hf_name(path: str) -> str:
+  """The Hugging Face name of a Flax path: the `rename` of `jlora.save_peft`.
 
   Args:
     path: a parameter's path in a tree of `jlora.models`.
 
   Returns:
-    The module's dotted name, without the leaf.
+    The parameter's name as transformers saves it.
 
   Raises:
     ValueError: if the models have no such parameter.
 
   Example:
-    >>> hf_module("layers/3/attn/q/kernel")
-    'model.layers.3.self_attn.q_proj'
+    >>> hf_name("layers/3/attn/q/kernel")
+    'model.layers.3.self_attn.q_proj.weight'
   """
-  return to_hf(path)[0].rpartition(".")[0]
+  return to_hf(path)[0]

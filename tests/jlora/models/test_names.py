@@ -25,7 +25,7 @@ PAIRS = [
 def test_pairs(name, path, transposed):
   assert names.from_hf(name) == (path, transposed)
   assert names.to_hf(path) == (name, transposed)
-  assert names.hf_module(path) == name.rpartition(".")[0]
+  assert names.hf_name(path) == name
 
 
 def test_every_row_goes_both_ways():
