@@ -40,9 +40,13 @@ def second_moments(
       total = Σ_x x xᵀ
 
   Captured at each call of a Flax linen `nn.Dense`, whatever the model is:
-  `apply` may wrap it in any way, and no change to it is needed. A Dense within
-  `nn.scan`, `nn.remat` or `nn.vmap` is traced apart and cannot be captured
-  (JAX raises UnexpectedTracerError); models not of linen have none.
+  `apply` may wrap it in any way, and no change to it is needed. Of
+  `jlora.models` these are all kernels of every family. An embedding has none:
+  it is looked up, and as a tied head it multiplies from its other side. Of a
+  Mixtral every expert computes every token, so its moments are those of all
+  tokens, not of those that the router sends to it. A Dense within `nn.scan`,
+  `nn.remat` or `nn.vmap` is traced apart and cannot be captured; models not of
+  linen have none.
 
   Args:
     apply: `(params, tokens) -> anything`, calls a linen model. Compiled once
@@ -57,8 +61,8 @@ def second_moments(
     float32 for every layer.
 
   Raises:
-    ValueError: no batches, no Dense was called, or kernels that are not in
-      params.
+    ValueError: no batches, no Dense was called, one was called where it cannot
+      be captured, or kernels that are not in params.
 
   Example:
     >>> import flax.linen
@@ -72,7 +76,13 @@ def second_moments(
   totals: dict[str, jax.Array] = {}
   counts: dict[str, int] = {}
   for batch in batches:
-    found = _capture(apply, params, jax.device_put(batch))
+    try:
+      found = _capture(apply, params, jax.device_put(batch))
+    except jax.errors.UnexpectedTracerError as error:
+      raise ValueError(
+        "A Dense within nn.scan, nn.remat or nn.vmap cannot be captured; give "
+        "an apply that calls the layers one by one."
+      ) from error
     for path, (total, count) in found.items():
       totals[path] = totals[path] + total if path in totals else total
       counts[path] = counts.get(path, 0) + int(jax.device_get(count))

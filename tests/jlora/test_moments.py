@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 import jlora
 from jlora.loras import Lora, dense
+from jlora.paths import flatten
 
 RNG = np.random.default_rng(0)
 
@@ -88,6 +90,59 @@ def test_bfloat16_inputs_add_up_in_float32():
   params = model.init(jax.random.key(0), x)
   found = jlora.second_moments(model.apply, params, [x])
   assert found["params/kernel"].total.max() == 4096
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "mixtral", "gpt2"])
+def test_every_kernel_of_our_models_has_a_moment(case):
+  _, apply, params = tiny_models.load_model(case)
+  tokens = RNG.integers(0, tiny_models.VOCABULARY, (2, 7)).astype(np.int32)
+  found = jlora.second_moments(apply, params, [tokens, tokens[:1]])
+  kernels = {p: x for p, x in flatten(params).items() if p.endswith("kernel")}
+  assert found.keys() == kernels.keys()
+  for path, moment in found.items():
+    width = kernels[path].shape[0]
+    assert moment.total.shape == (width, width)
+    # Every expert computes every token.
+    assert moment.count == 21
+    assert np.linalg.eigvalsh(moment.total)[0] > -1e-3 * moment.total.max()
+
+
+def test_the_first_layer_of_a_decoder_reads_normed_embeddings():
+  _, apply, params = tiny_models.load_model("llama-tied")
+  tokens = RNG.integers(0, tiny_models.VOCABULARY, (2, 7)).astype(np.int32)
+  found = jlora.second_moments(apply, params, [tokens])
+  x = np.asarray(params["embed"]["embedding"], np.float64)[tokens]
+  x = x.reshape(-1, x.shape[-1])
+  x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+  x *= np.asarray(params["layers"]["0"]["attn_norm"]["scale"])
+  for name in ("q", "k", "v"):
+    np.testing.assert_allclose(
+      found[f"layers/0/attn/{name}/kernel"].total, x.T @ x, rtol=1e-4, atol=1e-4
+    )
+
+
+class Scanned(nn.Module):
+  """Two layers as one, scanned."""
+
+  @nn.compact
+  def __call__(self, x):
+    def body(module, x, _):
+      del module
+      return nn.Dense(4, name="dense")(x), None
+
+    scan = nn.scan(
+      body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )
+    return scan(self, x, None)[0]
+
+
+def test_scanned_layers_are_refused_by_name():
+  x = np.ones((3, 4), np.float32)
+  params = Scanned().init(jax.random.key(0), x)
+  with pytest.raises(
+    ValueError, match=r"within nn\.scan, nn\.remat or nn\.vmap"
+  ):
+    jlora.second_moments(Scanned().apply, params, [x])
 
 
 def delta_and_lora():
