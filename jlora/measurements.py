@@ -154,6 +154,10 @@ def at_rank(figures: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     bound on the largest singular value of the error: that of the first triplet
     left out if it was found, else of the last kept. It holds as far as the
     factors are the delta's own triplets; above the Frobenius error it is that.
+    A bound, because the value itself (`spectral_norm`) is dear and no nearer:
+    at 2048 x 5632 and rank 64 four to eight turns with 8 probes took 23 to 81%
+    of the factorisation's processor time (loaded) to come within 1 to 2% from
+    below, one probe 8% to come within 6%; the bound was 2% above.
 
   Example:
     >>> at_rank({"norm": 5.0, "errors": [5.0, 3.0], "changes": [0.0, 4.0],
