@@ -1,402 +1,238 @@
 # SPDX-License-Identifier: Apache-2.0
 """What beats truncated SVD at the same bytes: one table with every variant.
 
-  python -m experiments.equal_bytes [--rank=16] [--steps=100] [--smoke]
+  python -m experiments.equal_bytes [--domain=kjv] [--tuning_steps=25]
+    [--learning_rate=1e-4] [--ranks=16] [--seeds=0] [--only=...] [--skip=...]
+  python -m experiments.equal_bytes --smoke
 
-The finetune is SmolLM2 on the King James Bible (`experiments.finetune`); an
-adapter's distance is KL(finetuned ‖ base + adapter) on text held out of the
-finetune's domain and of another. Whatever is fitted is fitted to training text
-of the first domain. The bytes are those of plain SVD at `--rank` in bfloat16;
-every variant stays within them.
+The finetune is of SmolLM2 (`experiments.finetune`); an adapter's distance is
+KL(finetuned ‖ base + adapter) on held-out text of the finetune's domain and of
+the other. Whatever is fitted is fitted to training text of the first domain.
+The bytes are those of plain SVD at each of `--ranks` in bfloat16; every variant
+stays within them. A seed draws both texts' excerpts, the order of refining and
+the labels of the Fisher information.
 """
 
-import dataclasses
-import functools
 import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import optax
 from absl import app, flags
 
-import jlora
-from experiments import finetune, ladders, smollm2, texts
+from experiments import ladders, teachers, trials
 from experiments.caches import keep_compilations
-from jlora import packing, ranks, refinement
-from jlora.divergences import mean_kl
+from experiments.trials import Trial
+from experiments.variants import COSTLY, PLAIN, VARIANTS, Variant
 
-
-@dataclasses.dataclass
-class Trial:
-  """A pair, its budget and its texts; what is costly is made once.
-
-  Attributes:
-    ladder: the pair, factored.
-    rank: of plain SVD, which sets the budget.
-    calibration: (rows, time) tokens that fitting may see.
-    steps: of refining.
-    seed: of the order in which refining sees them.
-  """
-
-  ladder: ladders.Ladder
-  rank: int
-  calibration: np.ndarray
-  steps: int
-  seed: int
-
-  @property
-  def max_bytes(self) -> int:
-    """Of plain SVD in bfloat16."""
-    return ladders.bytes_of(self.ladder.shapes, self.rank)
-
-  @functools.cached_property
-  def sensitivity(self) -> dict[str, float]:
-    """Divergence for each unit of squared error, by module, at `rank`."""
-    return measure_sensitivity(self.ladder, self.rank, self.calibration[:2])
-
-  def refined(self, rank: int) -> jlora.Loras:
-    """The first units, refined; kept from variant to variant."""
-    if rank not in self._refined:
-      start = ladders.cut(self.ladder.loras, rank)
-      self._refined[rank] = fit(
-        self.ladder, start, self.calibration, self.steps, self.seed
-      )
-    return self._refined[rank]
-
-  def __post_init__(self):
-    self._refined: dict[int, jlora.Loras] = {}
-
-
-Made = tuple[Mapping[str, jlora.Lora], int]
-
-
-def in_bfloat16(loras: Mapping[str, jlora.Lora]) -> Made:
-  """Loras rounded to bfloat16, and their bytes."""
-  made = {path: jax.tree.map(_rounded, lora) for path, lora in loras.items()}
-  return made, sum(lora.nbytes for lora in made.values())
-
-
-def _rounded(x: Any) -> Any:
-  """Factors in bfloat16; a scale stays."""
-  x = np.asarray(x)
-  return x.astype(ml_dtypes.bfloat16) if x.ndim else x
-
-
-def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
-  """Loras packed and unpacked, and their packed bytes."""
-  packed = {
-    path: packing.pack(lora, bits[path]) for path, lora in loras.items()
-  }
-  size = sum(x.nbytes for x in packed.values())
-  return {path: packing.unpack(x) for path, x in packed.items()}, size
-
-
-def plain(trial: Trial) -> Made:
-  """Truncated SVD of every module at one rank, in bfloat16."""
-  return in_bfloat16(ladders.cut(trial.ladder.loras, trial.rank))
-
-
-def spread(trial: Trial, spectra: Mapping[str, np.ndarray]) -> Made:
-  """Uneven ranks from the byte budget, in bfloat16."""
-  units = {path: 2 * sum(shape) for path, shape in trial.ladder.shapes.items()}
-  chosen = ranks.budget(spectra, units, trial.max_bytes)
-  return in_bfloat16(ladders.cut(trial.ladder.loras, chosen))
-
-
-def even_bits(trial: Trial, bits: int) -> Made:
-  """One width for all and as many more units as the bytes allow."""
-  rank = trial.rank
-  while True:
-    loras = ladders.cut(trial.ladder.loras, rank + 1)
-    size = sum(
-      lora.rank * (-(-bits * (lora.a.shape[1] + lora.b.shape[1]) // 8) + 9)
-      for lora in loras.values()
-    )
-    if size > trial.max_bytes:
-      loras = ladders.cut(trial.ladder.loras, rank)
-      return in_bits(loras, dict.fromkeys(loras, bits))
-    rank += 1
-
-
-def spread_bits(trial: Trial, spectra: Mapping[str, np.ndarray]) -> Made:
-  """Rank and widths chosen together, by squared error for each byte."""
-  ladder = trial.ladder
-  bits = packing.bits_within(spectra, ladder.shapes, trial.max_bytes)
-  return in_bits(ladder.loras, bits)
-
-
-def weighted(trial: Trial) -> dict[str, np.ndarray]:
-  """Singular values in units of divergence."""
-  return {
-    path: s * np.sqrt(trial.sensitivity[path])
-    for path, s in trial.ladder.spectra.items()
-  }
-
-
-def refined_bits(trial: Trial, rank: int, sensitive: bool) -> Made:
-  """More units, refined, taken apart anew, then packed into the bytes."""
-  factors = {
-    path: jlora.recompress(lora.a, lora.b, lora.rank)
-    for path, lora in trial.refined(rank).items()
-  }
-  loras = {path: jlora.from_factors(f) for path, f in factors.items()}
-  spectra = {path: f.s for path, f in factors.items()}
-  if sensitive:
-    weights = {path: np.sqrt(trial.sensitivity[path]) for path in spectra}
-    spectra = {path: s * weights[path] for path, s in spectra.items()}
-  shapes = {path: trial.ladder.shapes[path] for path in loras}
-  bits = packing.bits_within(spectra, shapes, trial.max_bytes)
-  return in_bits(loras, bits)
-
-
-_PLAIN = "plain SVD in bfloat16"
-
-#: name -> trial -> (Loras, bytes).
-VARIANTS: dict[str, Callable[[Trial], Made]] = {
-  "no adapter": lambda _: ({}, 0),
-  _PLAIN: plain,
-  "ranks by squared error": lambda t: spread(t, t.ladder.spectra),
-  "ranks by sensitivity": lambda t: spread(t, weighted(t)),
-  "8 bits": lambda t: even_bits(t, 8),
-  "4 bits": lambda t: even_bits(t, 4),
-  "2 bits": lambda t: even_bits(t, 2),
-  "bits by squared error": lambda t: spread_bits(t, t.ladder.spectra),
-  "bits by sensitivity": lambda t: spread_bits(t, weighted(t)),
-  "refined in bfloat16": lambda t: in_bfloat16(t.refined(t.rank)),
-  "refined at 4 x rank in bits by squared error": lambda t: refined_bits(
-    t, 4 * t.rank, sensitive=False
-  ),
-  "refined at 4 x rank in bits by sensitivity": lambda t: refined_bits(
-    t, 4 * t.rank, sensitive=True
-  ),
-}
-
-
-def measure_sensitivity(
-  ladder: ladders.Ladder, rank: int, tokens: np.ndarray
-) -> dict[str, float]:
-  """What a module's squared error costs: divergence over squared error.
-
-  Args:
-    ladder: the pair.
-    rank: at which each module in turn is cut, all others being the finetune's.
-    tokens: (rows, time).
-
-  Returns:
-    path -> nats per token for a squared Frobenius error of 1.
-  """
-  rows = jnp.asarray(tokens)
-  student = jax.jit(
-    lambda teacher, params: jnp.sum(
-      jnp.exp(teacher)
-      * (teacher - jax.nn.log_softmax(ladder.model(params, rows))),
-      axis=-1,
-    ).mean()
-  )
-  teacher = jax.jit(
-    lambda params: jax.nn.log_softmax(ladder.model(params, rows))
-  )(ladder.finetuned)
-  found = {}
-  for path, lora in ladder.loras.items():
-    # The finetune less what truncation loses of this module alone.
-    rest = np.square(ladder.norms[path]) - np.sum(
-      np.square(ladder.spectra[path][:rank], dtype=np.float64)
-    )
-    at = ladders.with_loras(ladder.base, ladders.cut({path: lora}, rank))
-    params = _exchange(ladder.finetuned, at, path)
-    found[path] = max(float(student(teacher, params)), 0.0) / max(rest, 1e-12)
-  # Modules whose cost drowns in rounding still cost something.
-  least = float(np.median(list(found.values()))) / 100
-  return {path: max(cost, least) for path, cost in found.items()}
-
-
-def _exchange(params: Any, other: Any, path: str) -> Any:
-  """Parameters with one leaf of another tree."""
-  head, _, rest = path.partition("/")
-  leaf = _exchange(params[head], other[head], rest) if rest else other[head]
-  return {**params, head: leaf}
-
-
-def fit(
-  ladder: ladders.Ladder,
-  loras: jlora.Loras,
-  tokens: np.ndarray,
-  steps: int,
-  seed: int,
-  learning_rate: float = 1e-5,
-) -> jlora.Loras:
-  """Loras after so many steps of refining, on the host.
-
-  Args:
-    ladder: the pair.
-    loras: to start from.
-    tokens: (rows, time); two rows a step, each once in every round.
-    steps: updates.
-    seed: of the rows' order.
-    learning_rate: Adam's largest, after a tenth of the steps; it then falls to
-      zero as a cosine. 1e-4, a hundredth of an entry, drove the divergence up.
-
-  Returns:
-    path -> Lora of NumPy arrays.
-  """
-  schedule = optax.warmup_cosine_decay_schedule(
-    learning_rate / 10, learning_rate, steps // 10 + 1, steps + 1
-  )
-  init, update = refinement.refine(ladder.model, optax.adam(schedule))
-  step = jax.jit(update, donate_argnums=(0, 1))
-  loras = jax.tree.map(jnp.array, loras)
-  state, rng = init(loras), np.random.default_rng(seed)
-  order = np.concatenate(
-    [rng.permutation(len(tokens)) for _ in range(-(-2 * steps // len(tokens)))]
-  )
-  for at in range(steps):
-    rows = jnp.asarray(tokens[order[2 * at : 2 * at + 2]])
-    loras, state, value = step(
-      loras, state, ladder.base, ladder.finetuned, rows
-    )
-    if at % max(steps // 5, 1) == 0:
-      print(f"  refining: step {at}, {value:.5f} nats", flush=True)
-  return jax.tree.map(np.asarray, loras)
+Row = dict[str, Any]
 
 
 def compare_variants(
   trial: Trial,
-  texts_: Mapping[str, np.ndarray],
-  variants: Mapping[str, Callable[[Trial], Made]] = VARIANTS,
-) -> Iterator[dict[str, Any]]:
+  listened: Mapping[str, teachers.Teacher],
+  rank: int,
+  variants: Mapping[str, Variant] = VARIANTS,
+) -> Iterator[Row]:
   """A row of the table for every variant, as soon as it is measured.
 
   Args:
-    trial: the pair and its budget.
-    texts_: name -> (rows, time) tokens, held out.
+    trial: the pair.
+    listened: name -> the finetune on held-out text.
+    rank: of plain SVD, whose bytes are the budget.
     variants: name -> what makes the adapter.
 
   Yields:
-    variant, bytes, seconds to make, and for each text `kl` and `kl_error`.
+    variant, rank, seed, bytes, seconds to make without what `trial.spent` has,
+    and for each text `kl` and `kl_error`.
   """
   ladder = trial.ladder
   for name, make in variants.items():
-    began = time.perf_counter()
-    loras, nbytes = make(trial)
+    before, began = sum(trial.spent.values()), time.perf_counter()
+    loras, nbytes = make(trial, rank)
     seconds = time.perf_counter() - began
+    seconds -= sum(trial.spent.values()) - before
     params = ladders.with_loras(ladder.base, loras)
-    row = {"variant": name, "bytes": nbytes, "seconds": round(seconds, 1)}
-    for text, tokens in texts_.items():
-      found = mean_kl(
-        ladder.model,
-        ladder.finetuned,
-        params,
-        tokens.reshape(-1, 1, tokens.shape[1]),
-      )
-      row[text] = {"kl": found.kl, "kl_error": found.kl_error}
+    row = {
+      "variant": name,
+      "rank": rank,
+      "seed": trial.seed,
+      "bytes": nbytes,
+      "seconds": round(seconds, 1),
+    }
+    for text, teacher in listened.items():
+      kl, error = teachers.distance_from(teacher, params)
+      row[text] = {"kl": kl, "kl_error": error}
     yield row
 
 
-def as_line(row: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-  """A row of the table, with each divergence over plain SVD's.
+def summarise(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
+  """Rows of all seeds put together, one for each rank and variant.
 
   Args:
-    row: as measured.
-    reference: plain SVD's row.
+    rows: as measured; plain SVD among them for each rank and seed.
+    texts: names.
 
   Returns:
-    A Markdown table's line.
+    variant, rank, seeds, bytes and seconds (means), and for each text `kl`,
+    `kl_error`, `ratio` to plain SVD of the same seed and `ratio_error`: means
+    over seeds, errors their standard deviation over seeds; for one seed
+    `kl_error` is that over sequences and `ratio_error` NaN.
+
+  Raises:
+    ValueError: where plain SVD is missing.
 
   Example:
-    >>> row = {"variant": "x", "bytes": 2**20, "seconds": 1.0,
-    ...        "kjv": {"kl": 0.5, "kl_error": 0.1}}
-    >>> as_line(row, row)
-    '| x | 1.00 | 0.50000 ± 0.10000 | 1.000 | 1.0 |'
+    >>> plain = {"variant": PLAIN, "rank": 4, "seed": 0, "bytes": 8,
+    ...          "seconds": 1.0, "kjv": {"kl": 0.5, "kl_error": 0.1}}
+    >>> half = {**plain, "variant": "x", "kjv": {"kl": 0.25, "kl_error": 0.1}}
+    >>> summarise([plain, half], ["kjv"])[1]["kjv"]["ratio"]
+    0.5
   """
-  cells = [row["variant"], f"{row['bytes'] / 2**20:.2f}"]
-  for name, value in row.items():
-    if isinstance(value, Mapping):
-      cells += [f"{value['kl']:.5f} ± {value['kl_error']:.5f}"]
-      cells += [f"{value['kl'] / reference[name]['kl']:.3f}"]
-  return "| " + " | ".join([*cells, f"{row['seconds']:.1f}"]) + " |"
+  reference = {
+    (row["rank"], row["seed"]): row for row in rows if row["variant"] == PLAIN
+  }
+  groups: dict[tuple[int, str], list[Row]] = {}
+  for row in rows:
+    if (row["rank"], row["seed"]) not in reference:
+      raise ValueError(
+        f"{PLAIN} is missing at rank {row['rank']}, seed {row['seed']}: "
+        "measure it as well, all others are told relative to it."
+      )
+    groups.setdefault((row["rank"], row["variant"]), []).append(row)
+  found = []
+  for (rank, variant), members in groups.items():
+    whole: Row = {"variant": variant, "rank": rank, "seeds": len(members)}
+    for column in ("bytes", "seconds"):
+      whole[column] = float(np.mean([row[column] for row in members]))
+    for text in texts:
+      kl = [row[text]["kl"] for row in members]
+      ratios = [
+        row[text]["kl"] / reference[rank, row["seed"]][text]["kl"]
+        for row in members
+      ]
+      several = len(members) > 1
+      whole[text] = {
+        "kl": float(np.mean(kl)),
+        "kl_error": float(np.std(kl, ddof=1))
+        if several
+        else members[0][text]["kl_error"],
+        "ratio": float(np.mean(ratios)),
+        "ratio_error": float(np.std(ratios, ddof=1))
+        if several
+        else float("nan"),
+      }
+    found.append(whole)
+  return found
 
 
-def make_trial(
-  cache: str | None, rank: int, steps: int, seed: int, rows: int
-) -> tuple[Trial, dict[str, np.ndarray]]:
-  """The SmolLM2 pair with its texts.
+def as_table(summaries: Sequence[Row], texts: Sequence[str]) -> str:
+  """The summaries of one rank as a Markdown table.
 
   Args:
-    cache: as `caches.cache_folder`.
-    rank: of plain SVD.
-    steps: of refining.
-    seed: of refining.
-    rows: of held-out text, 128 tokens each.
+    summaries: as `summarise` gives them.
+    texts: names, a pair of columns each.
 
   Returns:
-    Trial, and name -> (rows, 128) held-out tokens.
+    Lines.
   """
-  base, tuned = finetune.kjv_pair(cache)
-  encode = smollm2.tokenizer(base)
-  train, held = texts.split(smollm2.kjv(cache))
-  take = functools.partial(texts.excerpts, encode=encode, length=127)
-  # Rows between those that the finetune saw, of the same nine tenths.
-  calibration = take(train, rows=160)
-  held_out = {
-    "kjv": take(held, rows=rows),
-    "pydoc": take(texts.split(texts.pydoc())[1], rows=rows),
-  }
-  ladder = ladders.load_ladder(base, tuned, 256)
-  return Trial(ladder, rank, calibration, steps, seed), held_out
+  heads = "".join(f" KL on {name} | x plain |" for name in texts)
+  lines = [
+    f"| variant | seeds | MiB |{heads} s |",
+    f"|---|---|---|{'---|---|' * len(texts)}---|",
+  ]
+  for row in summaries:
+    cells = []
+    for text in texts:
+      found = row[text]
+      spread = found["ratio_error"]
+      cells.append(f"{found['kl']:.5f} ± {found['kl_error']:.5f}")
+      cells.append(
+        f"{found['ratio']:.3f}"
+        + ("" if np.isnan(spread) else f" ± {spread:.3f}")
+      )
+    lines.append(
+      f"| {row['variant']} | {row['seeds']} | {row['bytes'] / 2**20:.2f} | "
+      + " | ".join(cells)
+      + f" | {row['seconds']:.1f} |"
+    )
+  return "\n".join(lines)
 
 
-def tiny_trial(work: str, seed: int) -> tuple[Trial, dict[str, np.ndarray]]:
-  """The tiny pair: does it run?"""
-  pair = finetune.tiny_pair(work, jax.random.key(seed))
-  train, held = texts.split(texts.pydoc())
-  take = functools.partial(texts.excerpts, encode=texts.encode_bytes, length=63)
-  ladder = ladders.load_ladder(*pair, 32)
-  trial = Trial(ladder, 2, take(train, rows=24), 20, seed)
-  return trial, {"pydoc": take(held, rows=4)}
+def _trials(values: Any) -> Iterator[tuple[Trial, dict[str, np.ndarray]]]:
+  """A trial and its held-out texts for each seed; one factorisation for all."""
+  seeds = [int(seed) for seed in values.seeds]
+  if values.smoke:
+    with tempfile.TemporaryDirectory() as work:
+      yield trials.tiny_trial(work, seeds[0])
+    return
+  ladder, encode = trials.smollm2_ladder(
+    values.cache,
+    values.domain,
+    values.tuning_steps,
+    values.learning_rate,
+    values.highest,
+  )
+  for seed in seeds:
+    calibration, held_out = trials.draw_texts(
+      encode, values.cache, values.domain, values.rows, seed
+    )
+    yield Trial(ladder, calibration, values.steps, seed), held_out
+
+
+def _chosen(values: Any) -> dict[str, Variant]:
+  """The variants asked for; the costly ones only by name or with --costly."""
+  skipped = () if values.costly else COSTLY
+  names = values.only or [name for name in VARIANTS if name not in skipped]
+  unknown = [name for name in names if name not in VARIANTS]
+  if unknown:
+    raise app.UsageError(f"no variants: {unknown}; there are {list(VARIANTS)}")
+  return {name: VARIANTS[name] for name in names}
 
 
 def main(_: list[str]) -> None:
-  """Prints the table and writes it as JSON."""
+  """Prints a row as it is measured, then the tables; writes rows as JSON."""
   values = flags.FLAGS
   keep_compilations(values.cache)
-  with tempfile.TemporaryDirectory() as work:
-    trial, held_out = (
-      tiny_trial(work, values.seed)
-      if values.smoke
-      else make_trial(
-        values.cache, values.rank, values.steps, values.seed, values.rows
-      )
-    )
-  names = "".join(f" KL on {name} | x plain |" for name in held_out)
-  print(
-    f"| variant | MiB |{names} s |\n|---|---|{'---|---|' * len(held_out)}---|"
-  )
-  chosen = {name: VARIANTS[name] for name in values.only or VARIANTS}
-  rows: list[dict[str, Any]] = []
-  for row in compare_variants(trial, held_out, chosen):
-    rows.append(row)
-    reference = next((r for r in rows if r["variant"] == _PLAIN), row)
-    print(as_line(row, reference), flush=True)
-    if values.out:
-      settings = {"rank": trial.rank, "steps": trial.steps, "seed": trial.seed}
-      text = json.dumps({"settings": settings, "rows": rows}, indent=1)
-      pathlib.Path(values.out).write_text(text + "\n")
+  ranks = [2] if values.smoke else [int(rank) for rank in values.ranks]
+  rows: list[Row] = []
+  names: list[str] = []
+  for trial, held_out in _trials(values):
+    listened = {
+      name: teachers.listen(trial.ladder.model, trial.ladder.finetuned, tokens)
+      for name, tokens in held_out.items()
+    }
+    names = list(listened)
+    for rank in ranks:
+      for row in compare_variants(trial, listened, rank, _chosen(values)):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if values.out:
+          text = json.dumps(rows, indent=1)
+          pathlib.Path(values.out).write_text(text + "\n")
+    for name, seconds in trial.spent.items():
+      print(f"seed {trial.seed}: {name}, {seconds:.0f} s")
+  whole = summarise(rows, names)
+  for rank in ranks:
+    print(f"\nThe bytes of rank {rank}:\n")
+    print(as_table([row for row in whole if row["rank"] == rank], names))
 
 
 if __name__ == "__main__":
   # Here, not above: importing this module must not claim a flag's name.
-  flags.DEFINE_integer("rank", 16, "Of plain SVD, whose bytes are the budget.")
-  flags.DEFINE_integer("steps", 100, "Of refining.")
-  flags.DEFINE_integer("seed", 0, "Of refining.")
+  flags.DEFINE_string("domain", "kjv", "Text of the finetune.")
+  flags.DEFINE_integer("tuning_steps", 25, "Of the finetune.")
+  flags.DEFINE_float("learning_rate", 1e-4, "Of the finetune.")
+  flags.DEFINE_list("ranks", ["16"], "Of plain SVD, whose bytes are budgets.")
+  flags.DEFINE_list("seeds", ["0"], "Of what is drawn.")
+  flags.DEFINE_integer("steps", 80, "Of refining.")
   flags.DEFINE_integer("rows", 16, "Held-out rows of 128 tokens, each text.")
-  flags.DEFINE_list("only", None, "Some variants by name; all without it.")
+  flags.DEFINE_integer("highest", 256, "Rank up to which is factored.")
+  flags.DEFINE_list("only", None, "Some variants by name.")
+  flags.DEFINE_bool("costly", False, "Refined and sensitivity as well.")
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
   flags.DEFINE_string("out", None, "JSON file for the rows.")
   flags.DEFINE_bool("smoke", False, "The tiny pair, in seconds.")

@@ -4,7 +4,8 @@
 The real pair is SmolLM2-135M, finetuned on the King James Bible; the tiny one
 is random, finetuned on bytes of the standard library's help, and takes seconds.
 
-  python -m experiments.finetune [--cache FOLDER] [--smoke]
+  python -m experiments.finetune [--domain=kjv] [--steps=25]
+    [--learning_rate=1e-4] [--cache=FOLDER] [--smoke]
 
 Prints the two folders and the held-out losses of both models.
 """
@@ -26,7 +27,8 @@ import tqdm
 from absl import app, flags, logging
 from flax import traverse_util
 
-from experiments import smollm2, texts
+from experiments import corpora, smollm2, texts
+from experiments.caches import keep_compilations
 from jlora import models
 
 Apply = Callable[[Any, jax.Array], jax.Array]
@@ -100,8 +102,6 @@ def finetune(
 ) -> Any:
   """Parameters after full finetuning: every trained matrix moves freely.
 
-  Matrices and embeddings move unless `train` says otherwise.
-
   Adam without weight decay, linear warmup over a fifth of the steps, cosine to
   zero, gradients clipped to norm 1. Costs four copies of what is trained,
   beside the parameters.
@@ -112,7 +112,8 @@ def finetune(
     batches: at least `steps` arrays (batch, time + 1) int32, of one shape.
     steps: updates.
     learning_rate: the largest; a weight moves by at most about this a step.
-    train: which paths move; the rest is shared with `params`.
+    train: which paths move, matrices and embeddings without it; the rest is
+      shared with `params`.
 
   Returns:
     A nested dict like `params`.
@@ -176,17 +177,29 @@ def _optimiser(
 
 def kjv_pair(
   cache: str | os.PathLike[str] | None = None,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """SmolLM2-135M and its short full finetune on the King James Bible.
+
+  Args and Returns: as `smollm2_pair`.
+  """
+  return smollm2_pair(cache, "kjv")
+
+
+def smollm2_pair(
+  cache: str | os.PathLike[str] | None,
+  domain: str,
   *,
   steps: int = 25,
   learning_rate: float = 1e-4,
 ) -> tuple[pathlib.Path, pathlib.Path]:
-  """SmolLM2-135M and its full finetune on the King James Bible.
+  """SmolLM2-135M and its full finetune on a text.
 
   Made once, then found in the cache under the recipe's name. Trains on the
   text's first nine tenths, 4 x 128 tokens a step, each seen once.
 
   Args:
     cache: as `caches.cache_folder`.
+    domain: the text, of `corpora.CORPORA`.
     steps: updates.
     learning_rate: the largest.
 
@@ -194,15 +207,14 @@ def kjv_pair(
     The base folder and the finetuned folder, float32.
 
   Raises:
-    RuntimeError: if a download fails.
-    ValueError: if a checksum is wrong.
+    ValueError: as `corpora.parts`, or if the text is too short.
   """
   base = smollm2.fetch(cache)
   folder = base.with_name(
-    f"{base.name}-kjv-{steps}x4x128-{learning_rate:g}-all"
+    f"{base.name}-{domain}-{steps}x4x128-{learning_rate:g}-all"
   )
   if not folder.exists():
-    text, _ = texts.split(smollm2.kjv(cache))
+    text, _ = corpora.parts(domain, cache)
     apply, params = models.load(base)
     tokens = texts.excerpts(
       text, smollm2.tokenizer(base), rows=4 * steps, length=128
@@ -251,15 +263,22 @@ def tiny_pair(
 
 def main(_: list[str]) -> None:
   """Makes a pair and prints its folders and held-out losses."""
-  cache, smoke = flags.FLAGS.cache, flags.FLAGS.smoke
-  held_out = {"pydoc": texts.split(texts.pydoc())[1]}
+  values = flags.FLAGS
+  logging.set_verbosity(logging.INFO)
+  keep_compilations(values.cache)
   with tempfile.TemporaryDirectory() as work:
-    if smoke:
+    if values.smoke:
       pair, encode = tiny_pair(work, jax.random.key(0)), texts.encode_bytes
+      names = ["pydoc"]
     else:
-      pair = kjv_pair(cache)
-      encode = smollm2.tokenizer(pair[0])
-      held_out["kjv"] = texts.split(smollm2.kjv(cache))[1]
+      pair = smollm2_pair(
+        values.cache,
+        values.domain,
+        steps=values.steps,
+        learning_rate=values.learning_rate,
+      )
+      encode, names = smollm2.tokenizer(pair[0]), list(corpora.CORPORA)
+    held_out = {name: corpora.parts(name, values.cache)[1] for name in names}
     for folder in pair:
       apply, params = models.load(folder)
       for name, text in held_out.items():
@@ -270,6 +289,9 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   # Here, not above: importing this module must not claim a flag's name.
+  flags.DEFINE_string("domain", "kjv", "The text, of experiments.corpora.")
+  flags.DEFINE_integer("steps", 25, "Updates of 4 x 128 tokens.")
+  flags.DEFINE_float("learning_rate", 1e-4, "The largest.")
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
   flags.DEFINE_bool("smoke", False, "The tiny pair, in seconds.")
   app.run(main)

@@ -2,7 +2,8 @@
 """Which rank does a finetune need? Error, divergence and bytes by rank, advice.
 
   python -m experiments.rank_sweep --base=DIR --finetuned=DIR --text=FILE
-  python -m experiments.rank_sweep --cache=FOLDER      (SmolLM2 and the KJV)
+  python -m experiments.rank_sweep [--domain=kjv] [--tuning_steps=25]
+    [--learning_rate=1e-4] [--cache=FOLDER]            (of SmolLM2)
 
 One factorisation serves every rank. The advice is the smallest adapter with
 uneven ranks that reaches `--max_kl`, `--max_error` or `--recover`.
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import finetune, ladders, smollm2, texts
+from experiments import corpora, finetune, ladders, smollm2, texts
 from experiments.caches import keep_compilations
 from jlora import advice
 from jlora.divergences import mean_kl, recovered
@@ -199,8 +200,13 @@ def _pair(values: Any, work: str) -> tuple[Any, Any, str]:
     if not (values.finetuned and values.text):
       raise app.UsageError("--base needs --finetuned and --text")
     return values.base, values.finetuned, pathlib.Path(values.text).read_text()
-  held_out = texts.split(smollm2.kjv(values.cache))[1]
-  return *finetune.kjv_pair(values.cache), held_out
+  pair = finetune.smollm2_pair(
+    values.cache,
+    values.domain,
+    steps=values.tuning_steps,
+    learning_rate=values.learning_rate,
+  )
+  return *pair, corpora.parts(values.domain, values.cache)[1]
 
 
 def main(_: list[str]) -> None:
@@ -235,6 +241,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("base", None, "Model folder; SmolLM2 without it.")
   flags.DEFINE_string("finetuned", None, "Model folder of the same config.")
   flags.DEFINE_string("text", None, "Held-out text file, with --base.")
+  flags.DEFINE_string("domain", "kjv", "Text of SmolLM2's finetune.")
+  flags.DEFINE_integer("tuning_steps", 25, "Of that finetune.")
+  flags.DEFINE_float("learning_rate", 1e-4, "Of that finetune.")
   flags.DEFINE_integer("highest", 512, "Rank up to which is factored.")
   flags.DEFINE_integer("rows", 16, "Held-out rows of 128 tokens.")
   flags.DEFINE_float("max_kl", None, "Goal: nats per token at the most.")

@@ -29,8 +29,9 @@ def excerpts(
   *,
   rows: int,
   length: int,
+  seed: int | None = None,
 ) -> np.ndarray:
-  """Evenly spaced stretches of a text, as tokens.
+  """Stretches of a text as tokens, one from each of as many equal parts.
 
   Only the stretches are tokenised, not the whole text.
 
@@ -39,6 +40,7 @@ def excerpts(
     encode: string -> (tokens,) int.
     rows: how many stretches.
     length: tokens predicted in each.
+    seed: of where in its part each begins; None takes the beginnings.
 
   Returns:
     (rows, length + 1) int32, no two rows overlapping.
@@ -53,9 +55,13 @@ def excerpts(
   """
   stride = len(text) // rows
   limit = min(stride, 16 * (length + 1))
+  starts = np.arange(rows) * stride
+  if seed is not None:
+    rng = np.random.default_rng(seed)
+    # Such room that almost any text has the tokens.
+    starts += rng.integers(0, max(stride - limit, 0) + 1, rows)
   found = [
-    encode(text[start : start + limit])[: length + 1]
-    for start in range(0, stride * rows, stride or 1)
+    encode(text[start : start + limit])[: length + 1] for start in starts
   ]
   if not found or min(map(len, found)) <= length:
     raise ValueError(

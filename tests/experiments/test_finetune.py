@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments import finetune, texts
+from experiments import corpora, finetune, texts
 from jlora import models
 
 
@@ -85,3 +85,29 @@ def test_excerpts_are_disjoint_and_batches_use_each_once():
   assert train + held_out == text
   with pytest.raises(ValueError, match="6 stretches of 20 tokens do not fit"):
     texts.excerpts(text, texts.encode_bytes, rows=6, length=19)
+
+
+def test_a_seed_moves_excerpts_within_their_own_parts():
+  text = "".join(map(chr, range(1000, 2000)))
+
+  def starts(seed):
+    tokens = texts.excerpts(
+      text,
+      lambda part: np.array([*map(ord, part)]),
+      rows=5,
+      length=3,
+      seed=seed,
+    )
+    return tokens[:, 0] - 1000
+
+  assert starts(None).tolist() == [0, 200, 400, 600, 800]
+  assert (starts(0) // 200).tolist() == [0, 1, 2, 3, 4]
+  assert starts(0).tolist() == starts(0).tolist()
+  assert len({*starts(0) % 200, *starts(1) % 200}) > 5
+
+
+def test_texts_have_names():
+  train, held = corpora.parts("pydoc")
+  assert train + held == texts.pydoc()
+  with pytest.raises(ValueError, match="'runes': take kjv, pydoc"):
+    corpora.parts("runes")

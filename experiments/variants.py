@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of at most the same bytes, made in all the ways there are."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import jlora
+from experiments import ladders
+from experiments.trials import WEIGHINGS, Trial, Units
+from jlora import packing, ranks
+
+Made = tuple[Mapping[str, jlora.Lora], int]
+
+
+def in_bfloat16(loras: Mapping[str, jlora.Lora]) -> Made:
+  """Loras rounded to bfloat16, and their bytes."""
+  made = {path: jax.tree.map(_rounded, lora) for path, lora in loras.items()}
+  return made, sum(lora.nbytes for lora in made.values())
+
+
+def _rounded(x: Any) -> Any:
+  """Factors in bfloat16; a scale stays."""
+  x = np.asarray(x)
+  return x.astype(ml_dtypes.bfloat16) if x.ndim else x
+
+
+def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
+  """Loras packed and unpacked, and their packed bytes."""
+  packed = {
+    path: packing.pack(lora, bits[path]) for path, lora in loras.items()
+  }
+  size = sum(x.nbytes for x in packed.values())
+  return {path: packing.unpack(x) for path, x in packed.items()}, size
+
+
+def plain(trial: Trial, rank: int) -> Made:
+  """Truncated SVD of every module at one rank, in bfloat16."""
+  return in_bfloat16(ladders.cut(trial.ladder.loras, rank))
+
+
+def weighed(trial: Trial, rank: int, name: str) -> Made:
+  """Truncated whitened SVD of every module at one rank, in bfloat16."""
+  return in_bfloat16(ladders.cut(trial.whitened(name).loras, rank))
+
+
+def spread(trial: Trial, rank: int, units: Units) -> Made:
+  """Uneven ranks by what units are worth for their bytes, in bfloat16."""
+  sizes = {path: 2 * sum(shape) for path, shape in trial.ladder.shapes.items()}
+  chosen = ranks.budget(units.spectra, sizes, trial.max_bytes(rank))
+  return in_bfloat16(ladders.cut(units.loras, chosen))
+
+
+def even_bits(trial: Trial, rank: int, bits: int) -> Made:
+  """One width for all and as many more units as the bytes allow."""
+  most = trial.max_bytes(rank)
+  while True:
+    loras = ladders.cut(trial.ladder.loras, rank + 1)
+    size = sum(
+      lora.rank * (-(-bits * (lora.a.shape[1] + lora.b.shape[1]) // 8) + 9)
+      for lora in loras.values()
+    )
+    if size > most:
+      loras = ladders.cut(trial.ladder.loras, rank)
+      return in_bits(loras, dict.fromkeys(loras, bits))
+    rank += 1
+
+
+def spread_bits(trial: Trial, rank: int, units: Units) -> Made:
+  """Rank and widths chosen together, by what units are worth for a byte."""
+  shapes = {path: trial.ladder.shapes[path] for path in units.loras}
+  bits = packing.bits_within(units.spectra, shapes, trial.max_bytes(rank))
+  return in_bits(units.loras, bits)
+
+
+def unweighted(trial: Trial, _: int) -> Units:
+  """The units of plain SVD, worth their squared singular values."""
+  return Units(trial.ladder.loras, trial.ladder.spectra)
+
+
+def sensitive(trial: Trial, rank: int) -> Units:
+  """The same units, worth measured divergence."""
+  costs = trial.sensitivity(rank)
+  return _worth(unweighted(trial, rank), costs)
+
+
+def two_sided(trial: Trial, _: int) -> Units:
+  """Whitened units, worth nats by K-FAC; the embedding's at their share.
+
+  No layer reads the embedding, so that its units have no nats: they are scaled
+  by what an average squared unit of the other modules is worth.
+  """
+  found, plain_spectra = trial.whitened("two-sided full"), trial.ladder.spectra
+  known = trial.inputs().keys() & plain_spectra.keys()
+  weighed_, plain_ = (
+    sum(float(np.sum(np.square(x[path], dtype=np.float64))) for path in known)
+    for x in (found.spectra, plain_spectra)
+  )
+  spectra = {
+    path: s if path in known else s * np.float32(np.sqrt(weighed_ / plain_))
+    for path, s in found.spectra.items()
+  }
+  return Units(found.loras, spectra)
+
+
+def refined(trial: Trial, rank: int) -> Units:
+  """Four times the units, refined and taken apart anew."""
+  loras: dict[str, jlora.Lora] = {}
+  spectra: dict[str, Any] = {}
+  for path, lora in trial.refined(4 * rank).items():
+    factors = jlora.recompress(lora.a, lora.b, lora.rank)
+    loras[path], spectra[path] = jlora.from_factors(factors), factors.s
+  return Units(loras, spectra)
+
+
+def refined_sensitive(trial: Trial, rank: int) -> Units:
+  """The same, worth measured divergence."""
+  return _worth(refined(trial, rank), trial.sensitivity(rank))
+
+
+def _worth(units: Units, costs: Mapping[str, float]) -> Units:
+  return Units(
+    units.loras,
+    {path: s * np.sqrt(costs[path]) for path, s in units.spectra.items()},
+  )
+
+
+PLAIN = "plain SVD in bfloat16"
+
+Variant = Callable[[Trial, int], Made]
+
+
+def _weighed(name: str) -> Variant:
+  return lambda trial, rank: weighed(trial, rank, name)
+
+
+#: name -> (trial, rank of plain SVD) -> (Loras, bytes).
+VARIANTS: dict[str, Variant] = {
+  "no adapter": lambda t, r: ({}, 0),
+  PLAIN: plain,
+  **{f"whitened {name}": _weighed(name) for name in WEIGHINGS},
+  "ranks by squared error": lambda t, r: spread(t, r, unweighted(t, r)),
+  "ranks by sensitivity": lambda t, r: spread(t, r, sensitive(t, r)),
+  "ranks by two-sided error": lambda t, r: spread(t, r, two_sided(t, r)),
+  "8 bits": lambda t, r: even_bits(t, r, 8),
+  "4 bits": lambda t, r: even_bits(t, r, 4),
+  "2 bits": lambda t, r: even_bits(t, r, 2),
+  "bits by squared error": lambda t, r: spread_bits(t, r, unweighted(t, r)),
+  "bits by sensitivity": lambda t, r: spread_bits(t, r, sensitive(t, r)),
+  "bits by two-sided error": lambda t, r: spread_bits(t, r, two_sided(t, r)),
+  "refined in bfloat16": lambda t, r: in_bfloat16(t.refined(r)),
+  "refined at 4 x rank in bits by squared error": lambda t, r: spread_bits(
+    t, r, refined(t, r)
+  ),
+  "refined at 4 x rank in bits by sensitivity": lambda t, r: spread_bits(
+    t, r, refined_sensitive(t, r)
+  ),
+}
+
+#: Those that take minutes to make.
+COSTLY = tuple(
+  name for name in VARIANTS if "sensitiv" in name or "refined" in name
+)
