@@ -18,10 +18,24 @@ class Span(NamedTuple):
     start: of the first token, an int, or () int32 where a cache holds those
       before it.
     length: positions that the cache has room for; None remembers nothing.
+    skip: (batch,) int32, how many tokens of each text are padding before its
+      first; None where none is.
   """
 
   start: int | jax.Array = 0
   length: int | None = None
+  skip: jax.Array | None = None
+
+  def positions(self, time: int) -> jax.Array:
+    """Where tokens stand in their texts, (1 or batch, time) int32.
+
+    Args:
+      time: how many tokens there are, from `start`.
+    """
+    places = jnp.arange(time)[None] + self.start
+    if self.skip is None:
+      return places
+    return jnp.maximum(places - self.skip[:, None], 0)
 
 
 #: A text from its start, nothing remembered.
@@ -33,17 +47,18 @@ def attend(
   k: jax.Array,
   v: jax.Array,
   window: int | None = None,
-  start: int | jax.Array = 0,
+  span: Span = WHOLE,
 ) -> jax.Array:
   """Values averaged over each position's past, weighted by softmax(q k / √d).
 
   Args:
-    q: (batch, time, heads, d), any float dtype, of the positions from `start`.
+    q: (batch, time, heads, d), any float dtype, of the span's positions.
     k: (batch, past, kv_heads, d), of the positions from 0; each head serves
-      heads / kv_heads queries. What lies ahead of a query is not looked at.
+      heads / kv_heads queries. What lies ahead of a query is not looked at, nor
+      is padding, but by itself.
     v: (batch, past, kv_heads, d).
     window: positions seen, the present one included; None for all.
-    start: position of the first query, an int or () int32.
+    span: where the queries start, and where their texts do.
 
   Returns:
     (batch, time, heads, d) in the dtype of `q`; the softmax is float32. Holds
@@ -66,11 +81,15 @@ def attend(
   scores = jnp.einsum(
     "bgnd,bsgd->bgns", q, k, preferred_element_type=jnp.float32
   ).reshape(*grouped, past)
-  age = np.arange(time)[:, None] - np.arange(past)[None] + start
+  age = np.arange(time)[:, None] - np.arange(past)[None] + span.start
   seen = age >= 0
   if window is not None:
     seen &= age < window
-  scores = jnp.where(seen[None, None, None], scores / math.sqrt(d), -jnp.inf)
+  seen = seen[None, None, None]
+  if span.skip is not None:
+    is_text = np.arange(past)[None] >= span.skip[:, None]
+    seen &= is_text[:, None, None, None] | (age == 0)[None, None, None]
+  scores = jnp.where(seen, scores / math.sqrt(d), -jnp.inf)
   # Each position sees itself, so no row's largest score is infinite.
   most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   weights = jnp.exp(scores - most)
@@ -92,7 +111,7 @@ def turns(
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the angles of some positions, for `rotate`.
 
-      cos(t f_i), sin(t f_i),   t = start, ..., start + time - 1
+      cos(t f_i), sin(t f_i),   t = start - skip, ..., start - skip + time - 1
 
   Args:
     frequencies: d/2 angles per position, in radians.
@@ -101,20 +120,17 @@ def turns(
     dtype: of the result; the angles are float64.
 
   Returns:
-    Two arrays (1, time, 1, d/2).
+    Two arrays (1, time, 1, d/2); (batch, time, 1, d/2) with padding.
 
   Example:
     >>> turns((np.pi,), Span(), 2, jnp.float32)[0].ravel().tolist()
     [1.0, -1.0]
   """
   angles = np.outer(np.arange(span.length or time), frequencies)
-  cos, sin = (
-    jax.lax.dynamic_slice_in_dim(
-      jnp.asarray(f(angles), dtype), span.start, time
-    )
-    for f in (np.cos, np.sin)
-  )
-  return cos[None, :, None], sin[None, :, None]
+  tables = (jnp.asarray(f(angles), dtype) for f in (np.cos, np.sin))
+  places = span.positions(time)
+  cos, sin = (table.at[places].get(mode="clip") for table in tables)
+  return cos[:, :, None], sin[:, :, None]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -127,7 +143,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   Args:
     x: (batch, time, heads, d), any float dtype.
-    cos: (1, time, 1, d/2), as `turns` gives it, in the dtype of `x`.
+    cos: (1 or batch, time, 1, d/2), as `turns` gives it, in the dtype of `x`.
     sin: the same.
 
   Returns:

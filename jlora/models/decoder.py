@@ -37,7 +37,7 @@ class Attention(nn.Module):
     if s.qk_norm:
       q, k = norm(s, "q_norm")(q), norm(s, "k_norm")(k)
     k, v = remember(self, rotate(k, *turns), v, span)
-    y = attend(rotate(q, *turns), k, v, s.window, span.start)
+    y = attend(rotate(q, *turns), k, v, s.window, span)
     y = y.reshape(*x.shape[:2], -1)
     return dense(s.hidden, s.dtype, "o", bias=s.out_bias)(y)
 

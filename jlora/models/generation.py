@@ -5,7 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jlora.loras import name_some
 from jlora.models.attention import Span
 from jlora.models.networks import Model, Params
 
@@ -16,6 +18,7 @@ def generate(
   tokens: jax.Array,
   steps: int,
   *,
+  lengths: jax.Array | None = None,
   key: jax.Array | None = None,
   temperature: float = 0.0,
 ) -> jax.Array:
@@ -31,10 +34,12 @@ def generate(
   Args:
     apply: as `load` and `init` give it.
     params: its parameters; may be sharded.
-    tokens: (batch, time) int, prompts of one length. Others need a call for
-      each length: there is no padding.
+    tokens: (batch, time) int, prompts; shorter ones are filled at their ends.
     steps: how many tokens follow each prompt; the end of a text is not looked
       for, so cut there.
+    lengths: (batch,) int, how many tokens each prompt has, from 1 to time; None
+      means that they fill the rows. What a row says is then what it would say
+      alone, up to float rounding.
     key: PRNG key of the samples; None means `jax.random.key(0)`. The samples
       of a row depend on the rows beside it.
     temperature: not negative; 1 samples from the model as it is.
@@ -44,8 +49,8 @@ def generate(
     2 layers (time + steps) kv_heads head_dim numbers per row.
 
   Raises:
-    ValueError: for prompts without a token, no steps, a negative temperature,
-      or more positions than a GPT-2 has.
+    ValueError: for prompts without a token, lengths that do not fit, no steps,
+      a negative temperature, or more positions than a GPT-2 has.
 
   Example:
     >>> from jlora import models
@@ -68,23 +73,52 @@ def generate(
       f"steps must be at least 1, temperature at least 0; got {steps} and "
       f"{temperature}"
     )
+  if lengths is not None:
+    _check_lengths(np.asarray(lengths), *jnp.shape(tokens))
+    lengths = jnp.asarray(lengths, jnp.int32)
   return _generate(
     apply,
     params,
     jnp.asarray(tokens, jnp.int32),
     steps,
+    lengths,
     jax.random.key(0) if key is None else key,
     jnp.float32(temperature),
     is_greedy=temperature == 0.0,
   )
 
 
+def _check_lengths(lengths: np.ndarray, batch: int, time: int) -> None:
+  """Raises unless there is a length of 1 to time for every prompt."""
+  if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
+    raise ValueError(
+      f"lengths are ({batch},) integers, one a prompt, got {lengths.dtype} "
+      f"{lengths.shape}"
+    )
+  wrong = [
+    f"{length} of prompt {row}"
+    for row, length in enumerate(lengths)
+    if not 1 <= length <= time
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} lengths are not from 1 to {time}: {name_some(wrong)}"
+    )
+
+
 @functools.partial(
   jax.jit, static_argnums=(0, 3), static_argnames=("is_greedy",)
 )
-def _generate(apply, params, tokens, steps, key, temperature, *, is_greedy):
+def _generate(
+  apply, params, tokens, steps, lengths, key, temperature, *, is_greedy
+):
   """The prompts at once, then one token a step."""
-  time = tokens.shape[1]
+  time, skip = tokens.shape[1], None
+  if lengths is not None:
+    # Padding goes before the prompts: what is said next then stands in line.
+    skip = time - lengths
+    places = (jnp.arange(time)[None] - skip[:, None]) % time
+    tokens = jnp.take_along_axis(tokens, places, axis=1)
   # The last token is said, never read.
   length = time + steps - 1
 
@@ -96,12 +130,12 @@ def _generate(apply, params, tokens, steps, key, temperature, *, is_greedy):
 
   def step(carry, key):
     cache, token, position = carry
-    span = Span(position, length)
+    span = Span(position, length, skip)
     logits, cache = apply.extend(params, token, span, cache)
     return (cache, choose(logits, key), position + 1), token
 
   keys = jax.random.split(key, steps)
-  logits, cache = apply.extend(params, tokens, Span(0, length), {})
+  logits, cache = apply.extend(params, tokens, Span(0, length, skip), {})
   carry = cache, choose(logits, keys[0]), jnp.int32(time)
   (_, last, _), said = jax.lax.scan(step, carry, keys[1:])
   return jnp.concatenate([said[..., 0].T, last], axis=1)

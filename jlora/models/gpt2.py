@@ -121,7 +121,7 @@ class Attention(nn.Module):
     fused = dense(3 * s.hidden, s.dtype, "c_attn", bias=True)(x)
     q, k, v = jnp.split(fused.reshape(*x.shape[:2], 3 * s.heads, -1), 3, axis=2)
     k, v = remember(self, k, v, span)
-    y = attend(q, k, v, start=span.start).reshape(x.shape)
+    y = attend(q, k, v, span=span).reshape(x.shape)
     return dense(s.hidden, s.dtype, "c_proj", bias=True)(y)
 
 
@@ -182,7 +182,7 @@ class Gpt2(nn.Module):
       nn.Embed(rows, s.hidden, name=name, dtype=s.dtype, param_dtype=s.dtype)
       for name, rows in (("wte", s.vocab), ("wpe", s.positions))
     )
-    x = wte(tokens) + wpe(jnp.arange(time)[None] + span.start)
+    x = wte(tokens) + wpe(span.positions(time))
     x = Layers(s, name="h")(x, span)
     x = Norm(s, name="ln_f")(x if span.length is None else x[:, -1:])
     return wte.attend(x) if s.tied else dense(s.vocab, s.dtype, "head")(x)

@@ -50,6 +50,22 @@ def test_greedy_is_recomputation_and_transformers(case):
   np.testing.assert_array_equal(found, theirs[:, PROMPTS.shape[1] :])
 
 
+@pytest.mark.parametrize("case", ["mistral-window", "mixtral", "gpt2"])
+def test_prompts_of_unequal_length_say_what_each_says_alone(case):
+  _, apply, params = tiny_models.load_model(case)
+  lengths = np.array([7, 1, 4])
+  prompts = np.where(np.arange(7) < lengths[:, None], PROMPTS, 11)
+  found = models.generate(apply, params, prompts, STEPS, lengths=lengths)
+  for row, length in enumerate(lengths):
+    prompt = prompts[row : row + 1, :length]
+    alone = models.generate(apply, params, prompt, STEPS)
+    np.testing.assert_array_equal(found[row : row + 1], alone)
+  # What fills the rows is not read.
+  filled = np.where(np.arange(7) < lengths[:, None], PROMPTS, 23)
+  again = models.generate(apply, params, filled, STEPS, lengths=lengths)
+  np.testing.assert_array_equal(found, again)
+
+
 WORDS = 5
 
 
@@ -140,6 +156,10 @@ def test_adapted_parameters_are_not_compiled_again(key, monkeypatch):
     ({"tokens": jnp.zeros((2, 0), jnp.int32)}, r"shape \(2, 0\)"),
     ({"tokens": jnp.zeros(3, jnp.int32)}, r"shape \(3,\)"),
     ({"tokens": jnp.zeros((1, 2))}, "prompts are integers, got float32"),
+    ({"lengths": [1, 2]}, r"lengths are \(1,\) integers.*int64 \(2,\)"),
+    ({"lengths": [1.0]}, r"one a prompt, got float64"),
+    ({"lengths": [3]}, "1 lengths are not from 1 to 2: 3 of prompt 0"),
+    ({"lengths": [0]}, "0 of prompt 0"),
   ],
 )
 def test_impossible_requests_are_refused(small, change, message):
