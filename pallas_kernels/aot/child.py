@@ -14,7 +14,7 @@ from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from pallas_kernels.aot.chips import CHIPS, TPUS
 from pallas_kernels.aot.compiling import Compiled, Request
-from pallas_kernels.aot.gpus import H100
+from pallas_kernels.aot.gpus import H100, resources
 from pallas_kernels.aot.pipelines import pipelines_of
 
 
@@ -43,6 +43,11 @@ def cycles_in(folder: pathlib.Path) -> dict[str, int] | None:
     if name and cycles:
       found[name[1]] = int(cycles[1])
   return found or None
+
+
+def _ptxas_in(folder):
+  files = sorted(folder.glob("*.ptxas"))
+  return resources("\n".join(f.read_text(errors="replace") for f in files))
 
 
 def compile_here(request: Request, folder: pathlib.Path) -> Compiled:
@@ -80,6 +85,7 @@ def compile_here(request: Request, folder: pathlib.Path) -> Compiled:
     memory.temp_size_in_bytes if memory else 0,
     memory.generated_code_size_in_bytes if memory else 0,
     cycles_in(folder / "profile"),
+    _ptxas_in(folder / "mosaic"),
   )
 
 
@@ -87,7 +93,8 @@ def main() -> None:
   """Reads `asked` in the folder that is named, writes `answer`."""
   folder = pathlib.Path(sys.argv[1])
   (folder / "profile").mkdir()
-  _, request = pickle.loads((folder / "asked").read_bytes())
+  (folder / "mosaic").mkdir()
+  request = pickle.loads((folder / "asked").read_bytes())
   answer = pickle.dumps(compile_here(request, folder))
   (folder / "partial").write_bytes(answer)
   (folder / "partial").rename(folder / "answer")

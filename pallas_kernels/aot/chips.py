@@ -18,6 +18,8 @@ class Chip(NamedTuple):
   vmem: bytes of on-chip memory a kernel may fill: VMEM of one TPU core,
     shared memory of one GPU multiprocessor.
   fp8: the kernels may multiply float8 matrices there.
+  per_cycle: operations of all its matrix units in a cycle, None if unknown;
+    peak over this is the clock at which the compiler's cycles pass.
   source: where the figures come from.
   """
 
@@ -28,35 +30,38 @@ class Chip(NamedTuple):
   hbm: int
   vmem: int
   fp8: bool
+  per_cycle: int | None
   source: str
 
 
+# Operations of a square matrix unit in a cycle.
+_OF_128, _OF_256 = 2 * 128**2, 2 * 256**2
 _PAGES = "docs.cloud.google.com/tpu/docs/"
 
 # VMEM is on no data sheet: those figures are `pltpu.get_tpu_info`'s.
 CHIPS = {
   "v4": Chip(
-    *("v4:2x2x1", 2, 275e12, 1228e9, 32 * GIB, 16 * MIB, False),
+    *("v4:2x2x1", 2, 275e12, 1228e9, 32 * GIB, 16 * MIB, False, 8 * _OF_128),
     _PAGES + "v4",
   ),
   "v5e": Chip(
-    *("v5e:2x2", 1, 197e12, 819e9, 16 * GIB, 128 * MIB, False),
+    *("v5e:2x2", 1, 197e12, 819e9, 16 * GIB, 128 * MIB, False, 4 * _OF_128),
     _PAGES + "v5e",
   ),
   "v5p": Chip(
-    *("v5p:2x2x1", 1, 459e12, 2765e9, 95 * GIB, 64 * MIB, False),
+    *("v5p:2x2x1", 1, 459e12, 2765e9, 95 * GIB, 64 * MIB, False, 8 * _OF_128),
     _PAGES + "v5p",
   ),
   "v6e": Chip(
-    *("v6e:2x2", 1, 918e12, 1640e9, 32 * GIB, 128 * MIB, True),
+    *("v6e:2x2", 1, 918e12, 1640e9, 32 * GIB, 128 * MIB, True, 4 * _OF_256),
     _PAGES + "v6e",
   ),
   "v7x": Chip(
-    *("tpu7x:2x2x1", 2, 2307e12, 7370e9, 192 * GIB, 64 * MIB, True),
+    *("tpu7x:2x2x1", 2, 2307e12, 7370e9, 192 * GIB, 64 * MIB, True, None),
     _PAGES + "tpu7x",
   ),
   "h100": Chip(
-    *("h100", 1, 989e12, 3350e9, 80 * GIB, 227 * 1024, True),
+    *("h100", 1, 989e12, 3350e9, 80 * GIB, 227 * 1024, True, None),
     "NVIDIA H100 SXM data sheet, without sparsity",
   ),
 }
@@ -118,3 +123,15 @@ def excess_vmem(chip: Chip, limit: int | None) -> str | None:
     f"claims {limit / MIB:.1f} MiB of on-chip memory, "
     f"the chip has {chip.vmem / MIB:.1f} MiB"
   )
+
+
+def memory_cycles(chip: Chip, bytes_moved: float) -> float:
+  """Cycles of the chip in which HBM moves so many bytes.
+
+  Example:
+    >>> round(memory_cycles(CHIPS["v5e"], 819e9) / 1e9, 2)
+    1.5
+  """
+  if chip.per_cycle is None:
+    raise ValueError(f"the clock of {chip.topology} is not known")
+  return bytes_moved / chip.bandwidth * chip.flops / chip.per_cycle

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.aot.chips import TPUS
+from pallas_kernels.aot.gpus import Resources
 from pallas_kernels.aot.pipelines import Pipeline
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,6 +55,7 @@ class Compiled(NamedTuple):
   pipelines: of its Pallas calls.
   temporaries, code: bytes.
   cycles: {instruction: the compiler's estimate}, None if none was given.
+  ptxas: {kernel: registers and spills} of Mosaic GPU kernels.
   """
 
   refused: str | None
@@ -62,36 +65,47 @@ class Compiled(NamedTuple):
   temporaries: int = 0
   code: int = 0
   cycles: dict[str, int] | None = None
+  ptxas: dict[str, Resources] = {}
 
 
 @contextlib.contextmanager
-def _alone():
-  """One compilation at a time on this machine, whoever asks."""
+def _alone(chip):
+  """One TPU compilation at a time on this machine, whoever asks."""
+  if chip not in TPUS:
+    yield
+    return
   path = pathlib.Path(tempfile.gettempdir(), "libtpu.lock")
   with path.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
+def _environment(request, folder):
+  """The child's variables; the compilers write their reports to the folder."""
+  found = os.environ | _ENVIRONMENT
+  found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+  found["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+  found["MOSAIC_GPU_DUMP_TO"] = str(folder / "mosaic")
+  if request.profile:
+    found["LIBTPU_INIT_ARGS"] = (
+      f"--xla_jf_dump_static_llo_profile_to={folder / 'profile'}"
+    )
+  return found
+
+
 def _run(request, folder, limit):
   """Runs a child; says why it left no result, or None."""
   asked, answer = folder / "asked", folder / "answer"
-  asked.write_bytes(pickle.dumps((sys.path, request)))
-  environment = os.environ | _ENVIRONMENT
-  environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-  if request.profile:
-    environment["LIBTPU_INIT_ARGS"] = (
-      f"--xla_jf_dump_static_llo_profile_to={folder / 'profile'}"
-    )
+  asked.write_bytes(pickle.dumps(request))
   command = [sys.executable, "-m", "pallas_kernels.aot.child", str(folder)]
-  with (folder / "log").open("wb") as log, _alone():
+  with (folder / "log").open("wb") as log, _alone(request.chip):
     try:
       subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env=environment,
+        env=_environment(request, folder),
         timeout=limit,
         check=False,
       )
@@ -109,7 +123,7 @@ def compile_apart(
   chip: str,
   *,
   profile: bool = False,
-  limit: float = 120.0,
+  limit: float = 300.0,
 ) -> Compiled:
   """A program compiled for one device of a chip, in a child process.
 
@@ -124,9 +138,6 @@ def compile_apart(
 
   Returns:
     Compiled. One that was refused, aborted or timed out says so in `refused`.
-
-  Raises:
-    ImportError: if the compiler, libtpu or the CUDA plugin, is not installed.
   """
   structs = tuple((tuple(a.shape), str(a.dtype)) for a in arguments)
   request = Request(function, structs, chip, profile)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA compiler's idea of a Hopper card."""
+"""The CUDA compiler's idea of a Hopper card, and its report on a kernel."""
+
+import re
+from typing import NamedTuple
 
 # Every device query of an H100 SXM the compiler would make, as text proto.
 H100 = """
@@ -28,3 +31,36 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+class Resources(NamedTuple):
+  """What ptxas gave a kernel: registers of a thread, bytes it spills."""
+
+  registers: int
+  spilled: int
+
+
+_KERNEL = re.compile(
+  r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?'.*?"
+  r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+  r"Used (\d+) registers",
+  re.DOTALL,
+)
+
+
+def resources(report: str) -> dict[str, Resources]:
+  """{kernel: Resources} of what `ptxas -v` prints.
+
+  Args:
+    report: the printed text, of any number of kernels.
+
+  Example:
+    >>> resources('''ptxas info : Compiling entry function 'f' for 'sm_90a'
+    ...   0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+    ... ptxas info : Used 168 registers, used 16 barriers''')
+    {'f': Resources(registers=168, spilled=12)}
+  """
+  return {
+    name: Resources(int(registers), int(stores) + int(loads))
+    for name, stores, loads, registers in _KERNEL.findall(report)
+  }

@@ -63,12 +63,20 @@ def _steps(grid):
   return np.indices(grid).reshape(len(grid), -1).T.astype(np.int32)
 
 
+def _piped(mapping):
+  """Whether blocks go through the pipeline; else the kernel copies itself."""
+  space = str(getattr(mapping.transformed_block_aval, "memory_space", ""))
+  return "any" not in space.lower()
+
+
 def _passes(mapping, grid, scalars):
   """Elements moved over elements there are.
 
   A block moves when its index differs from the step before; at an edge only
   what lies inside the array moves.
   """
+  if not _piped(mapping):
+    return 1.0
   shape, sides = mapping.array_aval.shape, _sides(mapping)
   run = core.jaxpr_as_fun(mapping.index_map_jaxpr)
   if scalars:
@@ -85,6 +93,8 @@ def _passes(mapping, grid, scalars):
 
 
 def _buffers(mapping):
+  if not _piped(mapping):
+    return 0
   count = getattr(mapping.pipeline_mode, "buffer_count", None) or 2
   return count * math.prod(_sides(mapping)) * mapping.array_aval.dtype.itemsize
 

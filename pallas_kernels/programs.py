@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that are compiled and compared: one layer each.
+
+All are at the top of a module, so that a child process can be told of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lora_dot import Scaled, tpu_dot, xla_dot
+
+
+def base(x, w):
+  """The matrix alone: also what weights merged beforehand cost."""
+  return x @ w
+
+
+def unfused(x, w, a, b):
+  """Three products, as XLA compiles them."""
+  return xla_dot(x, w, a, b)
+
+
+def fused(x, w, a, b):
+  """One TPU kernel, its blocks from the table."""
+  return tpu_dot(x, w, a, b)
+
+
+def merging(x, w, a, b):
+  """The change is added to the matrix in the same program, for this x alone."""
+  return x @ (w + a.T @ b)
+
+
+def scaled(x, codes, scale, a, b):
+  """The TPU kernel on a quantised matrix."""
+  return tpu_dot(x, Scaled(codes, scale), a, b)
+
+
+def _step(layer, x, w, a, b, dy):
+  """(y, dx, da, db) of a layer whose matrix is frozen."""
+  y, pull = jax.vjp(lambda x, a, b: layer(x, w, a, b), x, a, b)
+  return y, *pull(dy)
+
+
+def base_step(x, w, dy):
+  """(y, dx) of the frozen matrix alone."""
+  y, pull = jax.vjp(lambda x: base(x, w), x)
+  return y, *pull(dy)
+
+
+def unfused_step(x, w, a, b, dy):
+  """Forward and backward through the three products."""
+  return _step(unfused, x, w, a, b, dy)
+
+
+def fused_step(x, w, a, b, dy):
+  """Forward and backward through the TPU kernel."""
+  return _step(fused, x, w, a, b, dy)
+
+
+FORWARD: dict[str, Callable] = {
+  "base": base,
+  "unfused": unfused,
+  "fused": fused,
+  "merging": merging,
+}
+STEP: dict[str, Callable] = {
+  "base": base_step,
+  "unfused": unfused_step,
+  "fused": fused_step,
+}
+
+
+class Sizes(NamedTuple):
+  """Rows, depth, columns and rank of a layer; bytes of its numbers are 2."""
+
+  m: int
+  k: int
+  n: int
+  r: int
+
+
+def arguments(name: str, step: bool, sizes: Sizes) -> list:
+  """The bfloat16 arguments of a program, as `jax.ShapeDtypeStruct`.
+
+  Example:
+    >>> [a.shape for a in arguments("base", False, Sizes(8, 4, 2, 1))]
+    [(8, 4), (4, 2)]
+  """
+  m, k, n, r = sizes
+  shapes = [(m, k), (k, n)]
+  if name != "base":
+    shapes += [(r, k), (r, n)]
+  if step:
+    shapes.append((m, n))
+  return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
+def operations(name: str, step: bool, sizes: Sizes) -> int:
+  """Multiplications and additions of a program, counted from its formula.
+
+  Example:
+    >>> operations("base", False, Sizes(8, 4, 2, 1))
+    128
+  """
+  m, k, n, r = sizes
+  dense, low = 2 * m * k * n, 2 * m * r * (k + n)
+  if name == "base":
+    return dense * (1 + step)
+  if name == "merging":
+    return dense + 2 * k * n * r
+  # The step repeats both for dx and multiplies once more for da and for db.
+  return (dense + low) * (1 + step) + low * step
+
+
+def least_bytes(name: str, step: bool, sizes: Sizes) -> int:
+  """Bytes of every array of a program once: no program moves fewer.
+
+  Of a step: forward and backward each read their operands and write their
+  results once; what the forward pass keeps is x alone.
+
+  Example:
+    >>> least_bytes("base", False, Sizes(8, 4, 2, 1))
+    112
+  """
+  m, k, n, r = sizes
+  low = 0 if name == "base" else r * (k + n)
+  forward = m * k + k * n + low + m * n
+  backward = m * n + k * n + low + m * k
+  if name != "base":
+    backward += m * k + low  # x again for da, and da and db
+  return 2 * (forward + backward * step)
