@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one door to all implementations."""
 
+import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.lora_dot.weights import Weight
+from pallas_kernels.lora_dot.checks import check_shapes
+from pallas_kernels.lora_dot.mosaic import chip_here, refuse_tpu, tpu_dot
+from pallas_kernels.lora_dot.partitioning import plan
+from pallas_kernels.lora_dot.tilings import problem_of, tiling_for
+from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
 from pallas_kernels.lora_dot.xla import xla_dot
+
+# Where the compiler's own static cycles and the counted bytes put the kernel
+# ahead of XLA, never a clock: chip -> (rows, depth, columns) at least, bfloat16
+# and with a w that stays in vector memory. Elsewhere it has not been shown.
+AHEAD = {"v5e": (8192, 4096, 4096), "v6e": (8192, 4096, 4096)}
+_RANK = 64  # up to which that was counted
 
 
 def lora_dot(
@@ -19,22 +33,31 @@ def lora_dot(
   transpose_w: bool = False,
   implementation: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-  """X times a matrix with a low-rank change, (..., K) -> (..., N).
+  """Rows times a matrix with a low-rank change, (..., K) -> (..., N).
 
       y = x w + ((x aᵀ) g) b
 
   Args:
-    x: (..., K) bfloat16 or float32.
-    w: (K, N), or (N, K) with `transpose_w`; an array or `Scaled`.
-    a: (r, K).
-    b: (r, N).
+    x: (..., K), floating. Products take their operands in x's dtype.
+    w: (K, N), or (N, K) with `transpose_w`; an array, or `Scaled` codes.
+    a: (r, K), the rows with which the change reads x.
+    b: (r, N), the rows that it writes.
     gate: broadcastable to (..., r), on the rank axis; None is one.
     transpose_w: w is stored (N, K).
-    implementation: a function of the same arguments: `xla_dot`,
-      `reference_dot`, `tpu_dot`; None chooses.
+    implementation: a function of the same arguments, `xla_dot`, `tpu_dot`,
+      `reference_dot`, or a partial of one; it runs or raises. None is
+      `tpu_dot` where `AHEAD` shows it ahead, on one device or inside
+      shard_map, and `xla_dot` everywhere else.
 
   Returns:
-    (..., N) in x's dtype.
+    (..., N) in x's dtype. Differentiable in all that is floating; forward mode
+    and second derivatives need `xla_dot`. Costs 2 M (K N + r (K + N))
+    operations. On a mesh, axes automatic or explicit, y lies along the axes of
+    x's rows and of w's columns.
+
+  Raises:
+    ValueError: for shapes that make no product, and for what the named
+      implementation does not cover, with the reason.
 
   Example:
     >>> import jax.numpy as jnp
@@ -42,5 +65,58 @@ def lora_dot(
     >>> lora_dot(one((1, 2)), one((2, 3)), one((1, 2)), one((1, 3)))
     Array([[4., 4., 4.]], dtype=float32)
   """
-  run = xla_dot if implementation is None else implementation
-  return run(x, w, a, b, gate, transpose_w=transpose_w)
+  check_shapes(x, w, a, b, gate, transpose_w)
+  run = implementation or choose(x, w, a, transpose_w=transpose_w)
+  run = functools.partial(run, transpose_w=transpose_w)
+  mesh = jax.sharding.get_abstract_mesh()
+  if AxisType.Explicit in mesh.axis_types:
+    types = jax.typeof(x), jax.typeof(codes_of(w))
+    lead, _, n = plan(mesh, *types, transpose_w)
+    automatic = cast(Any, jax.sharding.auto_axes)
+    run = automatic(run, out_sharding=P(*lead, n or None))
+  return run(x, w, a, b, gate)
+
+
+def choose(
+  x: jax.Array, w: Weight, a: jax.Array, *, transpose_w: bool
+) -> Callable[..., jax.Array]:
+  """The implementation that `lora_dot` takes where none is named.
+
+  Args:
+    x: (..., K), or its ShapeDtypeStruct.
+    w: the weight, likewise.
+    a: (r, K), likewise.
+    transpose_w: w is stored (N, K).
+
+  Returns:
+    `tpu_dot` or `xla_dot`, from shapes, dtypes and the chip alone.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> one = jnp.ones
+    >>> x, w, a = one((1, 2)), one((2, 3)), one((1, 2))
+    >>> choose(x, w, a, transpose_w=False).__name__
+    'xla_dot'
+  """
+  chip = chip_here()
+  if chip not in AHEAD or not _share_is_known() or isinstance(w, Scaled):
+    return xla_dot
+  if x.dtype != "bfloat16" or w.dtype != "bfloat16":
+    return xla_dot
+  if refuse_tpu(x, w, a, transpose_w=transpose_w, chip=chip):
+    return xla_dot
+  problem = problem_of(x, w, a.shape[0], transpose_w)
+  large = all(
+    size >= least for size, least in zip(problem[:3], AHEAD[chip], strict=True)
+  )
+  ahead = large and problem.r <= _RANK and tiling_for(chip, problem).resident
+  return tpu_dot if ahead else xla_dot
+
+
+def _share_is_known() -> bool:
+  """Whether the shapes seen here are those of one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() == 1
+  manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
+  return manual or mesh.size == 1

@@ -1,40 +1,235 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block sizes of the TPU kernel for each chip, and the memory they fill."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 MIB = 2**20
+_LANES = 128
 
 
 class Tiling(NamedTuple):
-  """Rows, columns and depth of a block, and what the compiler may fill."""
+  """A block of the product and the memory the compiler may fill.
+
+  bm, bn, bk: rows, columns and depth. Where a block does not end with its
+    axis, bm, bn and bk are multiples of 128.
+  vmem_limit_bytes: what the kernel may use of the chip's vector memory.
+  resident: all of w is kept in vector memory, so it is read once; needs the
+    whole depth in a block.
+  """
 
   bm: int
   bn: int
   bk: int
   vmem_limit_bytes: int
+  resident: bool = False
 
 
-# chip -> regime -> tiling. "rows": training and prefill; "few": decode.
+class Chip(NamedTuple):
+  """What is asked of a chip: vector memory of a core, cores, matrix unit."""
+
+  vmem_bytes: int
+  cores: int
+  mxu: int
+
+
+class Problem(NamedTuple):
+  """Sizes of a product and bytes of a number of x, w and y."""
+
+  m: int
+  k: int
+  n: int
+  r: int
+  x_bytes: int = 2
+  w_bytes: int = 2
+  y_bytes: int = 2
+
+
+CHIPS = {
+  "v4": Chip(16 * MIB, 2, 128),
+  "v5e": Chip(128 * MIB, 1, 128),
+  "v5p": Chip(64 * MIB, 2, 128),
+  "v6e": Chip(128 * MIB, 1, 256),
+  "v7x": Chip(64 * MIB, 1, 256),
+}
+
+CHIP_OF_KIND = {
+  "TPU v4": "v4",
+  "TPU v5e": "v5e",
+  "TPU v5 lite": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6e": "v6e",
+  "TPU v6 lite": "v6e",
+  "TPU7x": "v7x",
+}
+
+# chip -> regime -> tiling. "resident" where w fits beside the blocks, "rows"
+# for other products of many rows (training, prefill), "few" for decode.
 TILINGS = {
   "v4": {
-    "rows": Tiling(512, 512, 512, 14 * MIB),
-    "few": Tiling(64, 512, 1024, 14 * MIB),
+    "rows": Tiling(512, 512, 1024, 15 * MIB),
+    "few": Tiling(128, 512, 1024, 15 * MIB),
   },
   "v5e": {
+    "resident": Tiling(1024, 512, 4096, 100 * MIB, True),
     "rows": Tiling(1024, 512, 2048, 48 * MIB),
-    "few": Tiling(64, 512, 4096, 48 * MIB),
+    "few": Tiling(128, 512, 4096, 48 * MIB),
   },
   "v5p": {
-    "rows": Tiling(512, 1024, 1024, 48 * MIB),
-    "few": Tiling(64, 512, 4096, 48 * MIB),
+    "rows": Tiling(1024, 512, 2048, 48 * MIB),
+    "few": Tiling(128, 512, 4096, 48 * MIB),
   },
   "v6e": {
+    "resident": Tiling(1024, 1024, 4096, 100 * MIB, True),
     "rows": Tiling(1024, 512, 4096, 64 * MIB),
-    "few": Tiling(64, 512, 4096, 64 * MIB),
+    "few": Tiling(128, 512, 4096, 64 * MIB),
   },
   "v7x": {
     "rows": Tiling(1024, 512, 2048, 48 * MIB),
-    "few": Tiling(64, 512, 4096, 48 * MIB),
+    "few": Tiling(128, 512, 4096, 48 * MIB),
   },
 }
+_FEW = 128  # rows up to which a product is bound by reading w
+
+
+def tiling_for(chip: str, problem: Problem) -> Tiling:
+  """The first tiling of the chip's table that fits its vector memory.
+
+  A tiling that does not fit is halved, depth first, then columns and rows,
+  down to 128 each.
+
+  Args:
+    chip: a name of `CHIPS`.
+    problem: the product's sizes.
+
+  Returns:
+    A Tiling, cut to the product and counted to fit.
+
+  Raises:
+    ValueError: for a chip that is not in the table, or if nothing fits.
+
+  Example:
+    >>> tiling_for("v6e", Problem(64, 4096, 4096, 16))[:3]
+    (64, 512, 4096)
+  """
+  if chip not in TILINGS:
+    raise ValueError(f"no tilings for chip {chip!r}; there are {[*TILINGS]}")
+  table = TILINGS[chip]
+  if problem.m <= _FEW:
+    first = table["few"]
+  else:
+    whole = table.get("resident")
+    if whole and (cut := _resident(whole, problem)):
+      return cut
+    first = table["rows"]
+  for tiling in _smaller(cut_to(first, problem)):
+    if vmem_bytes(tiling, problem) <= tiling.vmem_limit_bytes:
+      return tiling
+  raise ValueError(f"no blocks of {problem} fit the memory of {chip}")
+
+
+def _resident(tiling: Tiling, problem: Problem) -> Tiling | None:
+  """The tiling with all of w in memory, if w can be cut evenly and fits."""
+  if problem.k % _LANES or problem.n % _LANES:
+    return None
+  columns = (tiling.bn, 512, 384, 256, 128)
+  bn = next(size for size in columns if problem.n % size == 0)
+  for bm in (tiling.bm, 512, 256):
+    cut = tiling._replace(bm=min(bm, problem.m), bn=bn, bk=problem.k)
+    if vmem_bytes(cut, problem) <= cut.vmem_limit_bytes:
+      return cut
+  return None
+
+
+def cut_to(tiling: Tiling, problem: Problem) -> Tiling:
+  """Blocks no larger than the product, the depth cut evenly where possible."""
+  bk = min(tiling.bk, problem.k)
+  if problem.k % _LANES == 0:
+    while problem.k % bk:
+      bk -= _LANES
+  return tiling._replace(
+    bm=min(tiling.bm, problem.m), bn=min(tiling.bn, problem.n), bk=bk
+  )
+
+
+def _smaller(tiling: Tiling) -> Iterator[Tiling]:
+  """The tiling, then ever smaller ones."""
+  yield tiling
+  for name in ("bk", "bn", "bm", "bk", "bn", "bm", "bk", "bk"):
+    size = getattr(tiling, name)
+    if size > _LANES:
+      half = max(_LANES, size // 2 // _LANES * _LANES)
+      tiling = tiling._replace(**{name: half})
+      yield tiling
+
+
+def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
+  """Vector memory that the kernel's blocks fill, in bytes.
+
+  Blocks that come and go are held twice; rows are padded to 128 numbers and
+  columns to a tile's height, as the chip stores them.
+
+  Example:
+    >>> vmem_bytes(Tiling(128, 128, 128, 0), Problem(128, 128, 128, 8))
+    294912
+  """
+  bm, bn, bk, _, resident = tiling
+  p = problem
+  r = p.r + (p.r == 1) * 7
+  w = _tile(p.k, p.n, p.w_bytes) if resident else 2 * _tile(bk, bn, p.w_bytes)
+  blocks = 2 * (
+    _tile(bm, bk, p.x_bytes)
+    + _tile(r, bk, p.x_bytes)
+    + _tile(r, bn, p.x_bytes)
+    + _tile(bm, bn, p.y_bytes)
+    + 2 * _tile(r, bm, 4)  # the gate and u
+  )
+  product = _tile(bm, bn, 4)  # the accumulator
+  return w + blocks + product
+
+
+def _tile(rows: int, columns: int, itemsize: int) -> int:
+  height = 32 // itemsize
+  up = lambda size, unit: -(-size // unit) * unit  # noqa: E731
+  return up(rows, height) * up(columns, _LANES) * itemsize
+
+
+def refuse_tiling(tiling: Tiling, chip: str, problem: Problem) -> str | None:
+  """Why a tiling cannot run on a chip, or None.
+
+  The compiler takes a limit above the chip's memory without a word, and blocks
+  that overflow a lower one only fail after minutes: both are counted here.
+
+  Example:
+    >>> refuse_tiling(Tiling(128, 128, 128, 2**30), "v5e", Problem(9, 9, 9, 9))
+    'vmem_limit_bytes 1073741824 is over the 134217728 of v5e'
+  """
+  sizes = (problem.m, problem.n, problem.k)
+  for name, block, size in zip(
+    ("bm", "bn", "bk"), tiling[:3], sizes, strict=True
+  ):
+    if block < 1 or (block < size and block % _LANES):
+      return f"{name} {block} is neither a multiple of 128 nor all of {size}"
+  if tiling.resident and (problem.n % tiling.bn or tiling.bk < problem.k):
+    return f"resident w {sizes[2]} x {sizes[1]} is not cut evenly by {tiling}"
+  if tiling.vmem_limit_bytes > CHIPS[chip].vmem_bytes:
+    return (
+      f"vmem_limit_bytes {tiling.vmem_limit_bytes} is over the "
+      f"{CHIPS[chip].vmem_bytes} of {chip}"
+    )
+  if (need := vmem_bytes(tiling, problem)) > tiling.vmem_limit_bytes:
+    return f"blocks fill {need} bytes of {tiling.vmem_limit_bytes}"
+  return None
+
+
+def problem_of(x, codes, r: int, transpose_w: bool, y_dtype=None) -> Problem:
+  """The sizes of a call; the arrays may be ShapeDtypeStructs."""
+  k, n = codes.shape[::-1] if transpose_w else codes.shape
+  m = 1
+  for size in x.shape[:-1]:
+    m *= size
+  y_bytes = jnp.dtype(y_dtype or x.dtype).itemsize
+  return Problem(m, k, n, r, x.dtype.itemsize, codes.dtype.itemsize, y_bytes)

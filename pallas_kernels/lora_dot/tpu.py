@@ -1,125 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product in one Mosaic kernel."""
+"""The call of the Mosaic kernel: which blocks come and go, and when."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot.tilings import TILINGS, Tiling
-from pallas_kernels.lora_dot.weights import Weight, codes_of
+from pallas_kernels.lora_dot.tilings import Tiling
+from pallas_kernels.lora_dot.tpu_block import Static, lora_block
+from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
 
-_NN = (((1,), (0,)), ((), ()))
-_NT = (((1,), (1,)), ((), ()))
-
-
-def _dot(left, right, dims):
-  return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-
-
-def _kernel(x, w, a, b, g, y, acc, u, *, nk, dims):
-  j, k = pl.program_id(1), pl.program_id(2)
-
-  @pl.when((j == 0) & (k == 0))
-  def _():
-    u[...] = jnp.zeros_like(u)
-
-  @pl.when(j == 0)
-  def _():
-    u[...] += _dot(x[...], a[...], _NT)
-
-  @pl.when(k == 0)
-  def _():
-    acc[...] = jnp.zeros_like(acc)
-
-  acc[...] += _dot(x[...], w[...], dims)
-
-  @pl.when(k == nk - 1)
-  def _():
-    gated = (u[...] * g[...]).astype(b.dtype)
-    y[...] = (acc[...] + _dot(gated, b[...], _NN)).astype(y.dtype)
+# Mosaic takes no matrix product of one row: so many are given instead.
+_ROWS = 8
 
 
 def lora_matmul(
   x: jax.Array,
   w: Weight,
-  a: jax.Array,
+  a: jax.Array | None,
   b: jax.Array,
   gate: jax.Array | None,
   *,
   transpose_w: bool,
   tiling: Tiling,
-  interpret=False,
-) -> jax.Array:
-  """One kernel call: x (M, K), gate None, (1, r) or (M, r) -> (M, N)."""
-  (m, k), r, n = x.shape, a.shape[0], b.shape[1]
+  interpret: Any = False,
+  u: jax.Array | None = None,
+  return_u: bool = False,
+  y_dtype: Any = None,
+) -> tuple[jax.Array, Any]:
+  """The product of matrices in one kernel: (y, u).
+
+      u = a xᵀ,   y = x w + (g u)ᵀ b
+
+  The rank axis of u and g comes first, so that their rows are whole rows of
+  128 numbers whatever the rank. x is read ceil(N / bn) times, or once if its
+  depth is one block; w ceil(M / bm) times, or once if resident; y is written
+  once.
+
+  Args:
+    x: (M, K) bfloat16 or float32.
+    w: (K, N), or (N, K) with `transpose_w`: an array or `Scaled`.
+    a: (r, K) in x's dtype; None where u is given.
+    b: (r, N) in x's dtype.
+    gate: None, (r, 1) or (r, M) float32.
+    transpose_w: w is stored (N, K).
+    tiling: blocks; larger ones than the product are cut to it.
+    interpret: True or pltpu.InterpretParams, to run without a TPU.
+    u: (r, M) float32 before the gate, if it is known.
+    return_u: also return u.
+    y_dtype: dtype of y, by default x's.
+
+  Returns:
+    y (M, N), and u (r, M) float32 before the gate, or None.
+
+  Example:
+    >>> one = lambda *shape: jnp.ones(shape, jnp.float32)
+    >>> tiling = Tiling(128, 128, 128, 2**20)
+    >>> x, w, a, b = one(8, 4), one(4, 3), one(2, 4), one(2, 3)
+    >>> lora_matmul(x, w, a, b, None, transpose_w=False, tiling=tiling,
+    ...             interpret=True)[0][0]
+    Array([12., 12., 12.], dtype=float32)
+  """
+  rows, rank = x.shape[0], b.shape[0]
+  if rank == 1:
+    b = _padded(b, 0)
+    a, gate, u = (None if t is None else _padded(t, 0) for t in (a, gate, u))
+  if rows == 1:
+    x, u = _padded(x, 0), None if u is None else _padded(u, 1)
+  scale, scaled = _scale_of(w, transpose_w)
+  ins = dict(x=x, w=codes_of(w), a=a, b=b, gate=gate, scale=scale, u=u)
+  outs = {"y": (y_dtype or x.dtype, (x.shape[0], b.shape[1]))}
+  if return_u:
+    outs["u"] = jnp.float32, (b.shape[0], x.shape[0])
+  outs = {name: _type(ins, *out) for name, out in outs.items()}
+  made = _call(ins, outs, scaled, transpose_w, tiling, interpret)
+  y = made["y"][:rows]
+  return y, made["u"][:rank, :rows] if return_u else None
+
+
+def _padded(t, axis):
+  """The array with zeros to 8 along an axis of 1."""
+  pads = [(0, 0), (0, 0)]
+  pads[axis] = (0, _ROWS - 1)
+  return jnp.pad(t, pads)
+
+
+def _scale_of(w: Weight, transpose_w: bool):
+  """(scales as a row or None, the axis of the product they lie on)."""
+  if not isinstance(w, Scaled):
+    return None, ""
+  by_column = w.scale.shape[0] == 1
+  return w.scale.reshape(1, -1), "in" if by_column == transpose_w else "out"
+
+
+def _type(ins, dtype, shape):
+  """A result's type; inside shard_map it varies where any operand does."""
+
+  def made(leaves):
+    total = sum(leaf.sum().astype(jnp.float32) for leaf in leaves)
+    return jnp.broadcast_to(total, shape).astype(dtype)
+
+  return jax.eval_shape(made, jax.tree.leaves(ins))
+
+
+def _call(ins, outs, scaled, transpose_w, tiling, interpret):
+  """The kernel over its grid: row, column and depth blocks, depth innermost."""
+  (m, k), (r, n) = ins["x"].shape, ins["b"].shape
   bm, bn, bk = min(tiling.bm, m), min(tiling.bn, n), min(tiling.bk, k)
-  nk = pl.cdiv(k, bk)
-  if gate is None:
-    gate = jnp.ones((1, r), jnp.float32)
-  per_row = gate.shape[0] != 1
+  grid = pl.cdiv(m, bm), pl.cdiv(n, bn), pl.cdiv(k, bk)
+  s = Static(
+    nj=grid[1],
+    nk=grid[2],
+    depth=k if k % bk else 0,
+    transpose_w=transpose_w,
+    resident=tiling.resident,
+    scaled=scaled,
+  )
+  specs = _specs(bm, bn, bk, r, s)
+  one_gate = ins["gate"] is not None and ins["gate"].shape[1] == 1
+  if one_gate:
+    specs["gate"] = pl.BlockSpec((r, 1), lambda i, j, k: (0, 0))
+  of = lambda names: {  # noqa: E731
+    name: None if t is None else specs[name] for name, t in names.items()
+  }
+  # w is fetched at the first row block for all others: one core, in order.
+  rows = "arbitrary" if s.resident else "parallel"
   return pl.pallas_call(
-    functools.partial(_kernel, nk=nk, dims=_NT if transpose_w else _NN),
-    grid=(pl.cdiv(m, bm), pl.cdiv(n, bn), nk),
-    in_specs=[
-      pl.BlockSpec((bm, bk), lambda i, j, k: (i, k)),
-      pl.BlockSpec((bn, bk), lambda i, j, k: (j, k))
-      if transpose_w
-      else pl.BlockSpec((bk, bn), lambda i, j, k: (k, j)),
-      pl.BlockSpec((r, bk), lambda i, j, k: (0, jnp.where(j == 0, k, nk - 1))),
-      pl.BlockSpec((r, bn), lambda i, j, k: (0, j)),
-      pl.BlockSpec(
-        (bm if per_row else 1, r),
-        (lambda i, j, k: (i, 0)) if per_row else (lambda i, j, k: (0, 0)),
-      ),
-    ],
-    out_specs=pl.BlockSpec((bm, bn), lambda i, j, k: (i, j)),
-    out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
-    scratch_shapes=[
-      pltpu.VMEM((bm, bn), jnp.float32),
-      pltpu.VMEM((bm, r), jnp.float32),
-    ],
+    functools.partial(lora_block, s=s),
+    grid=grid,
+    in_specs=(of(ins),),
+    out_specs=of(outs),
+    out_shape=outs,
+    scratch_shapes=(_scratch(ins, outs, bm, bn, bk, s),),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      dimension_semantics=(rows, "arbitrary", "arbitrary"),
       vmem_limit_bytes=tiling.vmem_limit_bytes,
     ),
+    cost_estimate=_cost(ins, outs, grid, tiling),
     interpret=interpret,
     name="lora_dot",
-  )(x, codes_of(w), a, b, gate)
+  )(ins)
 
 
-def tpu_dot(
-  x: jax.Array,
-  w: Weight,
-  a: jax.Array,
-  b: jax.Array,
-  gate: jax.Array | None = None,
-  *,
-  transpose_w: bool = False,
-  tiling: Tiling | None = None,
-  interpret=False,
-) -> jax.Array:
-  """The product by the TPU kernel; leading axes of x are folded into rows."""
-  lead, r = x.shape[:-1], a.shape[0]
-  tiling = tiling or TILINGS["v5e"]["rows"]
-  if gate is not None:
-    gate = gate.astype(jnp.float32)
-    gate = (
-      gate.reshape(1, r)
-      if gate.size == r
-      else jnp.broadcast_to(gate, (*lead, r)).reshape(-1, r)
-    )
-  y = lora_matmul(
-    x.reshape(-1, x.shape[-1]),
-    w,
-    a.astype(x.dtype),
-    b.astype(x.dtype),
-    gate,
-    transpose_w=transpose_w,
-    tiling=tiling,
-    interpret=interpret,
+def _specs(bm, bn, bk, r, s):
+  """How the block of each operand follows the grid."""
+  last = s.nk - 1
+  w = pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))
+  if s.transpose_w:
+    w = pl.BlockSpec((bn, bk), lambda i, j, k: (j, k))
+  if s.resident:
+    w = pl.BlockSpec(memory_space=pl.ANY)
+  scale = pl.BlockSpec((1, bn), lambda i, j, k: (0, j))
+  if s.scaled == "in":
+    scale = pl.BlockSpec((1, bk), lambda i, j, k: (0, k))
+  rank_by_rows = pl.BlockSpec((r, bm), lambda i, j, k: (0, i))
+  return {
+    "x": pl.BlockSpec((bm, bk), lambda i, j, k: (i, k)),
+    "w": w,
+    # Wanted only while j is 0: the index then stands still, and nothing is
+    # fetched again.
+    "a": pl.BlockSpec((r, bk), lambda i, j, k: (0, jnp.where(j == 0, k, last))),
+    "b": pl.BlockSpec((r, bn), lambda i, j, k: (0, j)),
+    "gate": rank_by_rows,
+    "u": rank_by_rows,
+    "scale": scale,
+    "y": pl.BlockSpec((bm, bn), lambda i, j, k: (i, j)),
+  }
+
+
+def _scratch(ins, outs, bm, bn, bk, s):
+  """Memory that lasts through the grid."""
+  shapes = {}
+  if s.nk > 1:
+    shapes["acc"] = pltpu.VMEM((bm, bn), jnp.float32)
+  if ins["u"] is None and "u" not in outs:
+    shapes["u"] = pltpu.VMEM((ins["b"].shape[0], bm), jnp.float32)
+  if s.resident:
+    block = (bn, bk) if s.transpose_w else (bk, bn)
+    shapes["w"] = pltpu.VMEM((s.nj, *block), ins["w"].dtype)
+    shapes["arrivals"] = pltpu.SemaphoreType.DMA((s.nj,))
+  return shapes
+
+
+def _cost(ins, outs, grid, tiling):
+  """Operations, and bytes with what is read again."""
+  (m, k), (r, n) = ins["x"].shape, ins["b"].shape
+  times = {
+    "x": 1 if grid[2] == 1 else grid[1],
+    "w": 1 if tiling.resident or grid[1:] == (1, 1) else grid[0],
+    "a": 1 if grid[2] == 1 else grid[0],
+    "b": 1 if grid[1] == 1 else grid[0],
+  }
+  arrays = [(name, t) for name, t in (ins | outs).items() if t is not None]
+  return pl.CostEstimate(
+    flops=2 * m * k * n + 2 * m * r * (k + n),
+    transcendentals=0,
+    bytes_accessed=sum(
+      times.get(name, 1) * t.size * t.dtype.itemsize for name, t in arrays
+    ),
   )
-  return y.reshape(*lead, -1)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU implementation: shapes, batches and gradients around the kernel."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels.lora_dot.checks import check_shapes
+from pallas_kernels.lora_dot.gradients import differentiable, shrink
+from pallas_kernels.lora_dot.partitioning import partitioned
+from pallas_kernels.lora_dot.tilings import (
+  CHIP_OF_KIND,
+  Tiling,
+  cut_to,
+  problem_of,
+  refuse_tiling,
+  tiling_for,
+)
+from pallas_kernels.lora_dot.tpu import lora_matmul
+from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
+
+_FLOATS = (jnp.bfloat16, jnp.float32)
+_LARGEST_RANK = 1024
+
+
+class Settings(NamedTuple):
+  """What a call is compiled with, beside its arrays; hashable."""
+
+  chip: str
+  tiling: Tiling | None
+  interpret: Any
+
+
+def chip_here() -> str | None:
+  """The TPU that programs are compiled for, a name of `CHIPS`, or None.
+
+  The mesh of `jax.sharding.use_abstract_mesh` says so where there is no device.
+
+  Example:
+    >>> chip_here()  # on a CPU
+  """
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  kind = target.device_kind if target else jax.devices()[0].device_kind
+  return CHIP_OF_KIND.get(kind)
+
+
+def refuse_tpu(
+  x: jax.Array,
+  w: Weight,
+  a: jax.Array,
+  *,
+  transpose_w: bool,
+  chip: str | None,
+  tiling: Tiling | None = None,
+) -> str | None:
+  """Why the TPU kernel cannot compute a product, or None if it can.
+
+  Args:
+    x: (..., K), or its ShapeDtypeStruct.
+    w: the weight, likewise.
+    a: (r, K), likewise.
+    transpose_w: w is stored (N, K).
+    chip: a name of `CHIPS`, as `chip_here` gives it.
+    tiling: the blocks, if not those of the table.
+
+  Example:
+    >>> x, w, a = jnp.ones((8, 4)), jnp.ones((4, 4)), jnp.ones((2, 4))
+    >>> refuse_tpu(x.astype(jnp.float16), w, a, transpose_w=False, chip="v5e")
+    'x is float16, and the kernel takes bfloat16 and float32'
+  """
+  codes, r = codes_of(w), a.shape[0]
+  if chip is None:
+    return "there is no TPU here; interpret=True runs the kernel anywhere"
+  if x.dtype not in _FLOATS:
+    return f"x is {x.dtype}, and the kernel takes bfloat16 and float32"
+  if not isinstance(w, Scaled) and w.dtype not in _FLOATS:
+    return f"w is {w.dtype}: give bfloat16, float32, or codes as Scaled"
+  if not 1 <= r <= _LARGEST_RANK:
+    return f"rank {r} is not in 1 to {_LARGEST_RANK}"
+  if 0 in x.shape or 0 in codes.shape:
+    return f"x {x.shape}, w {codes.shape} hold no numbers"
+  if tiling is None:
+    return None
+  problem = problem_of(x, codes, r, transpose_w)
+  return refuse_tiling(cut_to(tiling, problem), chip, problem)
+
+
+def tpu_dot(
+  x: jax.Array,
+  w: Weight,
+  a: jax.Array,
+  b: jax.Array,
+  gate: jax.Array | None = None,
+  *,
+  transpose_w: bool = False,
+  tiling: Tiling | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """The product by one Mosaic kernel on a TPU, (..., K) -> (..., N).
+
+      y = x w + ((x aᵀ) g) b
+
+  Args:
+    x: (..., K) bfloat16 or float32. Products take operands in its dtype and
+      are summed in float32.
+    w: (K, N), or (N, K) with `transpose_w`, bfloat16 or float32, or `Scaled`.
+    a: (r, K), r from 1 to 1024.
+    b: (r, N).
+    gate: broadcastable to (..., r); None is one.
+    transpose_w: w is stored (N, K).
+    tiling: blocks; by default from the chip's table.
+    interpret: True, or pltpu.InterpretParams: runs anywhere, slowly.
+
+  Returns:
+    (..., N) in x's dtype. Reverse-mode differentiable once, in x, a, b, gate
+    and an unquantised w; under `jax.vmap`, a batch of x becomes rows. Under
+    jit on a mesh each device computes with its part of w.
+
+  Raises:
+    ValueError: shapes that do not fit, or what the kernel does not cover.
+
+  Example:
+    >>> one = jnp.ones
+    >>> tpu_dot(one((1, 2)), one((2, 3)), one((1, 2)), one((1, 3)),
+    ...         interpret=True)
+    Array([[4., 4., 4.]], dtype=float32)
+  """
+  check_shapes(x, w, a, b, gate, transpose_w)
+  chip = chip_here() or ("v5e" if interpret else None)
+  reason = refuse_tpu(
+    x, w, a, transpose_w=transpose_w, chip=chip, tiling=tiling
+  )
+  if reason or chip is None:
+    raise ValueError(f"tpu_dot: {reason}.")
+  if gate is not None:
+    gate = gate.astype(jnp.float32)
+    rank = a.shape[0]
+    if all(size == 1 for size in gate.shape[:-1]):
+      gate = jnp.broadcast_to(gate.reshape(-1), (rank,))
+    else:
+      gate = jnp.broadcast_to(
+        gate.reshape((1,) * (x.ndim - gate.ndim) + gate.shape),
+        (*x.shape[:-1], rank),
+      )
+  forward = _forward_with(Settings(chip, tiling, interpret))
+  return differentiable(forward, transpose_w, x, w, a, b, gate)
+
+
+@functools.cache
+def _forward_with(settings: Settings) -> Callable:
+  """The product as `differentiable` wants it; one function for one setting."""
+
+  def forward(x, w, a, b, gate, transpose_w, return_u):
+    return _batched(settings, transpose_w, return_u)(x, w, a, b, gate)
+
+  return forward
+
+
+@functools.cache
+def _batched(settings: Settings, transpose_w: bool, return_u: bool) -> Callable:
+  """The product with a rule for vmap: a batch of x is rows, w is read once."""
+
+  def local(operands, k_axes):
+    return _local(settings, transpose_w, return_u, operands, k_axes)
+
+  @custom_vmap
+  def call(x, w, a, b, gate):
+    return partitioned(local, (x, w, a, b, gate), transpose_w, return_u)
+
+  @call.def_vmap
+  def rule(axis_size, batched, x, w, a, b, gate):
+    if any(jax.tree.leaves(batched[1:4])):
+      axes = jax.tree.map(lambda yes: 0 if yes else None, tuple(batched))
+      alone = lambda *operands: local(operands, ())  # noqa: E731
+      out = jax.vmap(alone, in_axes=axes)(x, w, a, b, gate)
+    else:
+      if not batched[0]:
+        x = jnp.broadcast_to(x, (axis_size, *x.shape))
+      if gate is not None and (batched[4] or gate.ndim > 1):
+        rows = (*x.shape[:-1], gate.shape[-1])
+        if batched[4]:
+          ones = (1,) * (len(rows) - gate.ndim)
+          gate = gate.reshape(axis_size, *ones, *gate.shape[1:])
+        else:
+          gate = gate[None]
+        gate = jnp.broadcast_to(gate, rows)
+      out = call(x, w, a, b, gate)
+    return out, (True, True) if return_u else True
+
+  return call
+
+
+def _local(settings, transpose_w, return_u, operands, k_axes):
+  """The product of one device, added up over `k_axes`."""
+  x, w, a, b, gate = operands
+  lead, r = x.shape[:-1], a.shape[0]
+  if gate is not None:
+    gate = gate.reshape(-1, r).T  # the rank axis first: nothing is padded
+  rows = x.reshape(-1, x.shape[-1])
+  u, y_dtype = None, x.dtype
+  if k_axes:
+    u = lax.psum(shrink(rows, a), k_axes).T
+    share = 1 / lax.axis_size(k_axes)
+    gate = jnp.full((r, 1), share) if gate is None else gate * share
+    y_dtype = jnp.float32
+  problem = problem_of(x, codes_of(w), r, transpose_w, y_dtype)
+  tiling = settings.tiling or tiling_for(settings.chip, problem)
+  y, made = lora_matmul(
+    rows,
+    w,
+    None if k_axes else a.astype(x.dtype),
+    b.astype(x.dtype),
+    gate,
+    transpose_w=transpose_w,
+    tiling=cut_to(tiling, problem),
+    interpret=settings.interpret,
+    u=u,
+    return_u=return_u and not k_axes,
+    y_dtype=y_dtype,
+  )
+  if k_axes:
+    y = lax.psum(y, k_axes).astype(x.dtype)
+  y = y.reshape(*lead, y.shape[-1])
+  if not return_u:
+    return y
+  return y, (made if u is None else u).T.reshape(*lead, r)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block of the product, in Mosaic.
+
+The grid is (row blocks, column blocks, depth blocks), depth innermost. At the
+first column block u = a xᵀ is summed over the depth; it stays in vector memory,
+rank axis first so that no number is padded, for all other column blocks. The
+last depth block adds (u g)ᵀ b to the accumulator and writes y.
+
+There is one main product in the program, whatever the depth block: a copy for
+the first, the middle and the last would be unrolled each, and take code and
+compile time several times over.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_NN = (((1,), (0,)), ((), ()))
+_NT = (((1,), (1,)), ((), ()))
+_TN = (((0,), (0,)), ((), ()))
+
+
+class Static(NamedTuple):
+  """What the kernel's program depends on."""
+
+  nj: int  # column blocks
+  nk: int  # depth blocks
+  depth: int  # the depth where its last block is ragged, else 0
+  transpose_w: bool
+  resident: bool
+  scaled: str  # the axis of w that has scales: "", "in" or "out"
+
+
+def _dot(left, right, dims):
+  return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+
+
+def _within(block, axis, k, s):
+  """The block with zeros where it passes the end of the depth."""
+  if not s.depth:
+    return block
+  left = s.depth - k * block.shape[axis]
+  inside = lax.broadcasted_iota(jnp.int32, block.shape, axis) < left
+  return jnp.where(inside, block, jnp.zeros_like(block))
+
+
+def _arrived(w, held, arrivals, s):
+  """The column block of a resident w; all are fetched at the first step."""
+  i, j = pl.program_id(0), pl.program_id(1)
+  bn = held.shape[1 if s.transpose_w else 2]
+
+  def fetch(c):
+    columns = pl.ds(pl.multiple_of(c * bn, bn), bn)
+    source = w.at[columns, :] if s.transpose_w else w.at[:, columns]
+    return pltpu.make_async_copy(source, held.at[c], arrivals.at[c])
+
+  @pl.when((i == 0) & (j == 0))
+  def _():
+    lax.fori_loop(0, s.nj, lambda c, _: fetch(c).start(), None)
+
+  @pl.when(i == 0)
+  def _():
+    fetch(j).wait()
+
+  return held.at[j]
+
+
+def lora_block(ins, outs, scratch, *, s: Static):
+  """One block of the grid; the references are in dicts by name."""
+  j, k = pl.program_id(1), pl.program_id(2)
+  x, a, b, y = ins["x"], ins["a"], ins["b"], outs["y"]
+  u = outs.get("u", scratch.get("u", ins.get("u")))
+  w = ins["w"]
+  if s.resident:
+    w = _arrived(w, scratch["w"], scratch["arrivals"], s)
+
+  if a is not None:
+
+    @pl.when(j == 0)
+    def _():
+      sofar = jnp.where(k == 0, 0.0, u[...])
+      rows = _within(x[...], 1, k, s)
+      u[...] = sofar + _dot(_within(a[...], 1, k, s), rows, _NT)
+
+  left = x[...] * ins["scale"][...] if s.scaled == "in" else x[...]
+  right = w[...].astype(x.dtype)
+  product = _dot(
+    _within(left.astype(x.dtype), 1, k, s),
+    _within(right, 1 if s.transpose_w else 0, k, s),
+    _NT if s.transpose_w else _NN,
+  )
+
+  def finish(total):
+    if s.scaled == "out":
+      total = total * ins["scale"][...]
+    gated = u[...] if ins["gate"] is None else u[...] * ins["gate"][...]
+    total = total + _dot(gated.astype(b.dtype), b[...], _TN)
+    y[...] = total.astype(y.dtype)
+
+  if s.nk == 1:
+    finish(product)
+  else:
+    acc = scratch["acc"]
+    acc[...] = jnp.where(k == 0, 0.0, acc[...]) + product
+    pl.when(k == s.nk - 1)(lambda: finish(acc[...]))
