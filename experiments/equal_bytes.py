@@ -3,6 +3,7 @@
 
   python -m experiments.equal_bytes [--domain=kjv] [--tuning_steps=25]
     [--learning_rate=1e-4] [--ranks=16] [--seeds=0] [--only=...] [--skip=...]
+  python -m experiments.equal_bytes --read=A.json,B.json [--figure=C.png]
   python -m experiments.equal_bytes --smoke
 
 The finetune is of SmolLM2 (`experiments.finetune`); an adapter's distance is
@@ -10,10 +11,13 @@ KL(finetuned ‖ base + adapter) on held-out text of the finetune's domain and o
 the other. Whatever is fitted is fitted to training text of the first domain.
 The bytes are those of plain SVD at each of `--ranks` in bfloat16; every variant
 stays within them. A seed draws both texts' excerpts, the order of refining and
-the labels of the Fisher information.
+the labels of the Fisher information. `--read` puts rows of earlier runs of one
+pair, written by `--out`, into one table without running anything.
 """
 
+import functools
 import json
+import os
 import pathlib
 import tempfile
 import time
@@ -23,12 +27,14 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import ladders, teachers, trials
+from experiments import ladders, plots, ratio_plots, teachers, trials
 from experiments.caches import keep_compilations
 from experiments.trials import Trial
 from experiments.variants import COSTLY, PLAIN, VARIANTS, Variant
 
 Row = dict[str, Any]
+
+_NO_TEXT = {"variant", "rank", "seed", "bytes", "seconds"}
 
 
 def compare_variants(
@@ -193,32 +199,58 @@ def _chosen(values: Any) -> dict[str, Variant]:
   return {name: VARIANTS[name] for name in names}
 
 
+def _measure(values: Any) -> Iterator[Row]:
+  """A row for every seed, rank and variant; prints what took the time."""
+  ranks = [2] if values.smoke else [int(rank) for rank in values.ranks]
+  for trial, held_out in _trials(values):
+    ladder = trial.ladder
+    listened = {
+      name: teachers.listen(ladder.model, ladder.finetuned, tokens)
+      for name, tokens in held_out.items()
+    }
+    for rank in ranks:
+      yield from compare_variants(trial, listened, rank, _chosen(values))
+    for name, seconds in trial.spent.items():
+      print(f"seed {trial.seed}: {name}, {seconds:.0f} s")
+
+
+def read_rows(files: Sequence[str | os.PathLike[str]]) -> list[Row]:
+  """Rows of several files; of what was measured twice, the last.
+
+  Args:
+    files: as `--out` writes them, of one pair.
+
+  Returns:
+    The rows.
+  """
+  found = {}
+  for file in files:
+    for row in json.loads(pathlib.Path(file).read_text()):
+      found[row["rank"], row["seed"], row["variant"]] = row
+  return list(found.values())
+
+
 def main(_: list[str]) -> None:
   """Prints a row as it is measured, then the tables; writes rows as JSON."""
   values = flags.FLAGS
   keep_compilations(values.cache)
-  ranks = [2] if values.smoke else [int(rank) for rank in values.ranks]
-  rows: list[Row] = []
-  names: list[str] = []
-  for trial, held_out in _trials(values):
-    listened = {
-      name: teachers.listen(trial.ladder.model, trial.ladder.finetuned, tokens)
-      for name, tokens in held_out.items()
-    }
-    names = list(listened)
-    for rank in ranks:
-      for row in compare_variants(trial, listened, rank, _chosen(values)):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if values.out:
-          text = json.dumps(rows, indent=1)
-          pathlib.Path(values.out).write_text(text + "\n")
-    for name, seconds in trial.spent.items():
-      print(f"seed {trial.seed}: {name}, {seconds:.0f} s")
+  rows: list[Row] = read_rows(values.read) if values.read else []
+  for row in () if values.read else _measure(values):
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+    if values.out:
+      text = json.dumps(rows, indent=1)
+      pathlib.Path(values.out).write_text(text + "\n")
+  names = [name for name in rows[0] if name not in _NO_TEXT]
   whole = summarise(rows, names)
-  for rank in ranks:
-    print(f"\nThe bytes of rank {rank}:\n")
-    print(as_table([row for row in whole if row["rank"] == rank], names))
+  for rank in dict.fromkeys(row["rank"] for row in rows):
+    shown = [row for row in whole if row["rank"] == rank]
+    print(f"\nThe bytes of rank {rank}:\n\n{as_table(shown, names)}")
+  if values.figure:
+    first = [row for row in whole if row["rank"] == rows[0]["rank"]]
+    title = f"At the bytes of plain SVD at rank {rows[0]['rank']} in bfloat16"
+    draw = functools.partial(ratio_plots.draw_ratios, first, names, title)
+    plots.save_figure(values.figure, draw)
 
 
 if __name__ == "__main__":
@@ -235,5 +267,7 @@ if __name__ == "__main__":
   flags.DEFINE_bool("costly", False, "Refined and sensitivity as well.")
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
   flags.DEFINE_string("out", None, "JSON file for the rows.")
+  flags.DEFINE_list("read", None, "Such files, instead of running.")
+  flags.DEFINE_string("figure", None, "Image file, of the first rank.")
   flags.DEFINE_bool("smoke", False, "The tiny pair, in seconds.")
   app.run(main)

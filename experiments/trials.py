@@ -96,19 +96,14 @@ class Trial:
   def whitened(self, name: str) -> Units:
     """The change taken apart under weights, of `WEIGHINGS`."""
     left, right = WEIGHINGS[name]
-    inputs = self._weights("inputs", left)
-    outputs = self._weights("outputs", right) if right else {}
-    return self._once(
-      f"factors, {name}", lambda: _whiten(self.ladder, inputs, outputs)
-    )
+    inputs = self.inputs()
+    outputs = self.outputs() if right else {}
 
-  def _weights(self, side: str, weigh: Weighing) -> dict[str, Weight]:
-    """Path -> Weight of the in axis or of the out axis."""
-    moments = self.inputs() if side == "inputs" else self.outputs()
-    kind = weigh.func.__name__
-    return self._once(
-      f"weights of {side}, {kind}", lambda: weigh_all(moments, weigh)
-    )
+    def make():
+      weighed = weights_of(inputs, left), weights_of(outputs, right or left)
+      return _whiten(self.ladder, *weighed)
+
+    return self._once(f"factors, {name}", make)
 
   def _once(self, name: str, make: Callable[[], Any]) -> Any:
     if name not in self._kept:
@@ -130,34 +125,32 @@ WEIGHINGS: dict[str, tuple[Weighing, Weighing | None]] = {
 }
 
 
-def weigh_all(
+def weights_of(
   moments: Mapping[str, Moment], weigh: Weighing
-) -> dict[str, Weight]:
-  """The weight of every moment; equal moments share one.
+) -> Callable[[str], Weight | None]:
+  """A function from paths to weights, that remembers the last one only.
 
   Args:
-    moments: path -> Moment. Layers that read the same have the same.
+    moments: path -> Moment; layers that read the same have the same.
     weigh: moment -> weight.
 
   Returns:
-    path -> Weight of NumPy arrays.
+    path -> Weight of NumPy arrays, None where there is no moment.
   """
-  made: dict[int, Weight] = {}
-  found = {}
-  for path, moment in moments.items():
-    moment = jax.tree.map(np.asarray, moment)
-    name = hash(moment.total.tobytes())
-    if name not in made:
-      made[name] = weigh(moment)
-    found[path] = made[name]
-  return found
+  last: list[Any] = [None, None]
+
+  def weight(path: str) -> Weight | None:
+    if path not in moments:
+      return None
+    moment = jax.tree.map(np.asarray, moments[path])
+    if last[0] is None or not np.array_equal(last[0], moment.total):
+      last[:] = moment.total, weigh(moment)
+    return last[1]
+
+  return weight
 
 
-def _whiten(
-  ladder: ladders.Ladder,
-  inputs: Mapping[str, Weight],
-  outputs: Mapping[str, Weight],
-) -> Units:
+def _whiten(ladder: ladders.Ladder, inputs: Any, outputs: Any) -> Units:
   """Units of every module; what no layer reads, the embedding, stays plain."""
   base, tuned = (
     traverse_util.flatten_dict(x, sep="/")
@@ -165,14 +158,13 @@ def _whiten(
   )
   loras: dict[str, Any] = dict(ladder.loras)
   spectra: dict[str, Any] = dict(ladder.spectra)
-  for path in inputs.keys() & loras.keys():
+  for path in sorted(loras):
+    left, right = inputs(path), outputs(path)
+    if left is None:
+      continue
     delta = np.asarray(tuned[path]) - np.asarray(base[path])
-    factors = whitened(
-      delta,
-      len(spectra[path]),
-      inputs=inputs[path],
-      outputs=outputs.get(path),
-    )
+    rank = len(spectra[path])
+    factors = whitened(delta, rank, inputs=left, outputs=right)
     loras[path], spectra[path] = jlora.from_factors(factors), factors.s
   return Units(loras, spectra)
 

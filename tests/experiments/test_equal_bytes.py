@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every variant stays within the bytes and is made of what it says."""
 
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import equal_bytes, fitting, ladders, teachers
+from experiments import equal_bytes, fitting, ladders, ratio_plots, teachers
 from experiments.trials import WEIGHINGS, Trial
 from experiments.variants import COSTLY, PLAIN, VARIANTS
 from jlora.divergences import mean_kl
@@ -174,3 +175,28 @@ def test_a_teacher_is_as_far_as_mean_kl_says(trial):
   np.testing.assert_allclose(found, (wanted.kl, wanted.kl_error), rtol=1e-4)
   alone = teachers.listen(model, ladder.finetuned, tokens[:1])
   assert np.isnan(teachers.distance_from(alone, ladder.base)[1])
+
+
+def test_rows_of_several_runs_are_one_table(tmp_path):
+  """What was measured twice is taken from the last file."""
+  files = [tmp_path / "first.json", tmp_path / "second.json"]
+  first = [row(PLAIN, 0, 0.2), row("x", 0, 0.2)]
+  files[0].write_text(json.dumps(first))
+  files[1].write_text(json.dumps([row(PLAIN, 0, 0.4), row("y", 0, 0.1)]))
+  rows = equal_bytes.read_rows(files)
+  ratios = {
+    each["variant"]: each["kjv"]["ratio"]
+    for each in equal_bytes.summarise(rows, ["kjv"])
+  }
+  assert ratios == pytest.approx({PLAIN: 1, "x": 0.5, "y": 0.25})
+
+
+def test_ratios_are_drawn_with_their_bars():
+  rows = [row(PLAIN, 0, 0.2), row("x", 0, 0.1), row(PLAIN, 1, 0.4),
+          row("x", 1, 0.1), {**row("none", 0, 3.0), "bytes": 0}]  # fmt: skip
+  whole = equal_bytes.summarise(rows, ["kjv"])
+  axes = ratio_plots.draw_ratios(whole, ["kjv"], "title").axes[0]
+  labels = [label.get_text() for label in axes.get_yticklabels()]
+  assert labels == [f"{PLAIN} (2 seeds)", "x (2 seeds)"]
+  (line,) = [at for at in axes.get_lines() if at.get_marker() == "o"]
+  np.testing.assert_allclose(np.asarray(line.get_xdata(), float), [1, 0.375])
