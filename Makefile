@@ -1,8 +1,11 @@
 # Two commands for a newcomer: `make demo` and `make test`. BUILD.md has the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+# The accelerators' compilers stay out of the environment of everything else.
+AOT := .venv/aot
 
-.PHONY: demo smoke test lint format types unit bench clean
+.PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
+  clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.quickstart $(ARGS)
@@ -25,6 +28,13 @@ unit: .venv/.test
 bench: .venv/.demo
 	$(BIN)/python -m experiments.bench_extract $(ARGS)
 
+test-aot: $(AOT)/.done
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/pallas_kernels/aot \
+	  --durations=0 $(ARGS)
+
+bench-kernels: $(AOT)/.done
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pallas_kernels.bench $(ARGS)
+
 format: .venv/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -39,6 +49,11 @@ format: .venv/.test
 .venv/.test: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[experiments,test]'
 	touch $@ .venv/.demo
+
+$(AOT)/.done: .venv/bin/python pyproject.toml
+	.venv/bin/python -m venv $(AOT)
+	$(AOT)/bin/pip install --quiet --editable '.[aot]'
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info
