@@ -28,6 +28,12 @@ unit: .venv/.test
 bench: .venv/.demo
 	$(BIN)/python -m experiments.bench_extract $(ARGS)
 
+bench-scoring: .venv/.test
+	$(BIN)/python -m experiments.bench_scoring $(ARGS)
+
+bench-sweep: .venv/.demo
+	$(BIN)/python -m experiments.bench_sweep $(ARGS)
+
 test-aot: $(AOT)/.done
 	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/pallas_kernels/aot \
 	  --durations=0 $(ARGS)
