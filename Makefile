@@ -5,7 +5,7 @@ BIN := .venv/bin
 AOT := .venv/aot
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  clean
+  bench-scoring bench-sweep clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.quickstart $(ARGS)

@@ -2,8 +2,23 @@
 """Weight changes as composable programs: two checkpoints in, a LoRA out.
 
 checkpoints ─► deltas ─► factors ─► {path: Lora} ─► measured, exported
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
+  >>> finetuned = {"mlp": {"kernel": jnp.ones((3, 5)), "bias": jnp.zeros(5)}}
+  >>> loras = extract(base, finetuned, rank=1)
+  >>> list(loras), loras["mlp/kernel"].rank
+  (['mlp/kernel'], 1)
+  >>> bool(jnp.allclose(apply(base, loras)["mlp"]["kernel"], 1, atol=1e-5))
+  True
+  >>> round(compare(base, finetuned, loras)["mlp/kernel"]["energy"], 4)
+  1.0
 """
 
+from jlora.advice import Advice as Advice
+from jlora.advice import advise as advise
+from jlora.advice import error_of as error_of
 from jlora.application import apply as apply
 from jlora.assembly import Spectra as Spectra
 from jlora.certificates import Certificate as Certificate
@@ -18,11 +33,14 @@ from jlora.divergences import mean_kl as mean_kl
 from jlora.divergences import recovered as recovered
 from jlora.divergences import score as score
 from jlora.evaluation import compare as compare
+from jlora.evaluation import spectral_norm as spectral_norm
 from jlora.exporting import PEFT as PEFT
 from jlora.exporting import VLLM as VLLM
+from jlora.exporting import from_in_rank as from_in_rank
 from jlora.exporting import load_peft as load_peft
 from jlora.exporting import save_merged as save_merged
 from jlora.exporting import save_peft as save_peft
+from jlora.exporting import to_in_rank as to_in_rank
 from jlora.extraction import extract as extract
 from jlora.factoring import cheapest as cheapest
 from jlora.factoring import gram as gram
@@ -37,17 +55,25 @@ from jlora.loras import from_factors as from_factors
 from jlora.moments import Moment as Moment
 from jlora.moments import second_moments as second_moments
 from jlora.moments import weighted_error as weighted_error
+from jlora.packed_files import load_packed as load_packed
+from jlora.packed_files import save_packed as save_packed
+from jlora.packing import Packed as Packed
+from jlora.packing import pack as pack
+from jlora.packing import unpack as unpack
 from jlora.pairing import common_rows as common_rows
 from jlora.pairing import keep_whole as keep_whole
 from jlora.pairing import refuse as refuse
+from jlora.paths import flatten as flatten
 from jlora.paths import matching as matching
+from jlora.paths import unflatten as unflatten
+from jlora.refinement import Refiner as Refiner
+from jlora.refinement import refine as refine
 from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
 from jlora.runs import extract_checkpoint as extract_checkpoint
 
 __all__ = [
-  "PEFT",
-  "VLLM",
+  "Advice",
   "Certificate",
   "Checkpoint",
   "Divergence",
@@ -55,35 +81,51 @@ __all__ = [
   "Lora",
   "Loras",
   "Moment",
+  "PEFT",
+  "Packed",
+  "Refiner",
   "Report",
   "Score",
   "Spectra",
+  "VLLM",
+  "advise",
   "apply",
   "certificate",
   "cheapest",
   "common_rows",
   "compare",
   "dense",
+  "error_of",
   "extract",
   "extract_checkpoint",
+  "flatten",
   "from_factors",
+  "from_in_rank",
   "gram",
   "is_matrix",
   "keep_whole",
   "krylov",
+  "load_packed",
   "load_peft",
   "matching",
   "mean_kl",
   "open_checkpoint",
+  "pack",
   "read_report",
   "recompress",
   "recovered",
+  "refine",
   "refuse",
   "save_merged",
   "save_orbax",
+  "save_packed",
   "save_peft",
   "score",
   "second_moments",
+  "spectral_norm",
   "svd",
+  "to_in_rank",
+  "unflatten",
+  "unpack",
   "weighted_error",
 ]

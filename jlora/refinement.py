@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+from etils import epy
 
 from jlora.application import apply
 from jlora.loras import Lora, Loras
+
+with epy.lazy_imports():  # only where something is trained
+  import optax
 
 Model = Callable[[Any, jax.Array], jax.Array]
 
@@ -67,7 +70,7 @@ def distance(
   return jnp.sum(jnp.exp(teacher) * gap, axis=-1).mean()
 
 
-def refine(model: Model, optimiser: optax.GradientTransformation) -> Refiner:
+def refine(model: Model, optimiser: "optax.GradientTransformation") -> Refiner:
   """The refiner of a model: factors in, factors that say the same more nearly.
 
       a, b  ←  optimiser(∇ KL(p_finetuned ‖ p_base + scale aᵀ b))
