@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Iterable, Sequence
 
 from pallas_kernels.aot.chips import CHIPS, MIB, TPUS, bound
@@ -35,14 +36,13 @@ _HEAD = (
   "rows",
   "rank",
   "chip",
-  "program",
+  "programs",
   "HBM MB",
-  "of least",
-  "temp MB",
-  "VMEM MiB",
+  "least",
   "roofline us",
   "bound by",
-  "compiled in s",
+  "temporaries MB",
+  "VMEM MiB",
 )
 
 
@@ -53,21 +53,24 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print("| " + " | ".join(row) + " |", flush=True)
 
 
-def _cells(label: str, row: Row) -> list[str]:
-  m, k, n, r = row.sizes
-  title = row.name + (" step" if row.step else "")
-  start = [label, f"{k} x {n}", str(m), str(r), row.chip, title]
-  if row.refused:
-    return [*start, row.refused.splitlines()[0][:80], *[""] * 6]
+def _cells(label: str, rows: Sequence[Row]) -> list[str]:
+  """One line for several programs of the same sizes, in the same order."""
+  m, k, n, r = rows[0].sizes
+
+  def each(text):
+    return " / ".join("refused" if row.refused else text(row) for row in rows)
+
   return [
-    *start,
-    f"{row.moved / 1e6:.1f}",
-    f"{row.moved / row.least:.2f}",
-    f"{row.temporaries / 1e6:.1f}",
-    f"{row.vmem / MIB:.1f}" if row.vmem else "",
-    f"{1e6 * row.estimated:.1f}",
-    row.by,
-    f"{row.compiling:.1f}",
+    label,
+    f"{k} x {n}",
+    *(str(m), str(r), rows[0].chip),
+    " / ".join(row.name for row in rows) + (" step" if rows[0].step else ""),
+    each(lambda row: f"{row.moved / 1e6:.1f}"),
+    f"{rows[-1].least / 1e6:.1f}",
+    each(lambda row: f"{1e6 * row.estimated:.0f}"),
+    " / ".join(dict.fromkeys(row.by for row in rows if not row.refused)),
+    each(lambda row: f"{row.temporaries / 1e6:.1f}"),
+    f"{max(row.vmem for row in rows) / MIB:.1f}",
   ]
 
 
@@ -80,24 +83,30 @@ def _keep(row: Row, out: pathlib.Path | None) -> Row:
 
 
 def show_programs(options: argparse.Namespace) -> None:
-  """A row for every matrix, number of rows, chip and program asked for."""
+  """A line for every matrix, number of rows, rank and chip asked for."""
+  chosen = [
+    (matrix, regime)
+    for matrix in MATRICES
+    if any(part in f"{matrix.model} {matrix.name}" for part in options.matrices)
+    for regime in options.regimes
+  ]
 
-  def rows():
-    for matrix in MATRICES:
-      if not any(m in matrix.model for m in options.models):
-        continue
-      label = f"{matrix.model} {matrix.name}"
-      for regime, rank in itertools.product(options.regimes, options.ranks):
-        sizes = Sizes(ROWS[regime], matrix.k, matrix.n, rank)
-        for chip in options.chips:
-          for name in options.programs:
-            row = measure_program(name, False, chip, sizes)
-            yield _cells(label, _keep(row, options.out))
-          for name in STEP if options.step and regime == "training" else ():
-            row = measure_program(name, True, chip, sizes)
-            yield _cells(label, _keep(row, options.out))
+  def lines():
+    kinds = itertools.product(options.ranks, options.chips)
+    for (matrix, regime), (rank, chip) in itertools.product(chosen, kinds):
+      sizes = Sizes(ROWS[regime], matrix.k, matrix.n, rank)
+      with_step = options.step and regime == "training"
+      for step in (False, True) if with_step else (False,):
+        rows = [
+          _keep(measure_program(name, step, chip, sizes), options.out)
+          for name in (STEP if step else options.programs)
+        ]
+        for row in rows:
+          if row.refused:
+            print(f"{row.name}: {row.refused[:500]}", file=sys.stderr)
+        yield _cells(f"{matrix.model} {matrix.name}", rows)
 
-  _table(_HEAD, rows())
+  _table(_HEAD, lines())
 
 
 def verdict(value: float | None, most: float) -> str:
@@ -199,7 +208,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add("--rooflines", action="store_true", help="no compiler, every chip")
   add("--step", action="store_true", help="forward and backward too")
   add("--chips", nargs="+", default=["v5e", "v6e"], choices=TPUS)
-  add("--models", nargs="+", default=[""], help="parts of their names")
+  add("--matrices", nargs="+", default=[""], help="parts of their names")
   add("--regimes", nargs="+", default=[*ROWS], choices=[*ROWS])
   add("--programs", nargs="+", default=[*FORWARD], choices=[*FORWARD])
   add("--ranks", nargs="+", type=int, default=[16])

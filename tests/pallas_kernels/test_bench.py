@@ -58,21 +58,35 @@ def test_no_instruction_is_faster_than_its_bytes(compiler):
   assert row.paced == pytest.approx(MOVED / 819e9 * clock)
 
 
-def test_the_table_has_a_row_for_each_program(compiler, capsys, tmp_path):
+def test_the_table_has_a_line_for_each_matrix_and_chip(
+  compiler, capsys, tmp_path
+):
   out = tmp_path / "rows.jsonl"
   bench.main(
-    "--models SmolLM2 --regimes decode --chips v5e v4 --programs base fused "
-    f"--out {out}".split()
+    "--matrices SmolLM2 --regimes decode --chips v5e v4 "
+    f"--programs base merging --out {out}".split()
   )
-  lines = capsys.readouterr().out.splitlines()
+  printed = capsys.readouterr()
+  lines = printed.out.splitlines()
   matrices = [m for m in shapes.MATRICES if "SmolLM2" in m.model]
-  assert len(lines) == 2 + 4 * len(matrices)
-  assert lines[2].startswith("| SmolLM2-135M q, o | 576 x 576 | 64 | 16 | v5e")
-  assert "RESOURCE_EXHAUSTED: too much" in lines[4]
+  assert len(lines) == 2 + 2 * len(matrices)
+  assert lines[2].startswith(
+    "| SmolLM2-135M q, o | 576 x 576 | 64 | 16 | v5e | base / merging | 0.1 / "
+  )
+  assert "| refused / refused |" in lines[3]
+  assert "base: RESOURCE_EXHAUSTED: too much" in printed.err
   assert {line.count("|") for line in lines} == {lines[0].count("|")}
   kept = [json.loads(line) for line in out.read_text().splitlines()]
-  assert [row["name"] for row in kept[:2]] == ["base", "fused"]
+  assert [row["name"] for row in kept[:2]] == ["base", "merging"]
   assert kept[0]["sizes"] == {"m": 64, "k": 576, "n": 576, "r": 16}
+
+
+def test_a_step_has_a_line_of_its_own(compiler, capsys):
+  only = "--matrices 70B --regimes training --chips v5e"
+  bench.main([*only.split(), "--step"])
+  lines = capsys.readouterr().out.splitlines()[2:]
+  assert len(lines) == 2 * 3
+  assert "| base / unfused / fused step |" in lines[1]
 
 
 def test_goals_are_held_or_not(compiler, capsys):
