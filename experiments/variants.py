@@ -106,6 +106,19 @@ def two_sided(trial: Trial, _: int) -> Units:
   return Units(found.loras, spectra)
 
 
+def by_channel(trial: Trial, _: int) -> Units:
+  """Units whitened by channel; a module is worth what it was without weights.
+
+  So weights choose among the units of a module, and not among modules.
+  """
+  found, norms = trial.whitened("diagonal"), trial.ladder.spectra
+  spectra = {
+    path: s * np.float32(np.linalg.norm(norms[path]) / np.linalg.norm(s))
+    for path, s in found.spectra.items()
+  }
+  return Units(found.loras, spectra)
+
+
 def refined(trial: Trial, rank: int) -> Units:
   """Four times the units, refined and taken apart anew."""
   loras: dict[str, jlora.Lora] = {}
@@ -151,6 +164,9 @@ VARIANTS: dict[str, Variant] = {
   "bits by squared error": lambda t, r: spread_bits(t, r, unweighted(t, r)),
   "bits by sensitivity": lambda t, r: spread_bits(t, r, sensitive(t, r)),
   "bits by two-sided error": lambda t, r: spread_bits(t, r, two_sided(t, r)),
+  "bits by squared error and whitened diagonal": lambda t, r: spread_bits(
+    t, r, by_channel(t, r)
+  ),
   "refined in bfloat16": lambda t, r: in_bfloat16(t.refined(r)),
   "refined at 4 x rank in bits by squared error": lambda t, r: spread_bits(
     t, r, refined(t, r)
