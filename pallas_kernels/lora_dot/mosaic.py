@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.gradients import differentiable, shrink
-from pallas_kernels.lora_dot.partitioning import partitioned
+from pallas_kernels.lora_dot.partitioning import partitioned, vary_alike
 from pallas_kernels.lora_dot.tilings import (
   CHIP_OF_KIND,
   Tiling,
@@ -148,7 +148,7 @@ def tpu_dot(
         (*x.shape[:-1], rank),
       )
   forward = _forward_with(Settings(chip, tiling, interpret))
-  return differentiable(forward, transpose_w, x, w, a, b, gate)
+  return differentiable(forward, transpose_w, *vary_alike((x, w, a, b, gate)))
 
 
 @functools.cache

@@ -34,6 +34,27 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
   return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
+def vary_alike(operands: Any) -> Any:
+  """The operands, marked to differ along every axis where one of them does.
+
+  Inside shard_map with check_vma that is what a gradient rule is held to; the
+  transpose of the mark adds the gradient of what was alike up over the devices.
+  """
+
+  def axes(leaf):
+    kind: Any = jax.typeof(leaf)
+    # jax has renamed it.
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+  leaves, tree = jax.tree.flatten(operands)
+  every = frozenset().union(*map(axes, leaves))
+  missing = [tuple(every - axes(leaf)) for leaf in leaves]
+  return tree.unflatten(
+    jax.lax.pcast(leaf, names, to="varying") if names else leaf
+    for leaf, names in zip(leaves, missing, strict=True)
+  )
+
+
 def plan(
   mesh: Mesh | AbstractMesh, x: Any, w: Any, transpose_w: bool
 ) -> tuple[tuple, tuple[str, ...], tuple[str, ...]]:
@@ -95,7 +116,8 @@ def _rule(operands, transpose_w, return_u):
   if gate is not None:
     terms.append(f"{lead} r" if gate.ndim > 1 else "r")
   results = [f"{lead} n"] + [f"{lead} r"] * return_u
-  fixed = ("r", "s") if isinstance(w, Scaled) else ("r",)
+  # In the order in which they appear: the compiler checks.
+  fixed = ("s", "r") if isinstance(w, Scaled) else ("r",)
   return f"{', '.join(terms)} -> {', '.join(results)}", fixed
 
 

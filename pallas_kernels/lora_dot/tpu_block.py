@@ -85,7 +85,9 @@ def lora_block(ins, outs, scratch, *, s: Static):
       rows = _within(x[...], 1, k, s)
       u[...] = sofar + _dot(_within(a[...], 1, k, s), rows, _NT)
 
-  left = x[...] * ins["scale"][...] if s.scaled == "in" else x[...]
+  left = x[...]
+  if s.scaled == "in":
+    left = left.astype(jnp.float32) * ins["scale"][...]
   right = w[...].astype(x.dtype)
   product = _dot(
     _within(left.astype(x.dtype), 1, k, s),
