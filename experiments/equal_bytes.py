@@ -11,7 +11,8 @@ KL(finetuned ‖ base + adapter) on held-out text of the finetune's domain and o
 the other. Whatever is fitted is fitted to training text of the first domain.
 The bytes are those of plain SVD at each of `--ranks` in bfloat16; every variant
 stays within them. A seed draws both texts' excerpts, the order of refining and
-the labels of the Fisher information. `--read` puts rows of earlier runs of one
+the labels of the Fisher information; "none" takes the beginnings of equal parts
+of the texts, and 0 for the rest. `--read` puts rows of earlier runs of one
 pair, written by `--out`, into one table without running anything.
 """
 
@@ -170,10 +171,10 @@ def as_table(summaries: Sequence[Row], texts: Sequence[str]) -> str:
 
 def _trials(values: Any) -> Iterator[tuple[Trial, dict[str, np.ndarray]]]:
   """A trial and its held-out texts for each seed; one factorisation for all."""
-  seeds = [int(seed) for seed in values.seeds]
+  seeds = [None if seed == "none" else int(seed) for seed in values.seeds]
   if values.smoke:
     with tempfile.TemporaryDirectory() as work:
-      yield trials.tiny_trial(work, seeds[0])
+      yield trials.tiny_trial(work, seeds[0] or 0)
     return
   ladder, encode = trials.smollm2_ladder(
     values.cache,
@@ -186,7 +187,7 @@ def _trials(values: Any) -> Iterator[tuple[Trial, dict[str, np.ndarray]]]:
     calibration, held_out = trials.draw_texts(
       encode, values.cache, values.domain, values.rows, seed
     )
-    yield Trial(ladder, calibration, values.steps, seed), held_out
+    yield Trial(ladder, calibration, values.steps, seed or 0), held_out
 
 
 def _chosen(values: Any) -> dict[str, Variant]:

@@ -195,7 +195,7 @@ def draw_texts(
   cache: Any,
   domain: str,
   rows: int,
-  seed: int,
+  seed: int | None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Calibration text of a domain, and held-out text of all.
 
@@ -204,7 +204,7 @@ def draw_texts(
     cache: as `caches.cache_folder`.
     domain: whose training text calibrates.
     rows: of each held-out text, 128 tokens each.
-    seed: of where the excerpts begin.
+    seed: of where the excerpts begin, as `texts.excerpts`.
 
   Returns:
     (160, 128) tokens, and name -> (rows, 128) tokens, the domain's first.
