@@ -23,7 +23,7 @@ import jlora
 from experiments import finetune, ladders, smollm2, texts
 from experiments.caches import keep_compilations
 from jlora import models
-from jlora.deltas import rounding_noise
+from jlora.deltas import survey
 
 
 def train_lora(
@@ -113,7 +113,7 @@ def measure_recovery(
     stored2 += float(np.sum(np.square(stored), dtype=np.float64))
     true2 += float(np.sum(np.square(true), dtype=np.float64))
     for side in (flat[path], other[path]):
-      noise2 += float(rounding_noise(side, dtype)) ** 2 * true.size
+      noise2 += float(survey(side, side, dtype)[1].noise_std) ** 2 * true.size
   return {
     "missed": (missed2 / true2) ** 0.5,
     "error": (error2 / stored2) ** 0.5,

@@ -214,6 +214,27 @@ def over_leading(function: Callable[..., Any], axes: int, *arrays: Any) -> Any:
   return jax.tree.map(lambda *parts: np.stack(parts), *found)
 
 
+def times(rows: Any, matrix: Any) -> Any:
+  """`rows @ matrix`, in the order that is fastest for how the matrix lies.
+
+  Args:
+    rows: (k, m), few of them.
+    matrix: (m, n), of the same library.
+
+  Returns:
+    (k, n). Of a transposed NumPy matrix it is a view of (n, k): BLAS is about a
+    fifth faster with the large matrix on the left, untransposed.
+
+  Example:
+    >>> times(np.ones((1, 2)), np.array([[1.0, 2.0], [3.0, 4.0]]).T)
+    array([[3., 7.]])
+  """
+  is_turned = library_of(matrix) is np and matrix.T.flags.c_contiguous
+  if is_turned and not matrix.flags.c_contiguous:
+    return (matrix.T @ rows.T).T
+  return rows @ matrix
+
+
 def sum_over_rows(function: Callable[..., Any], *arrays: Any) -> Any:
   """The sum of a function over blocks of rows that fit the cache.
 

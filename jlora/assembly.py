@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.exporting import save_peft
@@ -153,10 +152,11 @@ def write_adapter(
   pairs = {pair.path: pair for pair in plan.pairing.pairs}
 
   def lora(path: str) -> Lora:
-    arrays = journal.arrays(path)
-    a, b = (jnp.asarray(arrays[side]) for side in ("a", "b"))
-    k = ranks[path]
-    return Lora(a[..., :k, :], b[..., :k, :], jnp.ones(a.shape[:-2]))
+    arrays: Mapping[str, Any] = journal.arrays(path)
+    # NumPy's, as they come: JAX would copy each, and start its backend.
+    a, b = arrays["a"], arrays["b"]
+    scale: Any = np.ones(a.shape[:-2], np.float32)
+    return Lora(a[..., : ranks[path], :], b[..., : ranks[path], :], scale)
 
   def change(path: str) -> np.ndarray:
     left, right = read_pair(pairs[path], plan.base, plan.finetuned)

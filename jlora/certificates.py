@@ -13,8 +13,10 @@ from jlora.arrays import (
   normal,
   over_leading,
   sum_over_rows,
+  times,
 )
 from jlora.loras import Lora
+from jlora.norms import exponent_of, sums_of
 
 # A mean of 16 chi-square variables falls below this share of its expectation
 # with probability 1e-6: scipy.stats.chi2.ppf(1e-6, 16) / 16 = 0.0907.
@@ -125,10 +127,10 @@ def _certify(delta, a, b, scale, key):
   """The certificate of one matrix, everything in units of its top entry."""
   xp = library_of(delta)
   a, b = a.astype(np.float32), b.astype(np.float32)
-  unit, b_unit = _power(delta), _power(b)
+  sums, b_unit = sums_of(delta), xp.ldexp(xp.float32(1), exponent_of(b))
+  unit, norm2 = sums.unit, sums.squares
   b = b / b_unit
   a = a * (b_unit / unit * scale.astype(np.float32))
-  norm2, total = _sums(delta, 1 / unit)
   images, energies = _leading_energies(delta, b, norm2, key, 1 / unit)
   inner = xp.sum(images * a, axis=1)
   overlaps = (a @ a.T) * (b @ b.T)
@@ -145,7 +147,7 @@ def _certify(delta, a, b, scale, key):
   best2 = norm2 - energies - _ROUNDING * norm2
   return Certificate(
     norm=unit * norm,
-    mean_abs=unit * total / delta.size,
+    mean_abs=unit * sums.moduli / delta.size,
     errors=unit * xp.sqrt(xp.maximum(errors2, 0.0)),
     changes=unit * xp.sqrt(xp.maximum(_from_zero(added), 0.0)),
     projections=unit * _from_zero(inner) / xp.where(norm > 0, norm, 1.0),
@@ -153,31 +155,10 @@ def _certify(delta, a, b, scale, key):
   )
 
 
-def _power(x):
-  """A power of two near the largest entry: scaling by it rounds nothing."""
-  xp = library_of(x)
-  top = xp.maximum(xp.max(x), -xp.min(x))
-  one = xp.float32(1)
-  return xp.ldexp(one, xp.frexp(xp.where(top > 0, top, one))[1])
-
-
 def _from_zero(x):
   """(r + 1,) sums of the first 0..r entries."""
   xp = library_of(x)
   return xp.concatenate([xp.zeros(1, x.dtype), xp.cumsum(x)])
-
-
-def _sums(delta, inverse):
-  """‖delta‖² and Σ|delta|."""
-  xp = library_of(delta)
-
-  def sums(rows):
-    rows = rows * inverse
-    # By rows first: rounding then grows with the sides, not the area.
-    parts = (xp.square(rows), xp.abs(rows))
-    return xp.stack([xp.sum(xp.sum(part, axis=1)) for part in parts])
-
-  return sum_over_rows(sums, delta)
 
 
 def _residual(delta, a, b, inverse):
@@ -198,7 +179,7 @@ def _leading_energies(delta, b, norm2, key, inverse):
   if min(delta.shape) <= _SHORT:
     values = _all_energies(delta, inverse)[:rank]
     values = xp.pad(values, (0, rank - len(values)))
-    return (b @ delta.T) * inverse, _from_zero(values)
+    return times(b, delta.T) * inverse, _from_zero(values)
   qr = xp.linalg.qr(b.T)
   v = qr[0].T
 
@@ -207,11 +188,11 @@ def _leading_energies(delta, b, norm2, key, inverse):
 
   # One product for all that is to be multiplied: delta is read four times.
   probes = off_v(normal(key, (_PROBES, delta.shape[1]), delta))
-  first = (xp.concatenate([v, probes]) @ delta.T) * inverse
-  second = off_v((first @ delta) * inverse)
+  first = times(xp.concatenate([v, probes]), delta.T) * inverse
+  second = off_v(times(first, delta) * inverse)
   left, across, second = first[:rank], second[:rank], second[rank:]
-  third = (second @ delta.T) * inverse
-  fourth = off_v((third @ delta) * inverse)
+  third = times(second, delta.T) * inverse
+  fourth = off_v(times(third, delta) * inverse)
   inside = xp.linalg.eigvalsh(left @ left.T)[::-1]
   coupling = xp.linalg.eigvalsh(across @ across.T)[::-1]
   count = xp.arange(rank + 1)

@@ -1,27 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float32 difference of two parameters, and what rounding puts there."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.arrays import library_of, sum_over_rows
-
-# A block of so many entries stays in the cache while it is worked on.
-_BLOCK = 2**17
+from jlora.arrays import library_of
+from jlora.norms import BLOCK, sum_of_squares
 
 
-def difference(
-  base: Any, finetuned: Any, room: np.ndarray | None = None
-) -> Any:
+class Survey(NamedTuple):
+  """What there was to change, and what storing left of the change.
+
+  Attributes:
+    base_norm: Frobenius norm of the base's parameter, float32.
+    noise_std: standard deviation of the error of rounding the finetune to its
+      dtype. Its delta carries noise of this size whatever was learnt; as a
+      matrix (m, n) that has a flat spectrum up to about `std (√m + √n)`.
+    unchanged: share of the entries that are equal in both, in [0, 1].
+    is_finite: whether the change is finite throughout.
+  """
+
+  base_norm: Any
+  noise_std: Any
+  unchanged: Any
+  is_finite: Any
+
+
+def difference(base: Any, finetuned: Any) -> Any:
   """`finetuned - base`, upcast before it is subtracted.
 
   Args:
     base: any shape, any floating dtype, of NumPy or of JAX.
     finetuned: the same shape, its own dtype.
-    room: for NumPy, float32 of that size or more that the result may lie in:
-      memory that was used before is several times faster than new.
 
   Returns:
     float32 of that shape, NumPy's if both are; exact to float32 rounding,
@@ -35,22 +47,95 @@ def difference(
     >>> difference(jnp.bfloat16(256), jnp.float32(256.25))
     Array(0.25, dtype=float32)
   """
+  _check_shapes(base, finetuned)
+  xp = np if library_of(base) is library_of(finetuned) is np else jnp
+  return xp.asarray(finetuned, np.float32) - xp.asarray(base, np.float32)
+
+
+def survey(
+  base: Any, finetuned: Any, dtype: Any, room: np.ndarray | None = None
+) -> tuple[Any, Survey]:
+  """`finetuned - base`, and its surroundings, for which it is too late later.
+
+      noise_std² = mean(ulp(w)²) / 12,   ulp(w) = 2^(⌊log2 |w|⌋ - mantissa bits)
+
+  Args:
+    base: the parameter, any shape, any floating dtype, of NumPy or of JAX.
+    finetuned: the same shape, its own dtype, of the same library.
+    dtype: the dtype of the file that the finetune comes from.
+    room: for NumPy, float32 of that size or more that the delta may lie in:
+      memory that was used before is several times faster than new.
+
+  Returns:
+    The delta as `difference` gives it, all zeros if it is not finite (LAPACK
+    may not return from NaN), and its Survey. NumPy's arrays are read once, a
+    block that fits the cache at a time.
+
+  Raises:
+    ValueError: the shapes differ.
+
+  Example:
+    >>> one = np.ones(4, np.float32)
+    >>> delta, found = survey(one, one, jnp.bfloat16)
+    >>> float(found.base_norm), float(found.unchanged)
+    (2.0, 1.0)
+    >>> round(float(found.noise_std) * 12**0.5, 7)   # one ulp at 1.0
+    0.0078125
+
+  Approximation: treats rounding errors as uniform and independent, which holds
+  while the changes are larger than an ulp.
+  """
+  xp, size = library_of(finetuned), np.float32(base.size)
+  ulp_of_one = np.float32(2.0 ** -jnp.finfo(dtype).nmant)
+
+  def sums(left, right):
+    """‖base‖², Σ (ulp(w) / ulp(1))², and how many entries are equal."""
+    # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
+    bits = right.view(np.uint32) & np.uint32(0x7F800000)
+    steps = sum_of_squares(bits.view(np.float32))
+    return sum_of_squares(left), steps, xp.count_nonzero(left == right)
+
+  if xp is jnp:
+    left, right = base.astype(np.float32), finetuned.astype(np.float32)
+    delta, found = right - left, sums(left, right)
+    is_finite = xp.isfinite(delta).all()
+    delta = xp.where(is_finite, delta, 0.0)
+  else:
+    delta, found = _by_block(sums, base, finetuned, room)
+    # Rarely more than a look at the sums: what is infinite shows in them.
+    is_finite = np.isfinite(found).all() or np.isfinite(delta).all()
+    if not is_finite:
+      delta[...] = 0
+  return delta, Survey(
+    base_norm=xp.sqrt(found[0]),
+    noise_std=xp.sqrt(found[1] / (12 * size)) * ulp_of_one,
+    unchanged=found[2].astype(np.float32) / size,
+    is_finite=is_finite,
+  )
+
+
+def _by_block(sums, base, finetuned, room):
+  _check_shapes(base, finetuned)
+  room = np.empty(base.size, np.float32) if room is None else room
+  delta = room[: base.size].reshape(base.shape)
+  left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))
+  total = np.zeros(3)
+  # Infinities of a damaged file are found by the caller.
+  with np.errstate(invalid="ignore", over="ignore"):
+    for start in range(0, out.size, BLOCK):
+      part = slice(start, start + BLOCK)
+      one, two = (x[part].astype(np.float32, copy=False) for x in (left, right))
+      np.subtract(two, one, out=out[part])
+      total += sums(one, two)
+  return delta, total.astype(np.float32)
+
+
+def _check_shapes(base, finetuned):
   if base.shape != finetuned.shape:
     raise ValueError(
       f"base {base.shape} and finetuned {finetuned.shape} differ in shape; "
       "give the base this finetune was made from."
     )
-  if library_of(base) is jnp or library_of(finetuned) is jnp:
-    return jnp.asarray(finetuned, jnp.float32) - jnp.asarray(base, jnp.float32)
-  room = np.empty(base.size, np.float32) if room is None else room
-  delta = room[: base.size].reshape(base.shape)
-  left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))
-  for start in range(0, out.size, _BLOCK):
-    part = slice(start, start + _BLOCK)
-    # Infinities of a damaged file are found by the caller.
-    with np.errstate(invalid="ignore", over="ignore"):
-      out[part] = right[part].astype(np.float32) - left[part]
-  return delta
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -85,82 +170,3 @@ def is_floating(dtype: Any) -> bool:
     (True, False)
   """
   return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def norm_of(parameter: Any) -> Any:
-  """The Frobenius norm of a parameter of any dtype.
-
-  Args:
-    parameter: any shape with an axis or more, of NumPy or of JAX.
-
-  Returns:
-    float32 scalar.
-
-  Example:
-    >>> norm_of(np.array([3.0, 4.0], np.float16))
-    np.float32(5.0)
-  """
-  xp = library_of(parameter)
-  return xp.sqrt(_sum(lambda x: xp.square(x.astype(np.float32)), parameter))
-
-
-def rounding_noise(stored: Any, dtype: Any) -> Any:
-  """The standard deviation of the error of rounding an array to its dtype.
-
-      std² = mean(ulp(w)²) / 12,   ulp(w) = 2^(⌊log2 |w|⌋ - mantissa bits)
-
-  Args:
-    stored: the values as stored, any shape, of NumPy or of JAX.
-    dtype: the dtype of the file they come from.
-
-  Returns:
-    float32 scalar. A finetune's delta carries noise of this size whatever was
-    learnt; as a matrix (m, n) its largest singular value is about
-    `std (√m + √n)`, with a flat spectrum below.
-
-  Example:
-    >>> noise = rounding_noise(jnp.full((4,), 1.0), jnp.bfloat16)
-    >>> round(float(noise) * 12**0.5, 7)   # one ulp at 1.0
-    0.0078125
-
-  Approximation: treats rounding errors as uniform and independent, which holds
-  while the changes are larger than an ulp.
-  """
-  xp = library_of(stored)
-  ulp_of_one = np.float32(2.0 ** -jnp.finfo(dtype).nmant)
-
-  def squared_ulps(x):
-    # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
-    bits = x.astype(np.float32).view(np.uint32) & np.uint32(0x7F800000)
-    return xp.square(bits.view(np.float32) * ulp_of_one)
-
-  return xp.sqrt(_sum(squared_ulps, stored) / np.float32(12 * stored.size))
-
-
-def share_of_zeros(delta: Any) -> Any:
-  """The share of a delta's entries that are zero: nothing changed there.
-
-  Args:
-    delta: any shape, of NumPy or of JAX.
-
-  Returns:
-    Scalar in [0, 1].
-
-  Example:
-    >>> float(share_of_zeros(np.array([0.0, 1.0, 0.0, 2.0])))
-    0.5
-  """
-  xp = library_of(delta)
-  if xp is np:
-    return np.float64(1 - np.count_nonzero(delta) / delta.size)
-  return xp.mean((delta == 0).astype(np.float32))
-
-
-def _sum(function: Any, x: Any) -> Any:
-  """The sum of an elementwise function, NumPy's a block at a time."""
-  if library_of(x) is jnp:
-    # By rows first: rounding then grows with the sides, not the area.
-    parts = function(x)
-    return jnp.sum(jnp.sum(parts, axis=-1) if parts.ndim else parts)
-  with np.errstate(over="ignore"):  # infinity is the figure then
-    return sum_over_rows(lambda part: np.sum(function(part)), x.reshape(-1))

@@ -10,8 +10,8 @@ import numpy as np
 
 from jlora.arrays import library_of, normal, over_leading
 from jlora.certificates import certificate
-from jlora.deltas import norm_of, rounding_noise, share_of_zeros
-from jlora.extraction import delta_of, without_nan
+from jlora.deltas import survey
+from jlora.extraction import in_stored_order
 from jlora.loras import Lora, check_loras, exchange, name_some
 from jlora.measurements import Measured, row_of, summarise
 from jlora.pairing import pair_up
@@ -141,18 +141,19 @@ def spectral_norm(delta: Any, lora: Lora, key: Any = None) -> Any:
 
 def _measure(base, finetuned, lora, view, stored):
   """Measured for a given Lora, and the spectral norm of the error."""
-  delta, is_exchanged = delta_of(base, finetuned, view)
-  delta, is_finite = without_nan(delta)
+  delta, found = survey(base, finetuned, stored)
+  delta, is_exchanged = in_stored_order(delta, view)
   mine = exchange(lora) if is_exchanged else lora
-  found = certificate(delta, mine)
-  norm = library_of(delta).where(is_finite, found.norm, np.float32(np.nan))
+  certified = certificate(delta, mine)
+  nan = np.float32(np.nan)
+  norm = library_of(delta).where(found.is_finite, certified.norm, nan)
   measured = Measured(
     lora=lora,
     sigma=_values_within(delta, mine.b),
-    certificate=found._replace(norm=norm),
-    base_norm=norm_of(base),
-    noise_std=rounding_noise(finetuned, stored),
-    unchanged=share_of_zeros(delta),
+    certificate=certified._replace(norm=norm),
+    base_norm=found.base_norm,
+    noise_std=found.noise_std,
+    unchanged=found.unchanged,
     ulps=ulp_histogram(base, finetuned, stored),
   )
   return measured, spectral_norm(delta, mine)

@@ -11,9 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jlora.arrays import library_of
 from jlora.deltas import difference, is_matrix
 from jlora.factoring import Factoriser, krylov
 from jlora.loras import Lora, Loras, exchange, from_factors, name_some
@@ -153,19 +151,12 @@ def ranks_of(
   return ranks
 
 
-def delta_of(
-  base: Any,
-  finetuned: Any,
-  view: MatrixView,
-  room: np.ndarray | None = None,
-) -> tuple[Any, bool]:
+def in_stored_order(delta: Any, view: MatrixView) -> tuple[Any, bool]:
   """The change of a parameter as a matrix, in the order it is stored in.
 
   Args:
-    base: the parameter, any floating dtype, its own layout.
-    finetuned: the same shape.
+    delta: in the parameter's own layout.
     view: how the layout is read as a matrix.
-    room: as for `difference`.
 
   Returns:
     (..., in, out) and False, or (..., out, in) and True where that is how the
@@ -173,13 +164,11 @@ def delta_of(
 
   Example:
     >>> from jlora.views import LINEAR
-    >>> w = jnp.zeros((5, 3))
-    >>> delta, is_exchanged = delta_of(w, w + 1, LINEAR)
+    >>> delta, is_exchanged = in_stored_order(jnp.zeros((5, 3)), LINEAR)
     >>> delta.shape, is_exchanged
     ((5, 3), True)
   """
   flip = view.is_transposed
-  delta = difference(base, finetuned, room)
   return as_matrix(delta, view.exchanged if flip else view), flip
 
 
@@ -215,34 +204,13 @@ def extract_parameter(
     ...                   rank=1).a.shape
     (1, 3)
   """
-  delta, is_exchanged = delta_of(base, finetuned, view)
-  delta, is_finite = without_nan(delta)
+  delta, is_exchanged = in_stored_order(difference(base, finetuned), view)
+  is_finite = jnp.isfinite(delta).all()
+  delta = jnp.where(is_finite, delta, 0.0)  # LAPACK may not return from NaN
   lora = from_factors(factor(delta, rank, key), dtype)
   scale = jnp.where(is_finite, lora.scale, jnp.nan)
   lora = Lora(lora.a, lora.b, scale)
   return exchange(lora) if is_exchanged else lora
-
-
-def without_nan(delta: Any) -> tuple[Any, Any]:
-  """A delta that can be factored, with zeros for what is not finite.
-
-  LAPACK may not return from a matrix that holds NaN.
-
-  Args:
-    delta: any shape.
-
-  Returns:
-    The delta, and a bool scalar, whether it was finite throughout.
-
-  Example:
-    >>> without_nan(jnp.array([1.0, jnp.nan]))
-    (Array([1., 0.], dtype=float32), Array(False, dtype=bool))
-  """
-  xp = library_of(delta)
-  is_finite = xp.isfinite(delta)
-  if xp is np and is_finite.all():
-    return delta, np.bool_(True)  # no copy
-  return xp.where(is_finite, delta, 0.0), xp.all(is_finite)
 
 
 def _warn_of_missing(pairing: Pairing) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora.arrays import library_of, normal, over_leading, sum_over_rows
+from jlora.arrays import library_of, normal, over_leading, times
 from jlora.loras import Factors
+from jlora.norms import exponent_of, sums_of
 from jlora.subspaces import (
   iterate,
   orthonormal_rows,
@@ -57,13 +57,13 @@ def svd(delta: Any, rank: int, key: Any = None) -> Factors:
     ValueError: rank below 1, or delta without two axes.
 
   Example:
-    >>> svd(jnp.array([[3.0, 0.0], [4.0, 5.0]]), 1).s.round(4)
-    Array([6.7082], dtype=float32)
+    >>> svd(np.array([[3.0, 0.0], [4.0, 5.0]]), 1).s.round(4)
+    array([6.7082], dtype=float32)
   """
   del key
   rank = _check(delta, rank)
 
-  def core(a, half):
+  def core(a, half, _):
     u, s, vt = library_of(a).linalg.svd(a * half * half, full_matrices=False)
     return u[:, :rank], s[:rank], vt[:rank]
 
@@ -93,13 +93,13 @@ def gram(delta: Any, rank: int, key: Any = None) -> Factors:
     ValueError: rank below 1, or delta without two axes.
 
   Example:
-    >>> gram(jnp.diag(jnp.array([1.0, 4.0, 2.0])), 2).s.round(4)
-    Array([4., 2.], dtype=float32)
+    >>> gram(np.diag([1.0, 4.0, 2.0]), 2).s.round(4)
+    array([4., 2.], dtype=float32)
   """
   del key
   rank = _check(delta, rank)
 
-  def core(a, half):
+  def core(a, half, _):
     a = a * half * half
     vectors = ritz_vectors(rows_gram(a), a, rank)
     return triplets(vectors, vectors @ a)
@@ -149,9 +149,9 @@ def krylov(
     ValueError: rank or passes below 1, or delta without two axes.
 
   Example:
-    >>> delta = jnp.outer(jnp.arange(1., 6.), jnp.ones(3))
+    >>> delta = np.outer(np.arange(1.0, 6.0), np.ones(3))
     >>> u, s, vt = krylov(delta, 1, jax.random.key(0))
-    >>> bool(jnp.allclose(u @ jnp.diag(s) @ vt, delta, atol=1e-4))
+    >>> np.allclose(u @ np.diag(s) @ vt, delta, atol=1e-4)
     True
 
   References:
@@ -169,13 +169,13 @@ def krylov(
   if other is not krylov:
     return other(delta, rank, key)
 
-  def core(a, half):
+  def core(a, half, energy):
     start = normal(key, (rank + oversample, a.shape[0]), a)
     vectors, images = iterate(
-      lambda rows: ((rows * half) @ a) * half,
-      lambda rows: ((rows * half) @ a.T) * half,
+      lambda rows: times(rows * half, a) * half,
+      lambda rows: times(rows * half, a.T) * half,
       orthonormal_rows(start, 2),
-      _energy(a, half),
+      energy,
       length=a.shape[1],
       rank=rank,
       passes=passes,
@@ -239,9 +239,9 @@ def recompress(a: Any, b: Any, rank: int) -> Factors:
     ValueError: a and b differ in k or leading axes, or rank below 1.
 
   Example:
-    >>> a = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    >>> recompress(a, jnp.array([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 1).s
-    Array([3.], dtype=float32)
+    >>> a = np.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> recompress(a, np.array([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 1).s
+    array([3.], dtype=float32)
   """
   if a.shape[:-1] != b.shape[:-1] or a.ndim < 2:
     raise ValueError(
@@ -254,7 +254,9 @@ def recompress(a: Any, b: Any, rank: int) -> Factors:
 
   def one(a, b):
     a, b = a.astype(np.float32), b.astype(np.float32)
-    (a_half, a_root), (b_half, b_root) = _unit(a), _unit(b)
+    (a_half, a_root), (b_half, b_root) = (
+      _halves(exponent_of(x)) for x in (a, b)
+    )
     u, s, vt = triplets(a * a_half * a_half, b * b_half * b_half)
     s = s[:rank] * a_root * b_root * a_root * b_root
     return _fix_signs(u[:, :rank], s, vt[:rank])
@@ -273,7 +275,7 @@ def _check(delta: Any, rank: int) -> int:
 
 
 def _each(core, delta: Any) -> Factors:
-  """`core(a, half)` on each matrix of a batch, signs fixed.
+  """`core(a, half, ‖a half²‖²)` on each matrix of a batch, signs fixed.
 
   It factors `a half²`, which is of modulus 1. The scale goes into thin factors
   where it can: a scaled copy of a costs as much as a product.
@@ -281,33 +283,21 @@ def _each(core, delta: Any) -> Factors:
 
   def one(a):
     a = a.astype(np.float32, copy=False)
-    half, root = _unit(a)
-    u, s, vt = core(a, half)
+    sums = sums_of(a)
+    half, root = _halves(sums.exponent)
+    energy = sums.squares * (sums.unit * half * half) ** 2
+    u, s, vt = core(a, half, energy)
     return _fix_signs(u, s * root * root, vt)
 
   with jax.default_matmul_precision("highest"):
     return over_leading(one, delta.ndim - 2, delta)
 
 
-def _unit(a: Any) -> tuple[Any, Any]:
-  """Powers of two: `a half²` has modulus about 1, and root is 1 / half."""
-  xp = library_of(a)
-  top = xp.maximum(xp.max(a), -xp.min(a))  # no array of moduli
-  exponent = xp.frexp(xp.where(top > 0, top, xp.float32(1)))[1] // 2
+def _halves(exponent: Any) -> tuple[Any, Any]:
+  """Powers of two whose squares are 2^-e and 2^e, rounded for an odd e."""
+  xp = library_of(exponent)
   one = xp.float32(1)
-  return xp.ldexp(one, -exponent), xp.ldexp(one, exponent)
-
-
-def _energy(a: Any, half: Any) -> Any:
-  """`‖a half²‖²`."""
-  if library_of(a) is jnp:
-    return jnp.sum(jnp.square(a * half * half))
-
-  def squares(rows):
-    rows = rows * (half * half)
-    return np.vdot(rows, rows)
-
-  return sum_over_rows(squares, a if a.flags.c_contiguous else a.T)
+  return xp.ldexp(one, -(exponent // 2)), xp.ldexp(one, exponent // 2)
 
 
 def _fix_signs(u: Any, s: Any, vt: Any) -> Factors:
@@ -319,9 +309,9 @@ def _fix_signs(u: Any, s: Any, vt: Any) -> Factors:
   return Factors(u * sign, s, vt * xp.swapaxes(sign, -1, -2))
 
 
-def _short_side_first(core, a: Any, half: Any):
+def _short_side_first(core, a: Any, half: Any, energy: Any):
   """`core` on the orientation whose rows are the short side."""
   if a.shape[0] <= a.shape[1]:
-    return core(a, half)
-  u, s, vt = core(a.T, half)
+    return core(a, half, energy)
+  u, s, vt = core(a.T, half, energy)
   return vt.T, s, u.T

@@ -17,22 +17,18 @@ import numpy as np
 
 from jlora.arrays import library_of, words_of
 from jlora.certificates import certificate
-from jlora.deltas import (
-  is_floating,
-  norm_of,
-  rounding_noise,
-  share_of_zeros,
-)
-from jlora.extraction import delta_of, without_nan
+from jlora.deltas import is_floating, survey
+from jlora.extraction import in_stored_order
 from jlora.factoring import Factoriser
 from jlora.loras import Factors, exchange, from_factors
 from jlora.measurements import Measured, summarise
 from jlora.pairs import Pair, Stack, names_of, read
 from jlora.paths import key_for
+from jlora.rounding import ulp_histogram
 from jlora.views import MatrixView
 
 _EQUAL = "equal in value, not in bytes"
-_COMPARED = 2**22  # bytes of a tensor that are compared at a time
+_COMPARED = 2**18  # bytes of a tensor that are compared at a time
 
 
 class Outcome(NamedTuple):
@@ -75,7 +71,7 @@ def measure_parameter(
     factor: the factoriser.
     dtype: storage dtype of the factors.
     stored: dtype of the finetune's file, for its rounding noise.
-    room: as for `difference`, for NumPy alone.
+    room: as for `survey`, for NumPy alone.
 
   Returns:
     Measured, its norm NaN if the change is not finite. Pure; costs the
@@ -89,19 +85,21 @@ def measure_parameter(
     >>> m.certificate.errors.shape
     (2,)
   """
-  delta, is_exchanged = delta_of(base, finetuned, view, room)
-  delta, finite = without_nan(delta)
+  delta, found = survey(base, finetuned, stored, room)
+  delta, is_exchanged = in_stored_order(delta, view)
   xp = library_of(delta)
   factors = Factors(*map(xp.asarray, factor(delta, rank, key)))
   lora = from_factors(factors, dtype)
-  found = certificate(delta, lora, key)
+  certified = certificate(delta, lora, key)
+  norm = xp.where(found.is_finite, certified.norm, np.nan)
   return Measured(
     lora=exchange(lora) if is_exchanged else lora,
     sigma=factors.s,
-    certificate=found._replace(norm=xp.where(finite, found.norm, np.nan)),
-    base_norm=norm_of(base),
-    noise_std=rounding_noise(finetuned, stored),
-    unchanged=share_of_zeros(delta),
+    certificate=certified._replace(norm=norm),
+    base_norm=found.base_norm,
+    noise_std=found.noise_std,
+    unchanged=found.unchanged,
+    ulps=ulp_histogram(base, finetuned, stored),
   )
 
 
@@ -155,7 +153,7 @@ class Extractor:
     base: Mapping[str, Any],
     finetuned: Mapping[str, Any],
   ) -> Outcome:
-    """What becomes of a pair.
+    """What becomes of a pair that is not the same on both sides (`is_same`).
 
     Args:
       pair: which tensors.
@@ -171,8 +169,6 @@ class Extractor:
     Raises:
       ValueError: NaN or infinity in either tensor.
     """
-    if not pair.whole and is_same(pair, base, finetuned):
-      return Outcome("unchanged")
     left, right = read_pair(pair, base, finetuned)
     if not is_floating(left.dtype) or not is_floating(right.dtype):
       same = np.array_equal(left, right)
@@ -207,6 +203,7 @@ class Extractor:
       base_norm=float(measured.base_norm),
       noise_std=float(measured.noise_std),
       unchanged=float(measured.unchanged),
+      ulps=np.asarray(measured.ulps),
     )
     if figures["norm"] == 0:
       return Outcome("unchanged", _EQUAL)
@@ -296,7 +293,7 @@ def is_same(
     finetuned: the finetune.
 
   Returns:
-    bool. False for stacks and parts of tensors, which nothing shortens.
+    bool. False for what is kept whole, for stacks and for parts of tensors.
 
   Example:
     >>> from jlora.pairs import Part
@@ -305,7 +302,9 @@ def is_same(
     True
   """
   sides = pair.base, pair.finetuned
-  if any(isinstance(side, Stack) or side.index or side.swap for side in sides):
+  if pair.whole or any(
+    isinstance(side, Stack) or side.index or side.swap for side in sides
+  ):
     return False
   left, right = (
     getattr(checkpoint, "spec", checkpoint)[names_of(side)[0]]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.arrays import words_of
 from jlora.checkpoints import Checkpoint, open_checkpoint
 from jlora.extraction import Select
 from jlora.loras import name_some
@@ -61,7 +62,8 @@ def plan_run(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints import write_safetensors
+    >>> from jlora.arrays import words_of
+  from jlora.checkpoints import write_safetensors
     >>> from jlora.pairing import refuse
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
@@ -105,7 +107,8 @@ def bytes_on_disk(plan: Plan, pair: Pair) -> int:
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints import write_safetensors
+    >>> from jlora.arrays import words_of
+  from jlora.checkpoints import write_safetensors
     >>> from jlora.pairing import refuse
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
@@ -135,7 +138,8 @@ def fingerprint(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints import write_safetensors
+    >>> from jlora.arrays import words_of
+  from jlora.checkpoints import write_safetensors
     >>> from jlora.pairing import refuse
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
@@ -144,12 +148,11 @@ def fingerprint(
     ...   fingerprint(plan, None, {"rank": 8})["rank"]
     8
   """
-  seed = jax.random.key(0) if key is None else key
   return {
     **options,
     "jlora": metadata.version("jlora"),
     "jax": jax.__version__,
-    "key": np.asarray(jax.random.key_data(seed)).tolist(),
+    "key": words_of(key).tolist(),
     "base": _digest(plan.base),
     "finetuned": _digest(plan.finetuned),
     "modules": _hash([repr(item) for item in plan.views.items()]),

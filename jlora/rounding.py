@@ -81,7 +81,8 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
   columns = top - np.arange(_BINS - 1)
   known = np.where(columns > 0, columns, 0)
   found = np.zeros((3, _BINS), np.float32)
-  found[0, :-1] = np.where(columns > 0, _squared_ulp(known, nmant, np), 0)
+  with np.errstate(over="ignore"):
+    found[0, :-1] = np.where(columns > 0, _squared_ulp(known, nmant, np), 0)
   for row, values in ((1, counts), (2, sums)):
     found[row, :-1] = np.where(columns > 0, values[known], 0)
     found[row, -1] = values[: max(columns[-1], 1)].sum()

@@ -4,11 +4,12 @@
 open ─► pair ─► read, factor, certify, journal (threads) ─► ranks ─► folder
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ from jlora.journal import (
   remove_closed,
 )
 from jlora.loras import name_some
-from jlora.modules import Extractor, Outcome
+from jlora.modules import Extractor, Outcome, is_same
 from jlora.pairing import Vocabulary, keep_whole
 from jlora.pairs import Pair
 from jlora.peft_files import PEFT, Profile
@@ -196,17 +197,19 @@ class _Room:
     self._limit, self._used = limit, 0
     self._changed = threading.Condition()
 
-  def enter(self, nbytes: int) -> None:
+  @contextlib.contextmanager
+  def taken(self, nbytes: int) -> Iterator[None]:
     with self._changed:
       self._changed.wait_for(
         lambda: self._used == 0 or self._used + nbytes <= self._limit
       )
       self._used += nbytes
-
-  def leave(self, nbytes: int) -> None:
-    with self._changed:
-      self._used -= nbytes
-      self._changed.notify_all()
+    try:
+      yield
+    finally:
+      with self._changed:
+        self._used -= nbytes
+        self._changed.notify_all()
 
 
 def _factor_all(plan, journal, extractor, rank, log) -> None:
@@ -217,19 +220,18 @@ def _factor_all(plan, journal, extractor, rank, log) -> None:
 
   def work(pair: Pair) -> None:
     nbytes = bytes_on_disk(plan, pair)
-    size = nbytes + 12 * int(np.prod(pair.shape))
-    room.enter(size)
-    try:
+    if is_same(pair, plan.base, plan.finetuned):
+      outcome = Outcome("unchanged")
+    else:
       given = 0 if pair.path in plan.refused else rank
-      outcome = extractor(
-        pair, plan.views[pair.path], given, plan.base, plan.finetuned
-      )
-      with saying:
-        record = _record(outcome)
-        journal.put(pair.path, outcome.arrays, record)
-        _say(progress, pair.path, nbytes, record)
-    finally:
-      room.leave(size)
+      with room.taken(nbytes + 12 * int(np.prod(pair.shape))):
+        outcome = extractor(
+          pair, plan.views[pair.path], given, plan.base, plan.finetuned
+        )
+    record = _record(outcome)
+    journal.put(pair.path, outcome.arrays, record)
+    with saying:
+      _say(progress, pair.path, nbytes, record)
 
   # A module a thread: BLAS's own threads would fight over the same cores.
   with (
@@ -240,9 +242,10 @@ def _factor_all(plan, journal, extractor, rank, log) -> None:
     for pair in pairs:
       if pair.path in journal:
         _say(progress, pair.path, bytes_on_disk(plan, pair), journal[pair.path])
-    waiting = [
-      pool.submit(work, pair) for pair in pairs if pair.path not in journal
-    ]
+    missing = [pair for pair in pairs if pair.path not in journal]
+    # The largest first: at the end no thread waits long for another's.
+    missing.sort(key=lambda pair: -bytes_on_disk(plan, pair))
+    waiting = [pool.submit(work, pair) for pair in missing]
     try:
       for future in wait(waiting, return_when=FIRST_EXCEPTION).done:
         future.result()

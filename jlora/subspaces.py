@@ -159,7 +159,8 @@ def iterate(
     """The next block, and whether the basis is rich enough without it."""
     basis, images, projected = filled
     newest = rows_at(images, (count - 1) * width, width)
-    block, off, mixed = _next_block(backward, basis, newest, count)
+    off_basis = _off_basis(basis, count * width, width)
+    off, mixed = _residual(backward, newest, off_basis)
     settled = xp.bool_(False)
     if asked_at:
       settled = branch(
@@ -167,6 +168,9 @@ def iterate(
         lambda: _is_settled(energy, projected, off, mixed, count, rank, tol),
         lambda: settled,
       )
+    block = branch(
+      settled, lambda: off, lambda: _orthonormal_block(off, off_basis)
+    )
     return block, settled | ~xp.any(block)
 
   def grow(state):
@@ -222,14 +226,38 @@ def _is_settled(total, projected, off, mixed, count, rank, tol):
   return (lacking <= tol * rest) & (rest > 1e-5 * total)
 
 
-def _next_block(backward, basis, images, count):
-  """The next Krylov block: orthonormal rows of `images aᵀ`, off the basis.
+def _off_basis(basis, filled, width):
+  """A function of rows: what they have off the rows of a basis that are filled.
 
-  Also what the images have off the basis, as `mixed off`: (w, w) and (w, m).
+  Rows that lay in the basis leave only rounding, which must not be blown up
+  into rows that are not orthogonal to the basis: they come out as zeros.
+  """
+  xp = library_of(basis)
+
+  def off_rows(rows, count):
+    return rows - (rows @ basis[:count].T) @ basis[:count]
+
+  def off_basis(rows, noise):
+    if xp is np:
+      rows = off_rows(rows, filled)
+    else:  # in the first passes that is half of the work
+      rows = branch(
+        filled <= 3 * width,
+        lambda: off_rows(rows, 3 * width),
+        lambda: off_rows(rows, len(basis)),
+      )
+    return xp.where(xp.linalg.norm(rows) > noise, rows, 0.0)
+
+  return off_basis
+
+
+def _residual(backward, images, off_basis):
+  """What `images aᵀ` has off the basis, (w, m), up to a mixing of the rows.
+
+  Also the mixing (w, w): what the images have off the basis is `mixed off`.
   """
   xp = library_of(images)
-  width = images.shape[0]
-  eye = xp.eye(width, dtype=images.dtype)
+  eye = xp.eye(images.shape[0], dtype=images.dtype)
 
   def condition():
     """Keeps directions that a dominant singular value would drown, squared."""
@@ -239,28 +267,14 @@ def _next_block(backward, basis, images, count):
   is_even = _is_even(rows_gram(images))
   images, mixed = branch(is_even, lambda: (images, eye), condition)
   block = backward(images)
-  noise = 3e-6 * xp.linalg.norm(block)
+  return off_basis(block, 3e-6 * xp.linalg.norm(block)), mixed
 
-  def off_rows(block, filled):
-    return block - (block @ basis[:filled].T) @ basis[:filled]
 
-  def off_basis(block):
-    """Off the rows that are filled: half of the work in the first passes."""
-    if xp is np:
-      block = off_rows(block, count * width)
-    else:
-      block = branch(
-        count <= 3,
-        lambda: off_rows(block, 3 * width),
-        lambda: off_rows(block, len(basis)),
-      )
-    # A block that lay in the basis leaves only rounding, which must not be
-    # blown up into rows that are not orthogonal to the basis.
-    return xp.where(xp.linalg.norm(block) > noise, block, 0.0)
-
-  off = off_basis(block)
-  again = off_basis(orthonormal_rows(off, 2))
-  return orthonormal_rows(again, 2), off, mixed
+def _orthonormal_block(off, off_basis):
+  """The next Krylov block: orthonormal rows of a residual, off the basis."""
+  rows = orthonormal_rows(off, 2)
+  noise = 3e-6 * library_of(off).linalg.norm(rows)
+  return orthonormal_rows(off_basis(rows, noise), 2)
 
 
 def ritz_vectors(projected: Any, images: Any, rank: int) -> Any:

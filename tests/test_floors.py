@@ -15,8 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A package stands on one floor with all of its files.
 FLOORS = (
   # 0: types, names, and bytes in files
-  "arrays loras paths views pairs subspaces byte_ranges safetensors_headers "
-  "safetensors_files quantisation orbax_directories huggingface_folders",
+  "arrays norms loras paths views pairs subspaces byte_ranges "
+  "safetensors_headers safetensors_files quantisation orbax_directories "
+  "huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "rounding checkpoints journal",
@@ -39,8 +40,9 @@ FLOOR_OF = {
 
 # Files of one floor that may import from each other, without a circle.
 FAMILIES = (
-  "arrays loras paths views pairs subspaces byte_ranges safetensors_headers "
-  "safetensors_files quantisation orbax_directories huggingface_folders",
+  "arrays norms loras paths views pairs subspaces byte_ranges "
+  "safetensors_headers safetensors_files quantisation orbax_directories "
+  "huggingface_folders",
   "pairing fused_experts",
   "checkpoints journal",
   "merging",

@@ -228,10 +228,7 @@ def test_blocks_of_rows_add_up(monkeypatch, rows, library):
   monkeypatch.setattr(arrays, "_BLOCK", rows * N)
   delta = library.asarray(delta)
   residual = certificates._residual(delta, lora.a, lora.b, np.float32(1))
-  norm, total = certificates._sums(delta, np.float32(1))
   np.testing.assert_allclose(residual, error**2, rtol=1e-5)
-  np.testing.assert_allclose(norm, np.linalg.norm(delta) ** 2, rtol=1e-5)
-  np.testing.assert_allclose(total, np.abs(delta).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", [jax.jit(certificate), on_host])

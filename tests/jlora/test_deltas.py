@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_pairs import draw
 
-from jlora.deltas import difference, is_floating, is_matrix, rounding_noise
+from jlora.deltas import difference, is_floating, is_matrix, survey
 
 
 def test_a_small_change_survives_bfloat16_inputs():
@@ -31,13 +31,17 @@ def test_noise_is_that_of_rounding(dtype):
   values = draw(400, 200)
   stored = jnp.asarray(values).astype(dtype)
   error = np.asarray(stored, np.float64) - values
-  noise = float(rounding_noise(stored, dtype))
+  noise = float(survey(stored, stored, dtype)[1].noise_std)
   assert noise == pytest.approx(error.std(), rel=0.02)
 
 
+def noise_of(stored):
+  return float(survey(stored, stored, jnp.bfloat16)[1].noise_std)
+
+
 def test_noise_of_zeros_and_of_a_scalar():
-  assert float(rounding_noise(jnp.zeros((3, 3)), jnp.bfloat16)) == 0
-  one = float(rounding_noise(jnp.float32(1), jnp.bfloat16))
+  assert noise_of(jnp.zeros((3, 3))) == 0
+  one = noise_of(jnp.float32(1))
   assert one == pytest.approx(2**-7 / 12**0.5)
 
 

@@ -200,14 +200,14 @@ def test_krylov_stops_when_nothing_is_left(spectrum, blocks):
 @functools.cache
 def counted_krylov():
   """A compiled krylov, and a list that grows by one for every block it adds."""
-  count, plain = [], subspaces._next_block
+  count, plain = [], subspaces._residual
 
   def counting(*args):
     jax.debug.callback(lambda: count.append(1))
     return plain(*args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(subspaces, "_next_block", counting)
+    patch.setattr(subspaces, "_residual", counting)
     shape = jax.ShapeDtypeStruct((M, N), jnp.float32)
     run = jax.jit(lambda delta, key: krylov(delta, RANK, key))
     return count, run.lower(shape, jax.random.key(0)).compile()

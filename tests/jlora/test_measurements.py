@@ -11,7 +11,7 @@ import pytest
 from matrices import matrix
 
 from jlora.certificates import Certificate, certificate
-from jlora.deltas import rounding_noise, share_of_zeros
+from jlora.deltas import survey
 from jlora.loras import Lora
 from jlora.measurements import at_rank, summarise
 from jlora.rounding import ulp_histogram
@@ -241,14 +241,15 @@ def rounded_figures(base, tuned):
   delta = (tuned - base).astype(np.float32)
   u, s, vt = np.linalg.svd(delta, full_matrices=False)
   root = np.sqrt(s[:8, None])
+  _, found = survey(base, tuned, jnp.bfloat16)
   lora = Lora(root * u.T[:8], root * vt[:8], np.float32(1))
   return summarise(
     certificate(delta, lora),
     s[:8],
     delta.shape,
-    base_norm=float(np.linalg.norm(base)),
-    noise_std=float(rounding_noise(tuned, jnp.bfloat16)),
-    unchanged=float(share_of_zeros(delta)),
+    base_norm=float(found.base_norm),
+    noise_std=float(found.noise_std),
+    unchanged=float(found.unchanged),
     ulps=ulp_histogram(base.astype(np.float32), tuned, jnp.bfloat16),
   )
 
