@@ -50,7 +50,7 @@ def test_greedy_is_recomputation_and_transformers(case):
   np.testing.assert_array_equal(found, theirs[:, PROMPTS.shape[1] :])
 
 
-@pytest.mark.parametrize("case", ["mistral-window", "mixtral", "gpt2"])
+@pytest.mark.parametrize("case", ["mistral-window", "gpt2"])
 def test_prompts_of_unequal_length_say_what_each_says_alone(case):
   _, apply, params = tiny_models.load_model(case)
   lengths = np.array([7, 1, 4])
