@@ -17,8 +17,9 @@ from jlora.arrays import library_of
 
 # Exponents below the largest that are told apart, and one bin for all others.
 _BINS = 32
-# Of NumPy's arrays so many entries are looked at: 1% of a factorisation.
-_LOOKED_AT = 2**18
+# Of NumPy's arrays so many entries are looked at, in runs of neighbours: a
+# look at one costs as much as at all that lie in its part of memory.
+_LOOKED_AT, _RUN = 2**18, 64
 # Fewer weights than this do not tell what was learnt.
 _LEAST = 50
 
@@ -52,8 +53,7 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
     (3, 32) float32: ulp²; how many weights have it; the sum of their squared
     changes. A column for each exponent, the largest first; the last one, of
     ulp 0, is of weights that are zero or 2^-31 of the largest. NumPy's are a
-    sample of up to 2^18 entries, evenly spaced, at 1% of a factorisation's
-    cost; JAX's are all, read once for each column, and are not gathered.
+    sample of up to 2^18 entries, in evenly spaced runs; JAX's are all, read once for each column, and are not gathered.
 
   Example:
     >>> w = np.array([1.0, 1.5, 3.0], np.float32)
@@ -68,10 +68,7 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
     return _compiled_histogram(
       jnp.asarray(base, jnp.float32), jnp.asarray(finetuned, jnp.float32), nmant
     )
-  step = _step(base.size)
-  left, right = (
-    x.reshape(-1)[::step].astype(np.float32) for x in (base, finetuned)
-  )
+  left, right = (_sample(x) for x in (base, finetuned))
   exponents = _exponents(left)
   with np.errstate(invalid="ignore", over="ignore"):  # told by the caller
     changed = np.square(right - left)
@@ -156,12 +153,16 @@ def learnt_of(histogram: np.ndarray, norm: float) -> Learnt:
   )
 
 
-def _step(size: int) -> int:
-  """Between the entries that are looked at; no axis is a multiple of it."""
-  step = max(1, -(-size // _LOOKED_AT))
-  while math.gcd(step, size) > 1:
-    step += 1
-  return step
+def _sample(x: np.ndarray) -> np.ndarray:
+  """Up to `_LOOKED_AT` entries of an array, in runs that are evenly spaced."""
+  flat = x.reshape(-1)
+  if flat.size > _LOOKED_AT:
+    step = -(-flat.size * _RUN // _LOOKED_AT)
+    while math.gcd(step, flat.size) > 1:  # runs do not stay in some columns
+      step += 1
+    runs = flat.size // step
+    flat = flat[: runs * step].reshape(runs, step)[:, :_RUN].reshape(-1)
+  return flat.astype(np.float32)
 
 
 def _exponents(x: Any) -> Any:
