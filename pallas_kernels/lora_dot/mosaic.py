@@ -9,10 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.gradients import differentiable, shrink
-from pallas_kernels.lora_dot.partitioning import partitioned, vary_alike
+from pallas_kernels.lora_dot.partitioning import (
+  Place,
+  partitioned,
+  placed,
+  vary_alike,
+)
 from pallas_kernels.lora_dot.tilings import (
   CHIP_OF_KIND,
   Tiling,
@@ -34,6 +40,7 @@ class Settings(NamedTuple):
   chip: str
   tiling: Tiling | None
   interpret: Any
+  place: Place | None
 
 
 def chip_here() -> str | None:
@@ -100,6 +107,7 @@ def tpu_dot(
   transpose_w: bool = False,
   tiling: Tiling | None = None,
   interpret: Any = False,
+  place: Place | None = None,
 ) -> jax.Array:
   """The product by one Mosaic kernel on a TPU, (..., K) -> (..., N).
 
@@ -115,6 +123,8 @@ def tpu_dot(
     transpose_w: w is stored (N, K).
     tiling: blocks; by default from the chip's table.
     interpret: True, or pltpu.InterpretParams: runs anywhere, slowly.
+    place: the mesh and where x and w lie on it, to be split by shard_map; by
+      default jit is asked where they lie, when it compiles.
 
   Returns:
     (..., N) in x's dtype. Reverse-mode differentiable once, in x, a, b, gate
@@ -147,7 +157,7 @@ def tpu_dot(
         gate.reshape((1,) * (x.ndim - gate.ndim) + gate.shape),
         (*x.shape[:-1], rank),
       )
-  forward = _forward_with(Settings(chip, tiling, interpret))
+  forward = _forward_with(Settings(chip, tiling, interpret, place))
   return differentiable(forward, transpose_w, *vary_alike((x, w, a, b, gate)))
 
 
@@ -168,31 +178,50 @@ def _batched(settings: Settings, transpose_w: bool, return_u: bool) -> Callable:
   def local(operands, k_axes):
     return _local(settings, transpose_w, return_u, operands, k_axes)
 
-  @custom_vmap
-  def call(x, w, a, b, gate):
-    return partitioned(local, (x, w, a, b, gate), transpose_w, return_u)
+  def on_mesh(x, w, a, b, gate):
+    operands = x, w, a, b, gate
+    if settings.place is not None:
+      return placed(local, operands, transpose_w, return_u, settings.place)
+    return partitioned(local, operands, transpose_w, return_u)
+
+  call = custom_vmap(on_mesh)
 
   @call.def_vmap
   def rule(axis_size, batched, x, w, a, b, gate):
     if any(jax.tree.leaves(batched[1:4])):
+      # custom_partitioning has no such rule; shard_map has.
+      each = (
+        on_mesh if settings.place else lambda *operands: local(operands, ())
+      )
       axes = jax.tree.map(lambda yes: 0 if yes else None, tuple(batched))
-      alone = lambda *operands: local(operands, ())  # noqa: E731
-      out = jax.vmap(alone, in_axes=axes)(x, w, a, b, gate)
+      out = jax.vmap(each, in_axes=axes)(x, w, a, b, gate)
     else:
-      if not batched[0]:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-      if gate is not None and (batched[4] or gate.ndim > 1):
-        rows = (*x.shape[:-1], gate.shape[-1])
-        if batched[4]:
-          ones = (1,) * (len(rows) - gate.ndim)
-          gate = gate.reshape(axis_size, *ones, *gate.shape[1:])
-        else:
-          gate = gate[None]
-        gate = jnp.broadcast_to(gate, rows)
-      out = call(x, w, a, b, gate)
+      x, gate = _as_rows(axis_size, batched[0], batched[4], x, gate)
+      out = _batched(_moved(settings), transpose_w, return_u)(x, w, a, b, gate)
     return out, (True, True) if return_u else True
 
   return call
+
+
+def _moved(settings: Settings) -> Settings:
+  """The settings for an x with one more axis in front."""
+  if settings.place is None:
+    return settings
+  place = settings.place
+  return settings._replace(place=place._replace(x=P(None, *place.x)))
+
+
+def _as_rows(size, many_x, many_gates, x, gate):
+  """(x, gate) with the batch as the first of x's leading axes."""
+  if not many_x:
+    x = jnp.broadcast_to(x, (size, *x.shape))
+  if gate is not None and (many_gates or gate.ndim > 1):
+    rows = (*x.shape[:-1], gate.shape[-1])
+    gate = gate if many_gates else gate[None]
+    ones = (1,) * (len(rows) - gate.ndim)
+    gate = gate.reshape(gate.shape[0], *ones, *gate.shape[1:])
+    gate = jnp.broadcast_to(gate, rows)
+  return x, gate
 
 
 def _local(settings, transpose_w, return_u, operands, k_axes):

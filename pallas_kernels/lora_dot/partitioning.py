@@ -12,7 +12,7 @@ adds 1/s of that to its partial y:
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -22,6 +22,19 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
 
 Entry = None | str | tuple[str, ...]
+
+
+class Place(NamedTuple):
+  """Where the operands of a product lie, said beforehand.
+
+  mesh: the devices.
+  x: the PartitionSpec of x (..., K); its last entry is taken from w.
+  w: the PartitionSpec of w as it is stored, (K, N) or (N, K).
+  """
+
+  mesh: Mesh
+  x: P
+  w: P
 
 
 def axes_of(entry: Entry) -> tuple[str, ...]:
@@ -90,6 +103,10 @@ def plan(
   return tuple(lead), k, n
 
 
+def _filled(spec: P, ndim: int) -> tuple[Entry, ...]:
+  return (*spec, *((None,) * (ndim - len(spec))))
+
+
 def specs_of(operands, lead, k, n, transpose_w):
   """The PartitionSpecs of x, w, a, b and gate; the rank is on all devices."""
   x, w, a, b, gate = operands
@@ -98,7 +115,7 @@ def specs_of(operands, lead, k, n, transpose_w):
     sides = (
       None if s == 1 else e for s, e in zip(w.scale.shape, matrix, strict=True)
     )
-    matrix = (matrix, P(*sides))
+    matrix = Scaled(matrix, cast(Any, P(*sides)))
   rows = None if gate is None else P(*lead, None) if gate.ndim > 1 else P(None)
   return P(*lead, k), matrix, P(None, k), P(None, n), rows
 
@@ -165,3 +182,36 @@ def partitioned(
     need_replication_factors=fixed,
   )
   return call(*leaves)
+
+
+def placed(
+  local: Callable,
+  operands: tuple[jax.Array, Weight, jax.Array, jax.Array, jax.Array | None],
+  transpose_w: bool,
+  return_u: bool,
+  place: Place,
+):
+  """`local` on every device's part, by shard_map, where the place is known.
+
+  Args:
+    local: as `partitioned` takes it.
+    operands: as `partitioned` takes them.
+    transpose_w: w is stored (N, K).
+    return_u: local returns (y, u).
+    place: the mesh and where x and w lie on it. The axes of x's rows and of w
+      differ, and divide the sizes.
+
+  Returns:
+    What local returns, of the whole.
+  """
+  lead = _filled(place.x, operands[0].ndim)[:-1]
+  sides = [axes_of(entry) for entry in _filled(place.w, 2)]
+  k, n = sides[::-1] if transpose_w else sides
+  y = P(*lead, n)
+  return jax.shard_map(
+    lambda *operands: local(operands, k),
+    mesh=place.mesh,
+    in_specs=specs_of(operands, lead, k, n, transpose_w),
+    out_specs=(y, P(*lead, None)) if return_u else y,
+    check_vma=False,
+  )(*operands)

@@ -167,14 +167,16 @@ def _smaller(tiling: Tiling) -> Iterator[Tiling]:
 
 
 def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
-  """Vector memory that the kernel's blocks fill, in bytes.
+  """Vector memory that the kernel fills, in bytes.
 
   Blocks that come and go are held twice; rows are padded to 128 numbers and
-  columns to a tile's height, as the chip stores them.
+  columns to a tile's height, as the chip stores them. What the compiler keeps
+  for itself is counted as a copy of each block that is not used as it is
+  stored: it reports no number, only that it has run out.
 
   Example:
     >>> vmem_bytes(Tiling(128, 128, 128, 0), Problem(128, 128, 128, 8))
-    294912
+    368640
   """
   bm, bn, bk, _, resident = tiling
   p = problem
@@ -187,8 +189,16 @@ def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
     + _tile(bm, bn, p.y_bytes)
     + 2 * _tile(r, bm, 4)  # the gate and u
   )
-  product = _tile(bm, bn, 4)  # the accumulator
-  return w + blocks + product
+  values = 2 * _tile(bm, bn, 4)  # the accumulator, and the product
+  values += _tile(r, bm, 4) + _tile(r, bm, p.x_bytes)  # u g
+  ragged = p.k % bk != 0
+  if ragged:
+    values += _tile(bm, bk, p.x_bytes)
+  if ragged or p.w_bytes != p.x_bytes:
+    values += _tile(bk, bn, p.x_bytes)
+  if p.w_bytes == 1:  # x times scales
+    values += _tile(bm, bk, 4)
+  return w + blocks + values
 
 
 def _tile(rows: int, columns: int, itemsize: int) -> int:

@@ -70,6 +70,9 @@ def lora_matmul(
     a, gate, u = (None if t is None else _padded(t, 0) for t in (a, gate, u))
   if rows == 1:
     x, u = _padded(x, 0), None if u is None else _padded(u, 1)
+    tiling = tiling._replace(bm=_ROWS)
+  if transpose_w and codes_of(w).shape[0] == 1:  # a row is a column as well
+    w, transpose_w = jax.tree.map(jnp.transpose, w), False
   scale, scaled = _scale_of(w, transpose_w)
   ins = dict(x=x, w=codes_of(w), a=a, b=b, gate=gate, scale=scale, u=u)
   outs = {"y": (y_dtype or x.dtype, (x.shape[0], b.shape[1]))}

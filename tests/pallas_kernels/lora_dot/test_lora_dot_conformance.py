@@ -30,6 +30,7 @@ from pallas_kernels.lora_dot import Scaled, tpu_dot, xla_dot
 
 CASES = [
   Case((1,), 1, 1, 1, (1,)),
+  Case((9,), 8, 1, 2, transpose_w=True),
   Case((3, 5), 30, 20, 3, (3, 1, 1)),
   Case((200,), 300, 333, 5, (200, 5)),
   Case((2, 70), 256, 130, 16, (16,), transpose_w=True),

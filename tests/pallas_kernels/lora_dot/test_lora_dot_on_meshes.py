@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from products import Case, error, operands, truth
 
-from pallas_kernels.lora_dot import Scaled, lora_dot, tpu_dot, xla_dot
+from pallas_kernels.lora_dot import Place, Scaled, lora_dot, tpu_dot, xla_dot
 from pallas_kernels.lora_dot.gradients import differentiable
 from pallas_kernels.lora_dot.partitioning import vary_alike
 
@@ -82,6 +82,35 @@ def test_under_jit_on_a_mesh(place, transpose_w):
   there = (*program.output_shardings.spec, None, None)[:3]
   assert there == ("d", None, columns)
   assert collectives(program.as_text()) == traffic
+
+
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_on_a_mesh_told_beforehand(transpose_w):
+  case = CASE._replace(transpose_w=transpose_w)
+  arrays, dy = operands(case, jnp.float32)
+  mesh, w = auto_mesh(), P("n", "k") if transpose_w else P("k", "n")
+  run = functools.partial(KERNEL, place=Place(mesh, P("d"), w))
+  f = functools.partial(run, transpose_w=transpose_w)
+  put = placed(mesh, arrays, P("k", "n"), transpose_w)
+  found = jax.jit(functools.partial(value_and_gradients, f))(put, dy)
+  check(found, case, arrays, dy)
+  program = jax.jit(f).lower(*put).compile().as_text()
+  assert collectives(program) == ["all-reduce"] * 2
+
+
+@pytest.mark.parametrize("many_w", [False, True])
+def test_batches_on_a_mesh_told_beforehand(many_w):
+  case = CASE._replace(gate=(3,))
+  each = [operands(case, jnp.float32, seed)[0] for seed in range(2)]
+  x, w, a, b, gate = each[0]
+  xs = jnp.stack([arrays[0] for arrays in each])
+  ws = jnp.stack([arrays[1] for arrays in each]) if many_w else w
+  run = functools.partial(KERNEL, place=Place(auto_mesh(), P("d"), P("k", "n")))
+  axes = (0, 0 if many_w else None, None, None, None)
+  found = jax.jit(jax.vmap(run, in_axes=axes))(xs, ws, a, b, gate)
+  for i in range(2):
+    alone = (xs[i], ws[i] if many_w else w, a, b, gate)
+    assert error(found[i], truth(alone, None, False)["value"]) < 1e-6
 
 
 def test_partial_sums_are_of_rank_numbers_a_row():
