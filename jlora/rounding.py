@@ -53,7 +53,8 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
     (3, 32) float32: ulp²; how many weights have it; the sum of their squared
     changes. A column for each exponent, the largest first; the last one, of
     ulp 0, is of weights that are zero or 2^-31 of the largest. NumPy's are a
-    sample of up to 2^18 entries, in evenly spaced runs; JAX's are all, read once for each column, and are not gathered.
+    sample of up to 2^18 entries, in evenly spaced runs; JAX's are all, read
+    once for each column, and are not gathered.
 
   Example:
     >>> w = np.array([1.0, 1.5, 3.0], np.float32)
