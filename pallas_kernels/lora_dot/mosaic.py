@@ -123,8 +123,9 @@ def tpu_dot(
     transpose_w: w is stored (N, K).
     tiling: blocks; by default from the chip's table.
     interpret: True, or pltpu.InterpretParams: runs anywhere, slowly.
-    place: the mesh and where x and w lie on it, to be split by shard_map; by
-      default jit is asked where they lie, when it compiles.
+    place: the mesh and where x and w lie on it, to be split by shard_map. By
+      default jit is asked where they lie when it compiles, which a compiler
+      without its device does not answer.
 
   Returns:
     (..., N) in x's dtype. Reverse-mode differentiable once, in x, a, b, gate
