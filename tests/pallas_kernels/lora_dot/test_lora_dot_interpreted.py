@@ -59,10 +59,8 @@ def truth_of_u(x, a):
 @pytest.mark.parametrize(
   ("case", "tiling", "transpose_w"),
   [
-    (RAGGED, STREAMED, False),
     (RAGGED, STREAMED, True),
     (EVEN, RESIDENT, False),
-    (EVEN, RESIDENT, True),
   ],
 )
 @pytest.mark.parametrize("seed", SEEDS)

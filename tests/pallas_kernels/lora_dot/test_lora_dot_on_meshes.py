@@ -176,16 +176,17 @@ def test_gradients_inside_shard_map(run, check_vma):
 
 
 @pytest.mark.parametrize(
-  "batched",
+  ("batched", "gate"),
   [
-    (True, False, False, False, False),
-    (False, False, False, False, True),
-    (True, False, True, True, True),
-    (True, True, True, True, False),
+    ((True, False, False, False, False), (5, 2)),
+    ((False, False, False, False, True), (2,)),
+    ((True, False, False, False, True), (5, 2)),
+    ((True, False, True, True, True), (5, 2)),
+    ((True, True, True, True, False), (2,)),
   ],
 )
-def test_vmap(batched):
-  case = Case((5,), 20, 30, 2, (2,))
+def test_vmap(batched, gate):
+  case = Case((5,), 20, 30, 2, gate)
   each = [operands(case, jnp.float32, seed) for seed in range(3)]
   one, dy = each[0]
   arrays = [
