@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters, each row's fetched for it: few rows of a large bank."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lora_dot.banks import check_many, slots_of
+from pallas_kernels.lora_dot.partitioning import vary_alike
+from pallas_kernels.lora_dot.weights import Weight, dense_weight
+
+
+def gathered_dot(
+  x: jax.Array,
+  w: Weight,
+  a: jax.Array,
+  b: jax.Array,
+  ids: jax.Array,
+  gate: jax.Array | None = None,
+  *,
+  transpose_w: bool = False,
+) -> jax.Array:
+  """Rows times a matrix, each with its adapters, (..., K) -> (..., N).
+
+      y_i = x_i w + ((x_i a_cᵀ) g_i) b_c,    c = ids_i
+
+  Copies s r (K + N) numbers a row for s adapters a row, whatever n.
+
+  Args:
+    x: (..., K).
+    w: as `lora_dot` takes it.
+    a: (n, r, K), finite.
+    b: (n, r, N), likewise.
+    ids: as `lora_dot_many` takes them.
+    gate: likewise.
+    transpose_w: w is stored (N, K).
+
+  Returns:
+    (..., N) in x's dtype, reverse-mode differentiable.
+
+  Example:
+    >>> one = jnp.ones
+    >>> gathered_dot(one((2, 2)), one((2, 1)), one((3, 1, 2)), one((3, 1, 1)),
+    ...              jnp.array([2, -1]))
+    Array([[4.], [2.]], dtype=float32)
+  """
+  check_many(x, w, a, b, ids, gate, transpose_w)
+  ids, weights = slots_of(ids, gate, x.shape[:-1], a.shape[0])
+  dense = dense_weight(w, x.dtype)
+  f32 = jnp.float32
+  u = jnp.einsum(
+    "...k,...srk->...sr",
+    x,
+    _take(*vary_alike((a, ids))).astype(x.dtype),
+    preferred_element_type=f32,
+  )
+  gated = jnp.where(weights == 0, 0.0, u * weights).astype(x.dtype)
+  change = jnp.einsum(
+    "...sr,...srn->...n",
+    gated,
+    _take(*vary_alike((b, ids))).astype(x.dtype),
+    preferred_element_type=f32,
+  )
+  return x @ (dense.T if transpose_w else dense) + change.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _take(bank, ids):
+  """The adapters of the ids; gradients are added up in float32."""
+  return bank[ids]
+
+
+def _keep(bank, ids):
+  return bank[ids], (bank, ids)
+
+
+def _add_up(kept, dy):
+  bank, ids = kept
+  total = jnp.zeros_like(bank, jnp.float32).at[ids].add(dy.astype("float32"))
+  return total.astype(bank.dtype), None
+
+
+_take.defvjp(_keep, _add_up)
