@@ -62,8 +62,7 @@ def plan_run(
 
   Example:
     >>> import tempfile
-    >>> from jlora.arrays import words_of
-  from jlora.checkpoints import write_safetensors
+    >>> from jlora.checkpoints import write_safetensors
     >>> from jlora.pairing import refuse
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
@@ -107,8 +106,7 @@ def bytes_on_disk(plan: Plan, pair: Pair) -> int:
 
   Example:
     >>> import tempfile
-    >>> from jlora.arrays import words_of
-  from jlora.checkpoints import write_safetensors
+    >>> from jlora.checkpoints import write_safetensors
     >>> from jlora.pairing import refuse
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
@@ -138,8 +136,7 @@ def fingerprint(
 
   Example:
     >>> import tempfile
-    >>> from jlora.arrays import words_of
-  from jlora.checkpoints import write_safetensors
+    >>> from jlora.checkpoints import write_safetensors
     >>> from jlora.pairing import refuse
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
