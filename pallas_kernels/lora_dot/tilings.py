@@ -67,39 +67,42 @@ CHIP_OF_KIND = {
 }
 
 # chip -> regime -> tiling. "resident" where w fits beside the blocks, "rows"
-# for other products of many rows (training, prefill), "few" for decode.
+# for other products of many rows (training, prefill), "few" for decode: with
+# the whole depth in a block x is read once, and w in columns as many as fit.
 TILINGS = {
   "v4": {
     "rows": Tiling(512, 512, 1024, 15 * MIB),
-    "few": Tiling(128, 512, 1024, 15 * MIB),
+    "few": Tiling(128, 512, 32768, 15 * MIB),
   },
   "v5e": {
     "resident": Tiling(1024, 512, 4096, 100 * MIB, True),
     "rows": Tiling(1024, 512, 2048, 48 * MIB),
-    "few": Tiling(128, 512, 4096, 48 * MIB),
+    "few": Tiling(128, 512, 32768, 48 * MIB),
   },
   "v5p": {
     "rows": Tiling(1024, 512, 2048, 48 * MIB),
-    "few": Tiling(128, 512, 4096, 48 * MIB),
+    "few": Tiling(128, 512, 32768, 48 * MIB),
   },
   "v6e": {
     "resident": Tiling(1024, 1024, 4096, 100 * MIB, True),
     "rows": Tiling(1024, 512, 4096, 64 * MIB),
-    "few": Tiling(128, 512, 4096, 64 * MIB),
+    "few": Tiling(128, 512, 32768, 64 * MIB),
   },
   "v7x": {
     "rows": Tiling(1024, 512, 2048, 48 * MIB),
-    "few": Tiling(128, 512, 4096, 48 * MIB),
+    "few": Tiling(128, 512, 32768, 48 * MIB),
   },
 }
 _FEW = 128  # rows up to which a product is bound by reading w
+_DEPTH_FIRST = ("bk", "bn", "bm", "bk", "bn", "bm", "bk", "bk")
+_DEPTH_LAST = ("bn", "bn", *("bk",) * 8)
 
 
 def tiling_for(chip: str, problem: Problem) -> Tiling:
   """The first tiling of the chip's table that fits its vector memory.
 
   A tiling that does not fit is halved, depth first, then columns and rows,
-  down to 128 each.
+  down to 128 each; of few rows columns first, then depth.
 
   Args:
     chip: a name of `CHIPS`.
@@ -125,7 +128,8 @@ def tiling_for(chip: str, problem: Problem) -> Tiling:
     if whole and (cut := _resident(whole, problem)):
       return cut
     first = table["rows"]
-  for tiling in _smaller(cut_to(first, problem)):
+  order = _DEPTH_LAST if problem.m <= _FEW else _DEPTH_FIRST
+  for tiling in _smaller(cut_to(first, problem), order):
     if vmem_bytes(tiling, problem) <= tiling.vmem_limit_bytes:
       return tiling
   raise ValueError(f"no blocks of {problem} fit the memory of {chip}")
@@ -155,10 +159,10 @@ def cut_to(tiling: Tiling, problem: Problem) -> Tiling:
   )
 
 
-def _smaller(tiling: Tiling) -> Iterator[Tiling]:
-  """The tiling, then ever smaller ones."""
+def _smaller(tiling: Tiling, order: tuple[str, ...]) -> Iterator[Tiling]:
+  """The tiling, then ever smaller ones, each side halved in its turn."""
   yield tiling
-  for name in ("bk", "bn", "bm", "bk", "bn", "bm", "bk", "bk"):
+  for name in order:
     size = getattr(tiling, name)
     if size > _LANES:
       half = max(_LANES, size // 2 // _LANES * _LANES)

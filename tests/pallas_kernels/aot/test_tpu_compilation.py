@@ -89,6 +89,16 @@ def test_odd_shapes_and_ranks_compile(m, k, n, r):
 
 
 @pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("depth", [14336, 28672])
+def test_decoding_through_a_deep_matrix_reads_everything_once(chip, depth):
+  x, w, a, b = layer(64, depth, 4096, 16)
+  (pipeline,) = compiled(tpu_dot, [x, w, a, b], chip).pipelines
+  assert pipeline.vmem <= pipeline.limit
+  if depth == 14336 or chip != "v4":  # whose memory holds half of the other
+    assert max(pipeline.reads) == 1
+
+
+@pytest.mark.parametrize("chip", TPUS)
 def test_float32_compiles(chip):
   compiled(tpu_dot, layer(512, 1024, 1024, 16, jnp.float32), chip)
 
