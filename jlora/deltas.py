@@ -93,10 +93,9 @@ def survey(
     # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
     bits = right.view(np.uint32) & np.uint32(0x7F800000)
     steps = sum_of_squares(bits.view(np.float32))
-    same = left == right
-    # An int32 would not count the entries of the largest tensors.
-    count = np.count_nonzero(same) if xp is np else jnp.sum(same, dtype=np.float32)
-    return sum_of_squares(left), steps, count
+    # By rows first: the entries of the largest tensors overflow an int32.
+    same = xp.count_nonzero(xp.atleast_1d(left == right), axis=-1)
+    return sum_of_squares(left), steps, same.astype(np.float32).sum()
 
   if xp is jnp:
     left, right = base.astype(np.float32), finetuned.astype(np.float32)
