@@ -93,9 +93,7 @@ def survey(
     # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
     bits = right.view(np.uint32) & np.uint32(0x7F800000)
     steps = sum_of_squares(bits.view(np.float32))
-    # By rows first: the entries of the largest tensors overflow an int32.
-    same = xp.count_nonzero(xp.atleast_1d(left == right), axis=-1)
-    return sum_of_squares(left), steps, same.astype(np.float32).sum()
+    return sum_of_squares(left), steps, _count(left == right)
 
   if xp is jnp:
     left, right = base.astype(np.float32), finetuned.astype(np.float32)
@@ -114,6 +112,15 @@ def survey(
     unchanged=found[2].astype(np.float32) / size,
     is_finite=is_finite,
   )
+
+
+def _count(where):
+  """How many are true, float32."""
+  if library_of(where) is np:
+    return np.float32(np.count_nonzero(where))
+  # By rows first: the entries of the largest tensors overflow an int32.
+  rows = jnp.count_nonzero(jnp.atleast_1d(where), axis=-1)
+  return jnp.sum(rows.astype(np.float32))
 
 
 def _by_block(sums, base, finetuned, room):
