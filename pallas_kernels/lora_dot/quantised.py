@@ -3,6 +3,10 @@
 
 An int8 matrix is `Scaled`, which the TPU kernel multiplies as it is stored. An
 nf4 matrix is `Nf4`; it is brought back to x's dtype before the product.
+
+A kernel that unpacks nf4 by itself, 15 selects a weight, compiles for v4, v5e,
+v5p, v6e and v7x. By v5e's static cycles it is not worth having: 64 rows times
+4096 x 4096 took 154 thousand, and v5e reads that matrix in bfloat16 in 61.
 """
 
 import dataclasses
@@ -230,7 +234,7 @@ def quantise_tree(
   """
   costs: dict[str, Cost] = {}
 
-  def walk(node, path):
+  def walk(node: Any, path: tuple[str, ...]) -> Any:
     if isinstance(node, Mapping):
       return {key: walk(node[key], (*path, str(key))) for key in node}
     name = "/".join(path)
