@@ -2,16 +2,30 @@
 """The product with a low-rank change: y = x w + ((x aᵀ) g) b."""
 
 from pallas_kernels.lora_dot.api import lora_dot as lora_dot
+from pallas_kernels.lora_dot.banks import Bank as Bank
+from pallas_kernels.lora_dot.banks import check_ids as check_ids
+from pallas_kernels.lora_dot.banks import empty_bank as empty_bank
+from pallas_kernels.lora_dot.banks import put_adapter as put_adapter
 from pallas_kernels.lora_dot.mosaic import tpu_dot as tpu_dot
 from pallas_kernels.lora_dot.partitioning import Place as Place
+from pallas_kernels.lora_dot.quantised import quantise_tree as quantise_tree
+from pallas_kernels.lora_dot.quantised import quantised_dot as quantised_dot
 from pallas_kernels.lora_dot.reference import reference_dot as reference_dot
+from pallas_kernels.lora_dot.routes import lora_dot_many as lora_dot_many
 from pallas_kernels.lora_dot.weights import Scaled as Scaled
 from pallas_kernels.lora_dot.xla import xla_dot as xla_dot
 
 __all__ = [
+  "Bank",
   "Place",
   "Scaled",
+  "check_ids",
+  "empty_bank",
   "lora_dot",
+  "lora_dot_many",
+  "put_adapter",
+  "quantise_tree",
+  "quantised_dot",
   "reference_dot",
   "tpu_dot",
   "xla_dot",

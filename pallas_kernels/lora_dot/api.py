@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.mosaic import chip_here, refuse_tpu, tpu_dot
-from pallas_kernels.lora_dot.partitioning import plan
+from pallas_kernels.lora_dot.partitioning import is_local, plan
 from pallas_kernels.lora_dot.tilings import problem_of, tiling_for
 from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
 from pallas_kernels.lora_dot.xla import xla_dot
@@ -99,7 +99,7 @@ def choose(
     'xla_dot'
   """
   chip = chip_here()
-  if chip not in AHEAD or not _share_is_known() or isinstance(w, Scaled):
+  if chip not in AHEAD or not is_local() or isinstance(w, Scaled):
     return xla_dot
   if x.dtype != "bfloat16" or w.dtype != "bfloat16":
     return xla_dot
@@ -111,12 +111,3 @@ def choose(
   )
   ahead = large and problem.r <= _RANK and tiling_for(chip, problem).resident
   return tpu_dot if ahead else xla_dot
-
-
-def _share_is_known() -> bool:
-  """Whether the shapes seen here are those of one device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return jax.device_count() == 1
-  manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
-  return manual or mesh.size == 1

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
@@ -35,6 +35,20 @@ class Place(NamedTuple):
   mesh: Mesh
   x: P
   w: P
+
+
+def is_local() -> bool:
+  """Whether the shapes seen here are those of one device.
+
+  Example:
+    >>> isinstance(is_local(), bool)
+    True
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() == 1
+  manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
+  return manual or mesh.size == 1
 
 
 def axes_of(entry: Entry) -> tuple[str, ...]:

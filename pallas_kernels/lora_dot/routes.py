@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType
 
 from pallas_kernels.lora_dot.banks import check_ids, check_many
 from pallas_kernels.lora_dot.gathered import gathered_dot
 from pallas_kernels.lora_dot.grouped import grouped_dot
 from pallas_kernels.lora_dot.laned import laned_dot
 from pallas_kernels.lora_dot.mosaic import chip_here
+from pallas_kernels.lora_dot.partitioning import is_local
 from pallas_kernels.lora_dot.weights import Weight
 
 Route = Callable[..., jax.Array]
@@ -147,7 +147,7 @@ def choose_route(
     'laned_dot'
   """
   ragged = chip_here() is not None if ragged is None else ragged
-  local = _rows_are_local() if local is None else local
+  local = is_local() if local is None else local
   work = count_work(many, ragged=ragged)
   routes = (laned_dot, gathered_dot, *((grouped_dot,) if local else ()))
 
@@ -218,12 +218,3 @@ def sizes_of(x: Any, a: Any, b: Any, ids: Any) -> Many:
     several=ids.shape[-1] if ids.ndim == x.ndim else 1,
     itemsize=x.dtype.itemsize,
   )
-
-
-def _rows_are_local() -> bool:
-  """Whether the rows seen here are those of one device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return jax.device_count() == 1
-  manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
-  return manual or mesh.size == 1

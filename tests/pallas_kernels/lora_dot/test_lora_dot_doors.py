@@ -56,24 +56,24 @@ def shapes(m, k, n, r, dtype=jnp.bfloat16):
 )
 def test_choice_is_by_the_table(chip, sizes, chosen, monkeypatch):
   monkeypatch.setattr(api, "chip_here", lambda: chip)
-  monkeypatch.setattr(api, "_share_is_known", lambda: True)
+  monkeypatch.setattr(api, "is_local", lambda: True)
   assert api.choose(*shapes(*sizes), transpose_w=False) is chosen
-  monkeypatch.setattr(api, "_share_is_known", lambda: False)
+  monkeypatch.setattr(api, "is_local", lambda: False)
   assert api.choose(*shapes(*sizes), transpose_w=False) is xla_dot
 
 
-def test_one_device_s_share_is_known_inside_shard_map():
+def test_one_device_sis_local_inside_shard_map():
   mesh = Mesh(np.array(jax.devices()), ("d",))
   seen = []
 
   def f(x):
-    seen.append(api._share_is_known())
+    seen.append(api.is_local())
     return x
 
   spec = PartitionSpec("d")
   jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones(8))
   assert seen == [True]
-  assert not api._share_is_known()
+  assert not api.is_local()
 
 
 def test_one_trace_serves_all_calls():
