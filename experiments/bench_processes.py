@@ -13,6 +13,7 @@ from experiments import pairs
 from experiments.bench_arrays import Row
 from experiments.processes import Usage, measure
 
+_TURNS = 3  # each figure is the median of so many
 _ROOT = pathlib.Path(__file__).parents[1]
 
 _NUMPY = """
@@ -58,9 +59,10 @@ class Bench:
       layers: of the model that the goal is about.
 
     Yields:
-      Rows of seconds, and of ratios if there is a mergekit.
+      Rows of seconds, and of ratios if there is a mergekit: medians of three.
     """
-    ours, more = self._extract(layers), self._extract(2 * layers)
+    self._take_turns([layers, 2 * layers], [1, 2] if self._mergekit else [])
+    ours, more = self._ours[layers], self._ours[2 * layers]
     whole, further = f"whole, {layers} layers", "per further layer"
     note = f"{ours.processor:.1f} s of processor time; start-up included"
     yield Row("process", f"ours, {whole}", ours.wall, "s", "", note)
@@ -70,7 +72,7 @@ class Bench:
       f"from {layers} and {2 * layers}; {processor:.1f} s of processor time"
     )
     yield Row("process", f"ours, {further}", step, "s", "", note)
-    one, two = (self._extract_theirs(count) for count in (1, 2))
+    one, two = (self._theirs.get(count) for count in (1, 2))
     if one is None or two is None:
       for what, goal in ((whole, ">= 15"), (further, ">= 30")):
         yield Row("process", f"speed-up, {what}", None, "x", goal, "not run")
@@ -123,7 +125,7 @@ class Bench:
     count = len(set(spec.values()))
     with self._folder() as work:
       base, tuned = pairs.write_matrices(work, spec)
-      ours = self._run_ours(base, tuned, work)
+      ours = self._often(self._run_ours, base, tuned, work)
       steps = (work / "cache/compilations").glob("jit_measure_parameter*-cache")
       compilations = len(list(steps))
       program = work / "plain.py"
@@ -142,8 +144,8 @@ class Bench:
       return
     with self._folder() as work:
       base, tuned = pairs.write_pair(work, llama)
-      ours = self._run_ours(base, tuned, work)
-      theirs = self._run_theirs(base, tuned, work)
+      ours = self._often(self._run_ours, base, tuned, work)
+      theirs = self._often(self._run_theirs, base, tuned, work)
     yield self._beside("mergekit", kind, ours, theirs)
 
   def _beside(self, peer, kind, ours, theirs) -> Row:
@@ -159,41 +161,53 @@ class Bench:
       yield pathlib.Path(folder)
 
   def _extract(self, layers: int) -> Usage:
-    """Ours on a pair of so many layers, run once."""
+    """Ours on a pair of so many layers, unless it was run before."""
     if layers not in self._ours:
-      self._measure_pair(layers, ours=True, theirs=False)
+      self._take_turns([layers], [])
     return self._ours[layers]
 
-  def _extract_theirs(self, layers: int) -> Usage | None:
-    """Mergekit's on a pair of so many layers, run once."""
-    if self._mergekit and layers not in self._theirs:
-      self._measure_pair(layers, ours=False, theirs=True)
-    return self._theirs.get(layers)
-
-  def _measure_pair(self, layers: int, *, ours: bool, theirs: bool) -> None:
-    config = {**self._config, "num_hidden_layers": layers}
+  def _take_turns(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    """Both on pairs of so many layers, in turns: all see the same machine."""
+    found = {("ours", n): [] for n in ours}
+    found |= {("theirs", n): [] for n in theirs}
+    run = {"ours": self._run_ours, "theirs": self._run_theirs}
     with self._folder() as work:
-      base, tuned = pairs.write_pair(work, config)
-      if ours:
-        self._ours[layers] = self._run_ours(base, tuned, work)
-      if theirs and self._mergekit:
-        self._theirs[layers] = self._run_theirs(base, tuned, work)
+      folders = {
+        n: pairs.write_pair(
+          work / str(n), {**self._config, "num_hidden_layers": n}
+        )
+        for n in {*ours, *theirs}
+      }
+      for turn in range(_TURNS):
+        for (side, n), usages in found.items():
+          out = work / f"{side}{n}-{turn}"
+          usages.append(run[side](*folders[n], out, work / "cache"))
+    middle = {key: _median(usages) for key, usages in found.items()}
+    self._ours |= {n: middle["ours", n] for n in ours}
+    self._theirs |= {n: middle["theirs", n] for n in theirs}
 
-  def _run_ours(self, base, tuned, work) -> Usage:
-    """The script three times, the median of each figure."""
-    usages = []
-    for turn in range(3):
-      paths = {"base": base, "finetuned": tuned, "out": work / f"ours{turn}"}
-      paths |= {"cache": work / "cache", "rank": self._rank}
-      arguments = [f"--{name}={value}" for name, value in paths.items()]
-      command = [sys.executable, "-m", "experiments.extract", *arguments]
-      usages.append(measure(command, {"PYTHONPATH": str(_ROOT)}))
-    return Usage(*map(statistics.median, zip(*usages, strict=True)))
+  def _often(self, run, base, tuned, work) -> Usage:
+    """One of the two on a pair, some times."""
+    outs = (work / f"{run.__name__}{turn}" for turn in range(_TURNS))
+    return _median([run(base, tuned, out, work / "cache") for out in outs])
 
-  def _run_theirs(self, base, tuned, work) -> Usage:
+  def _run_ours(self, base, tuned, out, cache) -> Usage:
+    """The script as a user starts it."""
+    paths = {"base": base, "finetuned": tuned, "out": out, "cache": cache}
+    arguments = [f"--{name}={value}" for name, value in paths.items()]
+    arguments.append(f"--rank={self._rank}")
+    command = [sys.executable, "-m", "experiments.extract", *arguments]
+    return measure(command, {"PYTHONPATH": str(_ROOT)})
+
+  def _run_theirs(self, base, tuned, out, _) -> Usage:
     """Mergekit without the embeddings, which it would store whole."""
     command = [str(self._mergekit), "--model", str(tuned)]
-    command += ["--base-model", str(base), "--out-path", str(work / "theirs")]
+    command += ["--base-model", str(base), "--out-path", str(out)]
     command += ["--max-rank", str(self._rank)]
     command += ["-e", "embed_tokens", "-e", "lm_head"]
     return measure(command, {"HF_HUB_OFFLINE": "1"})
+
+
+def _median(usages: Sequence[Usage]) -> Usage:
+  """The median of each figure."""
+  return Usage(*map(statistics.median, zip(*usages, strict=True)))
