@@ -85,6 +85,7 @@ def survey(
   Approximation: treats rounding errors as uniform and independent, which holds
   while the changes are larger than an ulp.
   """
+  _check_shapes(base, finetuned)
   xp, size = library_of(finetuned), np.float32(base.size)
   ulp_of_one = np.float32(2.0 ** -jnp.finfo(dtype).nmant)
 
@@ -124,7 +125,6 @@ def _count(where):
 
 
 def _by_block(sums, base, finetuned, room):
-  _check_shapes(base, finetuned)
   room = np.empty(base.size, np.float32) if room is None else room
   delta = room[: base.size].reshape(base.shape)
   left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))

@@ -21,7 +21,7 @@ class Sums(NamedTuple):
 
   Attributes:
     exponent: int32, from `exponent_of`; the unit is `2^exponent`.
-    squares: `Σ (x / unit)²`, float32; NaN if an entry is not finite.
+    squares: `Σ (x / unit)²`, float32; not finite if an entry is not.
     moduli: `Σ |x / unit|`, float32.
   """
 

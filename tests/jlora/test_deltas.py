@@ -21,9 +21,13 @@ def test_a_small_change_survives_bfloat16_inputs():
   assert np.abs(np.asarray(in_bfloat16, np.float64) - exact).max() > 5e-5
 
 
-def test_differing_shapes_are_named():
+@pytest.mark.parametrize("library", [np, jnp])
+def test_differing_shapes_are_named(library):
+  sides = library.ones((2, 3), np.float32), library.ones((3, 2), np.float32)
   with pytest.raises(ValueError, match=r"\(2, 3\) and finetuned \(3, 2\)"):
-    difference(jnp.ones((2, 3)), jnp.ones((3, 2)))
+    difference(*sides)
+  with pytest.raises(ValueError, match=r"\(2, 3\) and finetuned \(3, 2\)"):
+    survey(*sides, np.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
