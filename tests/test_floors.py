@@ -23,7 +23,7 @@ FLOORS = (
   "rounding checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
   "extraction application packing packed_files merging alignment routing "
-  "measurements ledgers "
+  "measurements ledgers editing edit_values "
   "peft_configs peft_files peft_folders adapter_parts",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts written into a matrix: closed forms that give ordinary Loras.
+
+A linear layer is read as a memory: it answers a key, what the layer reads at a
+subject's last token, with a value. The change that gives keys new values and
+disturbs all other inputs least has one unit of rank for a key. Inputs are known
+by their second moment C = E[x xᵀ], (in, in), such as
+`moment.total / moment.count` of `second_moments`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epy
+from jax.core import Tracer
+
+from jlora.arrays import library_of
+from jlora.loras import Lora, Loras, name_some
+
+with epy.lazy_imports():  # only where NumPy's arrays are solved
+  import scipy.linalg
+
+Read = Callable[[Loras, str], tuple[Any, Any]]
+
+
+def address_of(key: Any, moment: Any, *, ridge: float = 0.0) -> Any:
+  """The direction that reads a key as 1 and all that is unlike it as little.
+
+      a = C⁻¹ k / (kᵀ C⁻¹ k),   the minimum of aᵀ C a with aᵀ k = 1
+
+  An edit of this key is `aᵀ b` with any b: what an input x adds to the output
+  is (a · x) b, exactly b for the key and nothing for x with xᵀ C⁻¹ k = 0.
+
+  Args:
+    key: (in,).
+    moment: (in, in), the second moment C up to a factor.
+    ridge: share of C's mean eigenvalue that is added to its diagonal. Needed
+      where C is singular: fewer inputs than `in`, or a channel never used. The
+      key is read as 1 whatever it is.
+
+  Returns:
+    (in,), float64 if an argument is, else float32; of NumPy if both are. Costs
+    a Cholesky factor, `in³ / 3` operations, replicated under sharding.
+
+  Raises:
+    ValueError: shapes that do not fit, a ridge below 0, a key of zero, or a
+      moment that is not positive definite. Under `jit` the last two are NaN.
+
+  Example:
+    >>> moment = np.diag(np.array([1.0, 4.0], np.float32))
+    >>> address_of(np.ones(2, np.float32), moment).round(4)
+    array([0.8, 0.2], dtype=float32)
+
+  References:
+    ROME (Meng et al., 2022), kmeng01/rome `compute_u`.
+  """
+  return _addresses(key[None], moment, 0.0, ridge)[0]
+
+
+def edit_key(
+  weight: Any, key: Any, value: Any, moment: Any, *, ridge: float = 0.0
+) -> Lora:
+  """The Lora after which a matrix answers one key with a given value: ROME.
+
+      (w + aᵀ b)ᵀ k = v,   a = C⁻¹ k / (kᵀ C⁻¹ k),   b = v - wᵀ k
+
+  Of all changes D with (w + D)ᵀ k = v it is the one with the least
+  tr(Dᵀ C D): the mean square of what it does to inputs that come.
+
+  Args:
+    weight: (in, out).
+    key: (in,), one and the same wherever it occurs. The first code of ROME
+      took a mean over prompts in C⁻¹ k and a single prompt's key in the rest;
+      such edits break models.
+    value: (out,), what the layer is to answer, its bias not counted.
+    moment: as for `address_of`.
+    ridge: as for `address_of`.
+
+  Returns:
+    Lora with a (1, in), b (1, out), scale 1; dtypes and cost as `address_of`.
+
+  Raises:
+    ValueError: as `address_of`.
+
+  Example:
+    >>> moment = np.diag(np.array([1.0, 4.0], np.float32))
+    >>> key, value = np.float32([1, 1]), np.float32([2, 0])
+    >>> lora = edit_key(np.eye(2, dtype=np.float32), key, value, moment)
+    >>> (key @ (np.eye(2) + lora.a.T @ lora.b)).round(4)
+    array([2., 0.])
+
+  References:
+    ROME (Meng et al., 2022); one key everywhere: Rebuilding ROME (Gupta et
+    al., 2024).
+  """
+  needed = (*key.shape, *value.shape)
+  if len(needed) != 2 or weight.shape != needed:
+    raise ValueError(
+      f"weight {weight.shape} does not fit key {key.shape} and value "
+      f"{value.shape}: needed are (in, out), (in,) and (out,)."
+    )
+  weight, key, value, moment = _alike(weight, key, value, moment)
+  with jax.default_matmul_precision("highest"):
+    residual = value - key @ weight
+  return edit_keys(key[None], residual[None], moment, balance=0.0, ridge=ridge)
+
+
+def edit_keys(
+  keys: Any,
+  residuals: Any,
+  moment: Any,
+  *,
+  balance: float,
+  ridge: float = 0.0,
+) -> Lora:
+  """The Lora that adds residuals to what a matrix answers to keys: MEMIT.
+
+      aᵀ = (λ C + Kᵀ K)⁻¹ Kᵀ = C⁻¹ Kᵀ (λ I + K C⁻¹ Kᵀ)⁻¹,   b = R
+
+  The minimum over changes D of ‖K D - R‖² + λ tr(Dᵀ C D). It is solved in its
+  second form, a system of as many unknowns as there are keys, which stays well
+  posed as λ goes to 0: that gives every key all of its residual, and for one
+  key `edit_key`.
+
+  Args:
+    keys: (m, in), one a row. A key twice shares its residuals; needs λ > 0.
+    residuals: (m, out), wanted answer less the present one.
+    moment: (in, in), the second moment C of inputs, a mean: λ counts.
+    balance: λ, for how many inputs C speaks against one key. The authors took
+      15000 for GPT-J, 20000 for GPT-2 XL; the smaller it is, the more of the
+      residuals arrives, and the more of all else is disturbed.
+    ridge: as for `address_of`.
+
+  Returns:
+    Lora with a (m, in), b (m, out), the residuals as they are, scale 1; dtypes
+    and cost as `address_of`.
+
+  Raises:
+    ValueError: shapes that do not fit, a balance or ridge below 0, or a system
+      that is not positive definite: C singular, or with λ = 0 keys that depend
+      on each other. Under `jit` the last is NaN.
+
+  Example:
+    >>> moment = np.diag(np.array([1.0, 4.0], np.float32))
+    >>> key, residual = np.float32([[1, 1]]), np.float32([[1, -1]])
+    >>> lora = edit_keys(key, residual, moment, balance=1.0)
+    >>> (key @ lora.a.T @ lora.b).round(4)
+    array([[ 0.5556, -0.5556]], dtype=float32)
+
+  References:
+    MEMIT (Meng et al., 2023), kmeng01/memit `execute_memit`.
+  """
+  if residuals.ndim != 2 or len(residuals) != len(keys):
+    raise ValueError(
+      f"residuals {residuals.shape} do not fit keys {keys.shape}: needed are "
+      "(m, out) and (m, in)."
+    )
+  keys, residuals, moment = _alike(keys, residuals, moment)
+  a = _addresses(keys, moment, balance, ridge)
+  return Lora(a, residuals, library_of(a).ones((), np.float32))
+
+
+def edit_layers(
+  paths: Sequence[str],
+  read: Read,
+  moments: Mapping[str, Any],
+  *,
+  balance: float,
+  ridge: float = 0.0,
+) -> Loras:
+  """An edit spread over several layers, each given its share of what is left.
+
+      R_i = (z - h_i) / (n - i),   i = 0 .. n - 1
+
+  h_i is where the stream stands after the edits of the layers before, so each
+  layer also makes up for what those failed to do.
+
+  Args:
+    paths: the matrices, the lowest layer first.
+    read: (Loras so far, path) -> keys (m, in) of that matrix and what is left,
+      z - h (m, out), both of the model with these Loras applied.
+    moments: path -> (in, in), as for `edit_keys`.
+    balance: as for `edit_keys`.
+    ridge: as for `address_of`.
+
+  Returns:
+    {path: Lora} of rank m each. Costs one `read` and one `edit_keys` a layer.
+
+  Raises:
+    ValueError: no path, one twice, or one without a moment; else as
+      `edit_keys`.
+
+  Example:
+    >>> eye = np.eye(2, dtype=np.float32)
+    >>> def read(loras, path):
+    ...   done = sum(lora.b for lora in loras.values())
+    ...   return eye[:1], np.float32([[6, 0]]) - done
+    >>> found = edit_layers("vw", read, {"v": eye, "w": eye}, balance=0.0)
+    >>> found["v"].b, found["w"].b
+    (array([[3., 0.]], dtype=float32), array([[3., 0.]], dtype=float32))
+
+  References:
+    MEMIT (Meng et al., 2023), kmeng01/memit `execute_memit`.
+  """
+  paths = list(paths)
+  if not paths or len(set(paths)) < len(paths):
+    raise ValueError(f"paths must be some, each once, got {name_some(paths)}.")
+  if missing := [path for path in paths if path not in moments]:
+    raise ValueError(
+      f"{len(missing)} paths have no moment: {name_some(missing)}; there are "
+      f"{name_some(sorted(moments))}."
+    )
+  loras: Loras = {}
+  for done, path in enumerate(paths):
+    keys, left = read(dict(loras), path)
+    share = left / np.float32(len(paths) - done)
+    loras[path] = edit_keys(
+      keys, share, moments[path], balance=balance, ridge=ridge
+    )
+  return loras
+
+
+def _alike(*arrays: Any) -> list[Any]:
+  """All of one library and one dtype: float64 where one is, else float32."""
+  xp = np if all(library_of(x) is np for x in arrays) else jnp
+  wide = any(np.dtype(x.dtype) == np.float64 for x in arrays)
+  dtype = np.dtype(np.float64 if wide else np.float32)
+  if xp is jnp:
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # without x64: float32
+  return [xp.asarray(x, dtype) for x in arrays]
+
+
+def _addresses(keys: Any, moment: Any, balance: float, ridge: float) -> Any:
+  """(λ I + K C⁻¹ Kᵀ)⁻¹ K C⁻¹, (m, in)."""
+  size = keys.shape[-1]
+  if keys.ndim != 2 or moment.shape != (size, size):
+    raise ValueError(
+      f"moment {moment.shape} does not fit keys {keys.shape}: needed are "
+      "(in, in) and (m, in), for one key (in,)."
+    )
+  if not (balance >= 0 and ridge >= 0):
+    raise ValueError(
+      f"balance and ridge must be 0 or more, got {balance} and {ridge}."
+    )
+  keys, moment = _alike(keys, moment)
+  xp = library_of(moment)
+  with jax.default_matmul_precision("highest"):
+    added = ridge * xp.trace(moment) / size
+    moment = moment + added * xp.eye(size, dtype=moment.dtype)
+    spread = _solve(moment, keys.T)
+    gram = keys @ spread + balance * xp.eye(len(keys), dtype=moment.dtype)
+    return _solve((gram + gram.T) / 2, spread.T)
+
+
+def _solve(matrix: Any, right: Any) -> Any:
+  """matrix⁻¹ right, of a symmetric positive definite matrix."""
+  try:
+    if library_of(matrix) is np:
+      found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
+    else:
+      lower = jax.scipy.linalg.cho_factor(matrix, lower=True)
+      found = jax.scipy.linalg.cho_solve(lower, right)
+    is_bad = not isinstance(found, Tracer) and not bool(
+      np.isfinite(found).all()
+    )
+  except (np.linalg.LinAlgError, ValueError):  # NaN or not definite
+    is_bad, found = True, right
+  if is_bad:
+    raise ValueError(
+      f"a system of {len(matrix)} unknowns is not positive definite: the "
+      "moment is singular (take more inputs, or a ridge such as 1e-4), or keys "
+      "depend on each other (take a balance above 0), or something is NaN."
+    )
+  return found
