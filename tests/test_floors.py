@@ -22,13 +22,14 @@ FLOORS = (
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "rounding checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
-  "extraction application packing packed_files merging alignment routing "
+  "extraction adapted axis_rules product_rules interpreter programs binding "
+  "application packing packed_files merging alignment routing "
   "measurements ledgers editing edit_values "
-  "peft_configs peft_files peft_folders adapter_parts",
+  "peft_configs peft_files peft_folders adapter_parts overlaps",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
-  "report_tables",
+  "report_tables initialisation starts training",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress",
   # 5: the public names
@@ -46,11 +47,13 @@ FAMILIES = (
   "pairing fused_experts",
   "checkpoints journal",
   "merging",
+  "adapted axis_rules product_rules interpreter programs binding application",
   "packing packed_files",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
   "moments whitening",
+  "initialisation starts",
   "reporting report_tables",
   "runs plans modules assembly progress",
 )

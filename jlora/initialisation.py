@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters to begin training with, that change nothing yet.
+
+There is no DoRA here. Its layer is `m ⊙ (x@w + scale (x@aᵀ)@b) / ‖w + scale
+aᵀb‖`: the base's own product is scaled by a norm that depends on a and b. That
+is neither a gate on the rank axis nor a sum of changes, so stacking, gating,
+truncating and merging would all be wrong for it without an error. Bring a
+finished one in as the change of weights it amounts to, by `extract`.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.deltas import is_matrix
+from jlora.extraction import Select, ranks_of
+from jlora.loras import Lora, Loras, check_loras, name_some
+from jlora.paths import first_match, flatten, key_for
+from jlora.views import MatrixView, Rule, table_for, view_of
+
+# (key, (..., in, out), rank) -> a (..., rank, in), b (..., rank, out).
+Init = Callable[[jax.Array, tuple[int, ...], int], tuple[Any, Any]]
+# (alpha, rank) -> scale.
+Scaling = Callable[[float, int], float]
+
+# Tables of rows by token, and heads that are such a table transposed.
+_TABLE = (
+  r"(.*[/.])?(embed[^/.]*|wte|wpe|(word|position|token_type)_embeddings"
+  r"|tok_embeddings|shared)([/.][^/.]+)?"
+)
+_HEAD = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
+
+
+def is_linear(path: str, leaf: Any) -> bool:
+  """Whether a parameter is a layer's matrix: no embedding, no head, by name.
+
+  Args:
+    path: the parameter's name.
+    leaf: anything with `.shape` and `.dtype`.
+
+  Returns:
+    bool. What PEFT calls "all-linear".
+
+  Example:
+    >>> w = jnp.ones((3, 3))
+    >>> [is_linear(path, w) for path in ("layers/0/q/kernel", "embed/embedding",
+    ...                                  "lm_head.weight")]
+    [True, False, False]
+  """
+  is_other = first_match([(_TABLE, True), (_HEAD, True)], path, False)
+  return is_matrix(path, leaf) and not is_other
+
+
+def kaiming(key: jax.Array, shape: tuple[int, ...], rank: int):
+  """A uniform a and a zero b.
+
+      a ~ U(-1/√in, 1/√in),   b = 0
+
+  Args:
+    key: PRNG key.
+    shape: (..., in, out) of the parameter read as a matrix.
+    rank: units.
+
+  Returns:
+    a (..., rank, in), b (..., rank, out), float32.
+
+  Example:
+    >>> a, b = kaiming(jax.random.key(0), (4, 3), 2)
+    >>> a.shape, bool((jnp.abs(a) <= 0.5).all()), float(b.sum())
+    ((2, 4), True, 0.0)
+
+  References:
+    microsoft/LoRA, loralib: Kaiming's with a = √5. The paper has a Gaussian.
+  """
+  bound = 1 / math.sqrt(shape[-2])
+  return _drawn(jax.random.uniform, key, shape, rank, 2 * bound, bound)
+
+
+def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int):
+  """A normal a and a zero b.
+
+      a ~ N(0, 1/rank²),   b = 0
+
+  Args:
+    key: PRNG key.
+    shape: (..., in, out) of the parameter read as a matrix.
+    rank: units.
+
+  Returns:
+    a (..., rank, in), b (..., rank, out), float32.
+
+  Example:
+    >>> a, b = gaussian(jax.random.key(0), (4, 3), 2)
+    >>> a.shape, float(b.sum())
+    ((2, 4), 0.0)
+
+  References:
+    Hu et al. (2021), section 4.1, which gives no variance; that of PEFT.
+  """
+  return _drawn(jax.random.normal, key, shape, rank, 1 / rank, 0.0)
+
+
+def reversed_normal(key: jax.Array, shape: tuple[int, ...], rank: int):
+  """A zero a and a normal b: for tables of rows by token.
+
+      a = 0,   b ~ N(0, 1)
+
+  A token that is never read keeps a zero column of a, and so its row.
+
+  Args:
+    key: PRNG key.
+    shape: (..., tokens, features).
+    rank: units.
+
+  Returns:
+    a (..., rank, tokens), b (..., rank, features), float32.
+
+  Example:
+    >>> a, b = reversed_normal(jax.random.key(0), (4, 3), 2)
+    >>> float(a.sum()), b.shape
+    (0.0, (2, 3))
+
+  References:
+    microsoft/LoRA, loralib, `Embedding`.
+  """
+  drawn, zero = _drawn(
+    jax.random.normal, key, (*shape[:-2], shape[-1], shape[-2]), rank, 1.0, 0.0
+  )
+  return zero, drawn
+
+
+#: What loralib does: the first rule that matches a path gives its init.
+LORALIB: tuple[tuple[str, Init], ...] = (
+  (_TABLE, reversed_normal),
+  (r".*", kaiming),
+)
+
+
+def by_rank(alpha: float, rank: int) -> float:
+  """The scale of LoRA, alpha / rank.
+
+  Args:
+    alpha: a number chosen once for all ranks.
+    rank: of the module.
+
+  Returns:
+    The scale.
+
+  Example:
+    >>> [by_rank(16, rank) for rank in (1, 16, 64, 256)]
+    [16.0, 1.0, 0.25, 0.0625]
+  """
+  return alpha / rank
+
+
+def by_root(alpha: float, rank: int) -> float:
+  """The scale of rank-stabilised LoRA, alpha / √rank.
+
+  Args:
+    alpha: a number chosen once for all ranks.
+    rank: of the module.
+
+  Returns:
+    The scale.
+
+  Example:
+    >>> [by_root(16, rank) for rank in (1, 16, 64, 256)]
+    [16.0, 4.0, 2.0, 1.0]
+
+  References:
+    Kalajdzievski (2023), rsLoRA: alpha / rank stalls at high ranks.
+  """
+  return alpha / math.sqrt(rank)
+
+
+def init_lora(
+  params: Any,
+  rank: int | Mapping[str, int],
+  key: jax.Array | None = None,
+  *,
+  select: Select = is_linear,
+  init: Init | Iterable[tuple[str, Init]] = LORALIB,
+  alpha: float = 16.0,
+  scaling: Scaling = by_rank,
+  views: Iterable[Rule] | None = None,
+  dtype: Any = jnp.float32,
+) -> Loras:
+  """An adapter that changes nothing yet.
+
+      a, b = init(key of the path, (..., in, out), rank),   scale(alpha, rank)
+
+  Args:
+    params: a pytree of arrays, or of anything with a shape and a dtype.
+    rank: of every module, or {path: rank}: modules not named are left out. It
+      is not clipped.
+    key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`.
+    select: `(path, leaf) -> bool`, which parameters get one; all layers'
+      matrices without it, and no embedding.
+    init: a function, or rules (regex of the path, function).
+    alpha: the numerator of the scale. The paper takes the first rank it tries,
+      loralib 1; none is right everywhere.
+    scaling: `by_rank`, `by_root`, or any function of (alpha, rank).
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found.
+    dtype: of a and b. Train in float32 whatever the base has.
+
+  Returns:
+    {path: Lora}, scale float32. Costs what the factors take.
+
+  Raises:
+    ValueError: nothing selected, a rank below 1 or for a path that is no
+      module, or a path that no rule of `init` matches.
+
+  Example:
+    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> loras = init_lora(params, rank=2, alpha=8)
+    >>> loras["q/kernel"].b.shape, float(loras["q/kernel"].scale)
+    ((2, 5), 4.0)
+
+  References:
+    Hu et al. (2021); microsoft/LoRA.
+  """
+  modules = matrices_of(params, select, views)
+  ranks = ranks_of(rank, modules)
+  shapes = {path: modules[path][1].shape(modules[path][0].shape)
+            for path in ranks}  # fmt: skip
+  _warn_of_waste(ranks, shapes)
+  rules = [(r"(?s).*", init)] if callable(init) else list(init)
+  inits = {path: first_match(rules, path) for path in ranks}
+  if without := [path for path, found in inits.items() if found is None]:
+    raise ValueError(
+      f"no rule of init matches {name_some(without)}; end the rules with "
+      '(".*", kaiming).'
+    )
+  loras = {}
+  for path, r in ranks.items():
+    shape = shapes[path]
+    a, b = inits[path](key_for(key, path), shape, r)  # pyright: ignore
+    scale = jnp.full(shape[:-2], scaling(alpha, r), jnp.float32)
+    loras[path] = Lora(a.astype(dtype), b.astype(dtype), scale)
+  check_loras(loras)
+  return loras
+
+
+def matrices_of(
+  params: Any, select: Select, views: Iterable[Rule] | None = None
+) -> dict[str, tuple[Any, MatrixView]]:
+  """The selected parameters that can be read as matrices.
+
+  Args:
+    params: a pytree of arrays, or of anything with a shape and a dtype.
+    select: `(path, leaf) -> bool`.
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found.
+
+  Returns:
+    {path: (leaf, view)}, in the order of the tree.
+
+  Example:
+    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> list(matrices_of(params, is_linear))
+    ['q/kernel']
+  """
+  flat = flatten(params)
+  table = tuple(table_for(flat) if views is None else views)
+  return {
+    path: (leaf, view)
+    for path, leaf in flat.items()
+    if is_matrix(path, leaf)
+    and select(path, leaf)
+    and (view := view_of(path, leaf.shape, table))
+  }
+
+
+def _drawn(draw, key, shape, rank, width, below):
+  """`width * draw - below` for a, zeros for b."""
+  *batch, n_in, n_out = shape
+  a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
+  return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
+
+
+def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
+  wasteful = [
+    f"{path}: {rank} for {shapes[path]}"
+    for path, rank in ranks.items()
+    if rank > min(shapes[path][-2:])
+  ]
+  if wasteful:
+    warnings.warn(
+      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
+      " need no more than its short side.",
+      stacklevel=3,
+    )
