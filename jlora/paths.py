@@ -13,7 +13,9 @@ from jlora.loras import name_some
 T = TypeVar("T")
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(
+  tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
   """The leaves of a pytree by path, `layers/0/attn/q/kernel`.
 
   A mapping whose keys are already the paths of its leaves (an open checkpoint,
@@ -22,6 +24,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
   Args:
     tree: any pytree, or a lazy `Mapping[str, array]`; leaves are not touched.
+    is_leaf: what counts as a leaf besides, as for `jax.tree.map`.
 
   Returns:
     {path: leaf}, in the tree's own order.
@@ -35,7 +38,7 @@ def flatten(tree: Any) -> dict[str, Any]:
   """
   if isinstance(tree, Mapping) and not _is_node(tree):
     return {str(name): tree[name] for name in tree}
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
   flat = {_name(path): leaf for path, leaf in leaves}
   if len(flat) != len(leaves):
     raise ValueError(
@@ -45,12 +48,17 @@ def flatten(tree: Any) -> dict[str, Any]:
   return flat
 
 
-def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
+def unflatten(
+  flat: Mapping[str, Any],
+  like: Any,
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
   """A pytree shaped like another, its leaves taken from {path: leaf}.
 
   Args:
     flat: one leaf for every path of `like`, no more and no fewer.
     like: the pytree that gives the structure; its leaves are not used.
+    is_leaf: what counts as a leaf of it besides.
 
   Returns:
     The pytree.
@@ -62,7 +70,7 @@ def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
     >>> unflatten({"a/0": 1, "a/1": 2}, like={"a": [0, 0]})
     {'a': [1, 2]}
   """
-  paths, tree = jax.tree_util.tree_flatten_with_path(like)
+  paths, tree = jax.tree_util.tree_flatten_with_path(like, is_leaf)
   names = [_name(path) for path, _ in paths]
   check_same(names, flat, "the tree", "the given leaves")
   return jax.tree_util.tree_unflatten(tree, [flat[name] for name in names])

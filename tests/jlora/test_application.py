@@ -169,7 +169,7 @@ def test_views_given_go_before_those_of_the_names():
 def test_no_parameter_of_that_name():
   loras = {f"x{at}": lora(4, 6) for at in range(4)}
   with pytest.raises(ValueError, match=(
-    "4 Loras have no parameter: x0, x1, x2 and 1 more; there are "
+    "4 programs have no parameter: x0, x1, x2 and 1 more; there are "
     "layers/0/kernel, layers/1/kernel, norm/0 and 2 more"
   )):  # fmt: skip
     apply(tree(), loras)
@@ -182,7 +182,7 @@ def test_shapes_that_do_not_fit_name_both():
   for path in ("w0", "w1", "w2"):
     named = f"{path} float32 (6, 4) for a (2, 4), b (2, 6)"
     assert named in str(error.value)
-  assert "4 Loras do not fit" in str(error.value)
+  assert "4 programs do not fit" in str(error.value)
   assert "w3" not in str(error.value)
   assert "and 1 more" in str(error.value)
 
@@ -197,7 +197,7 @@ def test_shapes_that_do_not_fit_name_both():
   ],
 )
 def test_what_is_no_floating_matrix_is_refused(path, leaf):
-  with pytest.raises(ValueError, match="1 Loras do not fit: .*floating") as e:
+  with pytest.raises(ValueError, match="1 programs do not fit: .*floating") as e:
     apply({path: jnp.asarray(leaf)}, {path: lora(4, 6)})
   assert f"{path} {leaf.dtype} {leaf.shape}" in str(e.value)
 
