@@ -16,11 +16,16 @@ Example:
   1.0
 """
 
+from jlora.adapted import Adapted as Adapted
 from jlora.advice import Advice as Advice
 from jlora.advice import advise as advise
 from jlora.advice import error_of as error_of
+from jlora.application import adapt as adapt
+from jlora.application import adapt_rows as adapt_rows
 from jlora.application import apply as apply
+from jlora.application import lora_dot as lora_dot
 from jlora.assembly import Spectra as Spectra
+from jlora.binding import bind as bind
 from jlora.certificates import Certificate as Certificate
 from jlora.certificates import certificate as certificate
 from jlora.checkpoints import Checkpoint as Checkpoint
@@ -66,14 +71,21 @@ from jlora.pairing import refuse as refuse
 from jlora.paths import flatten as flatten
 from jlora.paths import matching as matching
 from jlora.paths import unflatten as unflatten
+from jlora.programs import Branch as Branch
+from jlora.programs import Rows as Rows
+from jlora.programs import Shift as Shift
+from jlora.programs import prepend as prepend
 from jlora.refinement import Refiner as Refiner
 from jlora.refinement import refine as refine
 from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
+from jlora.routing import stack as stack
 from jlora.runs import extract_checkpoint as extract_checkpoint
 
 __all__ = [
+  "Adapted",
   "Advice",
+  "Branch",
   "Certificate",
   "Checkpoint",
   "Divergence",
@@ -85,11 +97,16 @@ __all__ = [
   "Packed",
   "Refiner",
   "Report",
+  "Rows",
   "Score",
+  "Shift",
   "Spectra",
   "VLLM",
+  "adapt",
+  "adapt_rows",
   "advise",
   "apply",
+  "bind",
   "certificate",
   "cheapest",
   "common_rows",
@@ -107,10 +124,12 @@ __all__ = [
   "krylov",
   "load_packed",
   "load_peft",
+  "lora_dot",
   "matching",
   "mean_kl",
   "open_checkpoint",
   "pack",
+  "prepend",
   "read_report",
   "recompress",
   "recovered",
@@ -123,6 +142,7 @@ __all__ = [
   "score",
   "second_moments",
   "spectral_norm",
+  "stack",
   "svd",
   "to_in_rank",
   "unflatten",
