@@ -16,7 +16,7 @@ from jlora.arrays import (
   times,
 )
 from jlora.loras import Lora
-from jlora.norms import exponent_of, sums_of
+from jlora.norms import Sums, check_single, exponent_of, sums_of
 
 # A mean of 16 chi-square variables falls below this share of its expectation
 # with probability 1e-6: scipy.stats.chi2.ppf(1e-6, 16) / 16 = 0.0907.
@@ -64,7 +64,9 @@ class Certificate(NamedTuple):
     )
 
 
-def certificate(delta: Any, lora: Lora, key: Any = None) -> Certificate:
+def certificate(
+  delta: Any, lora: Lora, key: Any = None, *, sums: Sums | None = None
+) -> Certificate:
   """The exact error of a stored change and a lower bound on the best possible.
 
       error_k² = ‖delta - change_k‖²,   change_k = scale Σ_{i≤k} a_iᵀ b_i,
@@ -88,6 +90,7 @@ def certificate(delta: Any, lora: Lora, key: Any = None) -> Certificate:
     lora: a (..., r, m), b (..., r, n), scale (...), in their storage dtype:
       rounding is part of the error. Units should be sorted, largest first.
     key: PRNG key of the probes; None is `key(0)`.
+    sums: `sums_of(delta)` where it is known; of a single matrix alone.
 
   Returns:
     Certificate; `errors[..., -1] / floors[..., -1]` is an upper bound on the
@@ -96,7 +99,7 @@ def certificate(delta: Any, lora: Lora, key: Any = None) -> Certificate:
     blocks of rows. Nothing but thin products is gathered under sharding.
 
   Raises:
-    ValueError: the shapes of delta and lora do not fit.
+    ValueError: the shapes of delta and lora do not fit; `sums` for a batch.
 
   Example:
     >>> delta = jnp.array([[3.0, 0.0], [4.0, 5.0]])
@@ -115,19 +118,22 @@ def certificate(delta: Any, lora: Lora, key: Any = None) -> Certificate:
       f"delta {delta.shape} does not fit a {lora.a.shape}, b {lora.b.shape}: "
       "needed are a (..., r, m), b (..., r, n) for delta (..., m, n)."
     )
+  check_single(delta, sums)
 
   def one(matrix, a, b, scale):
-    return _certify(matrix.astype(np.float32, copy=False), a, b, scale, key)
+    matrix = matrix.astype(np.float32, copy=False)
+    known = sums_of(matrix) if sums is None else sums
+    return _certify(matrix, a, b, scale, key, known)
 
   with jax.default_matmul_precision("highest"):
     return over_leading(one, delta.ndim - 2, delta, lora.a, lora.b, lora.scale)
 
 
-def _certify(delta, a, b, scale, key):
+def _certify(delta, a, b, scale, key, sums):
   """The certificate of one matrix, everything in units of its top entry."""
   xp = library_of(delta)
   a, b = a.astype(np.float32), b.astype(np.float32)
-  sums, b_unit = sums_of(delta), xp.ldexp(xp.float32(1), exponent_of(b))
+  b_unit = xp.ldexp(xp.float32(1), exponent_of(b))
   unit, norm2 = sums.unit, sums.squares
   b = b / b_unit
   a = a * (b_unit / unit * scale.astype(np.float32))

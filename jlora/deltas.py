@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.arrays import library_of
-from jlora.norms import BLOCK, sum_of_squares
+from jlora.norms import BLOCK, Sums, added, sum_of_squares, sums_of
+
+# The bits of a float32's exponent: alone they are 2^⌊log2 |w|⌋, 0 for zero.
+_EXPONENT = np.uint32(0x7F800000)
 
 
 class Survey(NamedTuple):
@@ -20,12 +23,14 @@ class Survey(NamedTuple):
       matrix (m, n) that has a flat spectrum up to about `std (√m + √n)`.
     unchanged: share of the entries that are equal in both, in [0, 1].
     is_finite: whether the change is finite throughout.
+    sums: the sums over the change, zero if it is not finite.
   """
 
   base_norm: Any
   noise_std: Any
   unchanged: Any
   is_finite: Any
+  sums: Sums
 
 
 def difference(base: Any, finetuned: Any) -> Any:
@@ -89,54 +94,63 @@ def survey(
   xp, size = library_of(finetuned), np.float32(base.size)
   ulp_of_one = np.float32(2.0 ** -jnp.finfo(dtype).nmant)
 
-  def sums(left, right):
-    """‖base‖², Σ (ulp(w) / ulp(1))², and how many entries are equal."""
-    # The exponent alone is 2^⌊log2 |w|⌋, and 0 for zero.
-    bits = right.view(np.uint32) & np.uint32(0x7F800000)
-    steps = sum_of_squares(bits.view(np.float32))
-    return sum_of_squares(left), steps, _count(left == right)
-
   if xp is jnp:
     left, right = base.astype(np.float32), finetuned.astype(np.float32)
-    delta, found = right - left, sums(left, right)
+    steps = (right.view(np.uint32) & _EXPONENT).view(np.float32)
+    found = sum_of_squares(left), sum_of_squares(steps), _count(left == right)
+    delta = right - left
     is_finite = xp.isfinite(delta).all()
     delta = xp.where(is_finite, delta, 0.0)
+    change = sums_of(jnp.atleast_1d(delta))
   else:
-    delta, found = _by_block(sums, base, finetuned, room)
-    # Rarely more than a look at the sums: what is infinite shows in them.
-    is_finite = np.isfinite(found).all() or np.isfinite(delta).all()
+    delta, found, change = _by_block(base, finetuned, room)
+    is_finite = np.isfinite(change.squares)
     if not is_finite:
       delta[...] = 0
+      change = sums_of(delta)
   return delta, Survey(
     base_norm=xp.sqrt(found[0]),
     noise_std=xp.sqrt(found[1] / (12 * size)) * ulp_of_one,
     unchanged=found[2].astype(np.float32) / size,
     is_finite=is_finite,
+    sums=change,
   )
 
 
 def _count(where):
-  """How many are true, float32."""
-  if library_of(where) is np:
-    return np.float32(np.count_nonzero(where))
+  """How many are true, float32, of JAX's."""
   # By rows first: the entries of the largest tensors overflow an int32.
   rows = jnp.count_nonzero(jnp.atleast_1d(where), axis=-1)
   return jnp.sum(rows.astype(np.float32))
 
 
-def _by_block(sums, base, finetuned, room):
+def _by_block(base, finetuned, room):
+  """The delta; ‖base‖², Σ (ulp / ulp(1))² and how many are equal; its Sums."""
   room = np.empty(base.size, np.float32) if room is None else room
   delta = room[: base.size].reshape(base.shape)
   left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))
-  total = np.zeros(3)
+  total, changes = np.zeros(3), []
+  scratch = np.empty((3, min(BLOCK, out.size)), np.float32)
   # Infinities of a damaged file are found by the caller.
   with np.errstate(invalid="ignore", over="ignore"):
     for start in range(0, out.size, BLOCK):
       part = slice(start, start + BLOCK)
-      one, two = (x[part].astype(np.float32, copy=False) for x in (left, right))
-      np.subtract(two, one, out=out[part])
-      total += sums(one, two)
-  return delta, total.astype(np.float32)
+      one, two = map(_as_float32, (left[part], right[part]), scratch)
+      change, steps = out[part], scratch[2, : one.size]
+      np.subtract(two, one, out=change)
+      np.bitwise_and(two.view(np.uint32), _EXPONENT, out=steps.view(np.uint32))
+      equal = np.count_nonzero(one == two)
+      total += np.vdot(one, one), np.vdot(steps, steps), equal
+      changes.append(sums_of(change))
+  return delta, total.astype(np.float32), added(changes)
+
+
+def _as_float32(x, room):
+  """A block in float32, in memory that is in the cache where it must be new."""
+  if x.dtype == np.float32:
+    return x
+  np.copyto(room[: x.size], x)
+  return room[: x.size]
 
 
 def _check_shapes(base, finetuned):

@@ -19,7 +19,7 @@ import numpy as np
 
 from jlora.arrays import library_of, normal, over_leading, times
 from jlora.loras import Factors
-from jlora.norms import exponent_of, sums_of
+from jlora.norms import Sums, check_single, exponent_of, sums_of
 from jlora.subspaces import (
   iterate,
   orthonormal_rows,
@@ -115,6 +115,7 @@ def krylov(
   oversample: int = 16,
   passes: int = 6,
   tol: float = 5e-4,
+  sums: Sums | None = None,
 ) -> Factors:
   """Leading triplets from a block Krylov space, by Rayleigh-Ritz.
 
@@ -139,6 +140,7 @@ def krylov(
     tol: stops after the third or fourth block when it estimates that more would
       take less than this share off the squared error. Under `vmap` all stop
       together.
+    sums: `sums_of(delta)` where it is known; of a single matrix alone.
 
   Returns:
     Factors u (..., m, r), s (..., r), vt (..., r, n), float32, orthonormal also
@@ -146,7 +148,8 @@ def krylov(
     spectrum are less exact than the error is: use `svd` to study those.
 
   Raises:
-    ValueError: rank or passes below 1, or delta without two axes.
+    ValueError: rank or passes below 1, delta without two axes, or `sums` for
+      a batch.
 
   Example:
     >>> delta = np.outer(np.arange(1.0, 6.0), np.ones(3))
@@ -159,6 +162,7 @@ def krylov(
     Orthonormal rows: shifted Cholesky QR, Fukaya et al. (2020).
   """
   rank = _check(delta, rank)
+  check_single(delta, sums)
   if passes < 1 or oversample < 0:
     raise ValueError(
       f"krylov needs passes >= 1 and oversample >= 0, got passes {passes}, "
@@ -183,7 +187,7 @@ def krylov(
     )
     return triplets(vectors, images)
 
-  return _each(functools.partial(_short_side_first, core), delta)
+  return _each(functools.partial(_short_side_first, core), delta, sums)
 
 
 def cheapest(
@@ -274,7 +278,7 @@ def _check(delta: Any, rank: int) -> int:
   return min(rank, *delta.shape[-2:])
 
 
-def _each(core, delta: Any) -> Factors:
+def _each(core, delta: Any, known: Sums | None = None) -> Factors:
   """`core(a, half, ‖a half²‖²)` on each matrix of a batch, signs fixed.
 
   It factors `a half²`, which is of modulus 1. The scale goes into thin factors
@@ -283,7 +287,7 @@ def _each(core, delta: Any) -> Factors:
 
   def one(a):
     a = a.astype(np.float32, copy=False)
-    sums = sums_of(a)
+    sums = sums_of(a) if known is None else known
     half, root = _halves(sums.exponent)
     energy = sums.squares * (sums.unit * half * half) ** 2
     u, s, vt = core(a, half, energy)

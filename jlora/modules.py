@@ -7,9 +7,10 @@ shape and dtype, and shared by all threads.
 """
 
 import functools
+import inspect
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ def measure_parameter(
     key: PRNG key of the module; for NumPy, words of one.
     view: how the layout is read as a matrix; static, as all below.
     rank: triplets to keep.
-    factor: the factoriser.
+    factor: the factoriser; given the `sums` of the delta if it takes them.
     dtype: storage dtype of the factors.
     stored: dtype of the finetune's file, for its rounding noise.
     room: as for `survey`, for NumPy alone.
@@ -88,9 +89,12 @@ def measure_parameter(
   delta, found = survey(base, finetuned, stored, room)
   delta, is_exchanged = in_stored_order(delta, view)
   xp = library_of(delta)
-  factors = Factors(*map(xp.asarray, factor(delta, rank, key)))
+  # Of a batch the sums are of all matrices together, and of no use.
+  known = {"sums": found.sums} if delta.ndim == 2 else {}
+  given = known if _takes(factor, "sums") else {}
+  factors = Factors(*map(xp.asarray, factor(delta, rank, key, **given)))
   lora = from_factors(factors, dtype)
-  certified = certificate(delta, lora, key)
+  certified = certificate(delta, lora, key, **known)
   norm = xp.where(found.is_finite, certified.norm, np.nan)
   return Measured(
     lora=exchange(lora) if is_exchanged else lora,
@@ -101,6 +105,14 @@ def measure_parameter(
     unchanged=found.unchanged,
     ulps=ulp_histogram(base, finetuned, stored),
   )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+  """Whether a function has a parameter of that name."""
+  try:
+    return name in inspect.signature(function).parameters
+  except (TypeError, ValueError):  # some of C have no signature
+    return False
 
 
 class Extractor:

@@ -5,6 +5,8 @@ Of NumPy's arrays the memory is read once, a block that fits the cache at a
 time; of JAX's the compiler decides.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import numpy as np
 from jlora.arrays import library_of
 
 # A block of so many entries stays in the cache while it is worked on.
-BLOCK = 2**16
+BLOCK = 2**15
 
 
 class Sums(NamedTuple):
@@ -54,11 +56,30 @@ def sums_of(x: Any) -> Sums:
   if library_of(x) is jnp:
     return _of_block(x)
   flat = x.reshape(-1) if x.flags.c_contiguous else x.T.reshape(-1)
-  found = [
-    _of_block(flat[start : start + BLOCK])
-    for start in range(0, flat.size, BLOCK)
-  ]
-  exponents, squares, moduli = map(np.array, zip(*found, strict=True))
+  return added(
+    [
+      _of_block(flat[start : start + BLOCK])
+      for start in range(0, flat.size, BLOCK)
+    ]
+  )
+
+
+def added(parts: Sequence[Sums]) -> Sums:
+  """The sums over several arrays together.
+
+  Args:
+    parts: their Sums, of NumPy, one or more.
+
+  Returns:
+    Sums in the largest of their units.
+
+  Example:
+    >>> added([sums_of(np.float32([x])) for x in (3, -4)]).moduli * 8
+    np.float32(7.0)
+  """
+  if len(parts) == 1:
+    return parts[0]
+  exponents, squares, moduli = map(np.array, zip(*parts, strict=True))
   exponent = exponents.max()
   lower = np.ldexp(1.0, exponents - exponent)
   return Sums(
@@ -66,6 +87,25 @@ def sums_of(x: Any) -> Sums:
     np.float32(np.sum(squares * lower**2)),
     np.float32(np.sum(moduli * lower)),
   )
+
+
+def check_single(x: Any, sums: Sums | None) -> None:
+  """Refuses sums that are given for a batch of matrices.
+
+  Args:
+    x: (..., m, n).
+    sums: of x, or None.
+
+  Raises:
+    ValueError: sums are given and x has more than two axes.
+
+  Example:
+    >>> check_single(np.ones((2, 2)), sums_of(np.ones((2, 2), np.float32)))
+  """
+  if sums is not None and x.ndim > 2:
+    raise ValueError(
+      f"sums are of one matrix, the delta {x.shape} is a batch: leave them out."
+    )
 
 
 def exponent_of(x: Any) -> Any:
@@ -84,6 +124,9 @@ def exponent_of(x: Any) -> Any:
   """
   xp = library_of(x)
   top = xp.maximum(xp.max(x), -xp.min(x))  # no array of moduli
+  if xp is np:  # NumPy's functions of scalars would take longer than the rest
+    exponent = math.frexp(top)[1] if top > 0 else 1
+    return np.int32(min(max(exponent, -126), 126))
   exponent = xp.frexp(xp.where(top > 0, top, xp.float32(1)))[1]
   return xp.clip(exponent, -126, 126)
 
@@ -111,7 +154,7 @@ def _of_block(x):
   xp = library_of(x)
   exponent = exponent_of(x)
   if xp is np and abs(exponent) < _MODERATE:
-    inverse = 2.0**-exponent
+    inverse = np.ldexp(np.float32(1), -exponent)
     moduli = np.vdot(np.abs(x), _ONES[: x.size])
     return Sums(exponent, np.vdot(x, x) * inverse**2, moduli * inverse)
   x = x * xp.ldexp(xp.float32(1), -exponent)

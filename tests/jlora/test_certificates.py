@@ -18,6 +18,7 @@ from jlora import arrays, certificates
 from jlora.certificates import Certificate, certificate
 from jlora.factoring import svd
 from jlora.loras import Lora, from_factors
+from jlora.norms import sums_of
 
 M, N, RANK = 48, 64, 8
 
@@ -255,3 +256,17 @@ def test_refuses_shapes_that_do_not_fit():
   uneven = Lora(jnp.ones((2, 3)), jnp.ones((1, 5)), jnp.float32(1))
   with pytest.raises(ValueError, match=r"b \(1, 5\)"):
     certificate(jnp.ones((3, 5)), uneven)
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_sums_that_are_known_change_nothing(library):
+  delta = library.asarray(matrix(SPECTRA["flat"](M), M, N))
+  lora = jax.tree.map(library.asarray, extracted(delta))
+  known = sums_of(delta)
+  for one, two in zip(
+    certificate(delta, lora, sums=known), certificate(delta, lora), strict=True
+  ):
+    np.testing.assert_array_equal(one, two)
+  batch = jax.tree.map(lambda x: library.stack([x, x]), (delta, lora))
+  with pytest.raises(ValueError, match="one matrix"):
+    certificate(*batch, sums=known)

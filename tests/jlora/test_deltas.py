@@ -64,3 +64,20 @@ def test_what_is_a_matrix(shape, dtype, answer):
   assert is_matrix("any", jnp.zeros(shape, dtype)) is answer
   floating = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32)
   assert is_floating(dtype) == (dtype in floating)
+
+
+@pytest.mark.parametrize("bad", [None, np.inf, np.nan])
+def test_a_survey_sums_the_change_that_it_returns(bad):
+  """Over several blocks, in bfloat16; zeros where it is not finite."""
+  base = draw(300, 200).astype(jnp.bfloat16)
+  finetuned = (base.astype(np.float32) + draw(300, 200)).astype(jnp.bfloat16)
+  if bad is not None:
+    finetuned[299, 3] = bad
+  for sides in ((base, finetuned), map(jnp.asarray, (base, finetuned))):
+    delta, found = survey(*sides, jnp.bfloat16)
+    exact = np.asarray(delta, np.float64)
+    assert bool(found.is_finite) == (bad is None) == bool(exact.any())
+    unit = float(found.sums.unit)
+    squares, moduli = (float(x) for x in found.sums[1:])
+    assert squares * unit**2 == pytest.approx(np.square(exact).sum(), rel=1e-5)
+    assert moduli * unit == pytest.approx(np.abs(exact).sum(), rel=1e-5)

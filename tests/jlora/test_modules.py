@@ -101,6 +101,32 @@ def test_a_factoriser_that_knows_only_jax_works_on_the_host():
   )
 
 
+def test_a_factoriser_that_takes_sums_is_given_those_of_a_single_matrix():
+  given = []
+
+  def asking(delta, rank, key, *, sums=None):
+    given.append(sums)
+    return krylov(delta, rank, key, sums=sums)
+
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=(2, 96, 70)).astype(np.float32)
+  change = rng.normal(size=w.shape).astype(np.float32)
+  for view, at in ((STACKED, slice(2)), (KERNEL, 0)):
+    measure_parameter(
+      w[at],
+      w[at] + change[at],
+      np.zeros(2, np.uint32),
+      view=view,
+      rank=2,
+      factor=functools.partial(asking),
+      dtype=np.float32,
+      stored=w.dtype,
+    )
+  assert given[0] is None
+  norm = given[1].unit * given[1].squares ** 0.5
+  assert norm == pytest.approx(np.linalg.norm(change[0]), rel=1e-5)
+
+
 def test_memory_used_again_changes_nothing():
   """Large, small and large again, by one thread: its delta's room is kept."""
   rng = np.random.default_rng(0)
