@@ -242,6 +242,45 @@ def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
   return tuple(axis for axis, size in enumerate(sizes) if size > 1)
 
 
+def dropped(x: jax.Array, change: Change) -> jax.Array:
+  """What a change reads: x / (1 - rate) or 0 where there is dropout.
+
+  Args:
+    x: what the layer reads.
+    change: with a key, or none.
+
+  Returns:
+    An array like x.
+
+  Example:
+    >>> one = jnp.ones
+    >>> change = Change(one((1, 2)), one((1, 1)), one((1, 1)))
+    >>> dropped(one(2), change)
+    Array([1., 1.], dtype=float32)
+  """
+  if change.key is None:
+    return x
+  kept = jax.random.bernoulli(change.key, 1 - change.rate, x.shape)
+  return jnp.where(kept, x / jnp.array(1 - change.rate, x.dtype), 0)
+
+
+def plus(y: jax.Array, more: jax.Array) -> jax.Array:
+  """The sum in y's dtype.
+
+  Args:
+    y: any shape, floating.
+    more: broadcastable to it.
+
+  Returns:
+    An array like y.
+
+  Example:
+    >>> plus(jnp.bfloat16(1), jnp.float32(0.5)).dtype.name
+    'bfloat16'
+  """
+  return y + more.astype(y.dtype)
+
+
 def dense_change(change: Change, shape: tuple[int, ...]) -> jax.Array:
   """The change as an array of the parameter's shape, float32.
 

@@ -295,7 +295,15 @@ AXIS_RULES: dict[str, Rule] = {
 }
 
 # These are done to w alone: a change has its own place and precision.
-OF_W_ALONE = ("copy", "copy_p", "sharding_constraint", "reduce_precision")
+OF_W_ALONE = (
+  "copy",
+  "copy_p",
+  "pcast",
+  "pvary",
+  "reduce_precision",
+  "reshard",
+  "sharding_constraint",
+)
 
 # A branch sees what a matmul reads and writes; only these leave that as it is.
 SEEN_THROUGH = (

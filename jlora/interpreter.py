@@ -19,11 +19,18 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.adapted import Adapted, Change, dense_sum, is_adapted
 from jlora.axis_rules import AXIS_RULES, OF_W_ALONE, SEEN_THROUGH
+from jlora.convolution_rules import CONVOLUTION_RULES
+from jlora.lookup_rules import LOOKUP_RULES
 from jlora.product_rules import PRODUCT_RULES
 
 Said = Callable[[str, Adapted], None]
 
-_RULES = {**AXIS_RULES, **PRODUCT_RULES}
+_RULES = {
+  **AXIS_RULES,
+  **PRODUCT_RULES,
+  **CONVOLUTION_RULES,
+  **LOOKUP_RULES,
+}
 _WITH_BRANCHES = (*SEEN_THROUGH, "dot_general")
 
 

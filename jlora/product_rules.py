@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products, convolutions and look-ups with an Adapted, never summed.
+"""Products with an Adapted, never summed.
 
 y = x w + Σ ((x aᵀ) g) b + Σ branch(x)
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -20,9 +19,9 @@ from jlora.adapted import (
   Adapted,
   Change,
   axes_with,
-  dense_sum,
+  dropped,
   is_adapted,
-  over_lead,
+  plus,
   without_bank,
 )
 
@@ -55,9 +54,9 @@ def _product(value: Adapted, x: Any, params, is_left: bool):
     pair = (value.w, x) if is_left else (x, value.w)
     y = lax.dot_general(*pair, **params)
     for change in value.changes:
-      y = _plus(y, _through(change, x, value.shape, names, params))
+      y = plus(y, _through(change, x, value.shape, names, params))
   for branch in value.branches:
-    y = _plus(y, _branched(branch, value, x, y.shape, names))
+    y = plus(y, _branched(branch, value, x, y.shape, names))
   return y
 
 
@@ -81,11 +80,6 @@ def _names(
   of_x = [name for name in x if name >= ndim]
   both = (left_over, of_x) if is_left else (of_x, left_over)
   return _Names(x, [*own_batch, *both[0], *both[1]], tuple(own_contracted))
-
-
-def _plus(y, more):
-  """The sum in y's dtype; what is exactly nothing leaves y's bits alone."""
-  return y + more.astype(y.dtype)
 
 
 def _is_plain(value, x, params, names) -> bool:
@@ -185,7 +179,7 @@ def _rows_of_bank(transpose_w, x, ids, weights, w, a, b, gate):
 def _through(change: Change, x, shape, names, params):
   """What a change adds to any product, by two thin ones."""
   change = without_bank(change)
-  x = _dropped(x, change)
+  x = dropped(x, change)
   dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
   rank = max([*names.x, *names.out]) + 1
   ndim = len(shape)
@@ -226,14 +220,6 @@ def _laid_out(found, labels, out):
   return found.reshape([sizes.get(name, 1) for name in out])
 
 
-def _dropped(x, change: Change):
-  """What a change reads, some of it dropped: x / (1 - rate) or 0."""
-  if change.key is None:
-    return x
-  kept = jax.random.bernoulli(change.key, 1 - change.rate, x.shape)
-  return jnp.where(kept, x / jnp.array(1 - change.rate, x.dtype), 0)
-
-
 def _branched(branch, value, x, out_shape, names):
   """What a branch adds: it reads (..., in) and writes (..., out)."""
   own = range(value.ndim)
@@ -252,140 +238,4 @@ def _branched(branch, value, x, out_shape, names):
   return _laid_out(found, [*free, *writes], names.out)
 
 
-def _conv(operands, params):
-  """A convolution whose kernel is adapted, one group."""
-  x, value = operands
-  numbers = params["dimension_numbers"]
-  out_axis, in_axis = numbers.rhs_spec[:2]
-  if is_adapted(x) or value.branches or (
-    params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-  ):  # fmt: skip
-    return None
-  changes = [without_bank(change) for change in value.changes]
-  sides = [_writes_alone(c, out_axis, value.ndim) for c in changes]
-  del in_axis
-  y = lax.conv_general_dilated_p.bind(x, value.w, **params)
-  feature = numbers.out_spec[1]
-  for change, side in zip(changes, sides, strict=True):
-    if side is None:
-      return None
-    reads, writes = side
-    # The rank axis stands where the kernel has its output features.
-    kernel = jnp.moveaxis(
-      jnp.squeeze(jnp.moveaxis(reads, 0, -1), out_axis), -1, out_axis
-    )
-    sizes = [*value.shape]
-    sizes[out_axis] = kernel.shape[out_axis]
-    kernel = jnp.broadcast_to(kernel, sizes).astype(x.dtype)
-    inner = lax.conv_general_dilated_p.bind(
-      _dropped(x, change), kernel, **params
-    )
-    inner = jnp.moveaxis(inner, feature, -1)
-    gate = change.gate.reshape(*(1,) * (inner.ndim - 1), -1)
-    inner = inner * gate.astype(inner.dtype)
-    wide = jnp.broadcast_to(
-      writes.reshape(writes.shape[0], -1),
-      (writes.shape[0], value.shape[out_axis]),
-    )
-    more = inner @ wide.astype(inner.dtype)
-    y = _plus(y, jnp.moveaxis(more, -1, feature))
-  return y
-
-
-def _writes_alone(change: Change, axis: int, ndim: int):
-  """(reads, writes), if one factor hangs on an axis alone; else None."""
-  for reads, writes in ((change.a, change.b), (change.b, change.a)):
-    if axis not in axes_with(reads, ndim) and set(axes_with(writes, ndim)) <= {
-      axis
-    }:
-      return reads, writes
-  return None
-
-
-def _gather(operands, params):
-  """Rows of a table, or parts along one axis."""
-  value, indices = operands
-  if is_adapted(indices):
-    return None
-  numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-  axes = numbers.start_index_map
-  if (
-    len(axes) != 1
-    or numbers.collapsed_slice_dims != tuple(axes)
-    or numbers.operand_batching_dims
-    or value.branches
-    or any(
-      size != whole
-      for i, (size, whole) in enumerate(zip(sizes, value.shape, strict=True))
-      if i != axes[0]
-    )
-  ):
-    return None
-  axis = axes[0]
-  y = lax.gather_p.bind(value.w, indices, **params)
-  taken = tuple(
-    over_lead(c, functools.partial(_take, indices, axis, params))
-    for c in value.changes
-  )
-  if value.rows is not None and axis == 0:
-    y = _with_rows(y, value, indices, numbers)
-    known = _where_known(indices, value.shape[0], y, numbers)
-    taken = tuple(
-      dataclasses.replace(c, gate=c.gate * known.astype(c.gate.dtype))
-      for c in taken
-    )
-  found = dataclasses.replace(value, w=y, changes=taken, rows=None)
-  is_batch = all(
-    axis in axes_with(c.a, value.ndim) and axis in axes_with(c.b, value.ndim)
-    for c in value.changes
-  )
-  # One of a stack of matrices is still a matrix; rows of a table are not.
-  return found if value.changes and is_batch else dense_sum(found)
-
-
-def _take(indices, axis, params, factor):
-  """The same look-up in a factor; one that does not hang on the axis stays."""
-  numbers = params["dimension_numbers"]
-  if factor.shape[axis] == 1:
-    kept = [s for i, s in enumerate(factor.shape) if i != axis]
-    ndim = len(kept) + indices.ndim - 1
-    shape = [1] * ndim
-    for at, size in zip(numbers.offset_dims, kept, strict=True):
-      shape[at] = size
-    return factor.reshape(shape)
-  sizes = tuple(1 if i == axis else s for i, s in enumerate(factor.shape))
-  given = {**params, "slice_sizes": sizes}
-  return lax.gather_p.bind(factor, indices, **given)
-
-
-def _where_known(indices, count, y, numbers):
-  """1 where an index is one of the table's own, shaped to multiply y."""
-  known = indices[..., 0] < count
-  batch = [i for i in range(y.ndim) if i not in numbers.offset_dims]
-  shape = [1] * y.ndim
-  for at, size in zip(batch, known.shape, strict=True):
-    shape[at] = size
-  return known.reshape(shape)
-
-
-def _with_rows(y, value, indices, numbers):
-  """Look-ups behind the table's end come from its further rows."""
-  rows, count = value.rows, value.shape[0]
-  at = jnp.clip(indices[..., 0] - count, 0, rows.shape[0] - 1)
-  found = rows.astype(y.dtype)[at]  # (batch..., offsets...)
-  batch = [i for i in range(y.ndim) if i not in numbers.offset_dims]
-  found = jnp.moveaxis(
-    found,
-    range(found.ndim),
-    [*batch, *numbers.offset_dims],
-  )
-  known = _where_known(indices, count, y, numbers)
-  inside = _where_known(indices, count + rows.shape[0], y, numbers)
-  return jnp.where(known, y, jnp.where(inside, found, y))
-
-
-PRODUCT_RULES = {
-  "dot_general": _dot_general,
-  "conv_general_dilated": _conv,
-  "gather": _gather,
-}
+PRODUCT_RULES = {"dot_general": _dot_general}
