@@ -22,10 +22,11 @@ FLOORS = (
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "rounding checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
-  "extraction adapted axis_rules product_rules interpreter programs binding "
+  "extraction adapted axis_rules product_rules convolution_rules lookup_rules "
+  "interpreter programs binding "
   "application packing packed_files merging alignment routing "
   "measurements ledgers editing edit_values "
-  "peft_configs peft_files peft_folders adapter_parts overlaps",
+  "peft_configs peft_files peft_folders adapter_parts overlaps snapshots",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
@@ -47,7 +48,8 @@ FAMILIES = (
   "pairing fused_experts",
   "checkpoints journal",
   "merging",
-  "adapted axis_rules product_rules interpreter programs binding application",
+  "adapted axis_rules product_rules convolution_rules lookup_rules interpreter "
+  "programs binding application",
   "packing packed_files",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
