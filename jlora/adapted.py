@@ -23,7 +23,7 @@ Branch = Callable[[jax.Array], jax.Array]
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("a", "b", "gate", "ids", "weights", "key"),
-  meta_fields=("rate",),
+  meta_fields=("rate", "batch"),
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
@@ -40,6 +40,7 @@ class Change:
     weights: None, or (s,) what those adapters are multiplied by.
     key: None, or the PRNG key of the dropout of what the change reads.
     rate: share that is dropped; static.
+    batch: how many rows choose from the bank at a time, under vmap; static.
   """
 
   a: jax.Array
@@ -49,6 +50,7 @@ class Change:
   weights: jax.Array | None = None
   key: jax.Array | None = None
   rate: float = 0.0
+  batch: int = 1
 
   @property
   def lead(self) -> int:

@@ -183,9 +183,9 @@ def adapt_rows(
   Returns:
     `(params, bank, ids, *batched, weights=None) -> batched`: bank as `stack`
     gives it, ids (B,) or (B, s) integers, -1 for none, weights of their shape.
-    The whole batch is one program: `lora_dot_many` takes the route with the
-    least work. Rows of -1 are as the base alone. Other ids, weights and
-    adapters of the same shapes do not recompile.
+    The whole batch is one program, which fetches each row's adapters or masks
+    those of others, whichever is the less work. Rows of -1 are as the base
+    alone. Other ids, weights and adapters of the same shapes do not recompile.
 
   Raises:
     ValueError: ids out of range, where they are known.
@@ -212,9 +212,12 @@ def adapt_rows(
     if not isinstance(ids, Tracer) and count:
       kernels.check_ids(ids, *count)
 
+    batch = len(ids)
+
     def row(ids, weights, *parts):
       parts = jax.tree.map(lambda x: x[None], parts)
-      found = adapted(bind(params, bank, weights, ids=ids), *parts)
+      own = bind(params, bank, weights, ids=ids, batch=batch)
+      found = adapted(own, *parts)
       return jax.tree.map(lambda x: x[0], found)
 
     return jax.vmap(row)(ids, weights, *batched)

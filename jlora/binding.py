@@ -39,6 +39,7 @@ def bind(
   weights: Any = None,
   *,
   ids: Any = None,
+  batch: int = 1,
   dropout: tuple[float, jax.Array] | None = None,
   views: Iterable[Rule] | None = None,
 ) -> Any:
@@ -54,6 +55,8 @@ def bind(
     ids: None; or, with one set of Loras whose leading axis counts adapters (as
       `stack` gives it), a scalar or (s,): which of them are added, -1 for none.
       `adapt_rows` gives every row its own.
+    batch: how many rows choose at a time where this is called under vmap: it
+      decides how, not what is computed.
     dropout: (rate, key): of what the Loras read, x / (1 - rate) or 0, as in
       training; each parameter has its own key.
     views: rules that say how a parameter is read as a matrix; by default those
@@ -85,6 +88,7 @@ def bind(
     loras = [(p, weight) for p, weight in own if isinstance(p, Lora)]
     if loras:
       change = _change(loras, how[path], value.shape, ids, weights)
+      change = dataclasses.replace(change, batch=batch)
       if dropout is not None:
         rate, key = dropout
         key = key_for(key, path)

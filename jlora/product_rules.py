@@ -4,16 +4,13 @@
 y = x w + Σ ((x aᵀ) g) b + Σ branch(x)
 """
 
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
 from jax import lax
-from jax.custom_batching import custom_vmap
 
 from jlora.adapted import (
   Adapted,
@@ -22,8 +19,8 @@ from jlora.adapted import (
   dropped,
   is_adapted,
   plus,
-  without_bank,
 )
+from jlora.banks import chosen
 
 with epy.lazy_imports():  # the kernels cost a quarter of a second to import
   from pallas_kernels import lora_dot as kernels
@@ -95,6 +92,7 @@ def _is_plain(value, x, params, names) -> bool:
     and len(names.out) == x.ndim
     and len(value.changes) == 1
     and value.changes[0].key is None
+    and value.changes[0].ids is None
     and default
     and params.get("out_sharding") is None
     and x.dtype == value.dtype
@@ -111,14 +109,12 @@ def _fused(value: Adapted, x, names):
     return None
   a, b = sides
   k, n = value.shape[axis], value.shape[1 - axis]
-  lead = change.a.shape[: change.lead]
-  if a.size != math.prod(lead) * k or b.size != math.prod(lead) * n:
+  rank = len(change.a)
+  if a.size != rank * k or b.size != rank * n:
     return None
-  a, b = a.reshape(*lead, k), b.reshape(*lead, n)
+  a, b, gate = a.reshape(rank, k), b.reshape(rank, n), change.gate.reshape(rank)
   x = jnp.moveaxis(x, names.x.index(axis), -1)
-  gate = change.gate.reshape(lead)
-  run = functools.partial(_many if change.lead == 2 else _one, axis == 1)
-  y = run(x, value.w, a, b, gate, change)
+  y = kernels.lora_dot(x, value.w, a, b, gate, transpose_w=axis == 1)
   return y if names.out[-1] < 2 else jnp.moveaxis(y, -1, 0)
 
 
@@ -132,53 +128,13 @@ def _sides(change: Change, axis: int):
   return None
 
 
-def _one(transpose_w, x, w, a, b, gate, change):
-  del change
-  return kernels.lora_dot(x, w, a, b, gate, transpose_w=transpose_w)
-
-
-def _many(transpose_w, x, w, a, b, gate, change):
-  """All rows of x with the same adapters; under vmap, each with its own."""
-  plain = functools.partial(_rows_of_bank, transpose_w)
-  weights = change.weights
-  if weights is None:
-    weights = jnp.ones(change.ids.shape, jnp.float32)
-  run = custom_vmap(plain)
-
-  @run.def_vmap
-  def _(size, in_batched, x, ids, weights, *bank):
-    if any(in_batched[3:]):
-      axes = [0 if batched else None for batched in in_batched]
-      return jax.vmap(plain, axes)(x, ids, weights, *bank), True
-    x, ids, weights = (
-      one if batched else jnp.broadcast_to(one, (size, *one.shape))
-      for one, batched in zip((x, ids, weights), in_batched[:3], strict=True)
-    )
-    return plain(x, ids, weights, *bank), True
-
-  return run(x, change.ids, weights, w, a, b, gate)
-
-
-def _rows_of_bank(transpose_w, x, ids, weights, w, a, b, gate):
-  """By `lora_dot_many`: x (B, ..., K), ids (B, s), or x (..., K), ids (s,)."""
-  lead = ids.shape[:-1]
-  inner = (1,) * (x.ndim - 1 - len(lead))
-  sizes = (*lead, *inner, ids.shape[-1])
-  gates = weights[..., None] * gate[jnp.clip(ids, 0, len(gate) - 1)]
-  return kernels.lora_dot_many(
-    x,
-    w,
-    a,
-    b,
-    ids.reshape(sizes),
-    gates.reshape(*sizes, -1),
-    transpose_w=transpose_w,
-  )
-
-
 def _through(change: Change, x, shape, names, params):
   """What a change adds to any product, by two thin ones."""
-  change = without_bank(change)
+  if change.ids is not None:
+    tokens = math.prod(x.shape) // math.prod(shape[i] for i in names.contracted)
+    more = _through(chosen(change, tokens), x, shape, names, params)
+    # Not even the sign of a zero changes where there is no adapter.
+    return jnp.where(jnp.any(change.ids >= 0), more, -jnp.zeros_like(more))
   x = dropped(x, change)
   dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
   rank = max([*names.x, *names.out]) + 1
