@@ -22,7 +22,7 @@ FLOORS = (
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "rounding checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
-  "extraction adapted axis_rules product_rules convolution_rules lookup_rules "
+  "extraction adapted banks axis_rules product_rules convolution_rules lookup_rules "
   "interpreter programs binding "
   "application packing packed_files merging alignment routing "
   "measurements ledgers editing edit_values "
@@ -48,7 +48,7 @@ FAMILIES = (
   "pairing fused_experts",
   "checkpoints journal",
   "merging",
-  "adapted axis_rules product_rules convolution_rules lookup_rules interpreter "
+  "adapted banks axis_rules product_rules convolution_rules lookup_rules interpreter "
   "programs binding application",
   "packing packed_files",
   "peft_configs peft_files peft_folders adapter_parts",
