@@ -128,6 +128,14 @@ PLAIN = {
   "contract the first axis": lambda p, x: jnp.einsum("tx,tk->xk", x.T, p["w"]),
   "einsum, swapped": lambda p, x: jnp.einsum("kn,tk->nt", p["w"], x),
   "attention by heads": attention,
+  "both axes contracted": lambda p, x: jnp.tensordot(
+    jnp.einsum("tk,tn->tkn", x, jnp.cos(x @ p["w"])), p["w"], 2
+  ),
+  "stopped gradient": lambda p, x: x @ lax.stop_gradient(p["w"])
+  + x @ p["w2"].T,
+  "a square's last axis": lambda p, x: jnp.einsum(
+    "kn,tn->tk", p["square"], x
+  ),
   "heads by reshape": lambda p, x: jnp.einsum(
     "td,dhk->htk", x, p["w"].reshape(6, 2, 4)
   ),
