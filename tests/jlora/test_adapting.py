@@ -221,3 +221,20 @@ def test_falls_back_to_the_dense_sum_and_says_so(name):
   strict = adapt(function, strict=True)
   with pytest.raises(ValueError, match=primitive):
     strict(bind(some_params(), some_loras()), X)
+
+
+@pytest.mark.parametrize(
+  "name", ["x @ w", "attention by heads", "embedding", "convolution"]
+)
+def test_bfloat16_beside_factors_of_float32(name):
+  small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), some_params())
+  loras, x = some_loras(), X.astype(jnp.bfloat16)
+  found = jax.jit(adapt(PLAIN[name]))(bind(small, loras), x)
+  exact = PLAIN[name](apply(some_params(), loras), X)
+  rounded = PLAIN[name](apply(small, loras), x)
+  assert found.dtype == rounded.dtype == jnp.bfloat16
+  size = np.abs(exact).max()
+  own, other = (
+    np.abs(y.astype(jnp.float32) - exact).max() / size for y in (found, rounded)
+  )
+  assert own < 2 * other + 2**-8
