@@ -151,6 +151,9 @@ PLAIN = {
     "td,tdk->tk", x, p["experts"][jnp.array([0, 1, 1, 3, 0])]
   ),
   "scan over a stack": scanned,
+  "scan from the last": lambda p, x: lax.scan(
+    lambda x, w: (jnp.tanh(x @ w), x.sum()), x, p["stack"], reverse=True
+  ),
   "a weight shared in scan": shared_in_scan,
   "fori_loop": while_loop,
   "cond": branched,
