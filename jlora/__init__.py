@@ -37,6 +37,11 @@ from jlora.divergences import Score as Score
 from jlora.divergences import mean_kl as mean_kl
 from jlora.divergences import recovered as recovered
 from jlora.divergences import score as score
+from jlora.edit_values import fit_value as fit_value
+from jlora.editing import address_of as address_of
+from jlora.editing import edit_key as edit_key
+from jlora.editing import edit_keys as edit_keys
+from jlora.editing import edit_layers as edit_layers
 from jlora.evaluation import compare as compare
 from jlora.evaluation import spectral_norm as spectral_norm
 from jlora.exporting import PEFT as PEFT
@@ -104,6 +109,7 @@ __all__ = [
   "VLLM",
   "adapt",
   "adapt_rows",
+  "address_of",
   "advise",
   "apply",
   "bind",
@@ -112,9 +118,13 @@ __all__ = [
   "common_rows",
   "compare",
   "dense",
+  "edit_key",
+  "edit_keys",
+  "edit_layers",
   "error_of",
   "extract",
   "extract_checkpoint",
+  "fit_value",
   "flatten",
   "from_factors",
   "from_in_rank",

@@ -34,7 +34,7 @@ def fit_value(
   Args:
     loss: `(delta (out,), *context) -> ()`, differentiable, in nats: as a rule
       the target's negative log-likelihood, a mean over prompts with different
-      prefixes, plus 0.0625 KL(before ‖ after) of what follows "{subject} is a".
+      prefixes, plus 0.0625 KL(after ‖ before) of what follows the subject.
       Compiled once for each function and shapes: pass the same function, and
       parameters and tokens as context.
     start: (out,) v, what the layer answers now.
