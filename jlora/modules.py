@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,9 @@ from jlora.views import MatrixView
 
 _EQUAL = "equal in value, not in bytes"
 _COMPARED = 2**18  # bytes of a tensor that are compared at a time
+# Whatever is larger than any block it saw freed, up to 32 MiB, glibc maps anew
+# each time and unmaps: half of a run's page faults. One block raises that mark.
+_MAPPED = 2**25 - 2**13
 
 
 class Outcome(NamedTuple):
@@ -151,6 +154,8 @@ class Extractor:
     self._locks: dict[Any, threading.Lock] = {}
     self._lock = threading.Lock()
     self._own = threading.local()
+    if self._on_host:
+      np.empty(_MAPPED, np.uint8)  # freed at once, and never touched
 
   @property
   def compilations(self) -> int:
@@ -181,7 +186,10 @@ class Extractor:
     Raises:
       ValueError: NaN or infinity in either tensor.
     """
-    left, right = read_pair(pair, base, finetuned)
+    rooms = None
+    if self._on_host:
+      rooms = [functools.partial(self._room, side) for side in ("base", "ft")]
+    left, right = read_pair(pair, base, finetuned, rooms)
     if not is_floating(left.dtype) or not is_floating(right.dtype):
       same = np.array_equal(left, right)
       why = "" if same else f"not floating: {left.dtype} and {right.dtype}"
@@ -236,18 +244,18 @@ class Extractor:
     if self._on_host:
       name = np.uint32(zlib.crc32(path.encode()))
       words = np.append(words_of(self._key), name)
-      room = self._room(left.size)
+      room = self._room("delta", left.size, np.float32)
       return measure_parameter(left, right, words, **options, room=room)
     key = key_for(self._key, path)
     return self._step(left, right, key, options)(left, right, key)
 
-  def _room(self, size: int) -> np.ndarray:
-    """This thread's memory for a delta, kept from module to module."""
-    room = getattr(self._own, "room", None)
-    if room is None or room.size < size:
-      self._own.room = room = None  # given back before more is asked for
-      self._own.room = room = np.empty(size, np.float32)
-    return room
+  def _room(self, name: str, size: int, dtype: Any = np.uint8) -> np.ndarray:
+    """This thread's memory of a name, kept from module to module."""
+    own = self._own.__dict__
+    if name not in own or own[name].size < size:
+      own.pop(name, None)  # given back before more is asked for
+      own[name] = np.empty(size, dtype)
+    return own[name]
 
   def _step(self, left, right, key, options):
     """The compiled step for these shapes; the first thread to ask compiles."""
@@ -266,7 +274,10 @@ class Extractor:
 
 
 def read_pair(
-  pair: Pair, base: Mapping[str, Any], finetuned: Mapping[str, Any]
+  pair: Pair,
+  base: Mapping[str, Any],
+  finetuned: Mapping[str, Any],
+  rooms: Sequence[Callable[[int], np.ndarray]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Both tensors of a pair, of the base's shape unless the pair is kept whole.
 
@@ -275,6 +286,7 @@ def read_pair(
     base: the base, name -> array.
     finetuned: the finetune. Rows it lacks (a smaller vocabulary) are filled
       with the base's: their change is zero.
+    rooms: as for `read`, one for either side.
 
   Returns:
     (base, finetuned).
@@ -285,7 +297,8 @@ def read_pair(
     >>> read_pair(pair, {"w": np.zeros(2)}, {"w": np.ones(1)})[1]
     array([1., 0.])
   """
-  left, right = read(base, pair.base), read(finetuned, pair.finetuned)
+  one, two = rooms or (None, None)
+  left, right = read(base, pair.base, one), read(finetuned, pair.finetuned, two)
   if not pair.whole and right.shape[:1] < left.shape[:1]:
     rest = left[right.shape[0] :].astype(right.dtype)
     right = np.concatenate([right, rest])
@@ -345,9 +358,9 @@ def _rows_of(pair, spec, base, finetuned):
 
 
 def _words(array: np.ndarray) -> np.ndarray:
-  """The bits of an array."""
-  word = np.dtype(f"u{array.dtype.itemsize}")
-  return np.ascontiguousarray(array).view(word)
+  """The bits of an array, in the longest words that they fill."""
+  bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return bits.view(np.uint64) if bits.size % 8 == 0 else bits
 
 
 def _is_equal(left: np.ndarray, right: np.ndarray) -> bool:

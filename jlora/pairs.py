@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pair: a parameter of the base and what the finetune made of it, on disk."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jlora.quantisation import FLOAT8
 
 
 class Part(NamedTuple):
@@ -49,12 +52,26 @@ class Pairing(NamedTuple):
   only_finetuned: list[str]
 
 
-def read(checkpoint: Any, side: Part | Stack) -> np.ndarray:
+# Bytes of a tensor that are read at a time into memory that is there: they
+# stay in the cache until they are put in their place.
+_PIECE = 2**19
+# What is larger is read into new memory: what is kept adds up.
+_KEPT = 2**25
+
+
+def read(
+  checkpoint: Any,
+  side: Part | Stack,
+  room: Callable[[int], np.ndarray] | None = None,
+) -> np.ndarray:
   """The values of one side of a pair.
 
   Args:
     checkpoint: an open checkpoint, or any mapping from names to arrays.
     side: a Part or a Stack of it.
+    room: from a number of bytes to uint8 of that many or more, which the array
+      may lie in: memory that was used before costs less than new. It is asked
+      for whole tensors of files, of up to 32 MiB.
 
   Returns:
     The array, in its stored dtype (float32 for float8).
@@ -70,11 +87,38 @@ def read(checkpoint: Any, side: Part | Stack) -> np.ndarray:
         for parts in side.experts
       ]
     )
+  elif room is not None and _is_plain(checkpoint, side):
+    array = _read_into(room, checkpoint, side.name)
   elif side.index and hasattr(checkpoint, "read"):
     array = checkpoint.read(side.name, side.index)
   else:
     array = checkpoint[side.name][side.index]
   return np.swapaxes(array, -1, -2) if side.swap else array
+
+
+def _is_plain(checkpoint: Any, side: Part) -> bool:
+  """Whether a side is a whole tensor of a file, in the dtype it is read in."""
+  spec: Any = getattr(checkpoint, "spec", {}).get(side.name)
+  return (
+    getattr(spec, "start", None) is not None
+    and not side.index
+    and spec.dtype not in FLOAT8
+    and 0 < spec.nbytes <= _KEPT
+    and len(spec.shape) > 0
+  )
+
+
+def _read_into(
+  room: Callable[[int], np.ndarray], checkpoint: Any, name: str
+) -> np.ndarray:
+  """A tensor of a file, read a few rows at a time."""
+  spec = checkpoint.spec[name]
+  array = room(spec.nbytes)[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
+  rows = max(1, _PIECE * len(array) // spec.nbytes)
+  for start in range(0, len(array), rows):
+    part = slice(start, start + rows)
+    array[part] = checkpoint.read(name, (part,))
+  return array
 
 
 def names_of(side: Part | Stack) -> list[str]:

@@ -147,6 +147,31 @@ def test_memory_used_again_changes_nothing():
       np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("piece", [1, 100, 2**19])
+def test_tensors_of_files_read_into_memory_used_again(
+  tmp_path, monkeypatch, piece
+):
+  """By rows, and of two dtypes: the same as tensors that were read anew."""
+  monkeypatch.setattr("jlora.pairs._PIECE", piece)
+  rng = np.random.default_rng(0)
+  shapes = {"a": (M, N), "b": (7, 5), "c": (N, M)}
+  sides = []
+  for dtype in (ml_dtypes.bfloat16, np.float32):
+    w = {n: rng.normal(size=s).astype(dtype) for n, s in shapes.items()}
+    write_safetensors(tmp_path / f"{dtype.__name__}.safetensors", w)
+    file = open_checkpoint(tmp_path / f"{dtype.__name__}.safetensors")
+    sides.append((w, file))
+  step = Extractor(krylov, np.float32, None, on_host=True)
+  for name in "abcab":
+    pair = Pair(name, shapes[name], Part(name), Part(name))
+    new, again = (
+      step(pair, KERNEL, 3, base, ft) for base, ft in zip(*sides, strict=True)
+    )
+    for key in ("a", "b"):
+      np.testing.assert_array_equal(new.arrays[key], again.arrays[key])
+    assert new.figures == again.figures
+
+
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("changed", [None, 0, 6])
 def test_unchanged_tensors_are_found_by_rows(
