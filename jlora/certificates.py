@@ -12,11 +12,13 @@ from jlora.arrays import (
   library_of,
   normal,
   over_leading,
+  scaled,
   sum_over_rows,
   times,
 )
 from jlora.loras import Lora
 from jlora.norms import Sums, check_single, exponent_of, sums_of
+from jlora.subspaces import row_space
 
 # A mean of 16 chi-square variables falls below this share of its expectation
 # with probability 1e-6: scipy.stats.chi2.ppf(1e-6, 16) / 16 = 0.0907.
@@ -186,19 +188,18 @@ def _leading_energies(delta, b, norm2, key, inverse):
     values = _all_energies(delta, inverse)[:rank]
     values = xp.pad(values, (0, rank - len(values)))
     return times(b, delta.T) * inverse, _from_zero(values)
-  qr = xp.linalg.qr(b.T)
-  v = qr[0].T
+  v, within = row_space(b)
 
   def off_v(rows):
     return rows - (rows @ v.T) @ v
 
   # One product for all that is to be multiplied: delta is read four times.
   probes = off_v(normal(key, (_PROBES, delta.shape[1]), delta))
-  first = times(xp.concatenate([v, probes]), delta.T) * inverse
-  second = off_v(times(first, delta) * inverse)
+  first = scaled(times(xp.concatenate([v, probes]), delta.T), inverse)
+  second = off_v(scaled(times(first, delta), inverse))
   left, across, second = first[:rank], second[:rank], second[rank:]
-  third = times(second, delta.T) * inverse
-  fourth = off_v(times(third, delta) * inverse)
+  third = scaled(times(second, delta.T), inverse)
+  fourth = off_v(scaled(times(third, delta), inverse))
   inside = xp.linalg.eigvalsh(left @ left.T)[::-1]
   coupling = xp.linalg.eigvalsh(across @ across.T)[::-1]
   count = xp.arange(rank + 1)
@@ -210,7 +211,7 @@ def _leading_energies(delta, b, norm2, key, inverse):
   mixed = _from_zero(inside)[xp.maximum(kept, 0)] + tail[None]
   most = xp.max(xp.where(kept >= 0, mixed, 0.0), axis=1)
   coupled = _from_zero(xp.sqrt(xp.maximum(coupling, 0.0)))
-  return qr[1].T @ left, most + coupled
+  return within @ left, most + coupled
 
 
 def _all_energies(delta, inverse):

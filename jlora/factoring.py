@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.arrays import library_of, normal, over_leading, times
+from jlora.arrays import library_of, normal, over_leading, scaled, times
 from jlora.loras import Factors
 from jlora.norms import Sums, check_single, exponent_of, sums_of
 from jlora.subspaces import (
@@ -176,8 +176,8 @@ def krylov(
   def core(a, half, energy):
     start = normal(key, (rank + oversample, a.shape[0]), a)
     vectors, images = iterate(
-      lambda rows: times(rows * half, a) * half,
-      lambda rows: times(rows * half, a.T) * half,
+      lambda rows: scaled(times(rows * half, a), half),
+      lambda rows: scaled(times(rows * half, a.T), half),
       orthonormal_rows(start, 2),
       energy,
       length=a.shape[1],
