@@ -210,7 +210,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add("--chips", nargs="+", default=["v5e", "v6e"], choices=TPUS)
   add("--matrices", nargs="+", default=[""], help="parts of their names")
   add("--regimes", nargs="+", default=[*ROWS], choices=[*ROWS])
-  add("--programs", nargs="+", default=[*FORWARD], choices=[*FORWARD])
+  default = ["base", "unfused", "fused", "merging"]
+  add("--programs", nargs="+", default=default, choices=[*FORWARD])
   add("--ranks", nargs="+", type=int, default=[16])
   add("--repeats", type=int, default=21, help="of each program, with --cpu")
   add("--out", type=pathlib.Path, help="JSON lines, appended")

@@ -4,13 +4,15 @@
 All are at the top of a module, so that a child process can be told of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot import Scaled, tpu_dot, xla_dot
+from pallas_kernels.lora_dot import Nf4, Scaled, tpu_dot, xla_dot
+from pallas_kernels.lora_dot.weights import BLOCK
 
 
 def base(x, w):
@@ -33,9 +35,24 @@ def merging(x, w, a, b):
   return x @ (w + a.T @ b)
 
 
-def scaled(x, codes, scale, a, b):
-  """The TPU kernel on a quantised matrix."""
+def int8(x, codes, scale, a, b):
+  """The TPU kernel on int8 codes, one scale a column."""
   return tpu_dot(x, Scaled(codes, scale), a, b)
+
+
+def int8_unfused(x, codes, scale, a, b):
+  """Three products after the codes are brought back."""
+  return xla_dot(x, Scaled(codes, scale), a, b)
+
+
+def nf4(x, codes, absmax, a, b):
+  """The TPU kernel on 4-bit codes, decoded piece by piece."""
+  return tpu_dot(x, Nf4(codes, absmax, x.shape[-1]), a, b)
+
+
+def nf4_unfused(x, codes, absmax, a, b):
+  """Three products after the 4-bit codes are brought back."""
+  return xla_dot(x, Nf4(codes, absmax, x.shape[-1]), a, b)
 
 
 def _step(layer, x, w, a, b, dy):
@@ -65,6 +82,10 @@ FORWARD: dict[str, Callable] = {
   "unfused": unfused,
   "fused": fused,
   "merging": merging,
+  "int8": int8,
+  "int8_unfused": int8_unfused,
+  "nf4": nf4,
+  "nf4_unfused": nf4_unfused,
 }
 STEP: dict[str, Callable] = {
   "base": base_step,
@@ -83,19 +104,31 @@ class Sizes(NamedTuple):
 
 
 def arguments(name: str, step: bool, sizes: Sizes) -> list:
-  """The bfloat16 arguments of a program, as `jax.ShapeDtypeStruct`.
+  """The arguments of a program as `jax.ShapeDtypeStruct`, bfloat16 or codes.
 
   Example:
     >>> [a.shape for a in arguments("base", False, Sizes(8, 4, 2, 1))]
     [(8, 4), (4, 2)]
   """
   m, k, n, r = sizes
-  shapes = [(m, k), (k, n)]
+  wide = jnp.bfloat16
+  found = [((m, k), wide), *_stored(name, k, n)]
   if name != "base":
-    shapes += [(r, k), (r, n)]
+    found += [((r, k), wide), ((r, n), wide)]
   if step:
-    shapes.append((m, n))
-  return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    found.append(((m, n), wide))
+  return [jax.ShapeDtypeStruct(*kind) for kind in found]
+
+
+def _stored(name, k, n):
+  """(shape, dtype) of the arrays that are the matrix."""
+  if name.startswith("int8"):
+    return [((k, n), jnp.int8), ((1, n), jnp.float32)]
+  if name.startswith("nf4"):
+    blocks = -(-k // BLOCK)
+    codes = (BLOCK // 2 * blocks, n), jnp.uint8
+    return [codes, ((blocks, n), jnp.float32)]
+  return [((k, n), jnp.bfloat16)]
 
 
 def operations(name: str, step: bool, sizes: Sizes) -> int:
@@ -127,8 +160,12 @@ def least_bytes(name: str, step: bool, sizes: Sizes) -> int:
   """
   m, k, n, r = sizes
   low = 0 if name == "base" else r * (k + n)
-  forward = m * k + k * n + low + m * n
-  backward = m * n + k * n + low + m * k
+  stored = sum(
+    math.prod(shape) * jnp.dtype(kind).itemsize
+    for shape, kind in _stored(name, k, n)
+  )
+  forward = m * k + low + m * n
+  backward = m * n + low + m * k
   if name != "base":
     backward += m * k + low  # x again for da, and da and db
-  return 2 * (forward + backward * step)
+  return stored * (1 + step) + 2 * (forward + backward * step)

@@ -9,14 +9,15 @@ from pallas_kernels.lora_dot.banks import put_adapter as put_adapter
 from pallas_kernels.lora_dot.mosaic import tpu_dot as tpu_dot
 from pallas_kernels.lora_dot.partitioning import Place as Place
 from pallas_kernels.lora_dot.quantised import quantise_tree as quantise_tree
-from pallas_kernels.lora_dot.quantised import quantised_dot as quantised_dot
 from pallas_kernels.lora_dot.reference import reference_dot as reference_dot
 from pallas_kernels.lora_dot.routes import lora_dot_many as lora_dot_many
+from pallas_kernels.lora_dot.weights import Nf4 as Nf4
 from pallas_kernels.lora_dot.weights import Scaled as Scaled
 from pallas_kernels.lora_dot.xla import xla_dot as xla_dot
 
 __all__ = [
   "Bank",
+  "Nf4",
   "Place",
   "Scaled",
   "check_ids",
@@ -25,7 +26,6 @@ __all__ = [
   "lora_dot_many",
   "put_adapter",
   "quantise_tree",
-  "quantised_dot",
   "reference_dot",
   "tpu_dot",
   "xla_dot",

@@ -13,7 +13,7 @@ from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.mosaic import chip_here, refuse_tpu, tpu_dot
 from pallas_kernels.lora_dot.partitioning import is_local, plan
 from pallas_kernels.lora_dot.tilings import problem_of, tiling_for
-from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
+from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight, codes_of
 from pallas_kernels.lora_dot.xla import xla_dot
 
 # Where the compiler's own static cycles and the counted bytes put the kernel
@@ -39,7 +39,8 @@ def lora_dot(
 
   Args:
     x: (..., K), floating. Products take their operands in x's dtype.
-    w: (K, N), or (N, K) with `transpose_w`; an array, or `Scaled` codes.
+    w: (K, N), or (N, K) with `transpose_w`; an array,
+      `Scaled` or `Nf4`.
     a: (r, K), the rows with which the change reads x.
     b: (r, N), the rows that it writes.
     gate: broadcastable to (..., r), on the rank axis; None is one.
@@ -99,7 +100,7 @@ def choose(
     'xla_dot'
   """
   chip = chip_here()
-  if chip not in AHEAD or not is_local() or isinstance(w, Scaled):
+  if chip not in AHEAD or not is_local() or isinstance(w, Scaled | Nf4):
     return xla_dot
   if x.dtype != "bfloat16" or w.dtype != "bfloat16":
     return xla_dot

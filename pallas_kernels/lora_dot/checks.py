@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
+from pallas_kernels.lora_dot.weights import BLOCK, Nf4, Scaled, Weight, shape_of
 
 CODES = (jnp.int8, jnp.float8_e4m3fn)
 
@@ -24,13 +24,13 @@ def check_shapes(
     >>> check_shapes(one((4, 2)), one((2, 3)), one((1, 2)), one((1, 3)), None,
     ...              False)
   """
-  shapes = f"x {x.shape}, w {codes_of(w).shape}, a {a.shape}, b {b.shape}"
-  if x.ndim < 1 or codes_of(w).ndim != 2 or a.ndim != 2 or b.ndim != 2:
+  shapes = f"x {x.shape}, w {shape_of(w)}, a {a.shape}, b {b.shape}"
+  if x.ndim < 1 or len(shape_of(w)) != 2 or a.ndim != 2 or b.ndim != 2:
     raise ValueError(
       f"{shapes}: needed are x (..., K), w (K, N) or (N, K) with transpose_w, "
       "a (r, K), b (r, N); batches of w go through jax.vmap."
     )
-  k, n = codes_of(w).shape[::-1] if transpose_w else codes_of(w).shape
+  k, n = shape_of(w)[::-1] if transpose_w else shape_of(w)
   if x.shape[-1] != k or a.shape[1] != k or b.shape != (a.shape[0], n):
     raise ValueError(
       f"{shapes}, transpose_w={transpose_w}: with K = {k} and N = {n} needed "
@@ -45,6 +45,8 @@ def check_shapes(
       raise ValueError(f"gate {gate.shape} does not broadcast to {rows}.")
   if isinstance(w, Scaled):
     _check_scale(w)
+  if isinstance(w, Nf4):
+    _check_nf4(w)
 
 
 def _check_scale(w: Scaled) -> None:
@@ -56,3 +58,13 @@ def _check_scale(w: Scaled) -> None:
     )
   if w.codes.dtype not in CODES:
     raise ValueError(f"codes are {w.codes.dtype}, needed int8, float8_e4m3fn.")
+
+
+def _check_nf4(w: Nf4) -> None:
+  blocks, n = -(-w.k // BLOCK), w.codes.shape[-1]
+  wanted = (BLOCK // 2 * blocks, n), (blocks, n)
+  if (w.codes.shape, w.absmax.shape) != wanted or w.codes.dtype != jnp.uint8:
+    raise ValueError(
+      f"codes {w.codes.dtype} {w.codes.shape} and absmax {w.absmax.shape} of "
+      f"{w.k} rows: needed are uint8 {wanted[0]} and {wanted[1]}."
+    )

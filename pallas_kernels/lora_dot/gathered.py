@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lora_dot.banks import check_many, slots_of
 from pallas_kernels.lora_dot.partitioning import vary_alike
-from pallas_kernels.lora_dot.weights import Weight, dense_weight
+from pallas_kernels.lora_dot.weights import Weight, times_base
 
 
 def gathered_dot(
@@ -45,7 +45,6 @@ def gathered_dot(
   """
   check_many(x, w, a, b, ids, gate, transpose_w)
   ids, weights = slots_of(ids, gate, x.shape[:-1], a.shape[0])
-  dense = dense_weight(w, x.dtype)
   f32 = jnp.float32
   u = jnp.einsum(
     "...k,...srk->...sr",
@@ -60,7 +59,7 @@ def gathered_dot(
     _take(*vary_alike((b, ids))).astype(x.dtype),
     preferred_element_type=f32,
   )
-  return x @ (dense.T if transpose_w else dense) + change.astype(x.dtype)
+  return times_base(x, w, transpose_w) + change.astype(x.dtype)
 
 
 @jax.custom_vjp

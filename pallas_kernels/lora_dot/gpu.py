@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lora_dot.weights import Scaled, Weight
+from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight
 from pallas_kernels.lora_dot.xla import xla_dot
 
 _WARPGROUPS = 2  # that multiply; one more copies
@@ -59,7 +59,7 @@ def unsupported(
     'x is float32: the kernel multiplies bfloat16 or float16'
   """
   del a, b
-  if isinstance(w, Scaled):
+  if isinstance(w, Scaled | Nf4):
     return "w is quantised: the kernel takes an array"
   if x.dtype not in _DTYPES:
     return f"x is {x.dtype}: the kernel multiplies bfloat16 or float16"
@@ -292,6 +292,6 @@ def gpu_dot(
   """
   tiling = tiling or HopperTiling()
   reason = unsupported(x, w, a, b, transpose_w=transpose_w, tiling=tiling)
-  if reason is not None or isinstance(w, Scaled):
+  if reason is not None or isinstance(w, Scaled | Nf4):
     raise ValueError(f"gpu_dot: {reason}; pass implementation=xla_dot")
   return _dot((tiling, interpret), x, w, a, b, gate)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
-from pallas_kernels.lora_dot.weights import Scaled
+from pallas_kernels.lora_dot.weights import Nf4, Scaled
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -31,7 +31,7 @@ def differentiable(forward: Callable, transpose_w: bool, x, w, a, b, gate):
       Hashable: a function or a partial kept by the caller.
     transpose_w: w is stored (N, K).
     x: (..., K).
-    w: (K, N), or (N, K) with `transpose_w`, or `Scaled`.
+    w: (K, N), or (N, K) with `transpose_w`, `Scaled` or `Nf4`.
     a: (r, K).
     b: (r, N).
     gate: as `forward` takes it.
@@ -52,7 +52,7 @@ def _forward(forward, transpose_w, x, w, a, b, gate):
     any(t.perturbed for t in jax.tree.leaves(o, is_leaf=is_primal))
     for o in operands
   ]
-  if isinstance(w, Scaled) and wanted[1]:
+  if isinstance(w, Scaled | Nf4) and wanted[1]:
     raise ValueError(
       "a quantised w has no gradient here: take xla_dot or reference_dot, or "
       "jax.lax.stop_gradient(w)"

@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels.lora_dot.banks import check_many, slots_of
 from pallas_kernels.lora_dot.partitioning import vary_alike
-from pallas_kernels.lora_dot.weights import Weight, dense_weight
+from pallas_kernels.lora_dot.weights import Weight, times_base
 
 
 def _ragged(left, right, grouped):
@@ -83,7 +83,6 @@ def grouped_dot(
     raise ValueError(
       f"ascending rows take one adapter each, not {several}: sort them here."
     )
-  dense = dense_weight(w, x.dtype)
   operands = (
     x.reshape(-1, k),
     a,
@@ -92,7 +91,7 @@ def grouped_dot(
     slots.weights.reshape(-1, several, slots.weights.shape[-1]),
   )
   change: Any = _change(ascending, *vary_alike(operands))
-  base = x @ (dense.T if transpose_w else dense)
+  base = times_base(x, w, transpose_w)
   return base + change.reshape(*lead, change.shape[-1])
 
 

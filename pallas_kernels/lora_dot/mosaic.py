@@ -28,7 +28,7 @@ from pallas_kernels.lora_dot.tilings import (
   tiling_for,
 )
 from pallas_kernels.lora_dot.tpu import lora_matmul
-from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
+from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight, shape_of
 
 _FLOATS = (jnp.bfloat16, jnp.float32)
 _LARGEST_RANK = 1024
@@ -80,20 +80,20 @@ def refuse_tpu(
     >>> refuse_tpu(x.astype(jnp.float16), w, a, transpose_w=False, chip="v5e")
     'x is float16, and the kernel takes bfloat16 and float32'
   """
-  codes, r = codes_of(w), a.shape[0]
+  shape, r = shape_of(w), a.shape[0]
   if chip is None:
     return "there is no TPU here; interpret=True runs the kernel anywhere"
   if x.dtype not in _FLOATS:
     return f"x is {x.dtype}, and the kernel takes bfloat16 and float32"
-  if not isinstance(w, Scaled) and w.dtype not in _FLOATS:
-    return f"w is {w.dtype}: give bfloat16, float32, or codes as Scaled"
+  if not isinstance(w, Scaled | Nf4) and w.dtype not in _FLOATS:
+    return f"w is {w.dtype}: give bfloat16, float32, Scaled or Nf4"
   if not 1 <= r <= _LARGEST_RANK:
     return f"rank {r} is not in 1 to {_LARGEST_RANK}"
-  if 0 in x.shape or 0 in codes.shape:
-    return f"x {x.shape}, w {codes.shape} hold no numbers"
+  if 0 in x.shape or 0 in shape:
+    return f"x {x.shape}, w {shape} hold no numbers"
   if tiling is None:
     return None
-  problem = problem_of(x, codes, r, transpose_w)
+  problem = problem_of(x, w, r, transpose_w)
   return refuse_tiling(cut_to(tiling, problem), chip, problem)
 
 
@@ -116,7 +116,8 @@ def tpu_dot(
   Args:
     x: (..., K) bfloat16 or float32. Products take operands in its dtype and
       are summed in float32.
-    w: (K, N), or (N, K) with `transpose_w`, bfloat16 or float32, or `Scaled`.
+    w: (K, N), or (N, K) with `transpose_w`, bfloat16 or float32, or `Scaled`,
+      or `Nf4`, which is brought back inside the kernel.
     a: (r, K), r from 1 to 1024.
     b: (r, N).
     gate: broadcastable to (..., r); None is one.
@@ -146,6 +147,8 @@ def tpu_dot(
   reason = refuse_tpu(
     x, w, a, transpose_w=transpose_w, chip=chip, tiling=tiling
   )
+  if place is not None and isinstance(w, Nf4):
+    reason = "an Nf4 w is not split: call it inside shard_map, without `place`"
   if reason or chip is None:
     raise ValueError(f"tpu_dot: {reason}.")
   if gate is not None:
@@ -181,6 +184,8 @@ def _batched(settings: Settings, transpose_w: bool, return_u: bool) -> Callable:
 
   def on_mesh(x, w, a, b, gate):
     operands = x, w, a, b, gate
+    if isinstance(w, Nf4):
+      return local(operands, ())
     if settings.place is not None:
       return placed(local, operands, transpose_w, return_u, settings.place)
     return partitioned(local, operands, transpose_w, return_u)
@@ -238,7 +243,7 @@ def _local(settings, transpose_w, return_u, operands, k_axes):
     share = 1 / lax.axis_size(k_axes)
     gate = jnp.full((r, 1), share) if gate is None else gate * share
     y_dtype = jnp.float32
-  problem = problem_of(x, codes_of(w), r, transpose_w, y_dtype)
+  problem = problem_of(x, w, r, transpose_w, y_dtype)
   tiling = settings.tiling or tiling_for(settings.chip, problem)
   y, made = lora_matmul(
     rows,

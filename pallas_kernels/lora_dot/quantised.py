@@ -1,65 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised matrices: int8 with a scale a column, 4-bit nf4 in blocks of 64.
+"""Quantised matrices: int8 with a scale a column, 4-bit nf4 in blocks of 64."""
 
-An int8 matrix is `Scaled`, which the TPU kernel multiplies as it is stored. An
-nf4 matrix is `Nf4`; it is brought back to x's dtype before the product.
-
-A kernel that unpacks nf4 by itself, 15 selects a weight, compiles for v4, v5e,
-v5p, v6e and v7x. By v5e's static cycles it is not worth having: 64 rows times
-4096 x 4096 took 154 thousand, and v5e reads that matrix in bfloat16 in 61.
-"""
-
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot.api import lora_dot
-from pallas_kernels.lora_dot.weights import Scaled, Weight, dense_weight
+from pallas_kernels.lora_dot.weights import (
+  BLOCK,
+  NF4,
+  Nf4,
+  Quantised,
+  Scaled,
+  dense_weight,
+)
 
-BLOCK = 64
-_HALF = BLOCK // 2
-
-#: The 16 values of the paper's 4-bit normal float: quantiles of N(0, 1), eight
-#: of them positive and zero among them, divided by the largest.
-NF4 = (
-  -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-  -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-  0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-  0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-  0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Nf4:
-  """A matrix (K, N) in 4 bits, in blocks of 64 down each column.
-
-  codes: uint8 (32 ⌈K / 64⌉, N). Row 32 c + i holds rows 64 c + i, in its low
-    four bits, and 64 c + 32 + i.
-  absmax: float32 (⌈K / 64⌉, N), the largest magnitude of each block.
-  k: K, static.
-  """
-
-  codes: jax.Array
-  absmax: jax.Array
-  k: int = dataclasses.field(metadata={"static": True})
-
-  @property
-  def shape(self) -> tuple[int, int]:
-    """The matrix's shape (K, N)."""
-    return self.k, self.codes.shape[-1]
-
-  @property
-  def dtype(self) -> Any:
-    """What it is brought back to if nothing else is asked: float32."""
-    return self.absmax.dtype
-
-
-Quantised = Scaled | Nf4
+_HALVES = 4, 2, 8  # of a block: a byte's row, its half, the eight rows
 
 
 def quantise_int8(w: jax.Array) -> Scaled:
@@ -126,8 +83,9 @@ def quantise_nf4(w: jax.Array) -> Nf4:
   values = jnp.asarray(NF4, jnp.float32)
   codes = jnp.searchsorted((values[1:] + values[:-1]) / 2, unit)
   codes = codes.astype(jnp.uint8)
-  packed = codes[:, :_HALF] | (codes[:, _HALF:] << 4)
-  return Nf4(packed.reshape(-1, n), absmax, k)
+  codes = codes.reshape(blocks, *_HALVES, n)
+  packed = codes[:, :, 0] | (codes[:, :, 1] << 4)
+  return Nf4(packed.swapaxes(1, 2).reshape(-1, n), absmax, k)
 
 
 def dequantise(held: Quantised, dtype: Any = jnp.float32) -> jax.Array:
@@ -141,55 +99,7 @@ def dequantise(held: Quantised, dtype: Any = jnp.float32) -> jax.Array:
     >>> dequantise(quantise_int8(jnp.eye(2))).ravel()
     Array([1., 0., 0., 1.], dtype=float32)
   """
-  if isinstance(held, Scaled):
-    return dense_weight(held, dtype)
-  n = held.codes.shape[-1]
-  codes = held.codes.reshape(-1, _HALF, n)
-  codes = jnp.concatenate([codes & 15, codes >> 4], axis=1)
-  w = jnp.asarray(NF4, jnp.float32)[codes] * held.absmax[:, None]
-  return w.reshape(-1, n)[: held.k].astype(dtype)
-
-
-def quantised_dot(
-  x: jax.Array,
-  w: Weight | Nf4,
-  a: jax.Array,
-  b: jax.Array,
-  gate: jax.Array | None = None,
-  *,
-  transpose_w: bool = False,
-  implementation: Callable[..., jax.Array] | None = None,
-) -> jax.Array:
-  """Rows times a quantised matrix with a low-rank change, (..., K) -> (..., N).
-
-      y = x w + ((x aᵀ) g) b
-
-  `lora_dot` for every kind of w. An Nf4 w is brought back to x's dtype before
-  the product, whatever the implementation, and takes that memory meanwhile.
-
-  Args:
-    x: (..., K).
-    w: (K, N), or (N, K) with `transpose_w`: an array, Scaled or Nf4.
-    a: (r, K).
-    b: (r, N).
-    gate: broadcastable to (..., r), or None.
-    transpose_w: w is stored (N, K).
-    implementation: as `lora_dot` takes it.
-
-  Returns:
-    (..., N) in x's dtype, differentiable in x, a, b and gate.
-
-  Example:
-    >>> one = jnp.ones
-    >>> quantised_dot(one((1, 2)), quantise_nf4(one((2, 3))), one((1, 2)),
-    ...               one((1, 3)))
-    Array([[4., 4., 4.]], dtype=float32)
-  """
-  if isinstance(w, Nf4):
-    w = dequantise(w, x.dtype)
-  return lora_dot(
-    x, w, a, b, gate, transpose_w=transpose_w, implementation=implementation
-  )
+  return dense_weight(held, dtype)
 
 
 class Cost(NamedTuple):

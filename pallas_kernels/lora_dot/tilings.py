@@ -2,9 +2,11 @@
 """Block sizes of the TPU kernel for each chip, and the memory they fill."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+
+from pallas_kernels.lora_dot.weights import Weight, bytes_of, shape_of
 
 MIB = 2**20
 _LANES = 128
@@ -43,7 +45,7 @@ class Problem(NamedTuple):
   n: int
   r: int
   x_bytes: int = 2
-  w_bytes: int = 2
+  w_bytes: float = 2
   y_bytes: int = 2
 
 
@@ -94,8 +96,10 @@ TILINGS = {
   },
 }
 _FEW = 128  # rows up to which a product is bound by reading w
-_DEPTH_FIRST = ("bk", "bn", "bm", "bk", "bn", "bm", "bk", "bk")
-_DEPTH_LAST = ("bn", "bn", *("bk",) * 8)
+_ORDERS = {
+  "few": ("bn", "bn", *("bk",) * 8),
+  "rows": ("bk", "bn", "bm", "bk", "bn", "bm", "bk", "bk"),
+}
 
 
 def tiling_for(chip: str, problem: Problem) -> Tiling:
@@ -121,15 +125,11 @@ def tiling_for(chip: str, problem: Problem) -> Tiling:
   if chip not in TILINGS:
     raise ValueError(f"no tilings for chip {chip!r}; there are {[*TILINGS]}")
   table = TILINGS[chip]
-  if problem.m <= _FEW:
-    first = table["few"]
-  else:
-    whole = table.get("resident")
-    if whole and (cut := _resident(whole, problem)):
-      return cut
-    first = table["rows"]
-  order = _DEPTH_LAST if problem.m <= _FEW else _DEPTH_FIRST
-  for tiling in _smaller(cut_to(first, problem), order):
+  whole = table.get("resident") if problem.m > _FEW else None
+  if whole and (cut := _resident(whole, problem)):
+    return cut
+  regime = "few" if problem.m <= _FEW else "rows"
+  for tiling in _smaller(cut_to(table[regime], problem), _ORDERS[regime]):
     if vmem_bytes(tiling, problem) <= tiling.vmem_limit_bytes:
       return tiling
   raise ValueError(f"no blocks of {problem} fit the memory of {chip}")
@@ -186,6 +186,9 @@ def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
   p = problem
   r = p.r + (p.r == 1) * 7
   w = _tile(p.k, p.n, p.w_bytes) if resident else 2 * _tile(bk, bn, p.w_bytes)
+  if p.w_bytes < 1:  # nf4, decoded if it stays; its magnitudes
+    w = _tile(p.k, p.n, p.x_bytes) * resident + 2 * _tile(bk, bn, p.w_bytes)
+    w += 2 * bk * bn // 16
   blocks = 2 * (
     _tile(bm, bk, p.x_bytes)
     + _tile(r, bk, p.x_bytes)
@@ -205,10 +208,10 @@ def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
   return w + blocks + values
 
 
-def _tile(rows: int, columns: int, itemsize: int) -> int:
-  height = 32 // itemsize
+def _tile(rows: int, columns: int, itemsize: float) -> int:
+  height = int(32 / itemsize)
   up = lambda size, unit: -(-size // unit) * unit  # noqa: E731
-  return up(rows, height) * up(columns, _LANES) * itemsize
+  return int(up(rows, height) * up(columns, _LANES) * itemsize)
 
 
 def refuse_tiling(tiling: Tiling, chip: str, problem: Problem) -> str | None:
@@ -239,11 +242,13 @@ def refuse_tiling(tiling: Tiling, chip: str, problem: Problem) -> str | None:
   return None
 
 
-def problem_of(x, codes, r: int, transpose_w: bool, y_dtype=None) -> Problem:
-  """The sizes of a call; the arrays may be ShapeDtypeStructs."""
-  k, n = codes.shape[::-1] if transpose_w else codes.shape
+def problem_of(
+  x: Any, w: Weight, r: int, transpose_w: bool, y_dtype: Any = None
+) -> Problem:
+  """The Problem of a call; the arrays may be ShapeDtypeStructs."""
+  k, n = shape_of(w)[::-1] if transpose_w else shape_of(w)
   m = 1
   for size in x.shape[:-1]:
     m *= size
   y_bytes = jnp.dtype(y_dtype or x.dtype).itemsize
-  return Problem(m, k, n, r, x.dtype.itemsize, codes.dtype.itemsize, y_bytes)
+  return Problem(m, k, n, r, x.dtype.itemsize, bytes_of(w), y_bytes)

@@ -11,7 +11,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.lora_dot.tilings import Tiling
 from pallas_kernels.lora_dot.tpu_block import Static, lora_block
-from pallas_kernels.lora_dot.weights import Scaled, Weight, codes_of
+from pallas_kernels.lora_dot.tpu_nf4 import VALUES, whole_pieces
+from pallas_kernels.lora_dot.weights import (
+  BLOCK,
+  Nf4,
+  Scaled,
+  Weight,
+  codes_of,
+)
 
 # Mosaic takes no matrix product of one row: so many are given instead.
 _ROWS = 8
@@ -42,7 +49,7 @@ def lora_matmul(
 
   Args:
     x: (M, K) bfloat16 or float32.
-    w: (K, N), or (N, K) with `transpose_w`: an array or `Scaled`.
+    w: (K, N), or (N, K) with `transpose_w`: an array, `Scaled` or `Nf4`.
     a: (r, K) in x's dtype; None where u is given.
     b: (r, N) in x's dtype.
     gate: None, (r, 1) or (r, M) float32.
@@ -64,23 +71,29 @@ def lora_matmul(
     ...             interpret=True)[0][0]
     Array([12., 12., 12.], dtype=float32)
   """
-  rows, rank = x.shape[0], b.shape[0]
+  rows, rank, columns = x.shape[0], *b.shape
   if rank == 1:
     b = _padded(b, 0)
     a, gate, u = (None if t is None else _padded(t, 0) for t in (a, gate, u))
   if rows == 1:
     x, u = _padded(x, 0), None if u is None else _padded(u, 1)
     tiling = tiling._replace(bm=_ROWS)
-  if transpose_w and codes_of(w).shape[0] == 1:  # a row is a column as well
+  more, piece = {}, 0
+  if isinstance(w, Nf4):
+    x, w, a, b, tiling, piece = whole_pieces(x, w, a, b, transpose_w, tiling)
+    pieces = w.absmax.reshape(-1, piece // BLOCK, w.absmax.shape[1])
+    more = {"absmax": pieces, "values": jnp.asarray(VALUES)}
+  elif transpose_w and codes_of(w).shape[0] == 1:  # a row is a column as well
     w, transpose_w = jax.tree.map(jnp.transpose, w), False
   scale, scaled = _scale_of(w, transpose_w)
-  ins = dict(x=x, w=codes_of(w), a=a, b=b, gate=gate, scale=scale, u=u)
+  ins = dict(x=x, w=codes_of(w), a=a, b=b, gate=gate, scale=scale, u=u) | more
   outs = {"y": (y_dtype or x.dtype, (x.shape[0], b.shape[1]))}
   if return_u:
     outs["u"] = jnp.float32, (b.shape[0], x.shape[0])
   outs = {name: _type(ins, *out) for name, out in outs.items()}
-  made = _call(ins, outs, scaled, transpose_w, tiling, interpret)
-  y = made["y"][:rows]
+  how = scaled, piece, transpose_w
+  made = _call(ins, outs, how, tiling, interpret)
+  y = made["y"][:rows, :columns]
   return y, made["u"][:rank, :rows] if return_u else None
 
 
@@ -109,11 +122,12 @@ def _type(ins, dtype, shape):
   return jax.eval_shape(made, jax.tree.leaves(ins))
 
 
-def _call(ins, outs, scaled, transpose_w, tiling, interpret):
+def _call(ins, outs, how, tiling, interpret):
   """The kernel over its grid: row, column and depth blocks, depth innermost."""
   (m, k), (r, n) = ins["x"].shape, ins["b"].shape
   bm, bn, bk = min(tiling.bm, m), min(tiling.bn, n), min(tiling.bk, k)
   grid = pl.cdiv(m, bm), pl.cdiv(n, bn), pl.cdiv(k, bk)
+  scaled, piece, transpose_w = how
   s = Static(
     nj=grid[1],
     nk=grid[2],
@@ -121,6 +135,7 @@ def _call(ins, outs, scaled, transpose_w, tiling, interpret):
     transpose_w=transpose_w,
     resident=tiling.resident,
     scaled=scaled,
+    piece=piece,
   )
   specs = _specs(bm, bn, bk, r, s)
   one_gate = ins["gate"] is not None and ins["gate"].shape[1] == 1
@@ -150,11 +165,13 @@ def _call(ins, outs, scaled, transpose_w, tiling, interpret):
 
 def _specs(bm, bn, bk, r, s):
   """How the block of each operand follows the grid."""
-  last = s.nk - 1
+  last, absmax = s.nk - 1, None
   w = pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))
   if s.transpose_w:
     w = pl.BlockSpec((bn, bk), lambda i, j, k: (j, k))
-  if s.resident:
+  if s.piece:
+    w, absmax = _nf4_specs(w, s)
+  elif s.resident:
     w = pl.BlockSpec(memory_space=pl.ANY)
   scale = pl.BlockSpec((1, bn), lambda i, j, k: (0, j))
   if s.scaled == "in":
@@ -170,20 +187,42 @@ def _specs(bm, bn, bk, r, s):
     "gate": rank_by_rows,
     "u": rank_by_rows,
     "scale": scale,
+    "absmax": absmax,
+    "values": pl.BlockSpec((1, 128), lambda i, j, k: (0, 0)),
     "y": pl.BlockSpec((bm, bn), lambda i, j, k: (i, j)),
   }
+
+
+def _nf4_specs(w, s):
+  """Those of an nf4 matrix's codes and magnitudes, from its block's own."""
+  rows, columns = w.block_shape
+  last = s.nj - 1
+
+  def place(i, j, k):
+    # Kept once it is decoded: the index then stands still.
+    return w.index_map(i, jnp.where(i == 0, j, last) if s.resident else j, k)
+
+  def third(i, j, k):
+    row, column = place(i, j, k)
+    return row, 0, column
+
+  sides = rows // s.piece, s.piece // BLOCK, columns
+  codes = pl.BlockSpec((rows // 2, columns), place)
+  return codes, pl.BlockSpec(sides, third)
 
 
 def _scratch(ins, outs, bm, bn, bk, s):
   """Memory that lasts through the grid."""
   shapes = {}
-  if s.nk > 1:
+  if s.nk > 1 or (s.piece and not s.resident):
     shapes["acc"] = pltpu.VMEM((bm, bn), jnp.float32)
   if ins["u"] is None and "u" not in outs:
     shapes["u"] = pltpu.VMEM((ins["b"].shape[0], bm), jnp.float32)
   if s.resident:
     block = (bn, bk) if s.transpose_w else (bk, bn)
-    shapes["w"] = pltpu.VMEM((s.nj, *block), ins["w"].dtype)
+    dtype = ins["x"].dtype if s.piece else ins["w"].dtype
+    shapes["w"] = pltpu.VMEM((s.nj, *block), dtype)
+  if s.resident and not s.piece:
     shapes["arrivals"] = pltpu.SemaphoreType.DMA((s.nj,))
   return shapes
 
@@ -197,6 +236,7 @@ def _cost(ins, outs, grid, tiling):
     "a": 1 if grid[2] == 1 else grid[0],
     "b": 1 if grid[1] == 1 else grid[0],
   }
+  times["absmax"] = times["w"]
   arrays = [(name, t) for name, t in (ins | outs).items() if t is not None]
   return pl.CostEstimate(
     flops=2 * m * k * n + 2 * m * r * (k + n),

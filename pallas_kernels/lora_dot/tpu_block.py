@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.lora_dot.tpu_nf4 import decode
+
 _NN = (((1,), (0,)), ((), ()))
 _NT = (((1,), (1,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))
@@ -32,6 +34,7 @@ class Static(NamedTuple):
   transpose_w: bool
   resident: bool
   scaled: str  # the axis of w that has scales: "", "in" or "out"
+  piece: int = 0  # rows of an nf4 matrix that are decoded at once, else 0
 
 
 def _dot(left, right, dims):
@@ -68,13 +71,69 @@ def _arrived(w, held, arrivals, s):
   return held.at[j]
 
 
+def _in_pieces(ins, x, s, use):
+  """Decodes the block of an nf4 matrix, and uses it piece by piece."""
+  half = s.piece // 2
+  codes, absmax = ins["w"], ins["absmax"]
+
+  def each(c, _):
+    rows = pl.ds(pl.multiple_of(c * half, half), half)
+    piece = decode(codes[rows, :], absmax[c], ins["values"][...], x.dtype)
+    use(pl.ds(pl.multiple_of(c * s.piece, s.piece), s.piece), piece)
+
+  lax.fori_loop(0, codes.shape[0] // half, each, None)
+
+
+def _decoded(ins, x, held, s):
+  """The column block of a resident nf4 matrix, decoded at the first row."""
+  i, j = pl.program_id(0), pl.program_id(1)
+
+  def keep(rows, piece):
+    held[j, rows, :] = piece
+
+  pl.when(i == 0)(lambda: _in_pieces(ins, x, s, keep))
+  return held.at[j]
+
+
+def _add_pieces(ins, x, acc, k, s):
+  """Adds the block's product to the accumulator, as its pieces come."""
+
+  @pl.when(k == 0)
+  def _():
+    acc[...] = jnp.zeros_like(acc)
+
+  def add(rows, piece):
+    if s.transpose_w:
+      left, right = _within(x[...], 1, k, s), _within(piece, 1, k, s)
+      acc[:, rows] += _dot(left, right, _NT)
+    else:
+      acc[...] += _dot(x[:, rows], piece, _NN)
+
+  _in_pieces(ins, x, s, add)
+
+
+def _product(ins, x, w, k, s):
+  """The block of x times the block of w."""
+  left = x[...]
+  if s.scaled == "in":
+    left = left.astype(jnp.float32) * ins["scale"][...]
+  right = w[...].astype(x.dtype)
+  return _dot(
+    _within(left.astype(x.dtype), 1, k, s),
+    _within(right, 1 if s.transpose_w else 0, k, s),
+    _NT if s.transpose_w else _NN,
+  )
+
+
 def lora_block(ins, outs, scratch, *, s: Static):
   """One block of the grid; the references are in dicts by name."""
   j, k = pl.program_id(1), pl.program_id(2)
   x, a, b, y = ins["x"], ins["a"], ins["b"], outs["y"]
   u = outs.get("u", scratch.get("u", ins.get("u")))
   w = ins["w"]
-  if s.resident:
+  if s.resident and s.piece:
+    w = _decoded(ins, x, scratch["w"], s)
+  elif s.resident:
     w = _arrived(w, scratch["w"], scratch["arrivals"], s)
 
   if a is not None:
@@ -85,16 +144,6 @@ def lora_block(ins, outs, scratch, *, s: Static):
       rows = _within(x[...], 1, k, s)
       u[...] = sofar + _dot(_within(a[...], 1, k, s), rows, _NT)
 
-  left = x[...]
-  if s.scaled == "in":
-    left = left.astype(jnp.float32) * ins["scale"][...]
-  right = w[...].astype(x.dtype)
-  product = _dot(
-    _within(left.astype(x.dtype), 1, k, s),
-    _within(right, 1 if s.transpose_w else 0, k, s),
-    _NT if s.transpose_w else _NN,
-  )
-
   def finish(total):
     if s.scaled == "out":
       total = total * ins["scale"][...]
@@ -102,6 +151,13 @@ def lora_block(ins, outs, scratch, *, s: Static):
     total = total + _dot(gated.astype(b.dtype), b[...], _TN)
     y[...] = total.astype(y.dtype)
 
+  if s.piece and not s.resident:
+    acc = scratch["acc"]
+    _add_pieces(ins, x, acc, k, s)
+    pl.when(k == s.nk - 1)(lambda: finish(acc[...]))
+    return
+
+  product = _product(ins, x, w, k, s)
   if s.nk == 1:
     finish(product)
   else:

@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot.weights import Weight, dense_weight
+from pallas_kernels.lora_dot.weights import Weight, times_base
 
 
 def xla_dot(
@@ -20,8 +20,7 @@ def xla_dot(
 
   y = x w + ((x aᵀ) g) b
   """
-  dense = dense_weight(w, x.dtype)
   u = x @ a.astype(x.dtype).T
   if gate is not None:
     u = u * jnp.broadcast_to(gate.astype(x.dtype), u.shape)
-  return x @ (dense.T if transpose_w else dense) + u @ b.astype(x.dtype)
+  return times_base(x, w, transpose_w) + u @ b.astype(x.dtype)

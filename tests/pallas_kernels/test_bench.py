@@ -115,7 +115,7 @@ def test_times_are_ratios_of_neighbours():
   assert found.base_ms > 0
 
 
-@pytest.mark.parametrize("name", [n for n in FORWARD if n != "fused"])
+@pytest.mark.parametrize("name", ["base", "unfused", "merging"])
 def test_operations_are_those_xla_counts(name):
   arguments = programs.arguments(name, False, SIZES)
   cost = jax.jit(FORWARD[name]).lower(*arguments).cost_analysis()
@@ -139,19 +139,19 @@ def test_least_bytes_are_those_of_all_arrays(name, step):
   if step and name not in STEP:
     pytest.skip("no such program")
   arguments = programs.arguments(name, step, SIZES)
-  size = sum(int(np.prod(a.shape)) for a in arguments)
+  size = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in arguments)
   m, k, n, r = SIZES
   low = r * (k + n)
   if not step:
-    assert programs.least_bytes(name, step, SIZES) == 2 * (size + m * n)
+    assert programs.least_bytes(name, step, SIZES) == size + 2 * m * n
     return
   # dy is among the arguments; w and the adapter are read again, x for da.
   more = k * n + m * n + m * k
   if name != "base":
     more += low + m * k + low
-  assert programs.least_bytes(name, step, SIZES) == 2 * (size + more)
+  assert programs.least_bytes(name, step, SIZES) == size + 2 * more
 
 
 def test_children_can_be_told_of_every_program():
-  for function in [*FORWARD.values(), *STEP.values(), programs.scaled]:
+  for function in [*FORWARD.values(), *STEP.values()]:
     assert pickle.loads(pickle.dumps(function)) is function

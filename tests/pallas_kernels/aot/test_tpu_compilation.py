@@ -20,6 +20,7 @@ from pallas_kernels.aot.schedules import hbm_bytes
 from pallas_kernels.lora_dot.mosaic import tpu_dot
 from pallas_kernels.lora_dot.tilings import TILINGS, Tiling
 from pallas_kernels.lora_dot.tpu import lora_matmul
+from pallas_kernels.lora_dot.weights import Nf4
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
@@ -111,7 +112,32 @@ def test_quantised_matrices_compile(chip, codes):
   x, w, a, b = layer(512, 1024, 1024, 16)
   scale = struct(1, 1024, dtype=jnp.float32)
   codes = struct(*w.shape, dtype=codes)
-  compiled(programs.scaled, [x, codes, scale, a, b], chip)
+  compiled(programs.int8, [x, codes, scale, a, b], chip)
+
+
+@pytest.mark.parametrize("chip", TPUS)
+def test_four_bits_compile_and_are_read_once(chip):
+  sizes = programs.Sizes(64, 2048, 1024, 16)
+  arguments = programs.arguments("nf4", False, sizes)
+  found = compiled(programs.nf4, arguments, chip)
+  least = programs.least_bytes("nf4", False, sizes)
+  assert hbm_bytes(found.text, found.pipelines) <= 1.05 * least
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_four_bits_stay_decoded_where_they_fit(chip, transpose_w):
+  tiling = TILINGS[chip]["resident"]._replace(bn=512)
+  run = functools.partial(resident_nf4, transpose_w=transpose_w, tiling=tiling)
+  sizes = programs.Sizes(2048, 2048, 2048, 16)
+  arguments = programs.arguments("nf4", False, sizes)
+  found = compiled(run, arguments, chip)
+  assert max(found.pipelines[0].reads) == 1
+
+
+def resident_nf4(x, codes, absmax, a, b, transpose_w, tiling):
+  w = Nf4(codes, absmax, 2048)
+  return tpu_dot(x, w, a, b, transpose_w=transpose_w, tiling=tiling)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lora_dot import Scaled, reference_dot, tpu_dot, xla_dot
+from pallas_kernels.lora_dot import (
+  Nf4,
+  Scaled,
+  reference_dot,
+  tpu_dot,
+  xla_dot,
+)
 from pallas_kernels.lora_dot.tilings import MIB, Tiling
+from pallas_kernels.lora_dot.weights import dense_weight
 
 STREAMED = Tiling(128, 128, 128, 16 * MIB)
 RESIDENT = Tiling(128, 128, 512, 16 * MIB, resident=True)
@@ -56,6 +63,8 @@ def exact(t):
   """The array, its codes scaled, in float64."""
   if isinstance(t, Scaled):
     return exact(t.codes) * exact(t.scale)
+  if isinstance(t, Nf4):
+    return exact(dense_weight(t, jnp.float32))
   return None if t is None else np.asarray(t.astype(jnp.float32), np.float64)
 
 

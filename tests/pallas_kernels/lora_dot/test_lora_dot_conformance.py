@@ -27,6 +27,7 @@ from products import (
 )
 
 from pallas_kernels.lora_dot import Scaled, tpu_dot, xla_dot
+from pallas_kernels.lora_dot.quantised import quantise_nf4
 
 CASES = [
   Case((1,), 1, 1, 1, (1,)),
@@ -115,13 +116,31 @@ def test_any_shape(m, k, n, r, gate, transpose_w, dtype):
 def test_quantised_weights(codes, per_row, transpose_w):
   m, k, n, r = 60, 200, 140, 4
   rng = np.random.default_rng(0)
-  arrays, dy = operands(Case((m,), k, n, r, (r,), transpose_w), jnp.bfloat16)
+  case = Case((m,), k, n, r, (r,), transpose_w)
   shape = (n, k) if transpose_w else (k, n)
   stored = jnp.asarray(rng.integers(-127, 128, shape), jnp.float32)
   sides = (shape[0], 1) if per_row else (1, shape[1])
   scale = jnp.asarray(rng.uniform(0.001, 0.01, sides), jnp.float32)
+  agrees(case, Scaled(stored.astype(codes), scale))
+
+
+@pytest.mark.parametrize(
+  ("case", "tiling"),
+  [
+    (Case((60,), 200, 140, 4, (4,)), STREAMED),  # x dense, dx transposed
+    (Case((200,), 256, 384, 4, (4,), True), RESIDENT),
+  ],
+)
+def test_four_bits(case, tiling):
+  arrays, _ = operands(case, jnp.float32)
+  agrees(case, quantise_nf4(arrays[1]), tiling)
+
+
+def agrees(case, w, tiling=STREAMED):
+  """Value and gradients with a w of codes are as near as XLA's."""
+  arrays, dy = operands(case, jnp.bfloat16)
+  transpose_w = case.transpose_w
   x, _, a, b, gate = arrays
-  w = Scaled(stored.astype(codes), scale)
   wanted = truth((x, w, a, b, gate), dy, transpose_w)
   del wanted["dw"]
 
@@ -139,7 +158,7 @@ def test_quantised_weights(codes, per_row, transpose_w):
       )
     )
 
-  found = adapted(tpu_dot, interpret=True, tiling=STREAMED)
+  found = adapted(tpu_dot, interpret=True, tiling=tiling)
   allowed = adapted(xla_dot)
   for name in wanted:
     most = bound(error(allowed[name], wanted[name]), jnp.bfloat16)

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 from products import STREAMED, Case, operands
 
 from pallas_kernels.lora_dot import (
+  Nf4,
+  Place,
   Scaled,
   api,
   lora_dot,
@@ -21,6 +23,7 @@ from pallas_kernels.lora_dot import (
   tpu_dot,
   xla_dot,
 )
+from pallas_kernels.lora_dot.quantised import quantise_nf4
 from pallas_kernels.lora_dot.tilings import (
   CHIPS,
   MIB,
@@ -202,7 +205,7 @@ def test_a_rank_of_a_thousand():
   n=st.integers(1, 30000),
   r=st.integers(1, 1024),
   x_bytes=st.sampled_from([2, 4]),
-  w_bytes=st.sampled_from([1, 2, 4]),
+  w_bytes=st.sampled_from([0.5, 1, 2, 4]),
 )
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
 def test_every_tiling_fits(chip, m, k, n, r, x_bytes, w_bytes):
@@ -227,6 +230,19 @@ def test_a_large_w_is_streamed_and_depth_is_cut_evenly():
   assert not large.resident
   assert 28672 % large.bk == 0
   assert cut_to(STREAMED, Problem(5, 7, 9, 1))[:3] == (5, 9, 7)
+
+
+def test_four_bits_lie_on_one_device():
+  (x, w, a, b, _), _ = operands(Case((8,), 64, 8, 2), jnp.float32)
+  w = quantise_nf4(w)
+  place = Place(
+    Mesh(np.array(jax.devices()[:1]), ("d",)), PartitionSpec(), PartitionSpec()
+  )
+  with pytest.raises(ValueError, match="call it inside shard_map"):
+    KERNEL(x, w, a, b, place=place)
+  broken = Nf4(w.codes[1:], w.absmax, w.k)
+  with pytest.raises(ValueError, match="of 64 rows: needed are uint8"):
+    lora_dot(x, broken, a, b)
 
 
 def test_chips_are_told_by_their_kind():

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from products import MIB, Case, error, operands, truth
 
 from pallas_kernels.lora_dot import Scaled, tpu, tpu_block
+from pallas_kernels.lora_dot.quantised import quantise_nf4
 from pallas_kernels.lora_dot.tilings import Tiling
 
 STREAMED = Tiling(128, 128, 128, MIB)
@@ -84,6 +85,20 @@ def test_codes_and_a_known_u(seed):
     u=jnp.asarray(truth_of_u(x, a), jnp.float32),
   )
   assert u is None
+  assert error(y, truth((x, w, a, b, None), None, False)["value"]) < 2e-6
+  assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_four_bits_that_stay(seed):
+  (x, w, a, b, _), _ = operands(TALL, jnp.float32)
+  w = quantise_nf4(w)
+  y, _ = tpu.lora_matmul(
+    *(x, w, a, b, None),
+    transpose_w=False,
+    tiling=RESIDENT,
+    interpret=interpreter(seed),
+  )
   assert error(y, truth((x, w, a, b, None), None, False)["value"]) < 2e-6
   assert not interpret_pallas_call.races.races_found
 
