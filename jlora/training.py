@@ -183,7 +183,8 @@ def train(
     part = trained_part(programs)
     value, gradient = jax.value_and_grad(value_of)(part)
     change, state = optimiser.update(gradient, state, part)
-    return with_part(programs, optax.apply_updates(part, change)), state, value
+    moved: Any = optax.apply_updates(part, change)
+    return with_part(programs, moved), state, value
 
   return Trainer(init, update)
 
