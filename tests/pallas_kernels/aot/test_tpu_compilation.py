@@ -132,7 +132,8 @@ def test_four_bits_stay_decoded_where_they_fit(chip, transpose_w):
   sizes = programs.Sizes(2048, 2048, 2048, 16)
   arguments = programs.arguments("nf4", False, sizes)
   found = compiled(run, arguments, chip)
-  assert max(found.pipelines[0].reads) == 1
+  least = programs.least_bytes("nf4", False, sizes)
+  assert hbm_bytes(found.text, found.pipelines) <= 1.05 * least
 
 
 def resident_nf4(x, codes, absmax, a, b, transpose_w, tiling):
