@@ -22,8 +22,8 @@ FLOORS = (
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "rounding checkpoints journal",
   # 2: what is done with Loras, and the formats of their files
-  "extraction adapted banks axis_rules product_rules convolution_rules lookup_rules "
-  "interpreter programs binding "
+  "extraction adapted banks axis_rules product_rules convolution_rules "
+  "lookup_rules interpreter programs binding "
   "application packing packed_files merging alignment routing "
   "measurements ledgers editing edit_values "
   "peft_configs peft_files peft_folders adapter_parts overlaps snapshots",
@@ -48,8 +48,8 @@ FAMILIES = (
   "pairing fused_experts",
   "checkpoints journal",
   "merging",
-  "adapted banks axis_rules product_rules convolution_rules lookup_rules interpreter "
-  "programs binding application",
+  "adapted banks axis_rules product_rules convolution_rules lookup_rules "
+  "interpreter programs binding application",
   "packing packed_files",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
