@@ -57,6 +57,7 @@ from jlora.factoring import gram as gram
 from jlora.factoring import krylov as krylov
 from jlora.factoring import recompress as recompress
 from jlora.factoring import svd as svd
+from jlora.initialisation import init_lora as init_lora
 from jlora.loras import Factors as Factors
 from jlora.loras import Lora as Lora
 from jlora.loras import Loras as Loras
@@ -65,6 +66,7 @@ from jlora.loras import from_factors as from_factors
 from jlora.moments import Moment as Moment
 from jlora.moments import second_moments as second_moments
 from jlora.moments import weighted_error as weighted_error
+from jlora.overlaps import overlap as overlap
 from jlora.packed_files import load_packed as load_packed
 from jlora.packed_files import save_packed as save_packed
 from jlora.packing import Packed as Packed
@@ -86,6 +88,14 @@ from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
 from jlora.routing import stack as stack
 from jlora.runs import extract_checkpoint as extract_checkpoint
+from jlora.snapshots import Snapshot as Snapshot
+from jlora.snapshots import load_snapshot as load_snapshot
+from jlora.snapshots import save_snapshot as save_snapshot
+from jlora.starts import relative_to_base as relative_to_base
+from jlora.starts import split_base as split_base
+from jlora.training import Trainer as Trainer
+from jlora.training import lora_plus as lora_plus
+from jlora.training import train as train
 
 __all__ = [
   "Adapted",
@@ -105,7 +115,9 @@ __all__ = [
   "Rows",
   "Score",
   "Shift",
+  "Snapshot",
   "Spectra",
+  "Trainer",
   "VLLM",
   "adapt",
   "adapt_rows",
@@ -129,15 +141,19 @@ __all__ = [
   "from_factors",
   "from_in_rank",
   "gram",
+  "init_lora",
   "is_matrix",
   "keep_whole",
   "krylov",
   "load_packed",
   "load_peft",
+  "load_snapshot",
   "lora_dot",
+  "lora_plus",
   "matching",
   "mean_kl",
   "open_checkpoint",
+  "overlap",
   "pack",
   "prepend",
   "read_report",
@@ -145,16 +161,20 @@ __all__ = [
   "recovered",
   "refine",
   "refuse",
+  "relative_to_base",
   "save_merged",
   "save_orbax",
   "save_packed",
   "save_peft",
+  "save_snapshot",
   "score",
   "second_moments",
   "spectral_norm",
+  "split_base",
   "stack",
   "svd",
   "to_in_rank",
+  "train",
   "unflatten",
   "unpack",
   "weighted_error",
