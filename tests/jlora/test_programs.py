@@ -46,8 +46,8 @@ def test_rows_are_a_larger_table_that_the_head_does_not_see(small):
   run, params = small
   rows = draw(1, 2, 16)
   tokens = TOKENS.at[:, 3].set(23).at[0, 5].set(24)
-  found = adapt(run)(bind(params, {EMBED: Rows(rows)}), tokens)
-  wanted = larger(2)(grown(params, rows), tokens)
+  found = jax.jit(adapt(run))(bind(params, {EMBED: Rows(rows)}), tokens)
+  wanted = jax.jit(larger(2))(grown(params, rows), tokens)
   assert found.shape[-1] == 23
   np.testing.assert_allclose(found, wanted[..., :23], rtol=1e-4, atol=1e-5)
 
@@ -58,14 +58,14 @@ def test_a_prompt_is_rows_before_the_tokens(small):
   tokens = prepend(TOKENS, params["embed"]["embedding"], 4)
   assert tokens.shape == (2, 11)
   bound = bind(params, {EMBED: Rows(rows)})
-  found = adapt(run)(bound, tokens)
+  found = jax.jit(adapt(run))(bound, tokens)
   np.testing.assert_allclose(
     found,
     larger(4)(grown(params, rows), tokens)[..., :23],
     rtol=1e-4,
     atol=1e-5,
   )
-  generate = adapt(lambda p, t: models.generate(run, p, t, 3))
+  generate = jax.jit(adapt(lambda p, t: models.generate(run, p, t, 3)))
   said = generate(bound, tokens)  # the cache holds the prompt too
   assert said.shape == (2, 3)
   assert int(said.max()) < 23
@@ -112,19 +112,19 @@ def test_all_kinds_compose_in_one_call(small):
     {UP: Branch(branch, own)},
   ]  # fmt: skip
   weights = [0.5, 1.0, 2.0, -1.0]
-  found = adapt(run)(bind(params, sets, weights), tokens)
+  found = jax.jit(adapt(run))(bind(params, sets, weights), tokens)
 
   merged = apply(params, [loras, sets[2]], [0.5, 2.0])
   negative = Branch(branch, own, -1.0)
-  wanted = adapt(larger(1))(bind(grown(merged, rows), {UP: negative}), tokens)[
-    ..., :23
-  ]
+  wanted = jax.jit(adapt(larger(1)))(
+    bind(grown(merged, rows), {UP: negative}), tokens
+  )[..., :23]
   np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
   # In any order, and one after the other.
   step = params
   for own_set, weight in reversed(list(zip(sets, weights, strict=True))):
     step = bind(step, [own_set], [weight])
-  again = adapt(run)(step, tokens)
+  again = jax.jit(adapt(run))(step, tokens)
   np.testing.assert_allclose(found, again, rtol=1e-3, atol=1e-4)
 
 

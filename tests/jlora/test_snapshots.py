@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from jlora.initialisation import init_lora
+from jlora.programs import Branch, Rows, Shift
 from jlora.snapshots import Snapshot, load_snapshot, save_snapshot
 from jlora.training import trained_part
 
@@ -42,6 +43,24 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
   assert types == jax.tree.map(lambda x: x.dtype, kept[:2])
 
 
+def scaled(params, x):
+  return x * params
+
+
+def test_programs_of_every_kind_come_back(tmp_path):
+  programs = {
+    "layers/0/w": Branch(scaled, jnp.full(3, 2.0), 0.5),
+    "layers/1/w": Rows(jnp.ones((2, 5))),
+    "norm": Shift(jnp.arange(3.0)),
+  }
+  empty = jax.tree.map(jnp.zeros_like, programs)
+  key, state = jax.random.key(0), {"count": jnp.int32(1)}
+  save_snapshot(tmp_path, Snapshot(programs, state, key, 1))
+  found = load_snapshot(tmp_path, Snapshot(empty, state, key, 0)).programs
+  assert jax.tree.structure(found) == jax.tree.structure(programs)
+  jax.tree.map(np.testing.assert_array_equal, found, programs)
+
+
 def test_another_runs_snapshot_is_refused(tmp_path):
   with pytest.raises(ValueError, match="neither safetensors nor|does not"):
     load_snapshot(tmp_path / "none", draw(0))
@@ -62,6 +81,7 @@ import sys, jax, jax.numpy as jnp, numpy as np, optax
 from experiments import finetune
 from jlora import models
 from jlora.initialisation import init_lora
+from jlora.programs import Branch, Rows, Shift
 from jlora.snapshots import Snapshot, load_snapshot, save_snapshot
 from jlora.training import train
 folder, steps, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
