@@ -180,6 +180,22 @@ def _concatenate(operands, params):
   return Adapted(whole, tuple(changes), path=first.path)
 
 
+def _stack(operands, params):
+  axis = params["axis"]
+  own = range(operands[0].ndim + 1)
+  shape = [*operands[0].shape]
+  shape.insert(axis, 1)
+  given = {
+    "shape": shape,
+    "broadcast_dimensions": [i for i in own if i != axis],
+  }
+  parts = [
+    _broadcast_in_dim([x], given) if is_adapted(x) else x.reshape(shape)
+    for x in operands
+  ]
+  return _concatenate(parts, {"dimension": axis})
+
+
 def _placed(change: Change, axis, size, before, after) -> Change:
   """A change with zeros before and after its part of an axis."""
   at = change.lead + axis
@@ -189,13 +205,14 @@ def _placed(change: Change, axis, size, before, after) -> Change:
     widths[at] = (before, after)
     return jnp.pad(x, widths)
 
-  if change.a.shape[at] == 1 == change.b.shape[at]:
+  own = {name: getattr(change, name) for name in ("a", "b", "gate")}
+  hanging = {name: x for name, x in own.items() if x.shape[at] > 1}
+  if not hanging:
     wide = [*change.b.shape]
     wide[at] = size
-    change = dataclasses.replace(change, b=jnp.broadcast_to(change.b, wide))
-  on = change.a.shape[at] > 1
-  own = {"a": pad(change.a)} if on else {"b": pad(change.b)}
-  return dataclasses.replace(change, **own)
+    hanging = {"b": jnp.broadcast_to(change.b, wide)}
+  padded = {name: pad(x) for name, x in hanging.items()}
+  return dataclasses.replace(change, **padded)
 
 
 def _scaled(operands, params):
@@ -284,6 +301,7 @@ AXIS_RULES: dict[str, Rule] = {
   "dynamic_slice": _dynamic_slice,
   "split": _split,
   "concatenate": _concatenate,
+  "stack": _stack,
   "convert_element_type": _converted,
   "mul": _scaled,
   "div": _divided,

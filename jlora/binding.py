@@ -76,6 +76,11 @@ def bind(
     (1, 1, 1)
   """
   is_bank = ids is not None
+  if is_bank and not isinstance(programs, Mapping):
+    raise ValueError(
+      f"ids choose from one bank, got {len(programs)} sets of programs; make "
+      "one of them with stack."
+    )
   flat, found, how = place(
     params, programs, None if is_bank else weights, views, is_bank=is_bank
   )
@@ -194,7 +199,7 @@ def _fits(program, leaf, view, is_bank) -> bool:
 def _change(loras, view, shape, ids, weights) -> Change:
   """One Change of several Loras, or of a bank and the ids in it."""
   if ids is not None:
-    ((bank, _),) = loras
+    bank = loras[0][0]
     change = jax.vmap(lambda lora: change_of(lora, view, shape))(bank)
     chosen = jnp.atleast_1d(jnp.asarray(ids))
     if weights is not None:

@@ -146,6 +146,9 @@ PLAIN = {
   ),
   "vmap over out": lambda p, x: jax.vmap(lambda w: x @ w, 1)(p["w"]),
   "one of a stack": lambda p, x: x @ p["stack"][2] + x @ p["stack"][-1],
+  "stacks in a row": lambda p, x: jax.vmap(lambda w: x @ w)(
+    jnp.concatenate([p["stack"], jnp.stack([p["square"], 2 * p["square"]])])
+  ),
   "chosen of a stack": lambda p, x: x @ jnp.take(p["stack"], 1, axis=0),
   "experts gathered": lambda p, x: jnp.einsum(
     "td,tdk->tk", x, p["experts"][jnp.array([0, 1, 1, 3, 0])]

@@ -178,6 +178,12 @@ def test_programs_that_do_not_fit_are_refused(name):
     bind(params, programs)
 
 
+def test_ids_choose_from_one_bank():
+  bank = {"w": Lora(jnp.ones((2, 1, 6)), jnp.ones((2, 1, 8)), jnp.ones(2))}
+  with pytest.raises(ValueError, match="one bank, got 2 sets"):
+    bind({"w": jnp.zeros((6, 8))}, [bank, bank], ids=0)
+
+
 def test_weights_are_one_for_each():
   with pytest.raises(ValueError, match="2 weights for 1 adapters"):
     bind({"w": jnp.zeros(2)}, {"w": Shift(jnp.zeros(2))}, [1.0, 2.0])
