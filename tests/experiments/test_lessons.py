@@ -13,7 +13,8 @@ from experiments import (
   which_rank,
 )
 from jlora import models
-from jlora.application import apply
+from jlora.application import adapt, apply
+from jlora.binding import bind
 from jlora.initialisation import init_lora
 
 
@@ -86,12 +87,26 @@ def test_tables_tell_mean_and_spread():
 
 
 def test_kinds_begin_as_the_base_and_train_what_they_say(school):
-  for name, (start, _) in kinds_of_tuning.KINDS.items():
-    programs = start(school.params, jax.random.key(0))
-    tuned = apply(school.params, programs)
-    jax.tree.map(np.testing.assert_array_equal, tuned, school.params)
-    count = {"norms": 3, "everything": 11}.get(name, 7)
+  plain = lessons.examine(school.model, school.params, school.exam)
+  for name, kind in kinds_of_tuning.KINDS.items():
+    programs = kind.start(school.params, jax.random.key(0))
+    count = {"norms": 3, "everything": 11, "prompt of 16": 1}.get(name, 7)
     assert len(programs) == count
+    model = adapt(kinds_of_tuning.prompted(school.model, kind.prompt))
+    params = bind(school.params, programs)
+    begun = lessons.examine(model, params, school.exam)
+    assert (begun == pytest.approx(plain, abs=1e-6)) != bool(kind.prompt)
+
+
+def test_the_rate_is_chosen_on_other_rows_than_are_told(school, monkeypatch):
+  kind = kinds_of_tuning.KINDS["prompt of 16"]._replace(rates=(1e-2, 1e-1))
+  monkeypatch.setitem(kinds_of_tuning.KINDS, "prompt of 16", kind)
+  scores = iter([2.0, 7.0, 1.0, 9.0])  # of each rate: to choose by, to tell
+  monkeypatch.setattr(lessons, "examine", lambda *_: next(scores))
+  with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
+    row = kinds_of_tuning.measure_kind(school, "prompt of 16", 5, 1)
+  assert (row["rate"], row["losses"]) == (1e-1, [9.0])
+  assert row["parameters"] == 16 * 32
 
 
 def test_overlaps_are_of_one_part_and_drawn(school):
