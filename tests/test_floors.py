@@ -24,7 +24,8 @@ FLOORS = (
   # 2: what is done with Loras, and the formats of their files
   "extraction adapted banks axis_rules product_rules convolution_rules "
   "lookup_rules interpreter programs binding "
-  "application packing packed_files merging alignment routing "
+  "application packing packed_files merging routing "
+  "symmetries layouts permutations reordering assignments descents alignment "
   "measurements ledgers editing edit_values "
   "peft_configs peft_files peft_folders adapter_parts overlaps snapshots",
   # 3: what is said about them and written
@@ -51,6 +52,7 @@ FAMILIES = (
   "adapted banks axis_rules product_rules convolution_rules lookup_rules "
   "interpreter programs binding application",
   "packing packed_files",
+  "symmetries layouts permutations reordering assignments descents alignment",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
   "models",
