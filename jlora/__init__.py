@@ -63,6 +63,30 @@ from jlora.loras import Lora as Lora
 from jlora.loras import Loras as Loras
 from jlora.loras import dense as dense
 from jlora.loras import from_factors as from_factors
+from jlora.merging.averages import linear as linear
+from jlora.merging.averages import nearswap as nearswap
+from jlora.merging.averages import passthrough as passthrough
+from jlora.merging.common_spaces import core_space as core_space
+from jlora.merging.common_spaces import knots as knots
+from jlora.merging.concatenation import concat as concat
+from jlora.merging.concatenation import fill_missing as fill_missing
+from jlora.merging.concatenation import svd_merge as svd_merge
+from jlora.merging.concatenation import truncate as truncate
+from jlora.merging.pruning import breadcrumbs as breadcrumbs
+from jlora.merging.pruning import dare as dare
+from jlora.merging.pruning import della as della
+from jlora.merging.singular_vectors import iso_c as iso_c
+from jlora.merging.singular_vectors import tsv as tsv
+from jlora.merging.spherical import karcher as karcher
+from jlora.merging.spherical import multislerp as multislerp
+from jlora.merging.spherical import nuslerp as nuslerp
+from jlora.merging.spherical import slerp as slerp
+from jlora.merging.stocks import model_stock as model_stock
+from jlora.merging.task_vectors import sce as sce
+from jlora.merging.task_vectors import task_arithmetic as task_arithmetic
+from jlora.merging.task_vectors import ties as ties
+from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
+from jlora.merging.trees import merge as merge
 from jlora.moments import Moment as Moment
 from jlora.moments import second_moments as second_moments
 from jlora.moments import weighted_error as weighted_error
@@ -125,10 +149,15 @@ __all__ = [
   "advise",
   "apply",
   "bind",
+  "breadcrumbs",
   "certificate",
   "cheapest",
   "common_rows",
   "compare",
+  "concat",
+  "core_space",
+  "dare",
+  "della",
   "dense",
   "edit_key",
   "edit_keys",
@@ -136,6 +165,7 @@ __all__ = [
   "error_of",
   "extract",
   "extract_checkpoint",
+  "fill_missing",
   "fit_value",
   "flatten",
   "from_factors",
@@ -143,18 +173,29 @@ __all__ = [
   "gram",
   "init_lora",
   "is_matrix",
+  "iso_c",
+  "karcher",
   "keep_whole",
+  "knots",
   "krylov",
+  "linear",
   "load_packed",
   "load_peft",
   "load_snapshot",
   "lora_dot",
   "lora_plus",
+  "magnitude_thresholds",
   "matching",
   "mean_kl",
+  "merge",
+  "model_stock",
+  "multislerp",
+  "nearswap",
+  "nuslerp",
   "open_checkpoint",
   "overlap",
   "pack",
+  "passthrough",
   "prepend",
   "read_report",
   "recompress",
@@ -167,14 +208,21 @@ __all__ = [
   "save_packed",
   "save_peft",
   "save_snapshot",
+  "sce",
   "score",
   "second_moments",
+  "slerp",
   "spectral_norm",
   "split_base",
   "stack",
   "svd",
+  "svd_merge",
+  "task_arithmetic",
+  "ties",
   "to_in_rank",
   "train",
+  "truncate",
+  "tsv",
   "unflatten",
   "unpack",
   "weighted_error",

@@ -56,6 +56,7 @@ def test_every_name_says_what_it_is(name):
     *("compare", "mean_kl", "score", "recovered", "advise", "refine"),
     *("pack", "unpack", "save_packed", "load_packed"),
     *("save_peft", "load_peft", "save_merged", "save_orbax"),
+    *("merge", "concat", "truncate", "linear", "slerp", "ties", "dare"),
     *("flatten", "unflatten", "from_in_rank", "to_in_rank"),
   ],
 )

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Task vectors thinned out before they are added: DARE, DELLA, Breadcrumbs.
+
+The papers' rescaling is the default, mergekit's is `rescale=match_l1`. Of each
+there is a form that adds what is left, `elect=None`, and one that lets signs be
+elected first, `elect=by_mass`; mergekit names them `x_linear` and `x_ties`.
+"""
+
+import functools
+from typing import Any
+
+from jlora.merging.consensus import Election, by_mass
+from jlora.merging.inputs import read
+from jlora.merging.sparsifiers import (
+  Rescaling,
+  at_random,
+  by_rank,
+  check_range,
+  inverse_keep,
+  keep_middle,
+)
+from jlora.merging.task_vectors import merge_task_vectors
+
+
+def dare(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any = 0.1,
+  rescale: Rescaling = inverse_keep,
+  elect: Election | None = None,
+  normalize: bool = False,
+  scale: Any = 1.0,
+) -> Any:
+  """The base plus the sum of changes of which most entries were dropped.
+
+      θ = θ_0 + λ Σ w_i m_i δ_i / density,   m_i ~ Bernoulli(density)
+
+  mergekit's `dare_linear`; with `elect=by_mass` its `dare_ties`.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,).
+    base: (...).
+    key: PRNG key; None is `key(0)`. Every entry of every model is drawn for
+      itself, so models are not interchangeable.
+    density: probability of an entry to stay, one for all or (n,); 0.1 is the
+      paper's p = 0.9.
+    rescale: `inverse_keep` as in the paper, `match_l1` as in mergekit,
+      `unscaled`.
+    elect: as for `combine`.
+    normalize: divides by Σ |w_i| of those that agree.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype; the same on any mesh.
+
+  Raises:
+    ValueError: no base, a density outside [0, 1], or as `read`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> dare(jnp.full((1, 2), 3.0), [1.0], jnp.ones(2), density=1.0)
+    Array([3., 3.], dtype=float32)
+
+  References:
+    Yu et al. (2024), yule-BUAA/MergeLM.
+  """
+  given = read("dare", stack, weights, base, needs_base=True)
+  check_range(density)
+  merged = merge_task_vectors(
+    given,
+    sparsify=functools.partial(at_random, rescale=rescale),
+    amounts=density,
+    elect=elect,
+    normalize=normalize,
+    scale=scale,
+    key=key,
+  )
+  return merged.astype(stack.dtype)
+
+
+def della(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any,
+  epsilon: float = 0.15,
+  axis: int = -1,
+  rescale: Rescaling = inverse_keep,
+  elect: Election | None = by_mass,
+  normalize: bool = True,
+  scale: Any = 1.0,
+) -> Any:
+  """The mean by sign of changes whose small entries were mostly dropped.
+
+      τ_i = m_i δ_i / p_i,   m_i ~ Bernoulli(p_i)
+
+  with p_i growing from density - ε to density + ε by rank in the row
+  (`by_rank`). With `elect=None, normalize=False` it is mergekit's
+  `della_linear`, a sum.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,).
+    base: (...).
+    key: as for `dare`.
+    density: mean probability to stay, one for all or (n,); 1 keeps all.
+    epsilon: ε; density ± ε must lie within 0 and 1.
+    axis: that of a single model along which entries are ranked.
+    rescale: as for `dare`.
+    elect: as for `combine`.
+    normalize: divides by Σ |w_i| of those that agree.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype. Sorts along `axis`, which is gathered if it is
+    sharded.
+
+  Raises:
+    ValueError: no base, a density too near to 0 or 1, or as `read`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> stack = jnp.array([[3.0, 1.0], [-1.0, 1.0]])
+    >>> della(stack, [1.0, 1.0], jnp.zeros(2), density=1.0)
+    Array([3., 1.], dtype=float32)
+
+  References:
+    Deep et al. (2024).
+  """
+  given = read("della", stack, weights, base, needs_base=True)
+  check_range(density, epsilon)
+  merged = merge_task_vectors(
+    given,
+    sparsify=functools.partial(
+      by_rank, epsilon=epsilon, axis=axis, rescale=rescale
+    ),
+    amounts=density,
+    elect=elect,
+    normalize=normalize,
+    scale=scale,
+    key=key,
+  )
+  return merged.astype(stack.dtype)
+
+
+def breadcrumbs(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any,
+  gamma: float = 0.01,
+  erases_small: bool = False,
+  elect: Election | None = None,
+  normalize: bool = False,
+  scale: Any = 1.0,
+) -> Any:
+  """The base plus the sum of changes without their extremes.
+
+      θ = θ_0 + λ Σ w_i m_i δ_i,   m_i: neither outliers nor the smallest
+
+  With `elect=by_mass` it is mergekit's `breadcrumbs_ties`.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,).
+    base: (...).
+    key: unused.
+    density: share of the entries kept, one for all or (n,); 1 keeps all.
+    gamma: share of the largest that are dropped.
+    erases_small: mergekit's slip with tensors of few entries (`keep_middle`).
+    elect: as for `combine`.
+    normalize: divides by Σ |w_i| of those that agree.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype. Only counts travel under sharding.
+
+  Raises:
+    ValueError: no base, a density outside [0, 1], or as `read`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> stack = jnp.array([[5.0, -4.0, 3.0, 2.0, 1.0]])
+    >>> breadcrumbs(stack, [1.0], jnp.zeros(5), density=0.6, gamma=0.2)
+    Array([ 0., -4.,  3.,  2.,  0.], dtype=float32)
+
+  References:
+    Davari and Belilovsky (2023).
+  """
+  given = read("breadcrumbs", stack, weights, base, needs_base=True)
+  check_range(density)
+  merged = merge_task_vectors(
+    given,
+    sparsify=functools.partial(
+      keep_middle, gamma=gamma, erases_small=erases_small
+    ),
+    amounts=density,
+    elect=elect,
+    normalize=normalize,
+    scale=scale,
+    key=key,
+  )
+  return merged.astype(stack.dtype)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of task vectors, and their mean by sign consensus: TIES and SCE.
+
+A task vector is what a model changes of the base, δ_i = θ_i - θ_0, taken in
+float32 whatever the models' dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.merging.consensus import Election, by_mass, combine
+from jlora.merging.inputs import Inputs, inner, numbers, read
+from jlora.merging.sparsifiers import (
+  Sparsifier,
+  by_magnitude,
+  check_range,
+  from_threshold,
+)
+from jlora.merging.thresholds import count_of, kth_magnitude
+
+
+def merge_task_vectors(
+  given: Inputs,
+  *,
+  sparsify: Sparsifier | None = None,
+  amounts: Any = 1.0,
+  elect: Election | None = None,
+  normalize: bool = False,
+  scale: Any = 1.0,
+  key: Any = None,
+) -> Any:
+  """The base plus a combination of what is kept of all changes.
+
+      θ = θ_0 + λ combine(sparsify(θ_i - θ_0)),   `combine` with the weights
+
+  All methods of this file and of `pruning` are this with settings.
+
+  Args:
+    given: from `read`.
+    sparsify: what is kept of each change; None is all.
+    amounts: its second argument, one for all models or (n,).
+    elect: as for `combine`.
+    normalize: as for `combine`.
+    scale: λ.
+    key: PRNG key; None is `key(0)`. Model i uses `fold_in(key, i)`: another
+      model more changes no mask.
+
+  Returns:
+    (...) float32.
+
+  Example:
+    >>> given = read("mine", jnp.array([[3.0, 1.0]]), [1.0], jnp.ones(2))
+    >>> merge_task_vectors(given, scale=2.0)
+    Array([5., 1.], dtype=float32)
+  """
+  deltas = given.deltas
+  count = deltas.shape[0]
+  if sparsify is not None:
+    key = jax.random.key(0) if key is None else key
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    amounts = numbers("density", amounts, count)
+    deltas = jax.vmap(sparsify)(deltas, amounts, keys)
+  change = combine(deltas, given.weights, elect=elect, normalize=normalize)
+  return given.base + jnp.asarray(scale).astype(jnp.float32) * change
+
+
+def task_arithmetic(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  normalize: bool = False,
+  scale: Any = 1.0,
+) -> Any:
+  """The base plus the weighted sum of changes.
+
+      θ = θ_0 + λ Σ w_i (θ_i - θ_0)
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,); a negative one takes what a model learnt away.
+    base: (...).
+    key: unused.
+    normalize: divides by Σ |w_i|.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype. Elementwise: keeps the sharding.
+
+  Raises:
+    ValueError: no base, or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[3.0], [0.0]])
+    >>> task_arithmetic(stack, jnp.ones(2), jnp.ones(1))
+    Array([2.], dtype=float32)
+
+  References:
+    Ilharco et al. (2023).
+  """
+  given = read("task_arithmetic", stack, weights, base, needs_base=True)
+  merged = merge_task_vectors(given, normalize=normalize, scale=scale, key=key)
+  return merged.astype(stack.dtype)
+
+
+def ties(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any = 0.2,
+  threshold: Any = None,
+  elect: Election = by_mass,
+  normalize: bool = True,
+  scale: Any = 1.0,
+) -> Any:
+  """The mean of the large changes that agree in sign: trim, elect, merge.
+
+      θ = θ_0 + λ Σ_{i agrees} w_i τ_i / Σ_{i agrees} |w_i|
+
+  with τ_i the largest entries of δ_i and the sign that of Σ w_i τ_i.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,); the paper has ones.
+    base: (...).
+    key: unused.
+    density: share of the entries kept, one for all or (n,); 0.2 is the paper's.
+    threshold: magnitudes from which entries are kept, one for all or (n,),
+      instead of the density. The paper trims a model as a whole, mergekit and
+      PEFT each tensor: `magnitude_thresholds` gives the paper's.
+    elect: `by_mass` as in the paper, `by_mass_or_plus` or `by_count` as in
+      mergekit.
+    normalize: False gives the sum.
+    scale: λ; 1 in the paper, which also searches 0.8 to 2.5.
+
+  Returns:
+    (...) in the stack's dtype. Only counts travel under sharding.
+
+  Raises:
+    ValueError: no base, a density outside [0, 1], or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
+    >>> ties(stack, jnp.ones(2), jnp.zeros(4), density=0.5)
+    Array([1.5, 3. , 0. , 0. ], dtype=float32)
+
+  References:
+    Yadav et al. (2023), prateeky2806/ties-merging.
+  """
+  given = read("ties", stack, weights, base, needs_base=True)
+  check_range(density)
+  merged = merge_task_vectors(
+    given,
+    sparsify=by_magnitude if threshold is None else from_threshold,
+    amounts=density if threshold is None else threshold,
+    elect=elect,
+    normalize=normalize,
+    scale=scale,
+    key=key,
+  )
+  return merged.astype(stack.dtype)
+
+
+def sce(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any = 1.0,
+  scale: Any = 1.0,
+) -> Any:
+  """The mean of changes where models differ most: select, calculate, erase.
+
+      θ = θ_0 + λ Σ_{i agrees} s_i τ_i / Σ_{i agrees} |s_i|,   s_i = w_i ‖τ_i‖²
+
+  τ_i has the entries whose variance over the models is largest; a model agrees
+  where τ_i has the sign of Σ τ_i.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,), multiply the strengths; the paper has ones.
+    base: (...).
+    key: unused.
+    density: share of the entries selected, mergekit's `select_topk`.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype; the base where no model changes anything. Only
+    counts and sums travel under sharding.
+
+  Raises:
+    ValueError: no base, a density outside [0, 1], or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
+    >>> sce(stack, jnp.ones(2), jnp.zeros(4), density=0.5).round(4)
+    Array([1.3333, 3.    , 0.    , 0.    ], dtype=float32)
+
+  References:
+    FuseChat (Wan et al., 2024).
+  """
+  del key
+  given = read("sce", stack, weights, base, needs_base=True)
+  check_range(density)
+  deltas = given.deltas
+  spread = jnp.var(deltas, axis=0)
+  least = kth_magnitude(spread, count_of(density, spread.size))
+  selected = (spread >= least) | jnp.isnan(spread)
+  taken = jnp.where(selected[None], deltas, 0.0)
+  strengths = jax.vmap(inner)(taken, taken).reshape(-1) / spread.size
+  change = combine(
+    taken,
+    given.weights * strengths,
+    elect=lambda _: by_mass(taken),
+    normalize=True,
+  )
+  scale = jnp.asarray(scale).astype(jnp.float32)
+  return (given.base + scale * change).astype(stack.dtype)
