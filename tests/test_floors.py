@@ -27,7 +27,7 @@ FLOORS = (
   "application packing packed_files merging routing "
   "symmetries layouts permutations reordering assignments descents alignment "
   "measurements ledgers editing edit_values "
-  "peft_configs peft_files peft_folders adapter_parts overlaps snapshots",
+  "peft_configs peft_files peft_folders adapter_parts overlaps conflicts snapshots",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
@@ -52,6 +52,7 @@ FAMILIES = (
   "adapted banks axis_rules product_rules convolution_rules lookup_rules "
   "interpreter programs binding application",
   "packing packed_files",
+  "overlaps conflicts",
   "symmetries layouts permutations reordering assignments descents alignment",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
