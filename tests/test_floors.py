@@ -27,7 +27,8 @@ FLOORS = (
   "application packing packed_files merging routing "
   "symmetries layouts permutations reordering assignments descents alignment "
   "measurements ledgers editing edit_values "
-  "peft_configs peft_files peft_folders adapter_parts overlaps conflicts snapshots",
+  "peft_configs peft_files peft_folders adapter_parts snapshots "
+  "overlaps conflicts",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
