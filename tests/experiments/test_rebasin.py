@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Barriers, lines, and that matching lowers the one between strangers."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import basins, rebasin
+from jlora.models import networks
+from jlora.paths import flatten
+from jlora.reordering import permute
+
+
+@pytest.fixture(scope="module")
+def task():
+  return basins.digits_task(12, 60)
+
+
+def test_the_same_network_in_another_order_has_no_barrier(task):
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    a = jax.tree.map(np.asarray, task.train(task.start(0), 0, 60))
+    orders = {f"unit.{i}": np.roll(np.arange(12), 3) for i in range(2)}
+    found = rebasin.compare_pair(
+      task, "one network", a, permute(a, orders, task.symmetry)
+    )
+  plain, *matched = (basins.barrier(c) for c in found.curves.values())
+  assert plain > 0.05
+  assert max(matched) < 1e-5
+  assert list(found.moved.values()) == [0, 1, 1]
+  assert found.closer["weights matched"] < 1e-5
+
+
+def test_outcomes_become_a_table_and_a_figure(task):
+  del task
+  curves = {m: [1.0, 2.0 + i, 1.0] for i, m in enumerate(rebasin.METHODS)}
+  curves = {m: np.interp(np.linspace(0, 1, rebasin.POINTS), [0, 0.5, 1], c)
+            for m, c in curves.items()}  # fmt: skip
+  ones = dict.fromkeys(rebasin.METHODS, 0.5)
+  outcomes = [rebasin.Outcome("x", curves, ones, ones)] * 2
+  line = rebasin.as_table(outcomes).splitlines()[-1]
+  assert line == (
+    "| x | 1.000 ± 0.000 | 1.000 ± 0.000 | 2.000 ± 0.000 | 3.000 ± 0.000 "
+    "| 50% | 50% | 0.50 | 0.50 |"
+  )
+  assert len(rebasin.draw_lines(outcomes).axes) == 1
+
+
+def test_a_decoders_outputs_are_named_by_its_parameters():
+  config = {**rebasin.LLAMA, "num_hidden_layers": 1, "hidden_size": 16}
+  model = networks.build(config)
+  tokens = jax.ShapeDtypeStruct((2, 3), np.int32)
+  params = jax.eval_shape(model.network.init, jax.random.key(0), tokens)
+  params = params["params"]
+  found = jax.eval_shape(
+    functools.partial(basins.outputs, model), params, tokens
+  )
+  shapes = {path: x.shape for path, x in flatten(params).items()}
+  assert len(found) == 8
+  for path, x in found.items():
+    assert x.shape == (6, shapes[path][-1])
