@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.merging.consensus import Election, by_mass, combine
-from jlora.merging.inputs import Inputs, inner, numbers, read
+from jlora.merging.inputs import Inputs, along_models, inner, numbers, read
 from jlora.merging.sparsifiers import (
   Sparsifier,
   by_magnitude,
@@ -180,7 +180,7 @@ def sce(
       θ = θ_0 + λ Σ_{i agrees} s_i τ_i / Σ_{i agrees} |s_i|,   s_i = w_i ‖τ_i‖²
 
   τ_i has the entries whose variance over the models is largest; a model agrees
-  where τ_i has the sign of Σ τ_i.
+  where τ_i has the sign of Σ w_i τ_i.
 
   Args:
     stack: (n, ...) floating.
@@ -214,10 +214,11 @@ def sce(
   selected = (spread >= least) | jnp.isnan(spread)
   taken = jnp.where(selected[None], deltas, 0.0)
   strengths = jax.vmap(inner)(taken, taken).reshape(-1) / spread.size
+  votes = along_models(given.weights, taken) * taken
   change = combine(
     taken,
     given.weights * strengths,
-    elect=lambda _: by_mass(taken),
+    elect=lambda _: by_mass(votes),
     normalize=True,
   )
   scale = jnp.asarray(scale).astype(jnp.float32)
