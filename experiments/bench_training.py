@@ -2,12 +2,14 @@
 """How many tokens a second is a LoRA trained on, beside PEFT on torch?
 
   python -m experiments.bench_training [--cache=FOLDER] [--threads=2] [--quick]
+    [--rows=4] [--length=128]
 
 Both train the same adapter, rank 16 on every linear layer, from the same start
 by AdamW on the same float32 weights and tokens: SmolLM2-135M where
 experiments.smollm2 has put it into the cache, else a random model of its shape.
 Each has a process of its own on the same cores; they take turns, a step at a
-time, and must report the same losses. Loading and compiling do not count.
+time, and must report the same losses. On a machine with a GPU both use it
+(JAX_PLATFORMS=cpu forbids it). Loading and compiling do not count.
 --memory measures instead the peak memory of an adapter's training beside full
 finetuning's, both ours.
 """
@@ -190,7 +192,8 @@ def main(_: list[str]) -> None:
   """Measures and prints the table."""
   values = flags.FLAGS
   sizes = QUICK if values.quick else Sizes()
-  sizes = sizes._replace(threads=values.threads)
+  given = {name: values[name].value for name in ("rows", "length", "threads")}
+  sizes = sizes._replace(**{k: v for k, v in given.items() if v is not None})
   print("| part | what | value | goal | how |\n|---|---|---|---|---|")
   choice = bench_scoring.some_model(values.cache, quick=values.quick)
   with choice as (folder, label):
@@ -207,6 +210,8 @@ if __name__ == "__main__":
   # Here, not above: importing this module must not claim a flag's name.
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
   flags.DEFINE_integer("threads", 2, "Of each.", lower_bound=1)
+  flags.DEFINE_integer("rows", None, "Of a batch; 4.", lower_bound=1)
+  flags.DEFINE_integer("length", None, "Tokens of a row; 128.", lower_bound=1)
   flags.DEFINE_bool("quick", False, "A tiny model: does it run?")
   flags.DEFINE_bool("memory", False, "Peak memory instead of speed.")
   app.run(main)

@@ -133,8 +133,8 @@ _THIN = (1e-2, 3e-2, 1e-1)
 KINDS = {
   "prompt of 16": Kind(prompt_of(16), (*_THIN, 3e-1), 16),
   "norms": Kind(shift_norms, (*_THIN, 3e-1)),
-  "LoRA, rank 1": Kind(lora_of(1), _THIN),
-  "LoRA, rank 8": Kind(lora_of(8), (3e-3, *_THIN)),
+  "LoRA, rank 1": Kind(lora_of(1), (3e-3, 1e-2, 3e-2)),
+  "LoRA, rank 8": Kind(lora_of(8), (3e-3, 1e-2, 3e-2)),
   "everything": Kind(shift_everything, (1e-3, 3e-3, 1e-2)),
 }
 

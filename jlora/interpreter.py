@@ -143,8 +143,7 @@ def _remat(eqn, operands, said):
 
 def _scan(eqn, operands, said):
   params = eqn.params
-  closed, count = params["jaxpr"], params["num_consts"]
-  carried = count + params["num_carry"]
+  closed, (count, carried) = params["jaxpr"], _counts_of_scan(params)
   consts, carry = operands[:count], operands[count:carried]
   carry = _densely("the carry of scan", carry, said)
   stacked = [
@@ -167,6 +166,14 @@ def _scan(eqn, operands, said):
     unroll=params["unroll"],
   )
   return [*carry, *stacks]
+
+
+def _counts_of_scan(params) -> tuple[int, int]:
+  """How many operands are constants, and how many those and the carry are."""
+  if "ft_in" in params:  # JAX from 0.11 on has a tree of (consts, carry, xs)
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts.vals), len(consts.vals) + len(carry.vals)
+  return params["num_consts"], params["num_consts"] + params["num_carry"]
 
 
 def _slices_first(value: Adapted, length: int) -> Adapted:
