@@ -17,6 +17,7 @@ import numpy as np
 from jlora.arrays import over_leading
 from jlora.loras import Factors, Lora, from_factors
 from jlora.merging.concatenation import finite, weighted
+from jlora.merging.inputs import numbers
 from jlora.merging.task_vectors import ties
 
 Method = Callable[..., Any]
@@ -72,7 +73,7 @@ def core_space(
   """
   del base
 
-  def merged(key, pairs):
+  def merged(key, pairs, weights):
     p, _ = _directions([(b, a) for a, b in pairs])
     q, _ = _directions(pairs)
     cores = jnp.stack([(p @ a.T) @ (b @ q.T) for a, b in pairs])
@@ -81,7 +82,7 @@ def core_space(
     kept = slice(None, rank)
     return Factors(p.T @ u[:, kept], s[kept], vt[kept] @ q)
 
-  return _over_layers(merged, loras, key, rank)
+  return _over_layers(merged, loras, weights, key, rank)
 
 
 def knots(
@@ -133,7 +134,7 @@ def knots(
   """
   del base
 
-  def merged(key, pairs):
+  def merged(key, pairs, weights):
     q, s = _directions(pairs)
     q = q * (s > tol * s[0]).astype(s.dtype)[:, None]
     tasks = jnp.stack([(q @ b.T) @ a for a, b in pairs])
@@ -144,7 +145,7 @@ def knots(
     kept = slice(None, rank)
     return Factors(v @ u[:, kept], s[kept], vt[kept] @ q)
 
-  return _over_layers(merged, loras, key, rank)
+  return _over_layers(merged, loras, weights, key, rank)
 
 
 def _applied(method, changes, weights, key, settings):
@@ -165,14 +166,17 @@ def _directions(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
   return (q @ u).T, s
 
 
-def _over_layers(merged, loras: Sequence[Lora], key: Any, rank: Any) -> Lora:
-  """A merge `(key, [(a, b)]) -> Factors`, for each layer of a Lora."""
+def _over_layers(
+  merged, loras: Sequence[Lora], weights: Any, key: Any, rank: Any
+) -> Lora:
+  """A merge `(key, pairs, weights) -> Factors`, for each layer of a Lora."""
   if rank is not None and rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}.")
   pairs = [
     (jnp.asarray(a), jnp.asarray(b))
     for a, b in weighted(loras, np.ones(len(loras)))
   ]
+  weights = numbers("weights", weights, len(loras))
   scales = []
   for i, (a, b) in enumerate(pairs):
     pairs[i], scale = finite(a, b)
@@ -182,7 +186,7 @@ def _over_layers(merged, loras: Sequence[Lora], key: Any, rank: Any) -> Lora:
   keys = jax.random.split(key, leading) if leading else key
 
   def one(key, *flat):
-    return merged(key, list(zip(flat[::2], flat[1::2], strict=True)))
+    return merged(key, list(zip(flat[::2], flat[1::2], strict=True)), weights)
 
   flat = [x for pair in pairs for x in pair]
   with jax.default_matmul_precision("highest"):

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from jlora.merging.inputs import along_models, read, weighted_sum
 
+# A singular value below this share of the largest is rounding.
+_NONE = 1e-5
+
 
 def tsv(
   stack: Any,
@@ -40,8 +43,9 @@ def tsv(
     weights: (n,), multiply the singular values; the paper has ones.
     base: (..., i, o).
     key: unused.
-    keep: triplets of each change; None is ⌊min(i, o) / n⌋, the paper's, and at
-      least 1.
+    keep: triplets of each change; None is all where together they are no more
+      than min(i, o), as of adapters, else ⌊min(i, o) / n⌋, the paper's. Those
+      of σ = 0 never count.
     scale: λ.
     tol: σ of unit vectors put side by side, in [0, √n].
 
@@ -68,14 +72,13 @@ def tsv(
     raise ValueError(f"tsv: keep must be at least 1, got {keep}.")
 
   def merged(deltas):
-    count, shorter = deltas.shape[0], min(deltas.shape[1:])
-    kept = max(shorter // count, 1) if keep is None else min(keep, shorter)
     u, s, vt = jnp.linalg.svd(deltas, full_matrices=False)
-    s = along_models(given.weights, s) * s
-    left = jnp.concatenate(u[:, :, :kept], axis=1)
-    right = jnp.concatenate(vt[:, :kept], axis=0)
-    middle = s[:, :kept].reshape(-1)
-    return (_polar(left, tol) * middle[None]) @ _polar(right.T, tol).T
+    s = (along_models(given.weights, s) * s)[:, :keep]
+    there = _counted(s, min(deltas.shape[1:]), keep).astype(s.dtype)
+    left = jnp.concatenate(u[:, :, :keep] * there[:, None, :], axis=1)
+    right = jnp.concatenate(vt[:, :keep] * there[:, :, None], axis=0)
+    middle = s.reshape(1, -1)
+    return (_polar(left, tol) * middle) @ _polar(right.T, tol).T
 
   return _of_matrices(merged, given, scale, stack.dtype)
 
@@ -132,6 +135,16 @@ def iso_c(
     return mean * (u * there[None]) @ vt
 
   return _of_matrices(merged, given, scale, stack.dtype)
+
+
+def _counted(s: Any, room: int, keep: int | None) -> Any:
+  """Which triplets (n, k) take part: the vectors of σ = 0 are arbitrary."""
+  sizes = jnp.abs(s)
+  there = sizes > _NONE * jnp.max(sizes, axis=1, keepdims=True)
+  if keep is not None:
+    return there
+  leading = jnp.arange(s.shape[1]) < max(room // len(s), 1)
+  return there & (leading[None] | (jnp.sum(there) <= room))
 
 
 def _of_matrices(merged, given, scale, dtype):

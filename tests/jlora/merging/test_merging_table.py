@@ -103,7 +103,7 @@ METHODS = {
   "sce": row(jlora.sce, density=1.0),
   "sce selected": row(jlora.sce, density=0.3, then={"leaves_out": False}),
   "model_stock": row(jlora.model_stock),
-  "tsv": row(jlora.tsv, then={"whole": False, "leaves_out": False}),
+  "tsv": row(jlora.tsv, then={"whole": False}),
   "iso_c": row(jlora.iso_c, then={"whole": False}),
 }
 # It takes equal weights alone.
