@@ -87,7 +87,11 @@ from jlora.merging.task_vectors import task_arithmetic as task_arithmetic
 from jlora.merging.task_vectors import ties as ties
 from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
 from jlora.merging.trees import merge as merge
+from jlora.mixtures import random_rows as random_rows
+from jlora.mixtures import router_rows as router_rows
+from jlora.mixtures import save_mixture as save_mixture
 from jlora.moments import Moment as Moment
+from jlora.moments import dense_inputs as dense_inputs
 from jlora.moments import second_moments as second_moments
 from jlora.moments import weighted_error as weighted_error
 from jlora.overlaps import overlap as overlap
@@ -159,6 +163,7 @@ __all__ = [
   "dare",
   "della",
   "dense",
+  "dense_inputs",
   "edit_key",
   "edit_keys",
   "edit_layers",
@@ -197,13 +202,16 @@ __all__ = [
   "pack",
   "passthrough",
   "prepend",
+  "random_rows",
   "read_report",
   "recompress",
   "recovered",
   "refine",
   "refuse",
   "relative_to_base",
+  "router_rows",
   "save_merged",
+  "save_mixture",
   "save_orbax",
   "save_packed",
   "save_peft",

@@ -72,7 +72,7 @@ def save_merged(
   folder, biases, full = Path(folder), biases or {}, full or {}
   if folder.exists():
     raise ValueError(f"{folder} exists; give a new name.")
-  config = _read_config(base.path)
+  config = read_config(base.path)
   table = table_for(base.spec, model_type or config.get("model_type"))
   views = {p: view_of(p, base.spec[p].shape, table) for p in loras if p in base}
   _check_changes(base, loras, views, biases, full)
@@ -91,7 +91,7 @@ def save_merged(
   partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
   try:
     partial.mkdir()
-    _copy_companions(base.path, partial)
+    copy_companions(base.path, partial)
     if config:
       config = _merged_config(config, base, spec, dtype)
       text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -147,14 +147,33 @@ def _merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
   return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-  """The base's config.json, or nothing."""
+def read_config(path: Path) -> dict[str, Any]:
+  """The config.json of a checkpoint folder; nothing if it has none.
+
+  Args:
+    path: the folder, or a file.
+
+  Returns:
+    Its content.
+
+  Example:
+    >>> read_config(Path("nowhere"))
+    {}
+  """
   file = path / _CONFIG
   return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-  """Copies the small files of a checkpoint folder, without its indices."""
+def copy_companions(source: Path, target: Path) -> None:
+  """Copies the small files of a checkpoint folder, without its indices.
+
+  Args:
+    source: the folder; nothing is copied if it is a file.
+    target: a folder that exists.
+
+  Example:
+    >>> copy_companions(Path("nowhere"), Path("."))
+  """
   if not source.is_dir():
     return
   for file in sorted(source.iterdir()):

@@ -95,6 +95,56 @@ def second_moments(
   return {names[path]: Moment(totals[path], counts[path]) for path in totals}
 
 
+def dense_inputs(
+  apply: Apply, params: Any, batch: Any, paths: Iterable[str]
+) -> dict[str, jax.Array]:
+  """What some `nn.Dense` of a linen model read, path -> (..., in).
+
+  As `second_moments` captures them, but whole: of a router's layers, say, to
+  see where prompts lie.
+
+  Args:
+    apply: `(params, tokens) -> anything`, calls a linen model.
+    params: what it takes.
+    batch: what it takes second.
+    paths: kernels, as in `flatten(params)`.
+
+  Returns:
+    {path: (..., in)}, of the last call of each.
+
+  Raises:
+    ValueError: a path that no Dense was called for.
+
+  Example:
+    >>> import flax.linen
+    >>> model = flax.linen.Dense(3)
+    >>> x = jnp.array([[1.0, 2.0]])
+    >>> params = model.init(jax.random.key(0), x)
+    >>> dense_inputs(model.apply, params, x, ["params/kernel"])
+    {'params/kernel': Array([[1., 2.]], dtype=float32)}
+  """
+  found: dict[str, jax.Array] = {}
+
+  def note(call, arguments, options, context):
+    module = context.module
+    if isinstance(module, nn.Dense) and context.method_name == "__call__":
+      x = options["inputs"] if "inputs" in options else arguments[0]
+      found["/".join((*module.path, "kernel"))] = x
+    return call(*arguments, **options)
+
+  with nn.intercept_methods(note):
+    apply(params, batch)
+  names = _names_in(params, found)
+  inputs = {names[path]: x for path, x in found.items()}
+  missing = [path for path in paths if path not in inputs]
+  if missing:
+    raise ValueError(
+      f"No nn.Dense was called for {name_some(missing)}; there are "
+      f"{name_some(sorted(inputs))}."
+    )
+  return {path: inputs[path] for path in paths}
+
+
 def weighted_error(delta: Any, lora: Lora, moment: Any) -> float:
   """The error of a Lora in what the layer writes, for inputs as they come.
 

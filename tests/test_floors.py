@@ -32,7 +32,7 @@ FLOORS = (
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
-  "report_tables initialisation starts training",
+  "mixtures report_tables initialisation starts training",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress",
   # 5: the public names
@@ -56,7 +56,8 @@ FAMILIES = (
   "overlaps conflicts",
   "symmetries layouts permutations reordering assignments descents alignment",
   "peft_configs peft_files peft_folders adapter_parts",
-  "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints",
+  "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
+  "mixtures",
   "models",
   "moments whitening",
   "initialisation starts",
