@@ -16,6 +16,9 @@ from jlora.arrays import library_of
 from jlora.layouts import Factor, Layout, Place
 from jlora.permutations import Permutations
 
+# Turns that several inner permutations take at the most.
+_TURNS = 20
+
 
 class Tensor(NamedTuple):
   """What a permutation and those inside it act on, of two networks.
@@ -226,23 +229,26 @@ def _match_units(pairs, inner, sizes, tol):
     if sizes[name] > 1 and any(name in names for names, _, _ in pairs)
   ]
   start = _score(pairs, orders)
-  gained = bool(acting)
-  while gained:
-    gained = False
-    for name in acting:
-      scores = np.zeros((sizes[name], sizes[name]))
-      for names, a, b in pairs:
-        if name in names:
-          at = names.index(name)
-          other = _unfold(_ordered(names, b, orders, name), at)
-          scores += np.asarray(_unfold(a, at) @ other.T)
-      # Scores of the order before any was found for this one: compare there.
-      turned = scores[:, orders[name]]
-      step, gain = solve(turned, tol)
-      if gain > 0:
-        orders[name] = orders[name][step]
-        gained = len(acting) > 1
+  # Rounding must not keep this going where gains are as small as it is.
+  for _ in range(_TURNS if len(acting) > 1 else 1):
+    moved = [_turn(pairs, name, orders, sizes[name], tol) for name in acting]
+    if not any(moved):
+      break
   return _score(pairs, orders), orders, start
+
+
+def _turn(pairs, name, orders, size: int, tol: float) -> bool:
+  """Puts one inner permutation at its best, the others held; if it moved."""
+  scores = np.zeros((size, size))
+  for names, a, b in pairs:
+    if name in names:
+      at = names.index(name)
+      other = _unfold(_ordered(names, b, orders, name), at)
+      scores += np.asarray(_unfold(a, at) @ other.T)
+  # Gains count from the order that was found so far.
+  step, gain = solve(scores[:, orders[name]], tol)
+  orders[name] = orders[name][step]
+  return gain > 0
 
 
 def _score(pairs, orders) -> float:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from unit_orders import NAMES, distance, draw, network
 
 from jlora.alignment import match_activations, match_weights, merge_many
@@ -20,6 +22,11 @@ from jlora.reordering import permute
 from jlora.symmetries import Row, Symmetry, chain
 
 TWO = chain(["in", "out"])
+HEADS = Symmetry(
+  (Row("v", "-, head value"), Row("o", "head value, -")),
+  {"value": "head"},
+  {"head": 3},
+)
 
 
 def pair(seed, units=5, samples=3):
@@ -94,23 +101,19 @@ def test_one_permutation_is_the_best_of_all(seed, units):
 
 def test_heads_with_one_thing_inside_are_matched_exactly():
   """A layer's heads and their values: all 3! x 2!^3 orders."""
-  heads = Symmetry(
-    (Row("v", "-, head value"), Row("o", "head value, -")),
-    {"value": "head"}, {"head": 3},
-  )  # fmt: skip
   rng = np.random.default_rng(0)
   a, b = (
     {"v": rng.standard_normal((3, 6), np.float32),
      "o": rng.standard_normal((6, 2), np.float32)}
     for _ in range(2)
   )  # fmt: skip
-  found = match_weights(a, b, heads, tol=0.0)
+  found = match_weights(a, b, HEADS, tol=0.0)
   best = -np.inf
   inner = list(itertools.permutations(range(2)))
   for order in itertools.permutations(range(3)):
     for rows in itertools.product(inner, repeat=3):
       orders = {"head": np.array(order), "value": np.array(rows)}
-      moved = permute(b, orders, heads)
+      moved = permute(b, orders, HEADS)
       best = max(best, sum(float(np.vdot(a[p], moved[p])) for p in a))
   assert found.scores[-1] == pytest.approx(best, abs=1e-4)
 
@@ -226,17 +229,34 @@ def test_a_start_is_kept():
 
 
 def test_jax_agrees_with_numpy_in_bfloat16_too():
-  _, a, _, symmetry = network("all heads their own", 0)
-  a = {"layers": {"0": {"attn": a["layers"]["0"]["attn"]}}}
-  other = permute(a, draw(a, symmetry, 1), symmetry)
-  found = match_weights(a, other, symmetry).permutations
+  rng = np.random.default_rng(0)
+  a = {"v": rng.standard_normal((5, 6), np.float32),
+       "o": rng.standard_normal((6, 5), np.float32)}  # fmt: skip
+  other = permute(a, draw(a, HEADS, 1), HEADS)
+  found = match_weights(a, other, HEADS).permutations
   on_device = match_weights(
     jax.tree.map(jax.numpy.asarray, a),
     jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.bfloat16), other),
-    symmetry,
+    HEADS,
   )
-  for name in ("kv.0", "value.0"):
-    np.testing.assert_array_equal(on_device.permutations[name], found[name])
+  jax.tree.map(np.testing.assert_array_equal, on_device.permutations, found)
+  assert not is_identity(found)
+
+
+def test_sharded_networks_are_matched_and_permuted_as_whole_ones():
+  a = pair(0, 8, 4)
+  b = permute(a, {"unit.0": np.roll(np.arange(8), 3)}, TWO)
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  spec = {"in/kernel": P(None, "x"), "out/kernel": P("x")}
+  left, right = (
+    {path: jax.device_put(x, NamedSharding(mesh, spec[path]))
+     for path, x in tree.items()}
+    for tree in (a, b)
+  )  # fmt: skip
+  found = match_weights(left, right, TWO).permutations
+  moved = permute(right, found, TWO)
+  jax.tree.map(np.testing.assert_array_equal, moved, a)
+  assert len(moved["in/kernel"].sharding.device_set) == 8
 
 
 def test_networks_must_be_alike_and_finite():
