@@ -126,15 +126,18 @@ def magnitude_thresholds(
     }
     if not pairs:
       raise ValueError("The models have no floating parameter to trim.")
-    size = sum(leaf.size for _, leaf in pairs.values())
-    count = count_of(share, size)
-    return kth_of_all(
-      list(pairs.values()), lambda pair: jnp.abs(difference(*pair)), count
-    )
+    return _threshold(list(pairs.values()), share)
 
   return jnp.stack(
     [of_model(own, share) for own, share in zip(flat, density, strict=True)]
   )
+
+
+@jax.jit
+def _threshold(pairs: Sequence[tuple[Any, Any]], density: Any) -> Any:
+  """The magnitude that a share of all changes reaches."""
+  count = count_of(density, sum(leaf.size for leaf, _ in pairs))
+  return kth_of_all(pairs, lambda pair: jnp.abs(difference(*pair)), count)
 
 
 def _merged(path, leaves, under, method, options, key):
