@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import bench_scoring, processes
+from experiments import bench_scoring, processes, steppers
 from experiments.bench_arrays import Row
 from experiments.bench_extract import as_line
 from experiments.steppers import QUICK, Sizes
@@ -49,8 +49,9 @@ def measure_training(
     label: what the model is called.
 
   Yields:
-    A row for each, and one for the median ratio of neighbouring turns; without
-    torch, transformers and peft only ours and an empty one.
+    A row for each, one for the base's products by themselves, and one for the
+    median ratio of neighbouring turns; without torch, transformers and peft
+    only ours and an empty one.
 
   Raises:
     RuntimeError: if one of them fails, or their losses differ.
@@ -59,8 +60,8 @@ def measure_training(
     map(importlib.util.find_spec, ("torch", "transformers", "peft"))
   )
   names = ["ours", "PEFT"] if has_peer else ["ours"]
-  found = _take_turns(names, str(folder), sizes)
-  losses = np.array([turns[:, 2] for turns in found.values()])
+  found = _take_turns([*names, steppers.PRODUCTS], str(folder), sizes)
+  losses = np.array([found[name][:, 2] for name in names])
   if np.ptp(losses, axis=0).max() > 2e-3:
     raise RuntimeError(f"the losses of {names} differ: {losses.tolist()}")
   count = sizes.rows * sizes.length

@@ -23,6 +23,7 @@ from jlora.training import train
 Stepper = Callable[[np.ndarray], float]
 
 _RATE = 1e-3
+PRODUCTS = "the base's bare products"
 
 
 class Sizes(NamedTuple):
@@ -112,6 +113,32 @@ def _full(folder: str, sizes: Sizes) -> Stepper:
   return step
 
 
+def _products(folder: str, sizes: Sizes) -> Stepper:
+  """The base's own products of a step, one by one: what no step can go below.
+
+  Of every matrix x w, and dy wᵀ for the gradient of x; of an embedding those of
+  a tied head. The loss it says is 0.
+  """
+  _, params = models.load(folder)
+  count = sizes.rows * sizes.length
+  matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+  times = jax.jit(jnp.matmul)
+  back = jax.jit(lambda dy, w: dy @ w.T)
+  sides = {side for w in matrices for side in w.shape}
+  rows = {
+    side: jax.random.normal(jax.random.key(side), (count, side))
+    for side in sides
+  }
+
+  def step(_: np.ndarray) -> float:
+    for w in matrices:
+      jax.block_until_ready(times(rows[w.shape[0]], w))
+      jax.block_until_ready(back(rows[w.shape[1]], w))
+    return 0.0
+
+  return step
+
+
 def _peft(folder: str, sizes: Sizes) -> Stepper:
   """PEFT's model as it comes, with torch's fused AdamW.
 
@@ -155,7 +182,12 @@ def _peft(folder: str, sizes: Sizes) -> Stepper:
   return step
 
 
-STEPPERS = {"ours": _ours, "PEFT": _peft, "full": _full}
+STEPPERS = {
+  "ours": _ours,
+  "PEFT": _peft,
+  "full": _full,
+  PRODUCTS: _products,
+}
 
 
 def serve(name: str, folder: str, sizes: Sizes) -> None:

@@ -6,15 +6,19 @@ import importlib.util
 import numpy as np
 import pytest
 
-from experiments import bench_scoring, bench_training, processes
+from experiments import bench_scoring, bench_training, processes, steppers
 
 
 @pytest.fixture
 def pretended(monkeypatch):
-  """Ours takes 1 s and 2 s of processor time, PEFT 3 s and 4 s."""
+  """Ours takes 1 s and 2 s of processor time, PEFT 3 and 4, products half."""
 
   def take_turns(names, folder, sizes):
-    found = {"ours": [1.0, 2.0, 5.0], "PEFT": [3.0, 4.0, 5.0]}
+    found = {
+      "ours": [1.0, 2.0, 5.0],
+      "PEFT": [3.0, 4.0, 5.0],
+      steppers.PRODUCTS: [0.5, 1.0, 0.0],
+    }
     return {name: np.array([found[name]] * sizes.turns) for name in names}
 
   monkeypatch.setattr(bench_training, "_take_turns", take_turns)
@@ -25,16 +29,17 @@ def _rows(sizes=bench_training.QUICK):
 
 
 def test_ratios_are_those_of_the_turns(pretended):
-  ours, theirs, ratio = _rows()
+  ours, theirs, products, ratio = _rows()
   assert ours.value == 64.0
   assert theirs.value == pytest.approx(64 / 3)
+  assert products.value == 128.0
   assert (ratio.value, ratio.goal) == (3.0, ">= 1.2")
   assert "2.00 x in processor time" in ratio.note
 
 
 def test_without_peft_its_row_says_so(pretended, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  ours, ratio = _rows()
+  ours, _, ratio = _rows()
   assert ours.what == "ours"
   assert (ratio.value, ratio.note) == (None, "not run")
 
@@ -70,5 +75,6 @@ def test_both_take_the_same_steps():
   sizes = bench_training.QUICK._replace(turns=1)
   with bench_scoring.some_model(None, quick=True) as (folder, label):
     rows = list(bench_training.measure_training(folder, sizes, label=label))
-  assert [row.what for row in rows] == ["ours", "PEFT", "ours over PEFT"]
+  names = ["ours", "PEFT", steppers.PRODUCTS, "ours over PEFT"]
+  assert [row.what for row in rows] == names
   assert all(row.value > 0 for row in rows)
