@@ -47,13 +47,15 @@ class Matched(NamedTuple):
 
 
 def solve(scores: Any, tol: float = 0.0) -> tuple[np.ndarray, float]:
-  """The assignment of largest score, or the present one if it is as good.
+  """The assignment of largest score, of equal ones that which moves least.
 
-      max_p Σ_i scores[i, p(i)]
+      max_p Σ_i scores[i, p(i)] + tol max |scores| [p(i) = i]
 
   Args:
     scores: (n, n), finite.
-    tol: the gain that counts, as a share of Σ_i max_j |scores[i, j]|.
+    tol: a unit moves for more than this share of the largest score; any do
+      for more than it of Σ_i max_j |scores[i, j]|. Units that are never active
+      would move at random without it.
 
   Returns:
     p (n,) int64 and its gain over p(i) = i. O(n³) on the host.
@@ -67,7 +69,8 @@ def solve(scores: Any, tol: float = 0.0) -> tuple[np.ndarray, float]:
   """
   scores = np.asarray(scores, np.float64)
   here = np.arange(len(scores))
-  found = linear_sum_assignment(scores, maximize=True)[1]
+  stay = tol * np.abs(scores).max() * np.eye(len(scores))
+  found = linear_sum_assignment(scores + stay, maximize=True)[1]
   gain = float(np.sum(scores[here, found] - scores[here, here]))
   if gain <= tol * float(np.abs(scores).max(axis=1).sum()):
     return here, 0.0

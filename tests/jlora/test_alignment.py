@@ -271,6 +271,13 @@ def test_networks_must_be_alike_and_finite():
     match_weights(a, {**a, "in/kernel": np.nan * a["in/kernel"]}, TWO)
 
 
+def test_units_that_are_never_active_stay_where_they_are():
+  scores = np.zeros((6, 6))
+  scores[0, 1] = scores[1, 0] = 1.0
+  assert solve(scores, 1e-6)[0].tolist() == [1, 0, 2, 3, 4, 5]
+  assert solve(scores, 1e-6)[1] == pytest.approx(2)
+
+
 def test_ties_keep_the_present_order():
   assert solve(np.ones((4, 4)))[0].tolist() == [0, 1, 2, 3]
   assert solve(np.eye(3)[::-1])[0].tolist() == [2, 1, 0]
