@@ -58,7 +58,8 @@ def tsv(
     ValueError: no base, keep below 1, or as `read`.
 
   Example:
-    >>> stack = jnp.stack([jnp.diag(jnp.array(x)) for x in ([3.0, 0], [0, 1])])
+    >>> both = jnp.float32([[3, 0], [0, 1]])
+    >>> stack = jax.vmap(jnp.diag)(both)
     >>> tsv(stack, jnp.ones(2), jnp.zeros((2, 2))).round(4)
     Array([[3., 0.],
            [0., 1.]], dtype=float32)
@@ -116,7 +117,8 @@ def iso_c(
     ValueError: no base, or as `read`.
 
   Example:
-    >>> stack = jnp.stack([jnp.diag(jnp.array(x)) for x in ([3.0, 0], [0, 1])])
+    >>> both = jnp.float32([[3, 0], [0, 1]])
+    >>> stack = jax.vmap(jnp.diag)(both)
     >>> iso_c(stack, jnp.ones(2), jnp.zeros((2, 2))).round(4)
     Array([[2., 0.],
            [0., 2.]], dtype=float32)
