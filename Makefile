@@ -23,7 +23,7 @@ types: .venv/.test
 	$(BIN)/pyright
 
 unit: .venv/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: .venv/.demo
 	$(BIN)/python -m experiments.bench_extract $(ARGS)

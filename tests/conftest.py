@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strict numerics for every test: 8 CPU devices, no silent promotion."""
 
+import os
 import zlib
 
 import jax
 import pytest
 import scipy.linalg.cython_lapack  # noqa: F401  loads what is limited next
 import threadpoolctl
+
+# Nearly all programs here run once and are small: compiling them is most of a
+# test, and without LLVM's optimisations two thirds of the time.
+_FLAGS = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = _FLAGS.strip()
 
 # LAPACK's threads spin against XLA's over the same cores: minutes for seconds.
 threadpoolctl.threadpool_limits(1, user_api="blas")
@@ -20,3 +26,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key(request):
   """A PRNG key derived from the test's own name, stable across runs."""
   return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """Compiled programs of a file go with it: they would take gigabytes."""
+  yield
+  jax.clear_caches()

@@ -28,6 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # No such machine is asked for anything; without these libtpu looks for one.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
+  "XLA_FLAGS": "",  # the compilers as they come, whatever tests are run with
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",
