@@ -141,7 +141,7 @@ def fill_missing(adapters: Sequence[Mapping[str, Lora]]) -> list[Loras]:
 
   def none(like):
     unit = Lora(like.a[..., :1, :], like.b[..., :1, :], like.scale)
-    return jax.tree.map(lambda x: x * 0, unit)
+    return jax.tree.map(lambda x: library_of(x).zeros_like(x), unit)
 
   return [
     {path: own[path] if path in own else none(there[path]) for path in paths}

@@ -47,8 +47,9 @@ def merge(
   Returns:
     A pytree like the first model, `{path: array}` of mappings that are none.
     Leaves have the first model's dtype, computed in float32 and rounded once,
-    with n + 1 float32 copies of a parameter at a time. Leaves that are not
-    floating are the first model's. A leaf that stands in several places (tied
+    with n + 1 float32 copies of a parameter at a time; a program for each
+    shape, method and settings, so keep a partial for the next call. Leaves not
+    floating are the first model's. One that stands in several places (tied
     weights) is merged once, as at the first of them. Pure: jit it as a whole,
     with what is tied closed over.
 
@@ -226,7 +227,10 @@ def _shape(leaf: Any) -> Any:
   """What must agree: a Lora's in and out, an array's shape, or the kind."""
   if _is_lora(leaf):
     return "Lora", *leaf.a.shape[:-2], leaf.a.shape[-1], leaf.b.shape[-1]
-  return leaf.shape if _is_array(leaf) else ()
+  if not _is_array(leaf):
+    return ()
+  is_merged = is_floating(leaf.dtype)
+  return leaf.shape if is_merged else (*leaf.shape, str(leaf.dtype))
 
 
 def _is_lora(leaf: Any) -> bool:

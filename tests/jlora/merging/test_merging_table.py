@@ -144,6 +144,10 @@ SAME = ("ties", "ties as mergekit", "ties by count", "sum", "sce", "slerp")
 SAME += ("della_linear", "breadcrumbs_ties", "dare_linear", "nuslerp")
 
 
+# They decompose whole matrices.
+GATHERED = ("tsv", "iso_c")
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in SAME])
 def test_compiled_batched_sharded_and_in_bfloat16(name):
   """Two layers over 8 devices at once, each as it is alone on one.
@@ -156,11 +160,14 @@ def test_compiled_batched_sharded_and_in_bfloat16(name):
   place = lambda x, *spec: jax.device_put(  # noqa: E731
     x, NamedSharding(mesh, PartitionSpec(*spec))
   )
-  found = jax.jit(jax.vmap(METHODS[name].method))(
+  given = (
     place(stack.astype(jnp.bfloat16), None, None, "x"),
     place(weights),
     place(base.astype(jnp.bfloat16), None, "x"),
   )
+  merge = jax.jit(jax.vmap(METHODS[name].method)).lower(*given).compile()
+  assert ("all-gather" in merge.as_text()) == (name in GATHERED)
+  found = merge(*given)
   assert found.dtype == jnp.bfloat16
   for i, own in enumerate(np.asarray(found)):
     exact = run(name, rounded(stack[i]), weights[i], rounded(base[i]))

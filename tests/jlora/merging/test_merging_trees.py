@@ -159,6 +159,11 @@ def test_leaves_that_are_not_floating_must_agree():
       r"model 0 and model 1 differ in shape: a: \(2,\) and \(3,\)",
     ),
     (
+      [{"a": jnp.ones(2)}, {"a": jnp.ones(2, int)}],
+      {},
+      r"a: \(2,\) and \(2, 'int32'\)",
+    ),
+    (
       [{"a": jnp.ones(2)}] * 2,
       {"weights": [1.0, -1.0]},
       "a: weights .* sum to zero",
