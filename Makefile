@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The accelerators' compilers stay out of the environment of everything else.
 AOT := .venv/aot
+# On a machine with a Hopper card.
+GPU := .venv/gpu
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
+  test-gpu bench-gpu \
   bench-scoring bench-sweep clean
 
 demo: .venv/.demo
@@ -41,6 +44,13 @@ test-aot: $(AOT)/.done
 bench-kernels: $(AOT)/.done
 	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pallas_kernels.bench $(ARGS)
 
+test-gpu: $(GPU)/.done
+	JAX_PLATFORMS=cuda,cpu $(GPU)/bin/python -m pytest $(ARGS) \
+	  tests/pallas_kernels/lora_dot/test_lora_dot_on_cards.py
+
+bench-gpu: $(GPU)/.done
+	JAX_PLATFORMS=cuda,cpu $(GPU)/bin/python -m pallas_kernels.bench_gpu $(ARGS)
+
 format: .venv/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -59,6 +69,11 @@ format: .venv/.test
 $(AOT)/.done: .venv/bin/python pyproject.toml
 	.venv/bin/python -m venv $(AOT)
 	$(AOT)/bin/pip install --quiet --editable '.[aot]'
+	touch $@
+
+$(GPU)/.done: .venv/bin/python pyproject.toml
+	.venv/bin/python -m venv $(GPU)
+	$(GPU)/bin/pip install --quiet --editable '.[gpu]'
 	touch $@
 
 clean:

@@ -46,7 +46,8 @@ _HEAD = (
 )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+  """Prints a Markdown table, each row as soon as it is known."""
   print("| " + " | ".join(head) + " |", flush=True)
   print("|" + " --- |" * len(head), flush=True)
   for row in rows:
@@ -106,7 +107,7 @@ def show_programs(options: argparse.Namespace) -> None:
             print(f"{row.name}: {row.refused[:500]}", file=sys.stderr)
         yield _cells(f"{matrix.model} {matrix.name}", rows)
 
-  _table(_HEAD, lines())
+  print_table(_HEAD, lines())
 
 
 def verdict(value: float | None, most: float) -> str:
@@ -160,7 +161,7 @@ def show_goals(options: argparse.Namespace) -> None:
         for m, goal, value, most in _goals_of(chip, rank, options.out):
           yield [chip, str(m), str(rank), goal, verdict(value, most)]
 
-  _table(("chip", "rows", "rank", "fused", "found"), rows())
+  print_table(("chip", "rows", "rank", "fused", "found"), rows())
 
 
 def show_rooflines(options: argparse.Namespace) -> None:
@@ -175,7 +176,7 @@ def show_rooflines(options: argparse.Namespace) -> None:
         found = bound(chip, flops, 2 * (m * k + k * n + m * n))
         yield [name, str(m), f"{1e6 * found.seconds:.1f}", found.by]
 
-  _table(("chip", "rows", "roofline us", "bound by"), rows())
+  print_table(("chip", "rows", "roofline us", "bound by"), rows())
 
 
 def show_cpu(options: argparse.Namespace) -> None:
@@ -194,7 +195,7 @@ def show_cpu(options: argparse.Namespace) -> None:
       ]
 
   head = "M x K x N", "rank", "base ms", "layer / base", "1 + share", "goal"
-  _table(head, rows())
+  print_table(head, rows())
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

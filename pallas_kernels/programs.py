@@ -55,8 +55,8 @@ def nf4_unfused(x, codes, absmax, a, b):
   return xla_dot(x, Nf4(codes, absmax, x.shape[-1]), a, b)
 
 
-def _step(layer, x, w, a, b, dy):
-  """(y, dx, da, db) of a layer whose matrix is frozen."""
+def step_of(layer, x, w, a, b, dy):
+  """The step (y, dx, da, db) of a layer whose matrix is frozen."""
   y, pull = jax.vjp(lambda x, a, b: layer(x, w, a, b), x, a, b)
   return y, *pull(dy)
 
@@ -69,12 +69,12 @@ def base_step(x, w, dy):
 
 def unfused_step(x, w, a, b, dy):
   """Forward and backward through the three products."""
-  return _step(unfused, x, w, a, b, dy)
+  return step_of(unfused, x, w, a, b, dy)
 
 
 def fused_step(x, w, a, b, dy):
   """Forward and backward through the TPU kernel."""
-  return _step(fused, x, w, a, b, dy)
+  return step_of(fused, x, w, a, b, dy)
 
 
 FORWARD: dict[str, Callable] = {

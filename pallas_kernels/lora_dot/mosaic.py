@@ -43,17 +43,26 @@ class Settings(NamedTuple):
   place: Place | None
 
 
-def chip_here() -> str | None:
-  """The TPU that programs are compiled for, a name of `CHIPS`, or None.
+def kind_here() -> str:
+  """What jax calls the device that programs are compiled for.
 
   The mesh of `jax.sharding.use_abstract_mesh` says so where there is no device.
 
   Example:
-    >>> chip_here()  # on a CPU
+    >>> kind_here()
+    'cpu'
   """
   target = jax.sharding.get_abstract_mesh().abstract_device
-  kind = target.device_kind if target else jax.devices()[0].device_kind
-  return CHIP_OF_KIND.get(kind)
+  return target.device_kind if target else jax.devices()[0].device_kind
+
+
+def chip_here() -> str | None:
+  """The TPU that programs are compiled for, a name of `CHIPS`, or None.
+
+  Example:
+    >>> chip_here()  # on a CPU
+  """
+  return CHIP_OF_KIND.get(kind_here())
 
 
 def refuse_tpu(
@@ -151,18 +160,27 @@ def tpu_dot(
     reason = "an Nf4 w is not split: call it inside shard_map, without `place`"
   if reason or chip is None:
     raise ValueError(f"tpu_dot: {reason}.")
-  if gate is not None:
-    gate = gate.astype(jnp.float32)
-    rank = a.shape[0]
-    if all(size == 1 for size in gate.shape[:-1]):
-      gate = jnp.broadcast_to(gate.reshape(-1), (rank,))
-    else:
-      gate = jnp.broadcast_to(
-        gate.reshape((1,) * (x.ndim - gate.ndim) + gate.shape),
-        (*x.shape[:-1], rank),
-      )
+  gate = broadcast_gate(gate, x, a.shape[0])
   forward = _forward_with(Settings(chip, tiling, interpret, place))
   return differentiable(forward, transpose_w, *vary_alike((x, w, a, b, gate)))
+
+
+def broadcast_gate(
+  gate: jax.Array | None, x: jax.Array, r: int
+) -> jax.Array | None:
+  """The gate in float32, (r,) if it is one for all rows, else (..., r).
+
+  Example:
+    >>> broadcast_gate(jnp.ones((4, 1)), jnp.ones((4, 8)), 2).shape
+    (4, 2)
+  """
+  if gate is None:
+    return None
+  gate = gate.astype(jnp.float32)
+  if all(size == 1 for size in gate.shape[:-1]):
+    return jnp.broadcast_to(gate.reshape(-1), (r,))
+  ones = (1,) * (x.ndim - gate.ndim)
+  return jnp.broadcast_to(gate.reshape(ones + gate.shape), (*x.shape[:-1], r))
 
 
 @functools.cache
@@ -202,7 +220,7 @@ def _batched(settings: Settings, transpose_w: bool, return_u: bool) -> Callable:
       axes = jax.tree.map(lambda yes: 0 if yes else None, tuple(batched))
       out = jax.vmap(each, in_axes=axes)(x, w, a, b, gate)
     else:
-      x, gate = _as_rows(axis_size, batched[0], batched[4], x, gate)
+      x, gate = as_rows(axis_size, batched[0], batched[4], x, gate)
       out = _batched(_moved(settings), transpose_w, return_u)(x, w, a, b, gate)
     return out, (True, True) if return_u else True
 
@@ -217,7 +235,7 @@ def _moved(settings: Settings) -> Settings:
   return settings._replace(place=place._replace(x=P(None, *place.x)))
 
 
-def _as_rows(size, many_x, many_gates, x, gate):
+def as_rows(size, many_x, many_gates, x, gate):
   """(x, gate) with the batch as the first of x's leading axes."""
   if not many_x:
     x = jnp.broadcast_to(x, (size, *x.shape))

@@ -4,6 +4,7 @@
 `make test-aot`: no GPU is needed, but its compiler is; one process each.
 """
 
+import functools
 import importlib.util
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from pallas_kernels.aot.compiling import compile_apart
 from pallas_kernels.lora_dot.gpu import gpu_dot
+from pallas_kernels.lora_dot.hopper import HopperTiling
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -24,16 +26,24 @@ def layer(m, k, n, r, dtype=jnp.bfloat16):
   return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
 
+ALONE = HopperTiling(paired=False)
+
+
 @pytest.mark.parametrize(
-  ("m", "k", "n", "r", "dtype"),
+  ("m", "k", "n", "r", "dtype", "options"),
   [
-    (8192, 4096, 4096, 16, jnp.bfloat16),
-    (2048, 4096, 14336, 64, jnp.bfloat16),
-    (128, 4096, 4096, 256, jnp.float16),
+    (8192, 4096, 4096, 16, jnp.bfloat16, {}),
+    (2048, 4096, 14336, 64, jnp.bfloat16, {"transpose_w": True}),
+    (8192, 14336, 4096, 16, jnp.bfloat16, {"tiling": ALONE}),
+    (8, 4096, 4160, 256, jnp.float16, {}),
   ],
 )
-def test_the_hopper_kernel_compiles_without_spills(m, k, n, r, dtype):
-  found = compile_apart(gpu_dot, layer(m, k, n, r, dtype), "h100")
+def test_the_hopper_kernel_compiles_without_spills(m, k, n, r, dtype, options):
+  x, w, a, b = layer(m, k, n, r, dtype)
+  if "transpose_w" in options:
+    w = jax.ShapeDtypeStruct(w.shape[::-1], dtype)
+  run = functools.partial(gpu_dot, **options)
+  found = compile_apart(run, [x, w, a, b], "h100")
   assert found.refused is None, found.refused
   assert "lora_dot" in found.text
   if not found.ptxas:

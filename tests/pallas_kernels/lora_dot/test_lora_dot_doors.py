@@ -23,6 +23,7 @@ from pallas_kernels.lora_dot import (
   tpu_dot,
   xla_dot,
 )
+from pallas_kernels.lora_dot.gpu import gpu_dot
 from pallas_kernels.lora_dot.quantised import quantise_nf4
 from pallas_kernels.lora_dot.tilings import (
   CHIPS,
@@ -65,7 +66,35 @@ def test_choice_is_by_the_table(chip, sizes, chosen, monkeypatch):
   assert api.choose(*shapes(*sizes), transpose_w=False) is xla_dot
 
 
-def test_one_device_sis_local_inside_shard_map():
+@pytest.mark.parametrize(
+  ("sizes", "dtype", "chosen"),
+  [
+    ((2048, 4096, 4096, 16), jnp.bfloat16, gpu_dot),
+    ((8192, 1024, 4096, 1024), jnp.bfloat16, gpu_dot),
+    ((2048, 14336, 4096, 1), jnp.bfloat16, gpu_dot),
+    ((512, 4096, 14336, 16), jnp.bfloat16, xla_dot),
+    ((2048, 4096, 1024, 16), jnp.bfloat16, xla_dot),  # too few blocks
+    ((2560, 4096, 4096, 16), jnp.bfloat16, xla_dot),  # a last turn half empty
+    ((8192, 2048, 2048, 16), jnp.bfloat16, xla_dot),  # not measured
+    ((8192, 4096, 4096, 1025), jnp.bfloat16, xla_dot),
+    ((8192, 4096, 4100, 16), jnp.bfloat16, xla_dot),  # the kernel refuses
+    ((8192, 4096, 4096, 16), jnp.float32, xla_dot),
+  ],
+)
+def test_choice_on_a_card_is_by_its_table(sizes, dtype, chosen, monkeypatch):
+  kind = "NVIDIA H100 80GB HBM3"
+  monkeypatch.setattr(api, "kind_here", lambda: kind)
+  monkeypatch.setattr(api, "is_local", lambda: True)
+  assert api.choose(*shapes(*sizes, dtype), transpose_w=False) is chosen
+  turned = (*sizes[:1], sizes[2], sizes[1], sizes[3])
+  x, w, a = shapes(*turned, dtype)
+  x, a = (jax.ShapeDtypeStruct((t.shape[0], w.shape[1]), dtype) for t in (x, a))
+  assert api.choose(x, w, a, transpose_w=True) is chosen
+  monkeypatch.setattr(api, "kind_here", lambda: "NVIDIA H100 PCIe")
+  assert api.choose(*shapes(*sizes, dtype), transpose_w=False) is xla_dot
+
+
+def test_one_device_is_local_inside_shard_map():
   mesh = Mesh(np.array(jax.devices()), ("d",))
   seen = []
 
