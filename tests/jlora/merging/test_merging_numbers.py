@@ -58,6 +58,7 @@ def close(found, wanted, **tolerance):
     ({"density": 1.0}, (1.5, 3, 0.5, 0.4)),
     ({"density": 1.0, "normalize": False}, (3, 3, 0.5, 0.4)),
     ({"density": 0.5}, (1.5, 3, 0, 0)),
+    ({"density": [1.0, 0.5]}, (1.5, 3, 0.5, 0)),
     ({"threshold": 1.0}, (1.5, 3, 0, 0)),
     ({"threshold": [2.0, 0.3]}, (1.5, 3, 0, 0.4)),
     ({"density": 0.5, "scale": 2.0}, (3, 6, 0, 0)),
