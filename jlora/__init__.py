@@ -63,6 +63,7 @@ from jlora.loras import Lora as Lora
 from jlora.loras import Loras as Loras
 from jlora.loras import dense as dense
 from jlora.loras import from_factors as from_factors
+from jlora.merge_runs import merge_checkpoints as merge_checkpoints
 from jlora.merging.averages import linear as linear
 from jlora.merging.averages import nearswap as nearswap
 from jlora.merging.averages import passthrough as passthrough
@@ -110,6 +111,8 @@ from jlora.programs import Branch as Branch
 from jlora.programs import Rows as Rows
 from jlora.programs import Shift as Shift
 from jlora.programs import prepend as prepend
+from jlora.recipe_files import read_recipe as read_recipe
+from jlora.recipes import Recipe as Recipe
 from jlora.refinement import Refiner as Refiner
 from jlora.refinement import refine as refine
 from jlora.reporting import Report as Report
@@ -138,6 +141,7 @@ __all__ = [
   "Moment",
   "PEFT",
   "Packed",
+  "Recipe",
   "Refiner",
   "Report",
   "Rows",
@@ -193,6 +197,7 @@ __all__ = [
   "matching",
   "mean_kl",
   "merge",
+  "merge_checkpoints",
   "model_stock",
   "multislerp",
   "nearswap",
@@ -203,6 +208,7 @@ __all__ = [
   "passthrough",
   "prepend",
   "random_rows",
+  "read_recipe",
   "read_report",
   "recompress",
   "recovered",

@@ -164,6 +164,41 @@ def remove_closed(out: str | os.PathLike) -> None:
   shutil.rmtree(Path(out) / _DONE, ignore_errors=True)
 
 
+def check_folder(
+  out: Path, finished: str, *, resume: bool, overwrite: bool
+) -> None:
+  """Nothing, if a run may write into a folder.
+
+  Args:
+    out: the folder.
+    finished: the file without which nothing in it counts as a finished run; it
+      is removed where all is to be replaced.
+    resume: whether to go on with a run whose journal is there.
+    overwrite: whether files may be replaced.
+
+  Raises:
+    ValueError: a file, or a folder that is not empty.
+
+  Example:
+    >>> check_folder(Path("/nowhere"), "x", resume=False, overwrite=False)
+  """
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"{out} is a file; give a folder.")
+  if not out.exists() or (resume and (out / FOLDER).exists()):
+    return
+  if overwrite:
+    (out / finished).unlink(missing_ok=True)
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    return
+  found = sorted(file.name for file in out.iterdir())
+  if found:
+    way = "It has no journal to resume" if resume else "Resume its own run"
+    raise ValueError(
+      f"{out} is not empty ({name_some(found)}). {way}; allow overwriting, or "
+      "give another folder."
+    )
+
+
 def check_fingerprint(
   folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:

@@ -75,16 +75,16 @@ def save_merged(
   config = read_config(base.path)
   table = table_for(base.spec, model_type or config.get("model_type"))
   views = {p: view_of(p, base.spec[p].shape, table) for p in loras if p in base}
-  _check_changes(base, loras, views, biases, full)
+  check_changes(base, loras, views, biases, full)
   spec = {
     name: (
       full[name].shape if name in full else stored.shape,
-      _merged_dtype(stored.dtype, dtype),
+      merged_dtype(stored.dtype, dtype),
     )
     for name, stored in base.spec.items()
   }
   arrays = (
-    (name, _merged(name, base, loras, views, biases, full).astype(kind))
+    (name, changed(name, base, loras, views, biases, full).astype(kind))
     for name, (_, kind) in spec.items()
   )
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,25 @@ def save_merged(
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_changes(base, loras, views, biases, full) -> None:
-  """Nothing, if every change is for a tensor of the base, of its shape."""
+def check_changes(base, loras, views, biases, full) -> None:
+  """Nothing, if every change is for a tensor of the base, of its shape.
+
+  Args:
+    base: an open checkpoint.
+    loras: path -> Lora.
+    views: path -> MatrixView of those that the base has.
+    biases: path -> change.
+    full: path -> new value.
+
+  Raises:
+    ValueError: up to three paths or shapes that are not the base's.
+
+  Example:
+    >>> check_changes({}, {}, {}, {"b": np.ones(2)}, {})
+    Traceback (most recent call last):
+    ...
+    ValueError: 1 changes are for parameters that the base does not have: b.
+  """
   unknown = [path for path in (*loras, *biases, *full) if path not in base]
   if unknown:
     raise ValueError(
@@ -126,8 +143,24 @@ def _check_changes(base, loras, views, biases, full) -> None:
     raise ValueError(f"{len(wrong)} changes do not fit: {name_some(wrong)}.")
 
 
-def _merged(name, base, loras, views, biases, full) -> np.ndarray:
-  """One tensor with its changes, in float32 where there are any."""
+def changed(name, base, loras, views, biases, full) -> np.ndarray:
+  """One tensor with its changes, in float32 where there are any.
+
+  Args:
+    name: of the base.
+    base: name -> array.
+    loras: as for `check_changes`, as all below.
+    views: likewise.
+    biases: likewise.
+    full: likewise.
+
+  Returns:
+    The array.
+
+  Example:
+    >>> changed("b", {"b": np.ones(2)}, {}, {}, {"b": np.ones(2)}, {})
+    array([2., 2.], dtype=float32)
+  """
   array = np.asarray(full[name]) if name in full else base[name]
   if name in biases:
     array = array.astype(np.float32) + np.asarray(biases[name], np.float32)
@@ -138,8 +171,21 @@ def _merged(name, base, loras, views, biases, full) -> np.ndarray:
   return array
 
 
-def _merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
-  """The dtype of a merged tensor; integers keep theirs."""
+def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
+  """The dtype of a merged tensor; integers keep theirs.
+
+  Args:
+    stored: that of the base's tensor.
+    dtype: that asked for; None keeps it, but for float8, which becomes
+      bfloat16.
+
+  Returns:
+    The dtype.
+
+  Example:
+    >>> merged_dtype(np.dtype(np.int8), np.float32)
+    dtype('int8')
+  """
   if not jnp.issubdtype(stored, jnp.floating):
     return stored
   if dtype is not None:

@@ -150,16 +150,31 @@ def fingerprint(
     "jlora": metadata.version("jlora"),
     "jax": jax.__version__,
     "key": words_of(key).tolist(),
-    "base": _digest(plan.base),
-    "finetuned": _digest(plan.finetuned),
+    "base": digest(plan.base),
+    "finetuned": digest(plan.finetuned),
     "modules": _hash([repr(item) for item in plan.views.items()]),
     "refused": _hash(sorted(plan.refused)),
     "pairs": _hash(map(repr, plan.pairing.pairs)),
   }
 
 
-def _digest(checkpoint: Checkpoint) -> str:
-  """A checkpoint's headers and its files' sizes and times, in one hash."""
+def digest(checkpoint: Checkpoint) -> str:
+  """A checkpoint's headers and its files' sizes and times, in one hash.
+
+  Args:
+    checkpoint: open.
+
+  Returns:
+    16 characters.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints import write_safetensors
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
+    ...   len(digest(open_checkpoint(tmp)))
+    16
+  """
   files = {spec.file for spec in checkpoint.spec.values() if spec.file}
   # The specs of an orbax directory name none: take all that it holds.
   files = files or {f for f in checkpoint.path.rglob("*") if f.is_file()}

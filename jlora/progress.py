@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress by bytes: a bar on a terminal, a line now and then elsewhere."""
+"""Bytes done and bytes in work: a bar or lines, room for so many at a time."""
 
+import contextlib
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import IO
 
 from tqdm import tqdm
@@ -14,6 +17,11 @@ _SECONDS_BETWEEN_LINES = 10
 class Progress:
   """A bar over the bytes of a run, with the module, its rank and the error.
 
+  Args:
+    total: bytes of the run.
+    file: where it says so, None is standard error.
+    errors: whether there are errors to tell.
+
   Example:
     >>> import io
     >>> log = io.StringIO()
@@ -23,8 +31,11 @@ class Progress:
     '100% mlp.up_proj rank 64, relative error so far 0.6000, 0 s left'
   """
 
-  def __init__(self, total: int, file: IO[str] | None = None):
+  def __init__(
+    self, total: int, file: IO[str] | None = None, *, errors: bool = True
+  ):
     self._file = sys.stderr if file is None else file
+    self._errors = errors
     self._total, self._done = total, 0
     self._error2 = self._norm2 = 0.0
     self._began = self._said = time.monotonic()
@@ -65,9 +76,8 @@ class Progress:
     relative = math.sqrt(self._error2 / self._norm2) if self._norm2 else 0.0
     module = f"{path} rank {rank}" if rank else path
     if self._bar is not None:
-      self._bar.set_postfix_str(
-        f"{module}, error {relative:.4f}", refresh=False
-      )
+      told = f", error {relative:.4f}" if self._errors else ""
+      self._bar.set_postfix_str(f"{module}{told}", refresh=False)
       self._bar.update(nbytes)
       return
     now, last = time.monotonic(), self._done >= self._total
@@ -76,9 +86,41 @@ class Progress:
     self._said = now
     share = self._done / self._total if self._total else 1.0
     left = (now - self._began) * (1 / share - 1) if share else math.inf
+    told = f", relative error so far {relative:.4f}" if self._errors else ""
     print(
-      f"{share:.0%} {module}, relative error so far {relative:.4f}, "
-      f"{left:.0f} s left",
+      f"{share:.0%} {module}{told}, {left:.0f} s left",
       file=self._file,
       flush=True,
     )
+
+
+class Room:
+  """Bytes that may be in work at a time; what is larger is let in alone.
+
+  Args:
+    limit: bytes.
+
+  Example:
+    >>> room = Room(10)
+    >>> with room.taken(25):
+    ...   pass
+  """
+
+  def __init__(self, limit: int):
+    self._limit, self._used = limit, 0
+    self._changed = threading.Condition()
+
+  @contextlib.contextmanager
+  def taken(self, nbytes: int) -> Iterator[None]:
+    """Waits until there is room, and gives it back in the end."""
+    with self._changed:
+      self._changed.wait_for(
+        lambda: self._used == 0 or self._used + nbytes <= self._limit
+      )
+      self._used += nbytes
+    try:
+      yield
+    finally:
+      with self._changed:
+        self._used -= nbytes
+        self._changed.notify_all()

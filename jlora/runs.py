@@ -4,12 +4,10 @@
 open ─► pair ─► read, factor, certify, journal (threads) ─► ranks ─► folder
 """
 
-import contextlib
 import functools
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import metadata
 from pathlib import Path
@@ -27,16 +25,16 @@ from jlora.factoring import Factoriser, krylov
 from jlora.journal import (
   FOLDER,
   check_fingerprint,
+  check_folder,
   open_journal,
   remove_closed,
 )
-from jlora.loras import name_some
 from jlora.modules import Extractor, Outcome, is_same
 from jlora.pairing import Vocabulary, keep_whole
 from jlora.pairs import Pair
 from jlora.peft_files import PEFT, Profile
 from jlora.plans import bytes_on_disk, fingerprint, plan_run
-from jlora.progress import Progress
+from jlora.progress import Progress, Room
 from jlora.reporting import REPORT, Report, read_report
 
 _THREADS = 3  # two factor, one reads ahead
@@ -118,14 +116,14 @@ def extract_checkpoint(
   options = {
     "rank": rank,
     "dtype": jnp.dtype(dtype).name,
-    "factor": _name(factor),
+    "factor": name_of(factor),
   }
   settings = {
     "jlora": metadata.version("jlora"),
     "base": str(base),
     "finetuned": str(finetuned),
     "profile": profile.name,
-    "vocabulary": _name(vocabulary),
+    "vocabulary": name_of(vocabulary),
     **options,
   }
   if resume or overwrite:
@@ -135,7 +133,7 @@ def extract_checkpoint(
     check_fingerprint(out / REPORT, report.settings, settings)
     return report
   plan = plan_run(base, finetuned, select, vocabulary)
-  _check_folder(out, resume=resume, overwrite=overwrite)
+  check_folder(out, REPORT, resume=resume, overwrite=overwrite)
   journal = open_journal(out, fingerprint(plan, key, options), resume=resume)
   extractor = Extractor(factor, dtype, key)
   _factor_all(plan, journal, extractor, rank, log)
@@ -154,25 +152,6 @@ def extract_checkpoint(
   return report
 
 
-def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
-  if out.exists() and not out.is_dir():
-    raise ValueError(f"{out} is a file; give a folder.")
-  if not out.exists() or (resume and (out / FOLDER).exists()):
-    return
-  if overwrite:
-    # First the report: without it nothing in the folder counts as finished.
-    (out / REPORT).unlink(missing_ok=True)
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
-    return
-  found = sorted(file.name for file in out.iterdir())
-  if found:
-    way = "It has no journal to resume" if resume else "Resume its own run"
-    raise ValueError(
-      f"{out} is not empty ({name_some(found)}). {way}; allow overwriting, or "
-      "give another folder."
-    )
-
-
 def _remove_leftovers(out: Path) -> None:
   """Removes what a killed run left half written or half removed."""
   remove_closed(out)
@@ -180,43 +159,21 @@ def _remove_leftovers(out: Path) -> None:
     file.unlink()
 
 
-def _name(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
   """A function with the options that `functools.partial` set, as text."""
   if isinstance(function, functools.partial):
     options = ", ".join(
       f"{k}={v}" for k, v in sorted(function.keywords.items())
     )
-    return f"{_name(function.func)}({options})"
+    return f"{name_of(function.func)}({options})"
   return getattr(function, "__name__", type(function).__name__)
-
-
-class _Room:
-  """Bytes that may be in work at a time; what is larger is let in alone."""
-
-  def __init__(self, limit: int):
-    self._limit, self._used = limit, 0
-    self._changed = threading.Condition()
-
-  @contextlib.contextmanager
-  def taken(self, nbytes: int) -> Iterator[None]:
-    with self._changed:
-      self._changed.wait_for(
-        lambda: self._used == 0 or self._used + nbytes <= self._limit
-      )
-      self._used += nbytes
-    try:
-      yield
-    finally:
-      with self._changed:
-        self._used -= nbytes
-        self._changed.notify_all()
 
 
 def _factor_all(plan, journal, extractor, rank, log) -> None:
   """Brings every pair into the journal, a few at a time."""
   pairs = plan.pairing.pairs
   total = sum(bytes_on_disk(plan, pair) for pair in pairs)
-  room, saying = _Room(_MEMORY), threading.Lock()
+  room, saying = Room(_MEMORY), threading.Lock()
 
   def work(pair: Pair) -> None:
     nbytes = bytes_on_disk(plan, pair)

@@ -34,7 +34,9 @@ FLOORS = (
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
   "mixtures report_tables initialisation starts training",
   # 4: whole runs, from disk to disk
-  "runs plans modules assembly progress",
+  "runs plans modules assembly progress "
+  "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
+  "merge_jobs merge_plans merge_steps merge_runs",
   # 5: the public names
   "__init__",
 )
@@ -62,7 +64,9 @@ FAMILIES = (
   "moments whitening",
   "initialisation starts",
   "reporting report_tables",
-  "runs plans modules assembly progress",
+  "runs plans modules assembly progress "
+  "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
+  "merge_jobs merge_plans merge_steps merge_runs",
 )
 
 # Neither a dependency nor a promise of jax: not in a library.

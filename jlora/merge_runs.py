@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges of checkpoints from disk to disk: streaming, bounded, resumable.
+
+recipe ─► plan ─► read, merge (threads) ─► shards, one after the other ─► folder
+"""
+
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from jlora.adapted_checkpoints import files_of
+from jlora.arrays import words_of
+from jlora.huggingface_folders import plan_shards, write_index
+from jlora.journal import (
+  FOLDER,
+  check_fingerprint,
+  check_folder,
+  open_journal,
+  remove_closed,
+)
+from jlora.layer_slices import configure_layers
+from jlora.merge_jobs import Job
+from jlora.merge_plans import MergePlan, plan_merge
+from jlora.merge_steps import Merger
+from jlora.merged_checkpoints import copy_companions
+from jlora.plans import digest
+from jlora.progress import Progress
+from jlora.recipes import Recipe
+from jlora.reporting import replace_text
+from jlora.runs import name_of
+from jlora.safetensors_files import stream_safetensors
+
+MERGE = "merge.json"
+_SHARDS = "shards"
+_THREADS = 3  # two merge, one reads ahead
+_MEMORY = 512 * 2**20  # of tensors and their float32 copies in work at a time
+
+
+class MergeReport(NamedTuple):
+  """What a merge did; `merge.json` is its fields.
+
+  Attributes:
+    settings: the recipe and versions.
+    tensors: how many were written.
+    nbytes: their bytes.
+    notes: what is not as usual, each tensor or model by name.
+  """
+
+  settings: dict[str, Any]
+  tensors: int
+  nbytes: int
+  notes: list[str]
+
+
+def merge_checkpoints(
+  recipe: Recipe,
+  out: str | os.PathLike,
+  *,
+  key: jax.Array | None = None,
+  max_shard_bytes: int = 2**30,
+  resume: bool = False,
+  overwrite: bool = False,
+  log: IO[str] | None = None,
+) -> MergeReport:
+  """The report of a merge, whose model is then in a checkpoint folder.
+
+      out[name] = round(method([model[name], ...], weights, base[name]))
+
+  Computed in float32 and rounded once, whatever the models are stored in. The
+  folder holds safetensors files (with an index if several), the reference's
+  config.json, changed where layers or dtypes are, its tokenizer, and
+  `merge.json`.
+
+  Args:
+    recipe: what to merge; `read_recipe` reads one.
+    out: output folder, new or empty.
+    key: PRNG key; each tensor uses `key_for(key, name)`.
+    max_shard_bytes: a new file begins before this size is passed. A file is
+      what a killed run keeps.
+    resume: go on with an unfinished run of the same inputs and recipe in `out`;
+      a finished one gives its report.
+    overwrite: allow a folder that is not empty; a checkpoint in it is replaced,
+      other files stay.
+    log: where progress goes, None is standard error.
+
+  Returns:
+    MergeReport. The result is the same bytes whether or not the run was
+    interrupted. Memory: the tensors of up to three parameters and the method's
+    float32 copies of them, within 512 MiB, or of one that is larger; not the
+    model. Disk: the result once.
+
+  Raises:
+    ValueError: as `plan_merge`, settings that the method refuses, a folder that
+      is not empty, or a journal of another run.
+
+  Example:
+    >>> import io, tempfile
+    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
+    >>> from jlora.merging.averages import linear
+    >>> from jlora.recipes import Input, Slice
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   inputs = []
+    ...   for name, value in (("a", 1.0), ("b", 3.0)):
+    ...     inputs.append(Input(f"{tmp}/{name}.safetensors"))
+    ...     w = np.full(2, value, np.float32)
+    ...     write_safetensors(inputs[-1].model, {"w": w})
+    ...   recipe = Recipe(linear, (Slice(tuple(inputs)),))
+    ...   _ = merge_checkpoints(recipe, f"{tmp}/out", log=io.StringIO())
+    ...   open_checkpoint(f"{tmp}/out")["w"]
+    array([2., 2.], dtype=float32)
+  """
+  out = Path(out)
+  settings = {
+    **_describe(recipe),
+    "jlora": metadata.version("jlora"),
+    "key": words_of(key).tolist(),
+    "max_shard_bytes": max_shard_bytes,
+  }
+  if resume or overwrite:
+    remove_closed(out)
+  if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
+    report = MergeReport(**json.loads((out / MERGE).read_text()))
+    check_fingerprint(out / MERGE, report.settings, settings)
+    return report
+  plan = plan_merge(recipe)
+  merger = Merger(recipe.method, plan.models, key)
+  for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
+    merger.check(job)
+  check_folder(out, MERGE, resume=resume, overwrite=overwrite)
+  inputs = {
+    f"model {name}": [digest(file) for file in files_of(model)]
+    for name, model in plan.models.items()
+  }
+  journal = open_journal(
+    out, {**settings, **inputs, "jax": jax.__version__}, resume=resume
+  )
+  _write_shards(plan, merger, out, max_shard_bytes, log)
+  report = MergeReport(
+    settings,
+    len(plan.jobs),
+    sum(_size(job) for job in plan.jobs),
+    plan.notes + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+  )
+  _finish(plan, recipe, out, max_shard_bytes, report)
+  journal.close()
+  return report
+
+
+def _describe(recipe: Recipe) -> dict[str, Any]:
+  """A recipe as JSON holds it."""
+  slices = [
+    {
+      "inputs": [
+        {**one._asdict(), "settings": dict(one.settings)} for one in part.inputs
+      ],
+      "settings": dict(part.settings),
+    }
+    for part in recipe.slices
+  ]
+  plain = {
+    **recipe._asdict(),
+    "method": name_of(recipe.method),
+    "vocabulary": name_of(recipe.vocabulary),
+    "settings": dict(recipe.settings),
+    "slices": slices,
+  }
+  return json.loads(json.dumps(plain))
+
+
+def _size(job: Job) -> int:
+  return int(np.prod(job.shape)) * job.dtype.itemsize
+
+
+def _cost(job: Job) -> int:
+  """Bytes in work for a tensor: all inputs, and float32 copies of them."""
+  count = len(job.sources) + (job.base is not None)
+  return (4 + 8) * count * int(np.prod(job.shape))
+
+
+def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
+  """The files of the result in the journal's folder, those that lack."""
+  folder = out / FOLDER / _SHARDS
+  folder.mkdir(exist_ok=True)
+  for file in folder.glob(".*.tmp"):
+    file.unlink()
+  jobs = {job.name: job for job in plan.jobs}
+  spec = {name: (job.shape, job.dtype) for name, job in jobs.items()}
+  total = sum(_size(job) for job in plan.jobs)
+  with (
+    Progress(total, log, errors=False) as progress,
+    threadpool_limits(1, user_api="blas"),
+    ThreadPoolExecutor(_THREADS) as pool,
+  ):
+    for path, shard in plan_shards(folder, spec, limit).items():
+      todo = [jobs[name] for name in shard]
+      if path.exists() or (out / path.name).exists():
+        for job in todo:
+          progress.update(_size(job), job.name)
+        continue
+      arrays = _merged(merger, todo, pool, progress)
+      stream_safetensors(path, shard, arrays, {"format": "pt"})
+
+
+def _merged(
+  merger: Merger, jobs: Sequence[Job], pool: ThreadPoolExecutor, progress
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Tensors in turn, a few in work at a time and none waiting long."""
+  room, limit, used = deque(), _MEMORY, 0
+  jobs = sorted(jobs, key=lambda job: -_cost(job))
+  try:
+    for job in [*jobs, None]:
+      while room and (
+        job is None or len(room) >= _THREADS or used + _cost(job) > limit
+      ):
+        done, future = room.popleft()
+        yield done.name, future.result()
+        del future
+        used -= _cost(done)
+        progress.update(_size(done), done.name)
+      if job is not None:
+        used += _cost(job)
+        room.append((job, pool.submit(merger, job)))
+  finally:
+    for _, future in room:
+      future.cancel()
+
+
+def _finish(
+  plan: MergePlan, recipe: Recipe, out: Path, limit: int, report: MergeReport
+) -> None:
+  """Puts all in its place; `merge.json` last, which says that it is whole."""
+  source = plan.models[plan.reference].path
+  for file in out.glob("*.safetensors.index.json"):
+    file.unlink()
+  folder = out / FOLDER / _SHARDS
+  spec = {job.name: (job.shape, job.dtype) for job in plan.jobs}
+  shards = plan_shards(out, spec, limit)
+  for path in shards:
+    if (folder / path.name).exists():
+      os.replace(folder / path.name, path)
+  if len(shards) > 1:
+    write_index(out, shards)
+  for file in set(out.glob("*.safetensors")) - set(shards):
+    file.unlink()
+  copy_companions(source, out)
+  if plan.config:
+    text = json.dumps(_configure(plan, recipe), indent=2, sort_keys=True)
+    replace_text(out / "config.json", text + "\n")
+  replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+  shutil.rmtree(folder)
+
+
+def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:
+  """config.json after layers, dtypes or a tied head changed."""
+  config = dict(plan.config)
+  if plan.taken:
+    config = configure_layers(config, plan.taken)
+  spec = plan.models[plan.reference].spec
+  if any(entry.dtype.itemsize == 1 for entry in spec.values()):
+    config.pop("quantization_config", None)
+  if recipe.dtype is not None:
+    for name in ("dtype", "torch_dtype"):
+      if name in config:
+        config[name] = recipe.dtype
+  heads = {"lm_head.weight"} & {job.name for job in plan.jobs}
+  if heads and config.get("tie_word_embeddings") and not heads & set(spec):
+    config["tie_word_embeddings"] = False
+  return config
