@@ -8,8 +8,7 @@ Both train the same adapter, rank 16 on every linear layer, from the same start
 by AdamW on the same float32 weights and tokens: SmolLM2-135M where
 experiments.smollm2 has put it into the cache, else a random model of its shape.
 Each has a process of its own on the same cores; they take turns, a step at a
-time, and must report the same losses. On a machine with a GPU both use it
-(JAX_PLATFORMS=cpu forbids it). Loading and compiling do not count.
+time, and must report the same losses. Loading and compiling do not count.
 --memory measures instead the peak memory of an adapter's training beside full
 finetuning's, both ours.
 """

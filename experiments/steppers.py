@@ -140,37 +140,32 @@ def _products(folder: str, sizes: Sizes) -> Stepper:
 
 
 def _peft(folder: str, sizes: Sizes) -> Stepper:
-  """PEFT's model as it comes, with torch's fused AdamW.
-
-  On a card if JAX is on one, and with its float32: products in TF32.
-  """
+  """PEFT's model as it comes, with torch's fused AdamW."""
   import peft  # peers, not dependencies
   import torch
   import transformers
 
   torch.set_num_threads(sizes.threads)
-  torch.backends.cuda.matmul.allow_tf32 = True
-  device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
   base = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32
   )
   config = peft.LoraConfig(
     r=sizes.rank, lora_alpha=sizes.rank, target_modules="all-linear"
   )
-  model = peft.get_peft_model(base, config).train().to(device)
+  model = peft.get_peft_model(base, config).train()
   modules = dict(model.named_modules())
   start = _start_of(folder, sizes.rank)
   for path, a in start.items():
     name = models.hf_name(path).removesuffix(".weight")
     layer: Any = modules[f"base_model.model.{name}"]
-    layer.lora_A.default.weight.data = torch.from_numpy(a).to(device)
+    layer.lora_A.default.weight.data = torch.from_numpy(a)
   moving = [p for p in model.parameters() if p.requires_grad]
   if len(moving) != 2 * len(start):
     raise RuntimeError(f"{len(moving)} of PEFT's, {len(start)} modules of ours")
   optimiser = torch.optim.AdamW(moving, _RATE, weight_decay=0.0, fused=True)
 
   def step(tokens: np.ndarray) -> float:
-    ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    ids = torch.from_numpy(tokens.astype(np.int64))
     logits = model(ids[:, :-1], use_cache=False).logits
     targets = ids[:, 1:].flatten()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
