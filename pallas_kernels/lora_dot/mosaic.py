@@ -15,6 +15,7 @@ from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.gradients import differentiable, shrink
 from pallas_kernels.lora_dot.partitioning import (
   Place,
+  is_local,
   partitioned,
   placed,
   vary_alike,
@@ -134,8 +135,8 @@ def tpu_dot(
     tiling: blocks; by default from the chip's table.
     interpret: True, or pltpu.InterpretParams: runs anywhere, slowly.
     place: the mesh and where x and w lie on it, to be split by shard_map. By
-      default jit is asked where they lie when it compiles, which a compiler
-      without its device does not answer.
+      default jit is asked where they lie when it compiles; for a mesh whose
+      devices are not here that is an error.
 
   Returns:
     (..., N) in x's dtype. Reverse-mode differentiable once, in x, a, b, gate
@@ -158,11 +159,28 @@ def tpu_dot(
   )
   if place is not None and isinstance(w, Nf4):
     reason = "an Nf4 w is not split: call it inside shard_map, without `place`"
+  if place is None and not isinstance(w, Nf4) and _is_mesh_elsewhere():
+    reason = (
+      "nobody can be asked where the operands lie on a mesh whose devices are "
+      "not here: call it inside shard_map, give place=Place(mesh, x, w), or "
+      "take lora_dot with implementation=None"
+    )
   if reason or chip is None:
     raise ValueError(f"tpu_dot: {reason}.")
   gate = broadcast_gate(gate, x, a.shape[0])
   forward = _forward_with(Settings(chip, tiling, interpret, place))
   return differentiable(forward, transpose_w, *vary_alike((x, w, a, b, gate)))
+
+
+def _is_mesh_elsewhere() -> bool:
+  """Whether this is compiled for several devices of a kind that is not here.
+
+  Then the compiler has no partitioner to ask: "Custom emitter for
+  CustomSPMDPartitioning not found".
+  """
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  here = jax.devices()[0].device_kind
+  return target is not None and target.device_kind != here and not is_local()
 
 
 def broadcast_gate(

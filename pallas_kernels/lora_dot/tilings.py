@@ -68,9 +68,10 @@ CHIP_OF_KIND = {
   "TPU7x": "v7x",
 }
 
-# chip -> regime -> tiling. "resident" where w fits beside the blocks, "rows"
-# for other products of many rows (training, prefill), "few" for decode: with
-# the whole depth in a block x is read once, and w in columns as many as fit.
+# chip -> regime -> tiling. "resident" where w fits beside the blocks; for other
+# products of many rows (training, prefill) "whole", the whole depth in a block
+# so that x is read once, or "rows", whichever moves fewer bytes; "few" for
+# decode, with the whole depth and w in columns as many as fit.
 TILINGS = {
   "v4": {
     "rows": Tiling(512, 512, 1024, 15 * MIB),
@@ -78,6 +79,7 @@ TILINGS = {
   },
   "v5e": {
     "resident": Tiling(1024, 512, 4096, 100 * MIB, True),
+    "whole": Tiling(1024, 256, 32768, 100 * MIB),
     "rows": Tiling(1024, 512, 2048, 48 * MIB),
     "few": Tiling(128, 512, 32768, 48 * MIB),
   },
@@ -87,7 +89,8 @@ TILINGS = {
   },
   "v6e": {
     "resident": Tiling(1024, 1024, 4096, 100 * MIB, True),
-    "rows": Tiling(1024, 512, 4096, 64 * MIB),
+    "whole": Tiling(2048, 512, 32768, 100 * MIB),
+    "rows": Tiling(2048, 1024, 1024, 64 * MIB),
     "few": Tiling(128, 512, 32768, 64 * MIB),
   },
   "v7x": {
@@ -96,17 +99,21 @@ TILINGS = {
   },
 }
 _FEW = 128  # rows up to which a product is bound by reading w
+# Multiplications of a block that the compiler unrolls in a minute or two.
+_UNROLLED = 2**32
 _ORDERS = {
   "few": ("bn", "bn", *("bk",) * 8),
+  "whole": ("bn", "bm", "bm"),
   "rows": ("bk", "bn", "bm", "bk", "bn", "bm", "bk", "bk"),
 }
 
 
 def tiling_for(chip: str, problem: Problem) -> Tiling:
-  """The first tiling of the chip's table that fits its vector memory.
+  """The tiling of the chip's table that moves fewest bytes.
 
-  A tiling that does not fit is halved, depth first, then columns and rows,
-  down to 128 each; of few rows columns first, then depth.
+  A tiling that does not fit the vector memory is halved, depth first, then
+  columns and rows, down to 128 each; of few rows columns first, then depth; one
+  that has the whole depth keeps it.
 
   Args:
     chip: a name of `CHIPS`.
@@ -128,11 +135,50 @@ def tiling_for(chip: str, problem: Problem) -> Tiling:
   whole = table.get("resident") if problem.m > _FEW else None
   if whole and (cut := _resident(whole, problem)):
     return cut
-  regime = "few" if problem.m <= _FEW else "rows"
-  for tiling in _smaller(cut_to(table[regime], problem), _ORDERS[regime]):
-    if vmem_bytes(tiling, problem) <= tiling.vmem_limit_bytes:
-      return tiling
-  raise ValueError(f"no blocks of {problem} fit the memory of {chip}")
+  regimes = ("few",) if problem.m <= _FEW else ("whole", "rows")
+  fitting = [
+    tiling
+    for regime in regimes
+    if regime in table
+    for tiling in _first_that_fits(chip, regime, problem)
+  ]
+  if not fitting:
+    raise ValueError(f"no blocks of {problem} fit the memory of {chip}")
+  return min(fitting, key=lambda tiling: moved_bytes(tiling, problem))
+
+
+def moved_bytes(tiling: Tiling, problem: Problem) -> float:
+  """Bytes of x, w and y that blocks move between HBM and the chip.
+
+  x is read once where its depth is one block, else for every column block; w
+  once where it stays or is one block, else for every row block.
+
+  Example:
+    >>> moved_bytes(Tiling(128, 128, 128, 0), Problem(128, 128, 256, 8))
+    163840
+  """
+  p = problem
+  rows, columns, depths = (
+    -(-size // block)
+    for size, block in zip((p.m, p.n, p.k), tiling[:3], strict=True)
+  )
+  x = p.m * p.k * p.x_bytes * (columns if depths > 1 else 1)
+  stays = tiling.resident or columns * depths == 1
+  w = p.k * p.n * p.w_bytes * (1 if stays else rows)
+  return x + w + p.m * p.n * p.y_bytes
+
+
+def _first_that_fits(chip, regime, problem) -> list[Tiling]:
+  """The largest of ever smaller tilings that fits, or nothing."""
+  tiling = cut_to(TILINGS[chip][regime], problem)
+  for cut in _smaller(tiling, _ORDERS[regime]):
+    small = cut.bm * cut.bn * cut.bk <= _UNROLLED
+    # v5e's compiler took 100.8 MiB for (1024, 256, 14336), 74.2 by our count.
+    deep = (chip, regime) == ("v5e", "whole")
+    copied = deep * _tile(cut.bm, cut.bk, problem.x_bytes)
+    if small and vmem_bytes(cut, problem) + copied <= cut.vmem_limit_bytes:
+      return [cut]
+  return []
 
 
 def _resident(tiling: Tiling, problem: Problem) -> Tiling | None:

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 # A problem for which each regime was made: (rows, depth, columns).
 PROBLEMS = {
   "resident": (8192, 4096, 4096),
+  "whole": (8192, 2048, 14336),
   "rows": (8192, 4096, 14336),
   "few": (64, 4096, 4096),
 }

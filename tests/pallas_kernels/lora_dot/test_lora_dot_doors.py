@@ -32,6 +32,7 @@ from pallas_kernels.lora_dot.tilings import (
   Problem,
   Tiling,
   cut_to,
+  moved_bytes,
   refuse_tiling,
   tiling_for,
   vmem_bytes,
@@ -277,3 +278,30 @@ def test_four_bits_lie_on_one_device():
 def test_chips_are_told_by_their_kind():
   assert mosaic.chip_here() is None
   assert set(mosaic.CHIP_OF_KIND.values()) == set(CHIPS)
+
+
+def test_a_large_w_is_read_once_for_as_many_rows_as_fit():
+  wide = Problem(8192, 4096, 14336, 16)
+  assert tiling_for("v6e", wide)[:3] == (2048, 512, 4096)
+  # A block of the whole depth would leave room for few rows.
+  assert tiling_for("v6e", Problem(8192, 28672, 8192, 16)).bk < 28672
+  rows, columns = (Tiling(*block, MIB) for block in ((8, 2, 2), (2, 4, 4)))
+  problem = Problem(8, 4, 8, 1)
+  assert moved_bytes(rows, problem) == 2 * (8 * 4 * 4 + 4 * 8 + 8 * 8)
+  assert moved_bytes(columns, problem) == 2 * (8 * 4 + 4 * 8 * 4 + 8 * 8)
+
+
+def test_a_mesh_whose_devices_are_not_here_is_refused_with_a_way_out():
+  arrays = operands(Case((4,), 8, 8, 2), jnp.bfloat16)[0]
+  device = jax.sharding.AbstractDevice(
+    device_kind="TPU v5e", num_cores=1, platform="tpu"
+  )
+  for size, refused in ((2, True), (1, False)):
+    mesh = jax.sharding.AbstractMesh((size,), ("d",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+      run = functools.partial(jax.eval_shape, KERNEL, *arrays)
+      if refused:
+        with pytest.raises(ValueError, match="inside shard_map, give place="):
+          run()
+      else:
+        assert run().shape == (4, 8)
