@@ -232,10 +232,8 @@ def test_tied_weights_count_once_in_a_threshold():
   shared, none = jnp.array([1.0, 2.0, 3.0]), jnp.zeros(3)
   model = {"embed": shared, "head": shared, "w": jnp.array([9.0])}
   base = {"embed": none, "head": none, "w": jnp.zeros(1)}
-  found = jlora.magnitude_thresholds([model], base, 0.5)
-  np.testing.assert_array_equal(found, [3.0])
+  found = jlora.magnitude_thresholds([model], base, 0.3)  # one of four
+  np.testing.assert_array_equal(found, [9.0])
   model = {**model, "head": shared + 0}
-  found = jlora.magnitude_thresholds([model], base, 3 / 7)
+  found = jlora.magnitude_thresholds([model], base, 0.3)  # two of seven
   np.testing.assert_array_equal(found, [3.0])
-  found = jlora.magnitude_thresholds([model], base, 4 / 7)
-  np.testing.assert_array_equal(found, [2.0])
