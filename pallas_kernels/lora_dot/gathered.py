@@ -26,13 +26,13 @@ def gathered_dot(
   Copies s r (K + N) numbers a row for s adapters a row, whatever n.
 
   Args:
-    x: (..., K).
-    w: as `lora_dot` takes it.
-    a: (n, r, K), finite.
-    b: (n, r, N), likewise.
-    ids: as `lora_dot_many` takes them.
+    x: as `lora_dot_many` takes it.
+    w: likewise.
+    a: likewise.
+    b: likewise.
+    ids: likewise.
     gate: likewise.
-    transpose_w: w is stored (N, K).
+    transpose_w: likewise.
 
   Returns:
     (..., N) in x's dtype, reverse-mode differentiable.

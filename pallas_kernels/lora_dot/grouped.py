@@ -55,13 +55,13 @@ def grouped_dot(
   sorted: on a mesh call it inside shard_map.
 
   Args:
-    x: (..., K).
-    w: as `lora_dot` takes it.
-    a: (n, r, K), finite.
-    b: (n, r, N), likewise.
-    ids: as `lora_dot_many` takes them.
+    x: as `lora_dot_many` takes it.
+    w: likewise.
+    a: likewise.
+    b: likewise.
+    ids: likewise.
     gate: likewise.
-    transpose_w: w is stored (N, K).
+    transpose_w: likewise.
     ascending: the rows are sorted by id already, -1 first; x is then not copied
       in another order. Where they are not, all of y is NaN.
 

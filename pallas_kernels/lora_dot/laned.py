@@ -35,16 +35,16 @@ def laned_dot(
   2 M n r (K + N) operations, and each adapter is read once.
 
   Args:
-    x: (..., K).
-    w: as `lora_dot` takes it.
-    a: (n, r, K), all finite: a row of another adapter takes 0 times it.
-    b: (n, r, N), likewise.
-    ids: as `lora_dot_many` takes them.
+    x: as `lora_dot_many` takes it.
+    w: likewise.
+    a: likewise.
+    b: likewise.
+    ids: likewise.
     gate: likewise.
-    transpose_w: w is stored (N, K).
-    implementation: of `lora_dot`, `xla_dot` or `tpu_dot` or a partial. The
-      kernel takes n r up to 1024 and reads a mask of 4 n r bytes a row; XLA
-      makes it from the ids where it is used.
+    transpose_w: likewise.
+    implementation: as `lora_dot` takes it. The TPU kernel takes n r up to 1024
+      and reads a mask of 4 n r bytes a row; XLA makes it from the ids where it
+      is used. A row of another adapter takes 0 times it: all must be finite.
 
   Returns:
     (..., N) in x's dtype, differentiable in x, a, b, gate.

@@ -129,8 +129,8 @@ def quantise_tree(
     how: `quantise_int8` or `quantise_nf4`.
 
   Returns:
-    (the tree, all else in it as it was; {path: Cost}). Runs on the host, a
-    matrix at a time.
+    (the tree, all else in it as it was; {path: Cost}). One program for every
+    shape, a matrix at a time.
 
   Raises:
     ValueError: nothing was selected, or what is not a matrix.
@@ -143,6 +143,7 @@ def quantise_tree(
     {'layer/kernel': Cost(error=0.0, stored=2304, before=16384)}
   """
   costs: dict[str, Cost] = {}
+  at_once = jax.jit(how)
 
   def walk(node: Any, path: tuple[str, ...]) -> Any:
     if isinstance(node, Mapping):
@@ -154,7 +155,7 @@ def quantise_tree(
       raise ValueError(
         f"{name} {node.shape} is not a matrix: select what has two axes."
       )
-    held = how(node)
+    held = at_once(node)
     costs[name] = _cost(node, held)
     return held
 
@@ -164,10 +165,14 @@ def quantise_tree(
   return tree, costs
 
 
+@jax.jit
+def _norms(w, held):
+  w = w.astype(jnp.float32)
+  return jnp.linalg.norm(w), jnp.linalg.norm(dequantise(held) - w)
+
+
 def _cost(w, held):
-  w32 = jnp.asarray(w, jnp.float32)
-  norm = float(jnp.linalg.norm(w32))
-  off = float(jnp.linalg.norm(dequantise(held) - w32))
+  norm, off = map(float, _norms(w, held))
   stored = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
   return Cost(off / norm if norm else 0.0, stored, w.nbytes)
 
