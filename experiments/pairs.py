@@ -36,6 +36,10 @@ LLAMA = {
 }
 
 
+#: A base and its finetunes, as `write_family` names their folders.
+FAMILY = ("base", "finetuned", "other")
+
+
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   """Every tensor of a Llama as its Hugging Face folder names and shapes it.
 
@@ -159,6 +163,39 @@ def write_pair(
   return made
 
 
+def write_family(
+  folder: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  seed: int = 0,
+  dtype: Any = ml_dtypes.bfloat16,
+) -> list[pathlib.Path]:
+  """A random Llama and two finetunes of it: Hugging Face folders.
+
+  Args:
+    folder: receives the folders of `FAMILY`.
+    config: of config.json.
+    seed: of the weights; each finetune's changes have their own.
+    dtype: they are stored in.
+
+  Returns:
+    The folders. One tensor is held at a time; disk: three times the model.
+
+  Raises:
+    ValueError: a folder holds such files already.
+  """
+  spec = shapes(config)
+  stored = {name: (shape, dtype) for name, shape in spec.items()}
+  made = [pathlib.Path(folder) / name for name in FAMILY]
+  for index, path in enumerate(made):
+    path.mkdir(parents=True)
+    tensors = _tensors(spec, seed, finetuned=index > 0, changes=index)
+    arrays = ((name, array.astype(dtype)) for name, array in tensors)
+    stream_checkpoint(path, stored, arrays)
+    (path / "config.json").write_text(json.dumps(dict(config), indent=2))
+  return made
+
+
 def write_matrices(
   folder: str | os.PathLike[str], spec: Mapping[str, tuple[int, ...]]
 ) -> tuple[pathlib.Path, pathlib.Path]:
@@ -181,7 +218,11 @@ def write_matrices(
 
 
 def _tensors(
-  spec: Mapping[str, tuple[int, ...]], seed: int, *, finetuned: bool
+  spec: Mapping[str, tuple[int, ...]],
+  seed: int,
+  *,
+  finetuned: bool,
+  changes: int = 1,
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Float32 weights by name; those of the base come again in the finetune."""
   noise = Noise(seed)
@@ -192,5 +233,7 @@ def _tensors(
       continue
     weights = noise(shape, rng) / 50
     if finetuned and name.endswith("_proj.weight"):
+      if changes > 1:
+        rng = np.random.default_rng((seed, index, changes))
       weights += change((shape[0], shape[1]), rng, noise)
     yield name, weights

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges from disk to disk: as in memory, bounded, taken up again."""
+
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jlora
+from jlora import merge_runs
+from jlora.checkpoints import open_checkpoint, write_safetensors
+from jlora.huggingface_folders import stream_checkpoint
+from jlora.journal import FOLDER
+from jlora.merge_runs import MERGE, merge_checkpoints
+from jlora.merge_steps import Merger
+from jlora.merging.consensus import by_mass_or_plus
+from jlora.merging.sparsifiers import match_l1
+from jlora.recipes import Input, Recipe, Slice
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "dtype": "float32"}
+
+
+def draw(seed, count=3, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  shapes = {"model.embed_tokens.weight": (11, 8)}
+  for at in range(count):
+    shapes[f"model.layers.{at}.self_attn.q_proj.weight"] = (8, 8)
+    shapes[f"model.layers.{at}.mlp.up_proj.weight"] = (12, 8)
+  shapes |= {"model.norm.weight": (8,), "lm_head.weight": (11, 8)}
+  return {
+    name: rng.standard_normal(shape, np.float32).astype(dtype)
+    for name, shape in shapes.items()
+  }
+
+
+def write(folder, tensors, config=CONFIG):
+  spec = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+  folder.mkdir(parents=True)
+  stream_checkpoint(folder, spec, tensors.items())
+  (folder / "config.json").write_text(json.dumps(config))
+  (folder / "tokenizer.json").write_text('{"of": "' + folder.name + '"}')
+  return str(folder)
+
+
+@pytest.fixture
+def models(tmp_path):
+  """Paths of a base and of two finetunes."""
+  base = draw(0)
+  found = [write(tmp_path / "base", base)]
+  for seed in (1, 2):
+    change = draw(seed)
+    tuned = {name: base[name] + change[name] / 10 for name in base}
+    found.append(write(tmp_path / f"tuned{seed}", tuned))
+  return found
+
+
+def run(recipe, out, **options):
+  return merge_checkpoints(recipe, out, log=io.StringIO(), **options)
+
+
+def whole(*paths):
+  return (Slice(tuple(Input(path) for path in paths)),)
+
+
+def contents(folder):
+  return {
+    file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()
+  }
+
+
+METHODS = {
+  "linear": jlora.linear,
+  "nuslerp": jlora.nuslerp,
+  "ties": functools.partial(jlora.ties, elect=by_mass_or_plus),
+  "dare": functools.partial(jlora.dare, density=0.5, rescale=match_l1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_as_in_memory(name, models, tmp_path):
+  base, *tuned = (dict(open_checkpoint(path)) for path in models)
+  key = jax.random.key(3)
+  expected = jlora.merge(tuned, method=METHODS[name], base=base, key=key)
+  recipe = Recipe(METHODS[name], whole(*models[1:]), base=models[0])
+  run(recipe, tmp_path / "out", key=key)
+  found = open_checkpoint(tmp_path / "out")
+  assert set(found) == set(expected)
+  for path in expected:
+    np.testing.assert_allclose(
+      found[path], expected[path], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_weights_of_inputs_gradients_and_filters(models, tmp_path):
+  """Numbers are arguments of one program, whichever layer they are of."""
+  settings = {"weight": [{"filter": "norm", "value": 3}, {"value": [0.0, 1.0]}]}
+  inputs = (Input(models[1], None, settings), Input(models[2]))
+  method = functools.partial(jlora.linear, normalize=False)
+  recipe = Recipe(method, (Slice(inputs),), {"weight": 0.5})
+  run(recipe, tmp_path / "out")
+  one, two = (open_checkpoint(path) for path in models[1:])
+  found = open_checkpoint(tmp_path / "out")
+  weights = {f"model.layers.{i}.mlp.up_proj.weight": i / 2 for i in range(3)}
+  weights |= {"model.norm.weight": 3.0, "lm_head.weight": 0.0}
+  for name, weight in weights.items():
+    np.testing.assert_allclose(
+      found[name], weight * one[name] + 0.5 * two[name], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_folder_is_a_checkpoint(models, tmp_path):
+  recipe = Recipe(
+    jlora.linear, whole(*models[1:]), reference=models[0], dtype="bfloat16"
+  )
+  report = run(recipe, tmp_path / "out", max_shard_bytes=300)
+  files = contents(tmp_path / "out")
+  assert json.loads(files["config.json"])["dtype"] == "bfloat16"
+  assert files["tokenizer.json"] == b'{"of": "base"}'
+  assert len([name for name in files if name.endswith(".safetensors")]) > 3
+  found = open_checkpoint(tmp_path / "out")
+  assert {spec.dtype for spec in found.spec.values()} == {
+    np.dtype(ml_dtypes.bfloat16)
+  }
+  assert found.metadata["format"] == "pt"
+  assert report.tensors == len(found)
+  assert not (tmp_path / "out" / FOLDER).exists()
+  again = run(recipe, tmp_path / "out", max_shard_bytes=300, resume=True)
+  assert again == report
+
+
+def test_an_adapter_on_a_base_is_a_model(models, tmp_path):
+  name = "model.layers.1.mlp.up_proj.weight"
+  base = open_checkpoint(models[0])
+  rng = np.random.default_rng(5)
+  lora = jlora.Lora(
+    rng.standard_normal((2, 8), np.float32),
+    rng.standard_normal((2, 12), np.float32),
+    np.float32(1),
+  )
+  jlora.save_peft(tmp_path / "lora", {name: lora}, like=base.spec)
+  adapted = f"{models[0]}+{tmp_path / 'lora'}"
+  run(Recipe(jlora.linear, whole(adapted, models[1])), tmp_path / "out")
+  found = open_checkpoint(tmp_path / "out")
+  change = (lora.a.T @ lora.b).T
+  expected = (base[name] + change + open_checkpoint(models[1])[name]) / 2
+  np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+  kept = Recipe(jlora.passthrough, whole(adapted))
+  run(kept, tmp_path / "kept")
+  np.testing.assert_allclose(
+    open_checkpoint(tmp_path / "kept")[name], base[name] + change, rtol=1e-6
+  )
+
+
+@pytest.fixture
+def grown(tmp_path):
+  """A finetune with two more tokens."""
+  tensors = draw(7)
+  for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    tensors[name] = np.concatenate([tensors[name], np.ones((2, 8), "f4")])
+  return write(tmp_path / "grown", tensors)
+
+
+def test_a_vocabulary_that_differs(models, grown, tmp_path):
+  name = "lm_head.weight"
+  base, more = (open_checkpoint(path)[name] for path in (models[0], grown))
+  recipe = Recipe(jlora.linear, whole(models[0], grown))
+  with pytest.raises(ValueError, match="vocabulary"):
+    run(recipe, tmp_path / "none")
+  assert not (tmp_path / "none").exists()
+  common = recipe._replace(vocabulary=jlora.common_rows)
+  report = run(common, tmp_path / "common")
+  found = open_checkpoint(tmp_path / "common")[name]
+  np.testing.assert_allclose(found, (base + more[:11]) / 2, rtol=1e-6)
+  assert any("vocabulary" in note for note in report.notes)
+  run(common._replace(reference=grown), tmp_path / "more")
+  found = open_checkpoint(tmp_path / "more")[name]
+  np.testing.assert_allclose(found[:11], (base + more[:11]) / 2, rtol=1e-6)
+  np.testing.assert_allclose(found[11:], more[11:])  # the reference's rows
+  run(recipe._replace(vocabulary=jlora.keep_whole), tmp_path / "kept")
+  np.testing.assert_array_equal(open_checkpoint(tmp_path / "kept")[name], base)
+
+
+def test_a_head_of_its_own_unties(models, tmp_path):
+  tensors = draw(9)
+  del tensors["lm_head.weight"]
+  config = {**CONFIG, "tie_word_embeddings": True}
+  tied = write(tmp_path / "tied", tensors, config)
+  run(Recipe(jlora.linear, whole(tied, models[1])), tmp_path / "out")
+  found = open_checkpoint(tmp_path / "out")
+  head = open_checkpoint(models[1])["lm_head.weight"]
+  expected = (tensors["model.embed_tokens.weight"] + head) / 2
+  np.testing.assert_allclose(found["lm_head.weight"], expected, rtol=1e-6)
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["tie_word_embeddings"] is False
+
+
+def test_what_does_not_fit_is_said_before_anything_is_written(models, tmp_path):
+  less, wide, deep = draw(3), draw(4), draw(5, count=4)
+  del less["model.norm.weight"]
+  wide["model.norm.weight"] = np.ones(9, np.float32)
+  cases = [
+    (write(tmp_path / "less", less), "less lacks model.norm.weight"),
+    (write(tmp_path / "wide", wide), r"model.norm.weight \(8,\) against \(9,"),
+    (write(tmp_path / "deep", deep), "Only .*deep has model.layers.3"),
+    (str(tmp_path / "nowhere"), "nowhere does not exist"),
+  ]
+  for other, said in cases:
+    with pytest.raises(ValueError, match=said):
+      run(Recipe(jlora.linear, whole(models[1], other)), tmp_path / "out")
+  bad = {
+    "sum": Recipe(
+      jlora.linear,
+      (Slice((Input(models[1], None, {"weight": -1}), Input(models[2]))),),
+    ),
+    "t": Recipe(jlora.slerp, whole(*models)),
+    "density": Recipe(
+      jlora.ties, whole(*models[1:]), {"density": 2.0}, base=models[0]
+    ),
+    "condition": Recipe(
+      jlora.linear, whole(*models[1:]),
+      {"weight": [{"filter": "mlp", "value": 1.0}]},
+    ),
+  }  # fmt: skip
+  said = {
+    "sum": "weight: weights .* sum to zero",
+    "t": "slerp merges 2 models, got 3",
+    "density": r"density .*2.0.* must lie in",
+    "condition": "none of its conditions holds",
+  }
+  for name, recipe in bad.items():
+    with pytest.raises(ValueError, match=said[name]):
+      run(recipe, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_are_not_floating_must_agree(tmp_path):
+  for name, step in (("a", 1), ("b", 1), ("c", 2)):
+    tensors = {"w": np.ones(2, np.float32), "step": np.int64([step])}
+    write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+  paths = {name: str(tmp_path / f"{name}.safetensors") for name in "abc"}
+  run(Recipe(jlora.linear, whole(paths["a"], paths["b"])), tmp_path / "out")
+  assert open_checkpoint(tmp_path / "out")["step"] == [1]
+  with pytest.raises(ValueError, match="step: not floating"):
+    run(Recipe(jlora.linear, whole(paths["a"], paths["c"])), tmp_path / "no")
+
+
+def test_a_folder_that_is_not_empty(models, tmp_path):
+  recipe = Recipe(jlora.linear, whole(*models[1:]))
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"is not empty \(notes.txt\)"):
+    run(recipe, out)
+  run(recipe, out, overwrite=True, max_shard_bytes=300)
+  run(recipe, out, overwrite=True)  # fewer files than before
+  assert (out / "notes.txt").read_text() == "mine"
+  assert len(open_checkpoint(out)) == len(open_checkpoint(models[0]))
+
+
+def test_progress_is_by_bytes(models, tmp_path):
+  log = io.StringIO()
+  merge_checkpoints(
+    Recipe(jlora.linear, whole(*models[1:])), tmp_path / "out", log=log
+  )
+  assert log.getvalue().startswith("100% ")
+  assert log.getvalue().endswith(", 0 s left\n")
+  assert "error" not in log.getvalue()
+
+
+def test_a_run_that_failed_goes_on(models, tmp_path, monkeypatch):
+  recipe = Recipe(jlora.ties, whole(*models[1:]), base=models[0])
+  run(recipe, tmp_path / "whole", max_shard_bytes=500)
+  real, made = Merger.__call__, []
+
+  def failing(self, job):
+    if len(made) == 5:
+      raise KeyboardInterrupt
+    made.append(job.name)
+    return real(self, job)
+
+  out = tmp_path / "out"
+  with monkeypatch.context() as patch:
+    patch.setattr(Merger, "__call__", failing)
+    with pytest.raises(KeyboardInterrupt):
+      run(recipe, out, max_shard_bytes=500)
+  with pytest.raises(ValueError, match="Resume its own run"):
+    run(recipe, out, max_shard_bytes=500)
+  other = recipe._replace(settings={"density": 0.5})
+  with pytest.raises(ValueError, match="belongs to another run: settings"):
+    run(other, out, max_shard_bytes=500, resume=True)
+  kept = {file.name for file in (out / FOLDER / "shards").iterdir()}
+  assert kept
+
+  def counting(self, job):
+    made.append(job.name)
+    return real(self, job)
+
+  made.clear()
+  monkeypatch.setattr(Merger, "__call__", counting)
+  run(recipe, out, max_shard_bytes=500, resume=True)
+  assert 0 < len(made) < len(open_checkpoint(out))
+  assert contents(out) == contents(tmp_path / "whole")
+
+
+KILLED = """
+import io, os, signal, sys
+import jlora
+from jlora.merge_runs import merge_checkpoints
+from jlora.recipes import Input, Recipe, Slice
+count, base, one, two, out = sys.argv[1:]
+real, calls = os.replace, []
+def counted(*args):
+  calls.append(args)
+  if len(calls) == int(count):
+    os.kill(os.getpid(), signal.SIGKILL)
+  return real(*args)
+os.replace = counted
+recipe = Recipe(jlora.linear, (Slice((Input(one), Input(two))),))
+merge_checkpoints(recipe, out, max_shard_bytes=800, log=io.StringIO())
+"""
+
+
+def test_a_run_that_was_killed_goes_on(models, tmp_path):
+  """At the second shard's rename, and at the report's."""
+  recipe = Recipe(jlora.linear, whole(*models[1:]))
+  run(recipe, tmp_path / "whole", max_shard_bytes=800)
+  files = contents(tmp_path / "whole")
+  shards = sum(name.endswith(".safetensors") for name in files)
+  for count in (3, 1 + 2 * shards + 3):
+    out = tmp_path / f"out{count}"
+    done = subprocess.run(
+      [sys.executable, "-c", KILLED, str(count), *models, str(out)]
+    )
+    assert done.returncode == -signal.SIGKILL
+    run(recipe, out, max_shard_bytes=800, resume=True)
+    assert contents(out) == files
+    assert not list(out.glob(".*"))
+
+
+PEAK = """
+import io, sys
+import jlora
+from jlora import merge_runs
+from jlora.recipes import Input, Recipe, Slice
+merge_runs._MEMORY = 0
+base, one, two, out = sys.argv[1:]
+recipe = Recipe(jlora.ties, (Slice((Input(one), Input(two))),), base=base)
+merge_runs.merge_checkpoints(recipe, out, log=io.StringIO())
+status = open("/proc/self/status").read()  # unlike rusage, of this program
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+  """Four times as many layers; the largest tensor is 2 MiB, three models."""
+  peaks = []
+  for count in (8, 32):
+    folder = tmp_path / str(count)
+    folder.mkdir()
+    w = np.random.default_rng(0).standard_normal((1024, 512), np.float32)
+    tensors = {f"layers.{at}.q.weight": w for at in range(count)}
+    write_safetensors(folder / "a.safetensors", tensors)
+    paths = [folder / f"{name}.safetensors" for name in "abc"]
+    for path in paths[1:]:
+      os.link(paths[0], path)
+    done = subprocess.run(
+      [sys.executable, "-c", PEAK, *paths, folder / "out"],
+      capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    peaks.append(int(done.stdout))
+  assert peaks[1] - peaks[0] < 3 * 3 * w.nbytes
+
+
+def test_two_threads_or_one_the_same_bytes(models, tmp_path, monkeypatch):
+  recipe = Recipe(
+    functools.partial(jlora.dare, density=0.5), whole(*models[1:]),
+    base=models[0],
+  )  # fmt: skip
+  run(recipe, tmp_path / "many")
+  monkeypatch.setattr(merge_runs, "_THREADS", 1)
+  run(recipe, tmp_path / "one")
+  assert contents(tmp_path / "many") == contents(tmp_path / "one")
+  assert MERGE in contents(tmp_path / "one")
