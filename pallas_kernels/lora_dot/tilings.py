@@ -111,9 +111,8 @@ _ORDERS = {
 def tiling_for(chip: str, problem: Problem) -> Tiling:
   """The tiling of the chip's table that moves fewest bytes.
 
-  A tiling that does not fit the vector memory is halved, depth first, then
-  columns and rows, down to 128 each; of few rows columns first, then depth; one
-  that has the whole depth keeps it.
+  One that does not fit the vector memory is halved, depth first, then columns
+  and rows, down to 128; of few rows columns first; a whole depth is kept.
 
   Args:
     chip: a name of `CHIPS`.
