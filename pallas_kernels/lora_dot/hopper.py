@@ -204,16 +204,19 @@ def _copy(arrays, memory, t, transpose_w):
         lambda: fill(u, b, step - deep, slot),
       )
 
-  blocks = _every_block(y.shape, t, one)
-  # A neighbour may still be sending: nobody leaves before all is read.
-  workers, me = lax.axis_size("worker"), lax.axis_index("worker")
-  mine = lax.div(blocks - me + workers - 1, workers) * steps
+  _leave_last(_every_block(y.shape, t, one), steps, empty, t.stages)
 
-  @pl.loop(0, t.stages)
-  def _(back):
-    @pl.when(mine - t.stages + back >= 0)
+
+def _leave_last(blocks, steps, empty, stages):
+  """Waits until all is read: a neighbour may still be sending."""
+  workers, me = lax.axis_size("worker"), lax.axis_index("worker")
+  first = lax.div(blocks - me + workers - 1, workers) * steps - stages
+
+  @pl.loop(0, stages)
+  def _(count):
+    @pl.when(first + count >= 0)
     def _():
-      plgpu.barrier_wait(empty.at[lax.rem(mine - t.stages + back, t.stages)])
+      plgpu.barrier_wait(empty.at[lax.rem(first + count, stages)])
 
 
 def _multiply(arrays, memory, t, transpose_w):
@@ -265,10 +268,13 @@ def _store(block, y, staging, columns):
   wider than what is copied at once: then the place would be ignored. So no
   more than y's columns are copied.
   """
-  for piece in range(columns // _OUT):
+  pieces = columns // _OUT
+  for piece in range(pieces):
     part = pl.ds(piece * _OUT, _OUT)
     slot = staging.at[piece % 2]
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    # After an odd number the last piece of the block before is in this slot.
+    busy = 0 if piece == 0 and pieces % 2 else 1
+    plgpu.wait_smem_to_gmem(busy, wait_read_only=True)
     slot[...] = block[:, piece * _OUT : (piece + 1) * _OUT]
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(slot, y.at[:, part])

@@ -90,11 +90,20 @@ def scatter_nans(shape, dtype):
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_every_number_is_written_and_the_same_each_time(tiling):
-  case = Case((2056,), 1024, 1216, 48)
+@pytest.mark.parametrize(
+  "case",
+  [
+    Case((2056,), 1024, 1216, 48),
+    Case((40000,), 128, 192, 8),  # an odd number of pieces to store
+    Case((40000,), 128, 64, 8),
+  ],
+)
+def test_every_number_is_written_and_the_same_each_time(case, tiling):
   (x, w, a, b, _), _ = operands(case, jnp.bfloat16)
   run = jax.jit(functools.partial(gpu_dot, tiling=TILINGS[tiling]))
   first = run(x, w, a, b)
+  wanted = xla_dot(x, w, a, b)
+  assert error(first, exact(wanted)) < 0.01
   for _ in range(30):
     scatter_nans(first.shape, first.dtype)
     again = run(x, w, a, b)
