@@ -20,6 +20,10 @@ from jlora.adapted import Adapted as Adapted
 from jlora.advice import Advice as Advice
 from jlora.advice import advise as advise
 from jlora.advice import error_of as error_of
+from jlora.alignment import Alignment as Alignment
+from jlora.alignment import match_activations as match_activations
+from jlora.alignment import match_weights as match_weights
+from jlora.alignment import merge_many as merge_many
 from jlora.application import adapt as adapt
 from jlora.application import adapt_rows as adapt_rows
 from jlora.application import apply as apply
@@ -31,6 +35,8 @@ from jlora.certificates import certificate as certificate
 from jlora.checkpoints import Checkpoint as Checkpoint
 from jlora.checkpoints import open_checkpoint as open_checkpoint
 from jlora.checkpoints import save_orbax as save_orbax
+from jlora.conflicts import compare_adapters as compare_adapters
+from jlora.conflicts import find_intruders as find_intruders
 from jlora.deltas import is_matrix as is_matrix
 from jlora.divergences import Divergence as Divergence
 from jlora.divergences import Score as Score
@@ -115,6 +121,8 @@ from jlora.recipe_files import read_recipe as read_recipe
 from jlora.recipes import Recipe as Recipe
 from jlora.refinement import Refiner as Refiner
 from jlora.refinement import refine as refine
+from jlora.reordering import permute as permute
+from jlora.reordering import permute_loras as permute_loras
 from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
 from jlora.routing import stack as stack
@@ -131,6 +139,7 @@ from jlora.training import train as train
 __all__ = [
   "Adapted",
   "Advice",
+  "Alignment",
   "Branch",
   "Certificate",
   "Checkpoint",
@@ -162,6 +171,7 @@ __all__ = [
   "cheapest",
   "common_rows",
   "compare",
+  "compare_adapters",
   "concat",
   "core_space",
   "dare",
@@ -175,6 +185,7 @@ __all__ = [
   "extract",
   "extract_checkpoint",
   "fill_missing",
+  "find_intruders",
   "fit_value",
   "flatten",
   "from_factors",
@@ -194,10 +205,13 @@ __all__ = [
   "lora_dot",
   "lora_plus",
   "magnitude_thresholds",
+  "match_activations",
+  "match_weights",
   "matching",
   "mean_kl",
   "merge",
   "merge_checkpoints",
+  "merge_many",
   "model_stock",
   "multislerp",
   "nearswap",
@@ -206,6 +220,8 @@ __all__ = [
   "overlap",
   "pack",
   "passthrough",
+  "permute",
+  "permute_loras",
   "prepend",
   "random_rows",
   "read_recipe",

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+from etils import epy
 
 from jlora.arrays import library_of
 from jlora.layouts import Factor, Layout, Place
 from jlora.permutations import Permutations
+
+with epy.lazy_imports():  # half a second
+  import scipy.optimize
 
 # Turns that several inner permutations take at the most.
 _TURNS = 20
@@ -70,7 +73,7 @@ def solve(scores: Any, tol: float = 0.0) -> tuple[np.ndarray, float]:
   scores = np.asarray(scores, np.float64)
   here = np.arange(len(scores))
   stay = tol * np.abs(scores).max() * np.eye(len(scores))
-  found = linear_sum_assignment(scores + stay, maximize=True)[1]
+  found = scipy.optimize.linear_sum_assignment(scores + stay, maximize=True)[1]
   gain = float(np.sum(scores[here, found] - scores[here, here]))
   if gain <= tol * float(np.abs(scores).max(axis=1).sum()):
     return here, 0.0
