@@ -13,7 +13,6 @@ from jlora.pairs import Pair, Part, Stack, names_of
 from jlora.recipes import Settings, Slice, first_setting
 
 _EMBEDDING = re.compile(r"(.*\.)?(embed\w*|wte|wpe|tok_embeddings)(\..*)?")
-_OF_INPUTS = ("weight", "density")
 
 Catalogue = dict[str, Pair]  # a name as the reference has it -> where it lies
 
@@ -71,6 +70,8 @@ class Planner:
     self._recipe, self._models = recipe, models
     self._catalogues, self._layers = catalogues, layers
     self._reference = recipe.models[0]
+    inputs = [one for part in recipe.slices for one in part.inputs]
+    self._own = {"weight"}.union(*(one.settings for one in inputs))
 
   def plan(self) -> tuple[list[Job], list[int]]:
     """All jobs, and of the result's layers which of its model each one is."""
@@ -219,13 +220,13 @@ class Planner:
     return Source(base, self._find(base, (listed or names)[0]).finetuned)
 
   def _settings(self, part, inputs, name, place):
-    """Numbers of the method for a tensor."""
+    """Numbers of the method: of each input where any has its own."""
     levels = [part.settings, self._recipe.settings]
     keys = {key for level in levels for key in level}
     keys |= {key for one in inputs for key in one.settings}
     found = {}
     for key in sorted(keys | {"weight"}):
-      each = inputs if key in _OF_INPUTS else [None]
+      each = inputs if key in self._own else [None]
       values = tuple(
         self._number(
           [*([one.settings] if one else []), *levels], key, name, place
@@ -233,7 +234,7 @@ class Planner:
         for one in each
       )
       ours = "weights" if key == "weight" else key
-      found[ours] = values if key in _OF_INPUTS else values[0]
+      found[ours] = values if key in self._own else values[0]
     return tuple(sorted(found.items()))
 
   def _number(self, levels: list[Settings], key, name, place) -> float:

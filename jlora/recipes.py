@@ -48,8 +48,8 @@ class Recipe(NamedTuple):
   Attributes:
     method: of `jlora.merging`, its options bound by `functools.partial`.
     slices: one of whole models, or several whose layers follow each other.
-    settings: numbers of the method and `weight`, for all. `weight` and
-      `density` are one for each input, others one for all.
+    settings: numbers of the method and `weight`, for all. The method is given
+      one for each input where any input has its own, and of `weight`.
     base: what the method subtracts; not merged where it is among the inputs.
     reference: whose names, configuration and tokenizer the result has; None is
       the base, or the first input.

@@ -160,7 +160,18 @@ def _remove_leftovers(out: Path) -> None:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-  """A function with the options that `functools.partial` set, as text."""
+  """A function with the options that `functools.partial` set, as text.
+
+  Args:
+    function: any callable.
+
+  Returns:
+    Its name, options in brackets.
+
+  Example:
+    >>> name_of(functools.partial(krylov, passes=3))
+    'krylov(passes=3)'
+  """
   if isinstance(function, functools.partial):
     options = ", ".join(
       f"{k}={v}" for k, v in sorted(function.keywords.items())

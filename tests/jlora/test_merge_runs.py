@@ -116,6 +116,22 @@ def test_weights_of_inputs_gradients_and_filters(models, tmp_path):
     )
 
 
+def test_a_setting_is_one_for_all_unless_an_input_has_its_own(models, tmp_path):
+  inputs = whole(*models[1:])
+  recipe = Recipe(jlora.sce, inputs, {"density": 0.5}, base=models[0])
+  run(recipe, tmp_path / "sce")
+  own = (Slice((Input(models[1], None, {"density": 0.5}), Input(models[2]))),)
+  recipe = Recipe(jlora.ties, own, {"density": 1.0}, base=models[0])
+  run(recipe, tmp_path / "ties")
+  base, *tuned = (dict(open_checkpoint(path)) for path in models)
+  expected = jlora.merge(
+    tuned, method=jlora.ties, base=base, settings={"density": [0.5, 1.0]}
+  )
+  found = open_checkpoint(tmp_path / "ties")
+  name = "model.layers.1.mlp.up_proj.weight"
+  np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_folder_is_a_checkpoint(models, tmp_path):
   recipe = Recipe(
     jlora.linear, whole(*models[1:]), reference=models[0], dtype="bfloat16"
