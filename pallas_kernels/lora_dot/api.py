@@ -10,6 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora_dot.checks import check_shapes
+from pallas_kernels.lora_dot.gpu import gpu_dot, refuse_gpu
+from pallas_kernels.lora_dot.hopper import count_blocks
 from pallas_kernels.lora_dot.mosaic import (
   chip_here,
   kind_here,
@@ -149,10 +151,6 @@ def choose(
 
 
 def _choose_on_card(kind, problem, x, w, a):
-  # Mosaic GPU takes a third of a second to import: only where it may serve.
-  from pallas_kernels.lora_dot.gpu import gpu_dot, refuse_gpu
-  from pallas_kernels.lora_dot.hopper import count_blocks
-
   ahead, longer = AHEAD_ON_CARDS[kind], max(problem.k, problem.n)
   large = problem.m >= ahead.rows and longer >= ahead.longer
   fits = problem.r <= ahead.rank and refuse_gpu(x, w, a) is None
