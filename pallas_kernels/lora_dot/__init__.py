@@ -6,6 +6,7 @@ from pallas_kernels.lora_dot.banks import Bank as Bank
 from pallas_kernels.lora_dot.banks import check_ids as check_ids
 from pallas_kernels.lora_dot.banks import empty_bank as empty_bank
 from pallas_kernels.lora_dot.banks import put_adapter as put_adapter
+from pallas_kernels.lora_dot.gpu import gpu_dot as gpu_dot
 from pallas_kernels.lora_dot.mosaic import tpu_dot as tpu_dot
 from pallas_kernels.lora_dot.partitioning import Place as Place
 from pallas_kernels.lora_dot.quantised import quantise_tree as quantise_tree
@@ -22,6 +23,7 @@ __all__ = [
   "Scaled",
   "check_ids",
   "empty_bank",
+  "gpu_dot",
   "lora_dot",
   "lora_dot_many",
   "put_adapter",
