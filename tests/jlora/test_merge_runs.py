@@ -377,9 +377,9 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-  """Four times as many layers; the largest tensor is 2 MiB, three models."""
+  """Three times as many layers; the largest tensor is 2 MiB, three models."""
   peaks = []
-  for count in (8, 32):
+  for count in (16, 48):
     folder = tmp_path / str(count)
     folder.mkdir()
     w = np.random.default_rng(0).standard_normal((1024, 512), np.float32)
