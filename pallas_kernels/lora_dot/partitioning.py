@@ -171,6 +171,13 @@ def partitioned(
     What local returns. On one device, and inside shard_map, just that.
   """
 
+  def on_device(mesh, operands, k):
+    # What is computed here is one device's, whatever mesh is set outside.
+    manual = dict.fromkeys(mesh.axis_names, AxisType.Manual)
+    here = mesh.abstract_mesh.update(axis_types=tuple(manual.values()))
+    with jax.sharding.use_abstract_mesh(here):
+      return local(operands, k)
+
   def partition(mesh, shapes, results):
     operands = jax.tree.unflatten(tree, shapes)
     lead, k, n = plan(mesh, operands[0], codes_of(operands[1]), transpose_w)
@@ -179,7 +186,7 @@ def partitioned(
     y = on_mesh(P(*lead, n))
     return (
       mesh,
-      lambda *leaves: local(jax.tree.unflatten(tree, leaves), k),
+      lambda *leaves: on_device(mesh, jax.tree.unflatten(tree, leaves), k),
       (y, on_mesh(P(*lead, None))) if return_u else y,
       tuple(map(on_mesh, jax.tree.leaves(specs))),
     )
