@@ -94,9 +94,10 @@ from jlora.merging.task_vectors import task_arithmetic as task_arithmetic
 from jlora.merging.task_vectors import ties as ties
 from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
 from jlora.merging.trees import merge as merge
+from jlora.mixture_folders import save_mixture as save_mixture
+from jlora.mixtures import mix_experts as mix_experts
 from jlora.mixtures import random_rows as random_rows
 from jlora.mixtures import router_rows as router_rows
-from jlora.mixtures import save_mixture as save_mixture
 from jlora.moments import Moment as Moment
 from jlora.moments import dense_inputs as dense_inputs
 from jlora.moments import second_moments as second_moments
@@ -212,6 +213,7 @@ __all__ = [
   "merge",
   "merge_checkpoints",
   "merge_many",
+  "mix_experts",
   "model_stock",
   "multislerp",
   "nearswap",

@@ -32,7 +32,7 @@ FLOORS = (
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
-  "mixtures report_tables initialisation starts training",
+  "mixtures mixture_folders report_tables initialisation starts training",
   # 4: whole runs, from disk to disk
   "runs plans modules assembly progress "
   "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
@@ -59,7 +59,7 @@ FAMILIES = (
   "symmetries layouts permutations reordering assignments descents alignment",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
-  "mixtures",
+  "mixtures mixture_folders",
   "models",
   "moments whitening",
   "initialisation starts",

@@ -12,9 +12,16 @@ import torch
 import transformers
 
 from jlora import models
+from jlora.application import apply
 from jlora.checkpoints import open_checkpoint
 from jlora.extraction import extract
-from jlora.mixtures import random_rows, router_rows, save_mixture
+from jlora.loras import Lora
+from jlora.mixture_folders import save_mixture
+from jlora.mixtures import (
+  mix_experts,
+  random_rows,
+  router_rows,
+)
 from jlora.moments import dense_inputs
 from jlora.paths import flatten
 
@@ -113,6 +120,46 @@ def test_prompts_find_their_expert(family):
   with pytest.warns(UserWarning, match="nearly dependent"):
     apart = router_rows(states, states[::-1])
   np.testing.assert_allclose(apart[0], -apart[1], atol=1e-6)
+
+
+def test_adapters_that_stay_adapters_are_the_same_mixture(family):
+  """Against the block of a Mixtral whose experts have the changes in them."""
+  base, *_ = family
+  _, params = models.load(base.path)
+  mlp = params["layers"]["0"]["mlp"]
+  rng = np.random.default_rng(2)
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape) * 0.1, "float32")
+
+  experts = [
+    {
+      f"{name}/kernel": Lora(
+        draw(3, w["kernel"].shape[0]),
+        draw(3, w["kernel"].shape[1]),
+        jnp.ones(()),
+      )
+      for name, w in mlp.items()
+    }
+    for _ in range(3)
+  ]
+  rows, x = draw(3, 32), draw(2, 5, 32) * 10
+
+  def block(p, x):
+    gate = jax.nn.silu(x @ p["gate"]["kernel"])
+    return gate * (x @ p["up"]["kernel"]) @ p["down"]["kernel"]
+
+  found = mix_experts(block, mlp, experts, rows, x)
+  gates = np.zeros((2, 5, 3))
+  scores = np.einsum("btd,ed->bte", x, rows)
+  for at in np.ndindex(2, 5):
+    best = np.argsort(-scores[at])[:2]
+    gates[at][best] = np.exp(scores[at][best]) / np.exp(scores[at][best]).sum()
+  outs = [block(apply(mlp, expert), x) for expert in experts]
+  wanted = sum(gates[..., i, None] * np.asarray(y) for i, y in enumerate(outs))
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match="rows are"):
+    mix_experts(block, mlp, experts, rows[:2], x)
 
 
 @pytest.mark.parametrize(
