@@ -13,6 +13,8 @@ import numpy as np
 from jlora.deltas import is_floating
 from jlora.merge_jobs import Job, Source
 from jlora.merging.averages import passthrough
+from jlora.merging.task_vectors import ties
+from jlora.merging.thresholds import count_of
 from jlora.pairs import Part, read
 from jlora.paths import key_for
 
@@ -51,6 +53,8 @@ class Merger:
     key: jax.Array | None,
   ):
     self._method, self._models, self._key = method, models, key
+    self._plain = getattr(method, "func", method)
+    self._defaults = getattr(method, "keywords", {})
     self._compiled: dict[Any, Any] = {}
     self._lock = threading.Lock()
     self._locks: dict[Any, threading.Lock] = {}
@@ -80,6 +84,8 @@ class Merger:
     numbers = {
       name: np.asarray(value, np.float32) for name, value in job.settings or ()
     }
+    if base is not None and self._is_trimmed:
+      numbers["threshold"] = self._thresholds(leaves, base, numbers)
     key = key_for(self._key, job.name)
     try:
       step = self._step(job, leaves, base, numbers, key)
@@ -111,6 +117,25 @@ class Merger:
       )
     except ValueError as error:
       raise ValueError(f"{job.name}: {error}") from error
+
+  @property
+  def _is_trimmed(self) -> bool:
+    """Whether NumPy's selection does for TIES what takes XLA 31 passes."""
+    return self._options is not None and self._plain is ties
+
+  def _thresholds(self, leaves, base, numbers) -> np.ndarray:
+    """The magnitude that the density of each model's changes reaches."""
+    density = numbers.pop("density", self._defaults.get("density", 0.2))
+    found = []
+    shares = np.broadcast_to(np.float32(density), (len(leaves),))
+    for leaf, share in zip(leaves, shares, strict=True):
+      sizes = np.array(_magnitudes(leaf, base)).reshape(-1)
+      count = int(count_of(share, sizes.size))
+      at = sizes.size - count
+      if count:
+        sizes.partition(at)
+      found.append(sizes[at] if count else np.nan)
+    return np.float32(found)
 
   def _is_copy(self, job: Job) -> bool:
     return self._method is passthrough and job.settings == _ONE
@@ -144,6 +169,11 @@ class Merger:
           leaves, base, numbers, key
         ).compile()
     return self._compiled[signature]
+
+
+@jax.jit
+def _magnitudes(leaf, base):
+  return jnp.abs(leaf.astype(jnp.float32) - base.astype(jnp.float32))
 
 
 def _merge(method, dtype, leaves, base, numbers, key):
