@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of merges on two texts, and losses by depth."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_COLOURS = (
+  "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F",
+)  # fmt: skip
+_MARKERS = "osD^vPX<>h"
+_REACH = 0.25  # nats beyond base and finetunes that are shown
+
+
+def draw_losses(
+  rows: Sequence[Mapping[str, Any]],
+  front: Sequence[Mapping[str, Any]],
+  titles: Mapping[str, str],
+) -> Figure:
+  """Loss on one text against loss on the other, a marker for each method.
+
+  Args:
+    rows: kind, method, setting, and text -> losses; of kind "beside" black.
+    front: those of the Pareto front, joined and named.
+    titles: of the two texts.
+
+  Returns:
+    Figure; what lies far above base and finetunes is named, not shown.
+  """
+  figure = Figure(figsize=(10.0, 6.2))
+  axes = figure.add_subplot()
+  points = {id(row): _point(row, titles) for row in rows}
+  known = [points[id(row)] for row in rows if row["kind"] == "beside"
+           and row["method"] != "random"]  # fmt: skip
+  high = np.max(known, axis=0) + _REACH
+  looks = _looks(rows)
+  outside, labelled = [], set()
+  for row in rows:
+    x, y = points[id(row)]
+    if x > high[0] or y > high[1]:
+      outside.append(f"{row['method']} {row['setting']}: {x:.2f}, {y:.2f}")
+      continue
+    name = row["method"] if row["kind"] != "beside" else _beside(row)
+    colour, marker = looks[name]
+    axes.plot(
+      x, y, marker=marker, color=colour, ls="", ms=7, mec="white", mew=0.5,
+      label=None if name in labelled else name,
+    )  # fmt: skip
+    labelled.add(name)
+  best = np.array([points[id(row)] for row in front])
+  axes.step(best[:, 0], best[:, 1], where="post", color="0.5", lw=1.2,
+            zorder=0, label="Pareto front")  # fmt: skip
+  for row in front:
+    axes.annotate(
+      f"{row['method']}, {row['setting']}" if row["setting"]
+      else row["method"],
+      points[id(row)], xytext=(-4, -9), textcoords="offset points",
+      fontsize=6.5, ha="right", va="top", color="0.25",
+    )  # fmt: skip
+  first, second = titles.values()
+  axes.set_xlabel(f"held-out loss on {first}, nats per token")
+  axes.set_ylabel(f"held-out loss on {second}, nats per token")
+  axes.set_title("Merges of two finetunes: better is down and to the left")
+  axes.margins(0.12)
+  axes.grid(color="0.92", lw=0.6)
+  axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7.5)
+  if outside:
+    axes.text(
+      1.02, 0.0, "not shown:\n" + "\n".join(outside), fontsize=6,
+      transform=axes.transAxes, va="bottom", color="0.35",
+    )  # fmt: skip
+  return figure
+
+
+def _point(row: Mapping[str, Any], titles: Mapping[str, str]) -> Any:
+  """The mean loss on each text."""
+  return tuple(float(np.mean(row[name])) for name in titles)
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+  return f"{row['method']} {row['setting']}".strip()
+
+
+def _looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+  """Colour and marker of each method; black of what stands beside."""
+  names = dict.fromkeys(
+    row["method"] for row in rows if row["kind"] != "beside"
+  )
+  beside = dict.fromkeys(_beside(row) for row in rows
+                         if row["kind"] == "beside")  # fmt: skip
+  found = {
+    name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+    for i, name in enumerate(names)
+  }
+  return found | {
+    name: ("#000000", "*<>1234xd+"[i % 10]) for i, name in enumerate(beside)
+  }
+
+
+def draw_depths(
+  rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]
+) -> Figure:
+  """Loss against which layers are repeated or left out, a panel for each text.
+
+  Args:
+    rows: kind, where, slices, and text -> losses; those with `where` of -1 are
+      the base, dashed, and what is not drawn.
+    titles: of the texts.
+
+  Returns:
+    Figure, logarithmic; a point stands at the first layer of its block.
+  """
+  kinds = dict.fromkeys(
+    row["kind"]
+    for row in rows
+    if row["where"] >= 0 and all(part[0] == "base" for part in row["slices"])
+  )
+  drawn = [kind for kind in kinds if kind != "overlapping halves"]
+  figure = Figure(figsize=(9.4, 4.0))
+  panels = figure.subplots(1, len(titles), squeeze=False, sharex=True)[0]
+  for axes, (text, title) in zip(panels, titles.items(), strict=True):
+    for i, kind in enumerate(drawn):
+      own = [row for row in rows if row["kind"] == kind]
+      axes.plot(
+        [row["where"] for row in own], [np.mean(row[text]) for row in own],
+        color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
+        ms=5, lw=1.3, label=kind,
+      )  # fmt: skip
+    for row in rows:
+      if row["kind"] == "base":
+        axes.axhline(np.mean(row[text]), color="0.4", ls="--", lw=1.2,
+                     label="as it is")  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="both", labelsize=7)
+    axes.set_xlabel("first layer that is repeated or left out")
+    axes.set_title(f"held-out loss on {title}, nats per token")
+    axes.grid(color="0.92", lw=0.6, which="both")
+  panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+  return figure
