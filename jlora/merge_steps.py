@@ -135,7 +135,7 @@ class Merger:
       if count:
         sizes.partition(at)
       found.append(sizes[at] if count else np.nan)
-    return np.float32(found)
+    return np.asarray(found, np.float32)
 
   def _is_copy(self, job: Job) -> bool:
     return self._method is passthrough and job.settings == _ONE
