@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.merging.inputs import along_models, divided
+from jlora.merging.inputs import along_models, divided, over_models
 
 Election = Callable[[Any], Any]
 
@@ -34,7 +34,7 @@ def by_mass(weighted: Any) -> Any:
   References:
     TIES (Yadav et al., 2023).
   """
-  sign = jnp.sign(jnp.sum(weighted, axis=0))
+  sign = jnp.sign(over_models(weighted))
   majority = jnp.where(jnp.nansum(sign) >= 0, 1.0, -1.0)
   return jnp.where(sign == 0, majority, sign)
 
@@ -52,7 +52,7 @@ def by_mass_or_plus(weighted: Any) -> Any:
     >>> by_mass_or_plus(jnp.array([[2.0, -1.0], [-2.0, -1.0]]))
     Array([ 1., -1.], dtype=float32)
   """
-  return jnp.where(jnp.sum(weighted, axis=0) >= 0, jnp.float32(1), -1)
+  return jnp.where(over_models(weighted) >= 0, jnp.float32(1), -1)
 
 
 def by_count(weighted: Any) -> Any:
@@ -110,8 +110,8 @@ def combine(
   else:
     agree = jnp.sign(weighted) == elect(weighted)[None]
   kept = jnp.where(agree | jnp.isnan(weighted), weighted, 0.0)
-  total = jnp.sum(kept, axis=0)
+  total = over_models(kept)
   if not normalize:
     return total
   counted = jnp.where(agree, jnp.abs(weights), 0.0)
-  return divided(total, jnp.sum(counted, axis=0))
+  return divided(total, over_models(counted))

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.merging.inputs import divided, inner, is_known, norm, read
+from jlora.merging.inputs import (
+  divided,
+  inner,
+  is_known,
+  norm,
+  over_models,
+  read,
+)
 
 
 def model_stock(
@@ -66,5 +73,5 @@ def model_stock(
   ]
   cosine = jnp.clip(sum(cosines) / len(cosines), 0, 1)
   share = count * cosine / (1 + (count - 1) * cosine)
-  merged = given.base + share * jnp.mean(deltas, axis=0)
+  merged = given.base + share * over_models(deltas) / len(deltas)
   return merged.astype(stack.dtype)

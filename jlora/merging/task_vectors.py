@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jlora.merging.consensus import Election, by_mass, combine
-from jlora.merging.inputs import Inputs, along_models, inner, numbers, read
+from jlora.merging.inputs import (
+  Inputs,
+  along_models,
+  inner,
+  numbers,
+  over_models,
+  read,
+)
 from jlora.merging.sparsifiers import (
   Sparsifier,
   by_magnitude,
@@ -209,7 +216,8 @@ def sce(
   given = read("sce", stack, weights, base, needs_base=True)
   check_range(density)
   deltas = given.deltas
-  spread = jnp.var(deltas, axis=0)
+  mean = over_models(deltas) / len(deltas)
+  spread = over_models((deltas - mean[None]) ** 2) / len(deltas)
   least = kth_magnitude(spread, count_of(density, spread.size))
   selected = (spread >= least) | jnp.isnan(spread)
   taken = jnp.where(selected[None], deltas, 0.0)
