@@ -52,18 +52,20 @@ def draw_losses(
   best = np.array([points[id(row)] for row in front])
   axes.step(best[:, 0], best[:, 1], where="post", color="0.5", lw=1.2,
             zorder=0, label="Pareto front")  # fmt: skip
-  for row in front:
+  for i, row in enumerate(front):
+    x, y = points[id(row)]
+    is_high = y > best[:, 1].mean()  # room is on the right there
     axes.annotate(
-      f"{row['method']}, {row['setting']}" if row["setting"]
-      else row["method"],
-      points[id(row)], xytext=(-4, -9), textcoords="offset points",
-      fontsize=6.5, ha="right", va="top", color="0.25",
+      f"{row['method']}, {row['setting']}".strip(", "), (x, y),
+      xytext=(6, 3) if is_high else (-5, -5 - 11 * (i % 2)),
+      textcoords="offset points", fontsize=6.5, color="0.25",
+      ha="left" if is_high else "right", va="bottom" if is_high else "top",
     )  # fmt: skip
   first, second = titles.values()
   axes.set_xlabel(f"held-out loss on {first}, nats per token")
   axes.set_ylabel(f"held-out loss on {second}, nats per token")
   axes.set_title("Merges of two finetunes: better is down and to the left")
-  axes.margins(0.12)
+  axes.margins(x=0.12, y=0.1)
   axes.grid(color="0.92", lw=0.6)
   axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7.5)
   if outside:
@@ -80,7 +82,8 @@ def _point(row: Mapping[str, Any], titles: Mapping[str, str]) -> Any:
 
 
 def _beside(row: Mapping[str, Any]) -> str:
-  return f"{row['method']} {row['setting']}".strip()
+  """What the legend calls it: settings of one finetune share a marker."""
+  return f"{row['method']}: {row['setting'].split(',')[0]}".strip(": ")
 
 
 def _looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -95,7 +98,7 @@ def _looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     for i, name in enumerate(names)
   }
   return found | {
-    name: ("#000000", "*<>1234xd+"[i % 10]) for i, name in enumerate(beside)
+    name: ("#000000", "*<>phdHD8s"[i % 10]) for i, name in enumerate(beside)
   }
 
 

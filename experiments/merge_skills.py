@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which merge of two skills keeps both?
+
+  python -m experiments.merge_skills [--only=METHOD,...] [--cache=FOLDER]
+    [--rows=FILE] [--out=FOLDER] [--smoke]
+
+SmolLM2-135M's finetunes on the King James Bible and on pydoc, merged by every
+method of `jlora.merging` at a few settings: as whole checkpoints, and as
+adapters of rank 64 extracted from them. Held-out losses on both texts, beside
+the base, each finetune and adapter alone, the plain average, and adapters of
+random factors of the same standard deviations. --rows keeps what was measured,
+and a second run goes on with it; --out writes the figure.
+"""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import jlora
+from experiments import merge_plots, plots, skills
+from experiments.caches import keep_compilations
+from experiments.merge_settings import (
+  LOW_RANK,
+  NEAR,
+  RANDOM,
+  SHRUNK,
+  WHOLE,
+  Merge,
+)
+from experiments.skills import Skills
+from jlora import models
+from jlora.loras import Lora, Loras
+from jlora.paths import flatten, key_for
+
+Model = tuple[str, str, str, Callable[[], Any]]
+Row = dict[str, Any]
+
+
+def randomise(loras: Loras, seed: int) -> Loras:
+  """Adapters of Gaussian factors, each with the standard deviation of its own.
+
+  Args:
+    loras: path -> Lora.
+    seed: of the draw.
+
+  Returns:
+    path -> Lora.
+
+  Example:
+    >>> lora = Lora(np.ones((1, 2)), np.eye(2)[:1], np.float32(1))
+    >>> randomise({"w": lora}, 0)["w"].a
+    Array([[0., 0.]], dtype=float32)
+  """
+
+  def drawn(path: str, part: str, factor: Any) -> jax.Array:
+    key = key_for(jax.random.key(seed), f"{path}.{part}")
+    return float(np.std(factor)) * jax.random.normal(key, factor.shape)
+
+  return {
+    path: Lora(drawn(path, "a", x.a), drawn(path, "b", x.b), x.scale)
+    for path, x in loras.items()
+  }
+
+
+def merges_of(found: Skills, rank: int) -> Iterator[Model]:
+  """Every model of the table: kind, method, setting, how to make it.
+
+  Args:
+    found: base, finetunes and texts.
+    rank: of the adapters.
+
+  Yields:
+    What takes nothing to make first, then merges of whole checkpoints, then
+    those of adapters, which are extracted when the first is made.
+  """
+  base, pair = found.base, list(found.finetuned.values())
+  yield "beside", "base", "", lambda: base
+  for name, tree in found.finetuned.items():
+    yield "beside", "finetune", f"{skills.TITLES[name]} alone", lambda x=tree: x
+  for kind, rows in (("beside", SHRUNK), ("whole", WHOLE)):
+    for one in rows:
+      yield kind, one.method, one.setting, lambda x=one: run(x, pair, base)
+  for one in NEAR:
+    yield (
+      "whole",
+      one.method,
+      one.setting,
+      lambda x=one: run(x, pair[:1], pair[1]),
+    )
+  kept: list[list[Loras]] = []
+
+  def adapted(one: Merge, column: int) -> Any:
+    if not kept:
+      own = [jlora.extract(base, tree, rank=rank) for tree in pair]
+      kept.extend([own, [randomise(x, i) for i, x in enumerate(own)]])
+    return jlora.apply(base, run(one, kept[column]))
+
+  for kind, rows, column in (("adapters", LOW_RANK, 0), ("beside", RANDOM, 1)):
+    for one in rows:
+      yield kind, one.method, one.setting, lambda x=one, i=column: adapted(x, i)
+
+
+def run(one: Merge, trees: Sequence[Any], base: Any = None) -> Any:
+  """One merge.
+
+  Args:
+    one: which.
+    trees: models, or adapters.
+    base: of models.
+
+  Returns:
+    A tree like the first.
+  """
+  return jlora.merge(
+    trees,
+    method=one.call,
+    base=base,
+    weights=one.weights,
+    settings=one.options,
+  )
+
+
+def relative_change(base: Any, tree: Any) -> float:
+  """‖tree - base‖ / ‖base‖ over all parameters."""
+  pairs = [(x, flatten(tree)[path]) for path, x in flatten(base).items()]
+  moved = sum(float(np.sum((y - x) ** 2)) for x, y in pairs)
+  return float(np.sqrt(moved / sum(float(np.sum(x**2)) for x, _ in pairs)))
+
+
+def front(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
+  """Rows that no other row beats on both texts, by loss on the first.
+
+  Args:
+    rows: text -> loss of each row of tokens.
+    texts: the two.
+
+  Returns:
+    Some of the rows.
+
+  Example:
+    >>> points = [{"a": [x], "b": [y]} for x, y in ((1, 3), (2, 2), (3, 2))]
+    >>> [row["a"][0] for row in front(points, ["a", "b"])]
+    [1, 2]
+  """
+  points = [tuple(np.mean(row[name]) for name in texts) for row in rows]
+  best, kept = np.inf, []
+  for i in sorted(range(len(rows)), key=lambda i: points[i]):
+    if points[i][1] < best:
+      best = points[i][1]
+      kept.append(rows[i])
+  return kept
+
+
+def as_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
+  """Rows as a Markdown table; a star is on the Pareto front.
+
+  Args:
+    rows: as measured.
+    texts: the two.
+
+  Returns:
+    Lines.
+  """
+  stars = [(row["method"], row["setting"]) for row in front(rows, texts)]
+  heads = " | ".join(f"loss on {skills.TITLES[name]}" for name in texts)
+  lines = [f"| of | method | setting | change | {heads} | mean | front |",
+           "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+  for row in rows:
+    losses = [float(np.mean(row[name])) for name in texts]
+    star = "*" if (row["method"], row["setting"]) in stars else ""
+    cells = " | ".join(f"{x:.3f}" for x in (*losses, float(np.mean(losses))))
+    lines.append(
+      f"| {row['kind']} | {row['method']} | {row['setting']} | "
+      f"{row['change']:.4f} | {cells} | {star} |"
+    )
+  return "\n".join(lines)
+
+
+def measure_all(
+  found: Skills, rank: int, only: Sequence[str], done: list[Row]
+) -> Iterator[Row]:
+  """A row for each merge that is not there yet.
+
+  Args:
+    found: base, finetunes and texts.
+    rank: of the adapters.
+    only: methods; none is all.
+    done: rows of an earlier run.
+
+  Yields:
+    kind, method, setting, change, and for each text the loss of every row.
+  """
+  apply = models.load(found.folders["base"])[0]
+  known = {(row["method"], row["setting"]) for row in done}
+  for kind, method, setting, make in merges_of(found, rank):
+    if (method, setting) in known or (only and method not in only):
+      continue
+    tree = make()
+    yield {
+      "kind": kind, "method": method, "setting": setting,
+      "change": relative_change(found.base, tree),
+      **skills.measure(apply, tree, found.held_out),
+    }  # fmt: skip
+    del tree  # the next is made before the name is taken
+
+
+def main(_: list[str]) -> None:
+  """Measures every merge, prints the table and draws the figure."""
+  values = flags.FLAGS
+  keep_compilations(values.cache)
+  kept = pathlib.Path(values.rows) if values.rows else None
+  rows = json.loads(kept.read_text()) if kept and kept.exists() else []
+  only = ["base", "linear", "concat"] if values.smoke else values.only
+  with tempfile.TemporaryDirectory() as work:
+    found = (
+      skills.tiny_skills(work)
+      if values.smoke
+      else skills.smollm2_skills(values.cache)
+    )
+    rank = 2 if values.smoke else values.rank
+    for row in measure_all(found, rank, only, rows):
+      rows.append(row)
+      print(as_table([row], list(found.held_out)).splitlines()[-1], flush=True)
+      if kept:
+        kept.write_text(json.dumps(rows, indent=1) + "\n")
+  names = list(skills.TITLES)
+  print(f"\n{as_table(rows, names)}")
+  if values.out:
+    best = front(rows, names)
+    path = pathlib.Path(values.out) / "merge_skills.png"
+    plots.save_figure(
+      path, lambda: merge_plots.draw_losses(rows, best, skills.TITLES)
+    )
+
+
+if __name__ == "__main__":
+  # Here, not above: importing this module must not claim a flag's name.
+  flags.DEFINE_integer("rank", 64, "Of the adapters.")
+  flags.DEFINE_list("only", [], "Some methods; all without it.")
+  flags.DEFINE_string("rows", None, "JSON file of what was measured.")
+  flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
+  flags.DEFINE_string("out", None, "Folder of the figure.")
+  flags.DEFINE_bool("smoke", False, "Tiny random models, in seconds.")
+  app.run(main)
