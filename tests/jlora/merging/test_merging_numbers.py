@@ -306,3 +306,34 @@ def test_one_model_kept_whole_is_the_model(name):
   base = jnp.array([0.5, 2, -1, 0.25])
   found = run(ROWS[name], base[None] + CHANGES[:1], [1.0], base)
   close(found, base + CHANGES[0])
+
+
+def test_tsv_in_core_space_is_that_of_the_dense_changes():
+  """Where tasks share directions, against the definition in float64."""
+  rng = np.random.default_rng(0)
+  shared = rng.standard_normal((4, 96)), rng.standard_normal((4, 80))
+
+  def task(size):
+    a, b = rng.standard_normal((12, 96)), rng.standard_normal((12, 80))
+    a[:4] = shared[0] + 0.5 * a[:4]
+    b[:4] = shared[1] + 0.5 * b[:4]
+    return Lora(
+      *(jnp.asarray(x, "float32") for x in (size * a, b)), jnp.ones(())
+    )
+
+  loras = [task(3.0), task(1.0)]
+  deltas = [np.asarray(dense(lora), np.float64) for lora in loras]
+  u, s, vt = zip(
+    *(np.linalg.svd(x, full_matrices=False) for x in deltas), strict=True
+  )
+  sides = np.hstack([x[:, :12] for x in u]), np.vstack([x[:12] for x in vt])
+  left, right = (
+    p @ q for p, _, q in (np.linalg.svd(x, full_matrices=False) for x in sides)
+  )
+  wanted = left * np.concatenate([x[:12] for x in s]) @ right
+  found = common_spaces.core_space(
+    loras, [1.0, 1.0], method=singular_vectors.tsv
+  )
+  assert np.linalg.norm(wanted - sum(deltas)) > 0.1 * np.linalg.norm(wanted)
+  error = np.linalg.norm(np.asarray(dense(found)) - wanted)
+  assert error < 1e-5 * np.linalg.norm(wanted)
