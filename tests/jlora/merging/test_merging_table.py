@@ -140,7 +140,7 @@ def rounded(x):
 
 
 # Their other settings change nothing that a compiler or a mesh could.
-SAME = ("ties", "ties as mergekit", "ties by count", "sum", "sce", "slerp")
+SAME = ("ties", "ties as mergekit", "ties by count", "sum", "sce")
 SAME += ("della_linear", "breadcrumbs_ties", "dare_linear", "nuslerp")
 
 
