@@ -49,17 +49,18 @@ def router_rows(
   Approximation: the states here are those that the router reads, behind the
     norm; which ones mergekit averages is known to us at second hand.
   """
-  rows = np.stack([_mean(states) for states in positive])
+  rows = _means("positive", positive, None)
   if negative is not None:
     if len(negative) != len(rows):
       raise ValueError(
         f"positive has states of {len(rows)} experts, negative of "
         f"{len(negative)}; an expert without any takes np.zeros((0, d))."
       )
-    rows = rows - np.stack([_mean(states, len(rows[0])) for states in negative])
+    rows = rows - _means("negative", negative, rows.shape[1])
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
-  if not np.all(np.isfinite(norms)) or not np.all(norms > 0):
-    wrong = [str(i) for i in np.flatnonzero(~(norms[:, 0] > 0))]
+  usable = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
+  if not usable.all():
+    wrong = [str(i) for i in np.flatnonzero(~usable)]
     raise ValueError(
       f"The mean states of experts {name_some(wrong)} are zero or not finite: "
       "no direction leads to them. Give other prompts."
@@ -182,19 +183,27 @@ def check_chosen(chosen: int, experts: int) -> None:
     )
 
 
-def _mean(states: Any, d: int | None = None) -> np.ndarray:
-  """The mean of (prompts, d), in float64; of no prompts, zeros of length d."""
-  states = np.asarray(states, np.float64)
-  if states.ndim != 2:
+def _means(name: str, states: Sequence[Any], d: int | None) -> np.ndarray:
+  """The mean of each expert's (prompts, d), in float64; of none, zeros.
+
+  Without d the first expert's counts, and each needs a prompt.
+  """
+  wide = [np.asarray(own, np.float64) for own in states]
+  needs_prompts = d is None
+  wanted = wide[0].shape[-1] if d is None and wide and wide[0].ndim else d
+  wrong = [
+    f"expert {i}: {own.shape}"
+    for i, own in enumerate(wide)
+    if own.ndim != 2
+    or own.shape[1] != wanted
+    or (needs_prompts and not len(own))
+  ]
+  if wrong or not wide:
+    least = "at least one prompt" if needs_prompts else "prompts"
     raise ValueError(
-      f"states are (prompts, d) for each expert, not {states.shape}."
+      f"{name} states are (prompts, {wanted}) for each expert, with {least}: "
+      f"{name_some(wrong) or 'there is no expert'}."
     )
-  if d is not None and states.shape[1] != d:
-    raise ValueError(
-      f"negative states have {states.shape[1]} channels, not {d}."
-    )
-  if len(states):
-    return states.mean(0)
-  if d is None:
-    raise ValueError("an expert has no prompts; give it at least one.")
-  return np.zeros(d)
+  return np.stack(
+    [own.mean(0) if len(own) else np.zeros(own.shape[1]) for own in wide]
+  )

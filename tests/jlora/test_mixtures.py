@@ -167,9 +167,12 @@ def test_adapters_that_stay_adapters_are_the_same_mixture(family):
   [
     ([np.ones((1, 3)), np.ones((2, 3))], None, "0 and 1 say the same"),
     ([np.ones((1, 3)), np.zeros((1, 3))], None, "experts 1 are zero"),
-    ([np.ones((1, 3)), np.zeros((0, 3))], None, "no prompts"),
-    ([np.ones(3)], None, "prompts, d"),
-    ([np.eye(3)[:1]], [np.ones((1, 2))], "2 channels, not 3"),
+    ([np.ones((1, 3)), np.zeros((0, 3))], None, r"expert 1: \(0, 3\)"),
+    ([np.ones((1, 3)), np.ones((1, 2))], None, r"expert 1: \(1, 2\)"),
+    ([], None, "no expert"),
+    ([np.eye(2)[:1], np.full((1, 2), np.inf)], None, "experts 1 are zero or"),
+    ([np.ones(3)], None, r"expert 0: \(3,\)"),
+    ([np.eye(3)[:1]], [np.ones((1, 2))], r"negative .*3.* expert 0: \(1, 2\)"),
     ([np.eye(3)[:1]], [], "states of 1 experts, negative of 0"),
   ],
 )
