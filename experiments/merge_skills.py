@@ -5,11 +5,12 @@
     [--rows=FILE] [--out=FOLDER] [--smoke]
 
 SmolLM2-135M's finetunes on the King James Bible and on pydoc, merged by every
-method of `jlora.merging` at a few settings: as whole checkpoints, and as
-adapters of rank 64 extracted from them. Held-out losses on both texts, beside
-the base, each finetune and adapter alone, the plain average, and adapters of
-random factors of the same standard deviations. --rows keeps what was measured,
-and a second run goes on with it; --out writes the figure.
+method of `jlora.merging` at a few settings: as whole checkpoints, as adapters
+of rank 64 extracted from them, and as a mixture of their MLPs. Held-out losses
+on both texts, beside the base, each finetune and adapter alone, the plain
+average, and adapters of random factors of the same standard deviations. --rows
+keeps what was measured, and a second run goes on with it; --out writes the
+figure.
 """
 
 import json
@@ -23,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import merge_plots, plots, skills
+from experiments import merge_plots, mixtures, plots, skills
 from experiments.caches import keep_compilations
 from experiments.merge_settings import (
   LOW_RANK,
@@ -82,7 +83,14 @@ def merges_of(found: Skills, rank: int) -> Iterator[Model]:
   base, pair = found.base, list(found.finetuned.values())
   yield "beside", "base", "", lambda: base
   for name, tree in found.finetuned.items():
-    yield "beside", "finetune", f"{skills.TITLES[name]} alone", lambda x=tree: x
+    title = skills.TITLES[name]
+    yield "beside", "finetune", f"{title} alone", lambda x=tree: x
+    yield (
+      "beside",
+      "finetune",
+      f"{title}'s MLPs alone",
+      lambda x=tree: mixtures.with_mlps_of(base, x),
+    )
   for kind, rows in (("beside", SHRUNK), ("whole", WHOLE)):
     for one in rows:
       yield kind, one.method, one.setting, lambda x=one: run(x, pair, base)
@@ -175,9 +183,10 @@ def as_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
     losses = [float(np.mean(row[name])) for name in texts]
     star = "*" if (row["method"], row["setting"]) in stars else ""
     cells = " | ".join(f"{x:.3f}" for x in (*losses, float(np.mean(losses))))
+    change = "" if row["change"] is None else f"{row['change']:.4f}"
     lines.append(
-      f"| {row['kind']} | {row['method']} | {row['setting']} | "
-      f"{row['change']:.4f} | {cells} | {star} |"
+      f"| {row['kind']} | {row['method']} | {row['setting']} | {change} | "
+      f"{cells} | {star} |"
     )
   return "\n".join(lines)
 
@@ -194,20 +203,33 @@ def measure_all(
     done: rows of an earlier run.
 
   Yields:
-    kind, method, setting, change, and for each text the loss of every row.
+    kind, method, setting, change, and for each text the loss of every row; of
+    mixtures no change, but "routed", as `mixtures.routed` gives it.
   """
   apply = models.load(found.folders["base"])[0]
   known = {(row["method"], row["setting"]) for row in done}
+
+  def is_wanted(method: str, setting: str) -> bool:
+    return (method, setting) not in known and (not only or method in only)
+
   for kind, method, setting, make in merges_of(found, rank):
-    if (method, setting) in known or (only and method not in only):
-      continue
-    tree = make()
-    yield {
-      "kind": kind, "method": method, "setting": setting,
-      "change": relative_change(found.base, tree),
-      **skills.measure(apply, tree, found.held_out),
-    }  # fmt: skip
-    del tree  # the next is made before the name is taken
+    if is_wanted(method, setting):
+      tree = make()
+      yield {
+        "kind": kind, "method": method, "setting": setting,
+        "change": relative_change(found.base, tree),
+        **skills.measure(apply, tree, found.held_out),
+      }  # fmt: skip
+      del tree  # the next is made before the name is taken
+  for setting, mix in mixtures.mixtures_of(found):
+    if is_wanted("mixture", setting):
+      mixed, tree = mix()
+      yield {
+        "kind": "mixture", "method": "mixture", "setting": setting,
+        "change": None, "routed": mixtures.routed(mixed, tree, found.held_out),
+        **skills.measure(mixed, tree, found.held_out),
+      }  # fmt: skip
+      del tree
 
 
 def main(_: list[str]) -> None:
@@ -216,7 +238,8 @@ def main(_: list[str]) -> None:
   keep_compilations(values.cache)
   kept = pathlib.Path(values.rows) if values.rows else None
   rows = json.loads(kept.read_text()) if kept and kept.exists() else []
-  only = ["base", "linear", "concat"] if values.smoke else values.only
+  few = ["base", "linear", "concat", "mixture"]
+  only = few if values.smoke else values.only
   with tempfile.TemporaryDirectory() as work:
     found = (
       skills.tiny_skills(work)
@@ -230,7 +253,11 @@ def main(_: list[str]) -> None:
       if kept:
         kept.write_text(json.dumps(rows, indent=1) + "\n")
   names = list(skills.TITLES)
-  print(f"\n{as_table(rows, names)}")
+  print(f"\n{as_table(rows, names)}\n")
+  for row in rows:
+    if shares := row.get("routed"):
+      said = [f"{x:.3f} of {skills.TITLES[name]}" for name, x in shares.items()]
+      print(f"{row['setting']}: to their own expert {', '.join(said)}")
   if values.out:
     best = front(rows, names)
     path = pathlib.Path(values.out) / "merge_skills.png"

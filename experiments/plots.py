@@ -8,6 +8,7 @@ apart; lines differ in marker as well.
 
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,13 @@ _PANELS = 12
 
 
 def save_figure(path: str | os.PathLike[str], draw: Callable[[], Figure]):
-  """Draws in the house style and writes a PNG, the same bytes every time."""
+  """Draws in the house style and writes a PNG, the same bytes every time.
+
+  Args:
+    path: its folder is made where it is not there.
+    draw: gives the figure.
+  """
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(_STYLE):
     draw().savefig(path, metadata={"Software": None})
 

@@ -4,7 +4,13 @@
 import numpy as np
 import pytest
 
-from experiments import merge_plots, merge_skills, skills
+from experiments import (
+  merge_plots,
+  merge_settings,
+  merge_skills,
+  mixtures,
+  skills,
+)
 from jlora.loras import Lora
 from jlora.paths import flatten
 
@@ -61,18 +67,49 @@ def test_random_factors_keep_their_standard_deviations():
   assert abs(np.corrcoef(np.ravel(drawn.a), np.ravel(a))[0, 1]) < 0.1
 
 
+def test_a_mixture_has_both_mlps_and_the_rest_of_the_base(found):
+  one = next(x for x in mixtures.MIXTURES if x.setting.endswith("equal shares"))
+  model, params = mixtures.mix(one, found)
+  paths = [f"layers/0/moe/experts/{i}/down/kernel" for i in range(2)]
+  for path, tree in zip(paths, found.finetuned.values(), strict=True):
+    own = flatten(tree)["layers/0/mlp/down/kernel"]
+    np.testing.assert_array_equal(flatten(params)[path], own)
+  q = "layers/1/attn/q/kernel"
+  np.testing.assert_array_equal(flatten(params)[q], flatten(found.base)[q])
+  # Ties count half: a router of zeros says nothing about either text.
+  shares = mixtures.routed(model, params, found.held_out)
+  assert shares == {"kjv": 0.5, "pydoc": 0.5}
+
+
+def test_routers_of_states_tell_tokens_apart(found):
+  """Two texts of one byte each go to their own expert, wholly."""
+  rows = {"kjv": np.full((2, 9), 7), "pydoc": np.full((2, 9), 200)}
+  rows = {name: tokens.astype(np.int32) for name, tokens in rows.items()}
+  known = found._replace(train=rows, held_out=rows)
+  one = next(x for x in mixtures.MIXTURES if x.averaged and x.chosen == 1)
+  model, params = mixtures.mix(one, known)
+  shares = mixtures.routed(model, params, rows)
+  assert min(shares.values()) > 0.95
+  mean = merge_skills.run(
+    merge_settings.WHOLE[0], list(found.finetuned.values())
+  )
+  q = "layers/1/attn/q/kernel"
+  np.testing.assert_allclose(flatten(params)[q], flatten(mean)[q], atol=1e-6)
+
+
 def test_the_table_and_the_figure_mark_the_front():
   rows = [
     {"kind": "beside", "method": "base", "setting": "", "change": 0.0,
      "kjv": [3.0, 4.0], "pydoc": [3.0, 3.0]},
     {"kind": "whole", "method": "good", "setting": "s", "change": 0.1,
      "kjv": [3.0, 3.0], "pydoc": [2.0, 3.0]},
-    {"kind": "whole", "method": "far", "setting": "s", "change": 0.1,
+    {"kind": "mixture", "method": "far", "setting": "s", "change": None,
      "kjv": [9.0, 9.0], "pydoc": [9.0, 9.0]},
   ]  # fmt: skip
   lines = merge_skills.as_table(rows, list(skills.TITLES)).splitlines()
   assert lines[2].endswith("| 3.500 | 3.000 | 3.250 |  |")
   assert lines[3].endswith("| 3.000 | 2.500 | 2.750 | * |")
+  assert lines[4].startswith("| mixture | far | s |  | 9.000 |")
   best = merge_skills.front(rows, list(skills.TITLES))
   assert [row["method"] for row in best] == ["good"]
   figure = merge_plots.draw_losses(rows, best, skills.TITLES)
