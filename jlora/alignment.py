@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from jlora.arrays import words_of
+from jlora.axes import Factor
 from jlora.descents import check_alike, descend, layout_of_pair, score
-from jlora.layouts import Factor, Layout, Place, lay_out
+from jlora.layouts import Layout, Place, lay_out
 from jlora.loras import name_some
 from jlora.paths import flatten, unflatten
 from jlora.permutations import (
@@ -26,6 +27,7 @@ from jlora.permutations import (
 )
 from jlora.reordering import permuted
 from jlora.symmetries import FIXED, Symmetry
+from jlora.views import view_of
 
 # Two networks from different starts have no common direction; two finetunes of
 # one base have little else.
@@ -151,7 +153,8 @@ def match_activations(
   References:
     Ainsworth et al. (2022), section 3.1; Li et al. (2015).
   """
-  layout = lay_out(symmetry, flatten(like))
+  shapes = flatten(like)
+  layout = lay_out(symmetry, shapes)
   check_alike(a, b)
   wrong = [
     path
@@ -168,7 +171,7 @@ def match_activations(
     path: Place(
       (
         ((Factor(FIXED, x.size // x.shape[-1]),),),
-        layout.places[path].axes[-1],
+        layout.places[path].axes[_output(path, shapes[path].shape, symmetry)],
       ),
       *layout.places[path][1:],
     )
@@ -253,6 +256,12 @@ def merge_many(
     if not any(moved):
       break
   return unflatten(_mean(current, rounded=True), models[0]), found
+
+
+def _output(path: str, shape: tuple[int, ...], symmetry: Symmetry) -> int:
+  """The axis of a kernel that its module's outputs are numbered by."""
+  view = view_of(path, shape, symmetry.views)
+  return -1 if view is None else view.outputs[-1]
 
 
 def _cosine(left, right) -> float:

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epy
 
 from jlora.arrays import library_of
-from jlora.layouts import Factor, Layout, Place
+from jlora.axes import Factor
+from jlora.layouts import Layout, Place
 from jlora.permutations import Permutations
 
 with epy.lazy_imports():  # half a second

@@ -1,40 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A symmetry laid over a network's parameters: who permutes which axis."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jlora.axes import Axis, give_sizes, solve_sizes
 from jlora.loras import name_some
 from jlora.symmetries import FIXED, Row, Symmetry
-
-
-class Factor(NamedTuple):
-  """A factor of an axis: the permutation's name, `-` for none, and its size."""
-
-  name: str
-  size: int
-
-
-Part = tuple[Factor, ...]
-Axis = tuple[Part, ...]
-
-
-def length(axis: Axis) -> int:
-  """How long an axis is.
-
-  Args:
-    axis: its parts.
-
-  Returns:
-    int.
-
-  Example:
-    >>> length(((Factor("head", 2), Factor("-", 3)), (Factor("-", 4),)))
-    10
-  """
-  return sum(math.prod(size for _, size in part) for part in axis)
 
 
 class Place(NamedTuple):
@@ -96,7 +69,7 @@ def lay_out(symmetry: Symmetry, shapes: Mapping[str, Any]) -> Layout:
       be a quadratic problem), one inside another that does not act there.
 
   Example:
-        >>> import numpy as np
+    >>> import numpy as np
     >>> from jlora.symmetries import chain
     >>> w = {"in/kernel": np.ones((3, 5)), "out/kernel": np.ones((5, 2))}
     >>> lay_out(chain(["in", "out"]), w).sizes
@@ -121,7 +94,7 @@ def lay_out(symmetry: Symmetry, shapes: Mapping[str, Any]) -> Layout:
   places = {
     path: Place(
       tuple(
-        _sized(axis, shapes[path].shape[i], sizes)
+        give_sizes(axis, shapes[path].shape[i], sizes)
         for i, axis in enumerate(axes)
       ),
       stack,
@@ -210,90 +183,24 @@ def _check_once(found, outer) -> None:
 
 
 def _solve(symmetry: Symmetry, found, shapes) -> dict[str, int]:
-  """The size of every permutation, from axes with one unknown."""
+  """The size of every permutation: those of stacks, given ones, and others."""
   stacked: dict[str, set[int]] = {}
   for _, stack, index, _ in found.values():
     stacked.setdefault(stack, set()).add(index)
-  sizes = {name: len(numbers) for name, numbers in stacked.items() if name}
+  known = {name: len(numbers) for name, numbers in stacked.items() if name}
   names = list(
     dict.fromkeys(n for read in found.values() for n in _names_of(read))
   )
   for name in names:
     if _kind(name) in symmetry.sizes:
-      sizes.setdefault(name, symmetry.sizes[_kind(name)])
+      known.setdefault(name, symmetry.sizes[_kind(name)])
   axes = [
     (path, axis, shapes[path].shape[i])
     for path, (all_axes, *_) in found.items()
     for i, axis in enumerate(all_axes)
   ]
-  while True:
-    before = len(sizes)
-    for _, axis, total in axes:
-      _solve_axis(axis, total, sizes)
-    if len(sizes) == before:
-      break
-  wrong = [
-    f"{path}: {_text(axis)} is {_text(axis, sizes)}, the axis has {total}"
-    for path, axis, total in axes
-    if not _fits(axis, total, sizes)
-  ]
-  unknown = [name for name in names if name not in sizes]
-  if wrong or unknown:
-    raise ValueError(
-      f"{len(wrong) + len(unknown)} sizes do not agree or are not told: "
-      f"{name_some(wrong + unknown)}. Give sizes, or other rows."
-    )
+  sizes = solve_sizes(axes, known)
   return {name: sizes[name] for name in names}
-
-
-def _solve_axis(axis, total, sizes) -> None:
-  """Adds the size of the axis's only unknown, where it has just one."""
-  unknown = {name for part in axis for name in part if name not in sizes}
-  if len(unknown) != 1 or FIXED in unknown:
-    return
-  (name,) = unknown
-  known = sum(
-    math.prod(sizes[n] for n in part) for part in axis if name not in part
-  )
-  times = sum(
-    math.prod(sizes[n] for n in part if n != name)
-    for part in axis
-    if name in part
-  )
-  if total > known and (total - known) % times == 0:
-    sizes[name] = (total - known) // times
-
-
-def _fits(axis, total, sizes) -> bool:
-  try:
-    return length(_sized(axis, total, sizes)) == total
-  except KeyError:
-    return any(n not in sizes and n != FIXED for part in axis for n in part)
-
-
-def _sized(axis, total, sizes) -> Axis:
-  """Factors with sizes; `-` takes what is left of its part."""
-  share = total // len(axis)
-  return tuple(
-    tuple(
-      Factor(
-        name,
-        sizes[name]
-        if name != FIXED
-        else share // math.prod(sizes[n] for n in part if n != FIXED),
-      )
-      for name in part
-    )
-    for part in axis
-  )
-
-
-def _text(axis, sizes: Mapping[str, int] | None = None) -> str:
-  if sizes is None:
-    return " + ".join(" ".join(part) for part in axis)
-  return " + ".join(
-    " x ".join(str(sizes.get(name, name)) for name in part) for part in axis
-  )
 
 
 def _peers_of(found, sizes) -> dict[str, tuple[str, ...]]:

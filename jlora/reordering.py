@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from jlora.arrays import library_of
-from jlora.layouts import Layout, Place, lay_out, length
+from jlora.axes import length
+from jlora.layouts import Layout, Place, lay_out
 from jlora.loras import Lora, Loras, check_loras, name_some
 from jlora.paths import flatten, unflatten
 from jlora.permutations import Permutations, check_permutations
 from jlora.symmetries import FIXED, Symmetry
-from jlora.views import FLAX_VIEWS, MatrixView, view_of
+from jlora.views import MatrixView, Rule, view_of
 
 
 def permute(params: Any, permutations: Permutations, symmetry: Symmetry) -> Any:
@@ -92,7 +93,8 @@ def permute_loras(
     loras: path -> Lora, of any of the parameters.
     permutations: as for `permute`.
     symmetry: of the network.
-    like: its parameters, or anything of their shapes; kernels (in, out).
+    like: its parameters, or anything of their shapes; kernels are read by
+      `symmetry.views`.
 
   Returns:
     path -> Lora. Of experts that change places the Loras change theirs. Costs
@@ -114,7 +116,7 @@ def permute_loras(
   flat = flatten(like)
   layout = lay_out(symmetry, flat)
   check_permutations(permutations, layout)
-  views = _views_of(loras, flat)
+  views = _views_of(loras, flat, symmetry.views)
   found = {}
   for path in layout.places:
     place = layout.places[path]
@@ -178,12 +180,14 @@ def _orders(axes, place, permutations, layout) -> np.ndarray | None:
   return np.ravel_multi_index(grids, sizes).ravel()
 
 
-def _views_of(loras: Loras, flat) -> dict[str, MatrixView]:
+def _views_of(
+  loras: Loras, flat, rules: tuple[Rule, ...]
+) -> dict[str, MatrixView]:
   """How the parameters of Loras are read, if all of them fit."""
   found, wrong = {}, []
   for path, lora in loras.items():
     shape = flat[path].shape if path in flat else ()
-    view = view_of(path, shape, FLAX_VIEWS)
+    view = view_of(path, shape, rules)
     given = lora.a.shape[-1], lora.b.shape[-1]
     if view is None or view.shape(shape)[-2:] != given:
       wrong.append(f"{path}: a {lora.a.shape}, b {lora.b.shape}")

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from jlora.loras import name_some
+from jlora.views import FLAX_VIEWS, Rule
 
 FIXED = "-"
 
@@ -43,6 +44,7 @@ class Symmetry:
     inside: kind -> kind: permutations inside the units of another, one for each
       of them; a name's kind is what stands before its dot.
     sizes: kind -> units, where no axis tells it.
+    views: how kernels are read as (in, out): of Loras and of activations.
 
   Example:
     >>> Symmetry((Row("w", "-, unit"), Row("v", "unit, -"))).sizes
@@ -52,11 +54,14 @@ class Symmetry:
   rows: tuple[Row, ...]
   inside: Mapping[str, str] = dataclasses.field(default_factory=dict)
   sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  views: tuple[Rule, ...] = FLAX_VIEWS
 
 
-#: Decoders of the Llama family, `jlora.models`. Rotary positions turn channels
-#: of a query and key pairwise by their place, so these stay; those of values
-#: are free. Query heads move within their key's group, groups as wholes.
+#: Decoders of the Llama family, by the paths of `jlora.models`, whose
+#: `hf_symmetry` makes rows for a checkpoint's names of them. Rotary positions
+#: turn channels of a query and key pairwise by their place, so these stay;
+#: those of values are free. Query heads move within their key's group, groups
+#: as wholes.
 DECODER = (
   Row(r"embed/embedding", "-, stream"),
   Row(r"(?:layers/\d+/(?:attn|mlp)_norm|norm)/scale", "stream"),

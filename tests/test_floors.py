@@ -25,8 +25,8 @@ FLOORS = (
   "extraction adapted banks axis_rules product_rules convolution_rules "
   "lookup_rules interpreter programs binding "
   "application packing packed_files merging routing "
-  "symmetries layouts permutations reordering assignments descents alignment "
-  "measurements ledgers editing edit_values "
+  "symmetries axes layouts permutations reordering assignments descents "
+  "alignment measurements ledgers editing edit_values "
   "peft_configs peft_files peft_folders adapter_parts snapshots "
   "overlaps conflicts",
   # 3: what is said about them and written
@@ -56,7 +56,8 @@ FAMILIES = (
   "interpreter programs binding application",
   "packing packed_files",
   "overlaps conflicts",
-  "symmetries layouts permutations reordering assignments descents alignment",
+  "symmetries axes layouts permutations reordering assignments descents "
+  "alignment",
   "peft_configs peft_files peft_folders adapter_parts",
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
   "mixtures mixture_folders",

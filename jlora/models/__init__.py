@@ -11,6 +11,7 @@ from jlora.models.names import to_hf as to_hf
 from jlora.models.networks import Model as Model
 from jlora.models.networks import init as init
 from jlora.models.placement import RULES as RULES
+from jlora.models.weight_orders import hf_symmetry as hf_symmetry
 
 __all__ = [
   "RULES",
@@ -18,6 +19,7 @@ __all__ = [
   "from_hf",
   "generate",
   "hf_name",
+  "hf_symmetry",
   "init",
   "load",
   "read_config",

@@ -57,11 +57,11 @@ LEAVES = {
   "conv1d": (("weight", "kernel", False), ("bias", "bias", False)),
 }
 
-#: (regex, the name in MODULES): GPT-2 saved without its head, and Mixtral's
-#: router as transformers 5 calls it inside.
+#: (part of a name in MODULES, regex of how it is spelled): GPT-2 may be saved
+#: without its head, and transformers 5 calls Mixtral's router `mlp` inside.
 SPELLINGS = (
-  (r"((?:wte|wpe|ln_f|h\.\d+)\..+)", r"transformer.\1"),
-  (r"(model\.layers\.\d+)\.mlp\.(gate\.weight)", r"\1.block_sparse_moe.\2"),
+  ("transformer.", r"(?:transformer\.)?"),
+  (".block_sparse_moe.gate.", r"\.(?:block_sparse_moe|mlp)\.gate\."),
 )
 
 #: (regex of a tensor of all experts, (expert, out, in); Flax modules of its
@@ -158,12 +158,30 @@ def _rows() -> list[tuple[tuple[str, str], bool]]:
   ]
 
 
+def pattern_of(name: str) -> str:
+  r"""The regex of a name with `{}` for its numbers, in all of its spellings.
+
+  Args:
+    name: of either column of `MODULES`, with its leaf.
+
+  Returns:
+    A regex of whole names; a group for each number.
+
+  Example:
+    >>> pattern_of("transformer.h.{}.ln_1.weight")
+    '(?:transformer\\.)?h\\.(\\d+)\\.ln_1\\.weight'
+  """
+  pattern = re.escape(name).replace(r"\{\}", r"(\d+)")
+  for part, spelled in SPELLINGS:
+    pattern = pattern.replace(re.escape(part), spelled)
+  return pattern
+
+
 def _find(name: str, column: int) -> tuple[str, bool]:
   """The other column's name of `name`, and whether the leaf is transposed."""
   rows = _rows()
   for pair, transposed in rows:
-    pattern = re.escape(pair[column]).replace(r"\{\}", r"(\d+)")
-    if match := re.fullmatch(pattern, name):
+    if match := re.fullmatch(pattern_of(pair[column]), name):
       return pair[1 - column].format(*match.groups()), transposed
   raise ValueError(
     f"no parameter of these models is called {name!r}; names look like "
@@ -190,9 +208,6 @@ def from_hf(name: str) -> tuple[str, bool]:
     >>> from_hf("h.3.attn.c_attn.weight")
     ('h/3/attn/c_attn/kernel', False)
   """
-  for pattern, spelling in SPELLINGS:
-    if match := re.fullmatch(pattern, name):
-      name = match.expand(spelling)
   return _find(name, 0)
 
 
