@@ -37,9 +37,9 @@ def stand_in(shifts):
 def test_masks_of_both_models_are_found(shifts, tmp_path, monkeypatch):
   """Only where every run draws the same: a seed that moves is seen."""
   monkeypatch.setattr(dare_masks, "METHODS", {"dare_linear": "dare_linear"})
-  monkeypatch.setattr(
-    dare_masks, "SMALL", {**dare_masks.SMALL, "num_hidden_layers": 1}
-  )
+  few = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 64)
+  few = {**dare_masks.SMALL, **few, "num_hidden_layers": 1}  # two shapes
+  monkeypatch.setattr(dare_masks, "SMALL", few)
   monkeypatch.setattr(dare_masks, "_run", stand_in(shifts))
   ((method, largest, _, both),) = dare_masks.compare(tmp_path, "there")
   assert method == "dare_linear"
