@@ -9,9 +9,10 @@ from jlora.layer_slices import Layers, find_layers
 from jlora.loras import name_some
 from jlora.merge_jobs import Catalogue, Job, Planner
 from jlora.merged_checkpoints import read_config
-from jlora.pairing import Vocabulary, pair_up
-from jlora.pairs import Pair, Part
+from jlora.pairing import Vocabulary, common_rows, is_table, pair_up
+from jlora.pairs import Pair, Part, names_of
 from jlora.recipes import Recipe
+from jlora.vocabularies import differing_rows, read_tokens
 
 _HEAD = "lm_head.weight"
 
@@ -25,7 +26,8 @@ class MergePlan(NamedTuple):
     jobs: in the order of the result's files.
     config: the reference's config.json.
     taken: of the result's layers, which of its model each one is.
-    notes: what was found only in one model and is left out.
+    notes: what was found only in one model and is left out, and tokens that
+      differ.
   """
 
   models: dict[str, Any]
@@ -50,7 +52,9 @@ def plan_merge(recipe: Recipe) -> MergePlan:
 
   Raises:
     ValueError: models that cannot be read or do not belong together, layers
-      that are not there, or a setting none of whose conditions holds.
+      that are not there, a setting none of whose conditions holds, or with
+      `common_rows` tokenizers that name rows otherwise than the reference's.
+      Under another policy these are a note: rows are added up by number.
 
   Example:
     >>> import tempfile
@@ -78,6 +82,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
   layers = _layers(first, config, is_sliced or _has_gradients(recipe))
   jobs, taken = Planner(recipe, models, catalogues, layers).plan()
   notes = [] if is_sliced else _left_out(catalogues, jobs, layers)
+  notes += _other_tokens(recipe, models, jobs)
   return MergePlan(models, reference, jobs, config, taken, notes)
 
 
@@ -93,6 +98,34 @@ def _left_out(catalogues, jobs, layers: Layers) -> list[str]:
       )
     if rest:
       notes.append(f"{name_some(rest)}: only in {model}, left out")
+  return notes
+
+
+def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
+  """What rows are other tokens than the reference's, said; or an error."""
+  reference, rows = recipe.models[0], {}
+  for job in jobs:
+    if is_table(job.name) and job.settings is not None:
+      for source in (*job.sources, *([job.base] if job.base else [])):
+        own = models[source.model].spec[names_of(source.side)[0]].shape[0]
+        rows[source.model] = min(own, job.shape[0])
+  rows.pop(reference, None)
+  known = read_tokens(models[reference].path) if rows else None
+  notes = []
+  for name, count in rows.items():
+    tokens = read_tokens(models[name].path)
+    wrong = differing_rows(known, tokens, count) if known and tokens else []
+    said = (
+      f"{name}: {len(wrong)} rows are other tokens than in {reference}: "
+      f"{name_some(wrong)}"
+    )
+    if wrong and recipe.vocabulary is common_rows:
+      raise ValueError(
+        f"{said}. Give models of one tokenizer; without `tokenizer_source` "
+        "(vocabulary=refuse) rows are added up by number all the same."
+      )
+    if wrong:
+      notes.append(f"{said}; added up by number")
   return notes
 
 

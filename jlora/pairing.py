@@ -101,6 +101,22 @@ def refuse(
   )
 
 
+def is_table(path: str) -> bool:
+  """Whether a parameter has a row for each token: an embedding or a head.
+
+  Args:
+    path: its name in a checkpoint.
+
+  Returns:
+    bool.
+
+  Example:
+    >>> is_table("model.embed_tokens.weight"), is_table("wpe.weight")
+    (True, False)
+  """
+  return any(re.fullmatch(rule, path) for rule in (_EMBEDDING, _HEAD))
+
+
 def pair_up(
   base: Mapping[str, Any],
   finetuned: Mapping[str, Any],
@@ -226,8 +242,9 @@ def _settle_shape(pair: Pair, finetuned, vocabulary: Vocabulary) -> Pair:
   if isinstance(side, Stack) or side.index:
     return pair
   there = tuple(finetuned[side.name].shape)
-  is_table = any(re.fullmatch(r, pair.path) for r in (_EMBEDDING, _HEAD))
-  if not is_table or there == pair.shape or there[1:] != pair.shape[1:]:
+  if there == pair.shape or there[1:] != pair.shape[1:]:
+    return pair
+  if not is_table(pair.path):
     return pair
   rows = vocabulary(pair.path, pair.shape, there)
   said = f"vocabulary {pair.shape[0]} in the base, {there[0]} in the finetune"

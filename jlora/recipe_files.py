@@ -42,9 +42,12 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
   not document), `models` or `slices` with `sources` and `layer_range`,
   `base_model`, `parameters` (numbers, gradients, conditions by `filter`) at
   every level, `dtype`, `out_dtype`, and `tokenizer_source: base`, which is
-  `common_rows`: rows are the same tokens in all models. Paths are taken as they
-  are written. Merges are computed in float32 whatever `dtype` says, which is
-  that of the result unless `out_dtype` is given.
+  `common_rows`: tables get the base's rows. Rows that a model has besides are
+  left out, and for those that it lacks it has the base's; rows that are other
+  tokens in a model's tokenizer are an error. Without it a vocabulary of another
+  size is one. Paths are taken as they are written. Merges are computed in
+  float32 whatever `dtype` says, which is that of the result unless `out_dtype`
+  is given.
 
   Args:
     path: the file.

@@ -20,7 +20,7 @@ FLOORS = (
   "huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
-  "rounding checkpoints journal",
+  "rounding checkpoints journal vocabularies",
   # 2: what is done with Loras, and the formats of their files
   "extraction adapted banks axis_rules product_rules convolution_rules "
   "lookup_rules interpreter programs binding "
