@@ -52,6 +52,22 @@ def row(method, *, then=None, **settings):
   return Row(functools.partial(method, **settings), **(then or {}))
 
 
+def ties_of_a_model(stack, weights, base=None):
+  """TIES with one threshold for a model of two parameters, as in the paper."""
+  jlora.ties(stack, weights, base)  # what it refuses
+  halves = lambda x: dict(zip("ab", jnp.split(x, 2, axis=-1), strict=True))  # noqa: E731
+  models, under = [halves(x) for x in jnp.asarray(stack)], halves(base)
+  threshold = jlora.magnitude_thresholds(models, under, 0.3)
+  merged = jlora.merge(
+    models,
+    method=jlora.ties,
+    base=under,
+    weights=weights,
+    settings={"threshold": threshold},
+  )
+  return jnp.concatenate([merged["a"], merged["b"]], axis=-1)
+
+
 MEAN = {"of_base": False, "adds": False}
 DRAWN = {"symmetric": False}
 METHODS = {
@@ -69,6 +85,7 @@ METHODS = {
   "task_arithmetic": row(jlora.task_arithmetic, normalize=True),
   "ties": row(jlora.ties, density=1.0),
   "ties trimmed": row(jlora.ties, density=0.3, then={"whole": False}),
+  "ties of a model": row(ties_of_a_model, then={"whole": False}),
   "ties as mergekit": row(
     jlora.ties, density=0.5, elect=by_mass_or_plus, then={"whole": False}
   ),
