@@ -6,10 +6,14 @@
 Writes `adapter_model.safetensors`, `adapter_config.json`, `README.md` and
 `report.json` into the output folder and prints the tables of the report.
 Checkpoints are safetensors files, Hugging Face folders or orbax directories.
+
+The same command, started once on each of several hosts, shares the work: see
+"Many hosts" in BUILD.md.
 """
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,8 +23,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import jlora
+from experiments import clusters
 from experiments.caches import keep_compilations
-from jlora import ranks, report_tables
+from jlora import hosts, ranks, report_tables
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
 _FINETUNED = flags.DEFINE_string(
@@ -80,6 +85,11 @@ _RESUME = flags.DEFINE_bool("resume", False, "Go on with an unfinished run.")
 _OVERWRITE = flags.DEFINE_bool(
   "overwrite", False, "Replace an adapter that is in the output folder."
 )
+_SPLIT = flags.DEFINE_float(
+  "split_mib",
+  2048,
+  "A matrix that is larger in float32 is factored on all devices together.",
+)
 _JSON = flags.DEFINE_bool("json", False, "Print report.json, not tables.")
 _CACHE = flags.DEFINE_string(
   "cache", None, "Folder of compiled programs; ~/.cache/jlora by default."
@@ -101,6 +111,11 @@ _POLICIES: dict[str, Callable[[jlora.Spectra], dict[str, int]] | None] = {
     s.values, s.unit_bytes, int((_BUDGET.value or 0) * 2**20)
   ),
 }
+# What all processes of a run must be given alike; paths may differ.
+_SHARED = (
+  *(_RANK, _POLICY, _ENERGY, _RATIO, _BUDGET, _SELECT, _EXCLUDE, _DTYPE),
+  *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -110,12 +125,17 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
+  except jlora.LostProcess as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # at an ordinary exit JAX would wait for the lost process
 
 
 def _run(argv: list[str]) -> None:
+  keep_compilations(_CACHE.value)
+  process = clusters.join()
+  hosts.check_same({flag.name: flag.value for flag in _SHARED})
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
-  keep_compilations(_CACHE.value)
   report = jlora.extract_checkpoint(
     _BASE.value,
     _FINETUNED.value,
@@ -130,7 +150,10 @@ def _run(argv: list[str]) -> None:
     base_model=_BASE_MODEL.value,
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
+    split_bytes=int(_SPLIT.value * 2**20),
   )
+  if process:
+    return
   report_tables.write_card(_OUT.value, report, _command())
   if _JSON.value:
     print(json.dumps(report._asdict()))
@@ -166,9 +189,15 @@ def _is_selected(
 
 
 def _command() -> str:
-  """What makes this adapter again, without how the run was taken up."""
-  skipped = ("--resume", "--overwrite", "--json")
-  words = [word for word in sys.argv[1:] if not word.startswith(skipped)]
+  """What makes this adapter again, without how the run was started."""
+  skipped = ("resume", "overwrite", "json", *clusters.FLAGS)
+  words, left = [], iter(sys.argv[1:])
+  for word in left:
+    name, equals, _ = word.lstrip("-").partition("=")
+    if name.removeprefix("no") not in skipped and name not in skipped:
+      words.append(word)
+    elif name in clusters.FLAGS and not equals:
+      next(left, None)  # its value is a word of its own
   return f"python -m experiments.extract {shlex.join(words)}"
 
 

@@ -63,6 +63,7 @@ from jlora.factoring import gram as gram
 from jlora.factoring import krylov as krylov
 from jlora.factoring import recompress as recompress
 from jlora.factoring import svd as svd
+from jlora.hosts import LostProcess as LostProcess
 from jlora.initialisation import init_lora as init_lora
 from jlora.loras import Factors as Factors
 from jlora.loras import Lora as Lora
@@ -148,6 +149,7 @@ __all__ = [
   "Factors",
   "Lora",
   "Loras",
+  "LostProcess",
   "Moment",
   "PEFT",
   "Packed",

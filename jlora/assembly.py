@@ -12,10 +12,10 @@ from jlora.journal import Journal
 from jlora.ledgers import keep_ledger
 from jlora.loras import Lora, name_some
 from jlora.measurements import row_of
-from jlora.modules import read_pair
 from jlora.pairs import Pair
 from jlora.peft_files import Profile
 from jlora.plans import Plan
+from jlora.readings import read_pair
 from jlora.reporting import Report, total_up, write_report
 
 

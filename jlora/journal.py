@@ -27,6 +27,11 @@ _HEADER = "run.json"
 class Journal(Mapping[str, dict[str, Any]]):
   """Finished modules: {path: record}, with arrays read when asked for.
 
+  Args:
+    folder: where the entries lie.
+    is_new: whether to look at none that are there, as one of several processes
+      that only adds its own.
+
   Attributes:
     folder: where the entries lie.
 
@@ -40,18 +45,21 @@ class Journal(Mapping[str, dict[str, Any]]):
     ({'rank': 1}, [1.0, 1.0])
   """
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, *, is_new: bool = False):
     self.folder = folder
     self._records: dict[str, dict[str, Any]] = {}
-    for file in _entries(folder):
-      try:
-        entry = json.loads(open_checkpoint(file).metadata["entry"])
-        self._records[entry["path"]] = entry["record"]
-      except (ValueError, KeyError) as error:
-        raise ValueError(
-          f"{file} is no entry of a journal ({error}). Remove it to do its "
-          "module again."
-        ) from error
+    for file in [] if is_new else _entries(folder):
+      self._take(file)
+
+  def _take(self, file: Path) -> None:
+    try:
+      entry = json.loads(open_checkpoint(file).metadata["entry"])
+      self._records[entry["path"]] = entry["record"]
+    except (ValueError, KeyError) as error:
+      raise ValueError(
+        f"{file} is no entry of a journal ({error}). Remove it to do its "
+        "module again."
+      ) from error
 
   def __getitem__(self, path: str) -> dict[str, Any]:
     return self._records[path]
@@ -75,6 +83,19 @@ class Journal(Mapping[str, dict[str, Any]]):
     entry = json.dumps({"path": path, "record": record}, sort_keys=True)
     write_safetensors(self._file(path), arrays, {"entry": entry})
     self._records[path] = record
+
+  def find(self, path: str) -> bool:
+    """Whether a module is finished, maybe by another process meanwhile.
+
+    Args:
+      path: the module.
+
+    Returns:
+      bool; if so its record is here from now on.
+    """
+    if path not in self._records and self._file(path).exists():
+      self._take(self._file(path))
+    return path in self._records
 
   def arrays(self, path: str) -> Mapping[str, np.ndarray]:
     """The arrays of a finished module, read when asked for.
@@ -127,6 +148,34 @@ def open_journal(
     ...   len(open_journal(out, {"rank": 64}))
     0
   """
+  return Journal(begin_journal(out, fingerprint, resume=resume))
+
+
+def begin_journal(
+  out: str | os.PathLike,
+  fingerprint: Mapping[str, Any],
+  *,
+  resume: bool = False,
+) -> Path:
+  """The folder of a run's journal, new or taken up again; entries are not read.
+
+  Args:
+    out: as for `open_journal`.
+    fingerprint: as for `open_journal`.
+    resume: as for `open_journal`.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: as `open_journal`, but for damaged entries.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   begin_journal(out, {"rank": 64}).name
+    '.journal'
+  """
   folder = Path(out) / FOLDER
   wanted = json.loads(json.dumps(fingerprint))
   header = folder / _HEADER
@@ -147,7 +196,7 @@ def open_journal(
     partial = header.with_suffix(".partial")
     partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
     os.replace(partial, header)
-  return Journal(folder)
+  return folder
 
 
 def remove_closed(out: str | os.PathLike) -> None:

@@ -21,6 +21,8 @@ class Progress:
     total: bytes of the run.
     file: where it says so, None is standard error.
     errors: whether there are errors to tell.
+    who: which of several processes says it; None: there is only one. Only a
+      first or only process draws a bar.
 
   Example:
     >>> import io
@@ -32,15 +34,21 @@ class Progress:
   """
 
   def __init__(
-    self, total: int, file: IO[str] | None = None, *, errors: bool = True
+    self,
+    total: int,
+    file: IO[str] | None = None,
+    *,
+    errors: bool = True,
+    who: int | None = None,
   ):
     self._file = sys.stderr if file is None else file
     self._errors = errors
+    self._who = "" if who is None else f"process {who}: "
     self._total, self._done = total, 0
     self._error2 = self._norm2 = 0.0
     self._began = self._said = time.monotonic()
     self._bar = None
-    if self._file.isatty():
+    if not who and self._file.isatty():
       self._bar = tqdm(
         total=total, unit="B", unit_scale=True, file=self._file, leave=False
       )
@@ -88,7 +96,7 @@ class Progress:
     left = (now - self._began) * (1 / share - 1) if share else math.inf
     told = f", relative error so far {relative:.4f}" if self._errors else ""
     print(
-      f"{share:.0%} {module}{told}, {left:.0f} s left",
+      f"{self._who}{share:.0%} {module}{told}, {left:.0f} s left",
       file=self._file,
       flush=True,
     )

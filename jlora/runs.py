@@ -1,44 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extraction from disk to disk: streaming, bounded in memory, resumable.
 
-open ─► pair ─► read, factor, certify, journal (threads) ─► ranks ─► folder
+open ─► pair ─► read, factor, certify, journal ─► ranks ─► folder
+
+Several `jax.distributed` processes share the journal; the first one writes the
+folder.
 """
 
 import functools
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from threadpoolctl import threadpool_limits
 
+from jlora import hosts
+from jlora.arrays import words_of
 from jlora.assembly import Policy, choose_ranks, write_adapter
 from jlora.deltas import is_matrix
 from jlora.extraction import Select
 from jlora.factoring import Factoriser, krylov
-from jlora.journal import (
-  FOLDER,
-  check_fingerprint,
-  check_folder,
-  open_journal,
-  remove_closed,
-)
-from jlora.modules import Extractor, Outcome, is_same
+from jlora.journal import FOLDER, check_fingerprint, remove_closed
+from jlora.modules import Extractor
 from jlora.pairing import Vocabulary, keep_whole
-from jlora.pairs import Pair
 from jlora.peft_files import PEFT, Profile
-from jlora.plans import bytes_on_disk, fingerprint, plan_run
-from jlora.progress import Progress, Room
+from jlora.plans import fingerprint, plan_run
 from jlora.reporting import REPORT, Report, read_report
-
-_THREADS = 3  # two factor, one reads ahead
-_MEMORY = 512 * 2**20  # of tensors and their float32 copies in work at a time
+from jlora.shared_journals import (
+  complete_journal,
+  share_journal,
+  wait_for_files,
+)
+from jlora.shares import work_off
 
 
 def extract_checkpoint(
@@ -57,6 +53,7 @@ def extract_checkpoint(
   base_model: str | None = None,
   resume: bool = False,
   overwrite: bool = False,
+  split_bytes: int = 2**31,
   log: IO[str] | None = None,
 ) -> Report:
   """The report of an extraction, whose adapter is then in a PEFT folder.
@@ -65,6 +62,13 @@ def extract_checkpoint(
   `policy` chooses ranks up to that from all spectra and the folder is written.
   What is no matrix and changed (norms, biases) is kept whole where the profile
   carries it.
+
+  Where the caller has initialised `jax.distributed`, all processes call this
+  alike, with paths on file systems that they share. They settle first whether
+  they have the same versions, options and inputs. Modules are dealt to them by
+  cost, and each reads the tensors of its own; the first process chooses ranks
+  and writes the folder. A tensor over `split_bytes` is cut over the devices of
+  all, each process reading its own part.
 
   Args:
     base: a checkpoint that `open_checkpoint` opens.
@@ -85,20 +89,29 @@ def extract_checkpoint(
       `out`; a finished one gives its report, if its settings are the same.
     overwrite: allow a folder that is not empty; an adapter, report or journal
       in it is replaced, other files stay.
-    log: where progress goes, None is standard error.
+    split_bytes: a matrix that is larger in float32 is factored on all devices
+      together, where they are several and divide an axis of it.
+    log: where progress goes, None is standard error; each process counts its
+      own share.
 
   Returns:
-    Report. The result is the same bytes whether or not the run was
-    interrupted. Memory: the tensors of up to three modules and their float32
-    copies, not the model; disk: the adapter twice while it is written.
+    Report, on all processes. The result is the same bytes whether or not the
+    run was interrupted, and on however many processes, but for tensors that are
+    split: these are equal to rounding. Memory: the tensors of up to three
+    modules and their float32 copies, not the model; disk: the adapter twice
+    while it is written.
 
   Raises:
     ValueError: inputs that cannot be read or do not belong together, NaN or
       infinity in a tensor, a folder that is not empty, a journal of another
-      run, or nothing to extract.
+      run, or nothing to extract; processes that differ in versions, options or
+      what they see. Of several processes all raise it.
+    LostProcess: another process ended or was killed. What was finished is kept
+      in the journal for `resume`.
 
   Example:
     >>> import io, tempfile
+    >>> import numpy as np
     >>> from jlora.checkpoints import write_safetensors
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   for name, scale in (("base", 0.0), ("ft", 1.0)):
@@ -111,8 +124,6 @@ def extract_checkpoint(
     0.0
   """
   out = Path(out)
-  if rank < 1:
-    raise ValueError(f"rank must be at least 1, got {rank}.")
   options = {
     "rank": rank,
     "dtype": jnp.dtype(dtype).name,
@@ -126,30 +137,77 @@ def extract_checkpoint(
     "vocabulary": name_of(vocabulary),
     **options,
   }
-  if resume or overwrite:
-    _remove_leftovers(out)
-  if resume and not (out / FOLDER).exists() and (out / REPORT).exists():
-    report = read_report(out)
-    check_fingerprint(out / REPORT, report.settings, settings)
-    return report
-  plan = plan_run(base, finetuned, select, vocabulary)
-  check_folder(out, REPORT, resume=resume, overwrite=overwrite)
-  journal = open_journal(out, fingerprint(plan, key, options), resume=resume)
-  extractor = Extractor(factor, dtype, key)
-  _factor_all(plan, journal, extractor, rank, log)
-  ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
   named = str(base) if base_model is None else base_model
-  report = write_adapter(
-    plan,
-    journal,
-    ranks,
-    out,
-    profile=profile,
-    base_model=named,
-    settings=settings,
+  asked = {
+    **{k: v for k, v in settings.items() if k not in ("base", "finetuned")},
+    "policy": "none" if policy is None else hosts.plain(name_of(policy)),
+    "base_model": base_model,
+    "split_bytes": split_bytes,
+    "resume": resume,
+    "overwrite": overwrite,
+  }
+  if hosts.process_count() > 1:
+    hosts.check_same(asked | hosts.versions() | {"key": words_of(key).tolist()})
+  if rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  if split_bytes < 1:
+    raise ValueError(f"split_bytes must be at least 1, got {split_bytes}.")
+  if hosts.from_first(
+    lambda: _is_finished(out, settings, resume=resume, overwrite=overwrite)
+  ):
+    return hosts.everywhere(lambda: read_report(out))
+  plan = hosts.everywhere(lambda: plan_run(base, finetuned, select, vocabulary))
+  marks = fingerprint(plan, key, options)
+  hosts.check_same(marks)
+  journal, watch = share_journal(
+    out, REPORT, marks, resume=resume, overwrite=overwrite
   )
+  pairs = plan.pairing.pairs
+  missing = hosts.from_first(
+    lambda: [at for at, pair in enumerate(pairs) if pair.path not in journal]
+  )
+  with watch:
+    work_off(
+      plan,
+      journal,
+      [pairs[at] for at in missing],
+      Extractor(factor, dtype, key),
+      rank=rank,
+      split_bytes=split_bytes,
+      watch=watch,
+      log=log,
+    )
+    if hosts.process_index():
+      watch.done()
+      watch.wait()
+      return wait_for_files(lambda: read_report(out))
+    watch.wait()
+    complete_journal(journal, (pair.path for pair in pairs))
+    ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
+    report = write_adapter(
+      plan,
+      journal,
+      ranks,
+      out,
+      profile=profile,
+      base_model=named,
+      settings=settings,
+    )
+    watch.done()
   journal.close()
   return report
+
+
+def _is_finished(
+  out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
+) -> bool:
+  """Whether a run to be resumed is one of these settings, and complete."""
+  if resume or overwrite:
+    _remove_leftovers(out)
+  if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
+    return False
+  check_fingerprint(out / REPORT, read_report(out).settings, settings)
+  return True
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -178,64 +236,3 @@ def name_of(function: Callable[..., Any]) -> str:
     )
     return f"{name_of(function.func)}({options})"
   return getattr(function, "__name__", type(function).__name__)
-
-
-def _factor_all(plan, journal, extractor, rank, log) -> None:
-  """Brings every pair into the journal, a few at a time."""
-  pairs = plan.pairing.pairs
-  total = sum(bytes_on_disk(plan, pair) for pair in pairs)
-  room, saying = Room(_MEMORY), threading.Lock()
-
-  def work(pair: Pair) -> None:
-    nbytes = bytes_on_disk(plan, pair)
-    if is_same(pair, plan.base, plan.finetuned):
-      outcome = Outcome("unchanged")
-    else:
-      given = 0 if pair.path in plan.refused else rank
-      with room.taken(nbytes + 12 * int(np.prod(pair.shape))):
-        outcome = extractor(
-          pair, plan.views[pair.path], given, plan.base, plan.finetuned
-        )
-    record = _record(outcome)
-    journal.put(pair.path, outcome.arrays, record)
-    with saying:
-      _say(progress, pair.path, nbytes, record)
-
-  # A module a thread: BLAS's own threads would fight over the same cores.
-  with (
-    Progress(total, log) as progress,
-    threadpool_limits(1, user_api="blas"),
-    ThreadPoolExecutor(_THREADS) as pool,
-  ):
-    for pair in pairs:
-      if pair.path in journal:
-        _say(progress, pair.path, bytes_on_disk(plan, pair), journal[pair.path])
-    missing = [pair for pair in pairs if pair.path not in journal]
-    # The largest first: at the end no thread waits long for another's.
-    missing.sort(key=lambda pair: -bytes_on_disk(plan, pair))
-    waiting = [pool.submit(work, pair) for pair in missing]
-    try:
-      for future in wait(waiting, return_when=FIRST_EXCEPTION).done:
-        future.result()
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
-
-
-def _record(outcome: Outcome) -> dict[str, Any]:
-  return {
-    "status": outcome.status,
-    "why": outcome.why,
-    "figures": dict(outcome.figures),
-  }
-
-
-def _say(progress, path, nbytes, record) -> None:
-  figures = record["figures"]
-  if not figures:
-    progress.update(nbytes, path)
-    return
-  errors = figures["errors"]
-  progress.update(
-    nbytes, path, len(errors) - 1, error=errors[-1], norm=figures["norm"]
-  )

@@ -34,7 +34,8 @@ FLOORS = (
   "exporting adapter_plans adapter_tensors expert_parts merged_checkpoints "
   "mixtures mixture_folders report_tables initialisation starts training",
   # 4: whole runs, from disk to disk
-  "runs plans modules assembly progress "
+  "runs plans modules assembly progress hosts guards watches dealing steps "
+  "readings splits shares shared_journals "
   "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
   "merge_jobs merge_plans merge_steps merge_runs",
   # 5: the public names
@@ -65,7 +66,8 @@ FAMILIES = (
   "moments whitening",
   "initialisation starts",
   "reporting report_tables",
-  "runs plans modules assembly progress "
+  "runs plans modules assembly progress hosts guards watches dealing steps "
+  "readings splits shares shared_journals "
   "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
   "merge_jobs merge_plans merge_steps merge_runs",
 )

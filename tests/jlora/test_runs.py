@@ -247,11 +247,12 @@ def test_orbax_and_shards_give_the_same_adapter(extract_to, pair, tmp_path):
     assert found == expected
 
 
-def test_one_compilation_a_shape(extract_to, monkeypatch):
-  made = []
+def test_one_compilation_a_shape_and_device(extract_to, monkeypatch):
+  made, devices = [], 1
 
   def extractor(*args):
     made.append(runs_extractor(*args, on_host=False))
+    made[0].devices = made[0].devices[:devices]
     return made[0]
 
   runs_extractor = shared_extractor.__wrapped__
