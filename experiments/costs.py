@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the extraction of a module costs: operations and bytes, counted."""
 
-import heapq
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from experiments.machines import Machine
+from jlora.dealing import deal
 from jlora.factoring import cheapest, gram, krylov, svd
 
 _OVERSAMPLE = 16  # rows of a block beyond the rank, `krylov`'s default
@@ -196,10 +196,9 @@ def bound_of(
   """
 
   def dealt(seconds: Iterable[float]) -> float:
-    loads = [0.0] * devices
-    for one in sorted(seconds, reverse=True):
-      heapq.heapreplace(loads, loads[0] + one)
-    return max(loads)
+    seconds = list(seconds)
+    hands = deal([round(one * 1e9) for one in seconds], devices)
+    return max(sum(seconds[item] for item in hand) for hand in hands)
 
   def times(costs: Sequence[Cost]) -> list[_Seconds]:
     return [
