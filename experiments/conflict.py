@@ -14,14 +14,14 @@ every norm and spectrum. --out writes the figure.
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
+from matplotlib.figure import Figure
 
-from experiments import conflict_plots, finetune, plots
+from experiments import conflict_plots, finetune, plots, skills
 from experiments.caches import keep_compilations
 from experiments.conflict_tables import (
   KINDS,
@@ -105,7 +105,7 @@ def behind_norms(loras: Loras, base: Mapping[str, Any]) -> Loras:
       if re.fullmatch(pattern, name):
         path = f"model.layers.{layer_of(name)}.{norm}.weight"
         scale = np.asarray(base[path], np.float32)
-        found[name] = Lora(lora.a * scale, lora.b, lora.scale)
+        found[name] = Lora(lora.a * scale[None], lora.b, lora.scale)
   return found
 
 
@@ -234,36 +234,53 @@ def print_tables(
   return rows, shuffled, streams
 
 
+def tiny_pairs(folder: str) -> list[tuple[Any, Any]]:
+  """A random base with each of two random changes of it: folders, at once."""
+  made = skills.tiny_skills(folder).folders
+  return [(made["base"], made[name]) for name in skills.TITLES]
+
+
+def compare_pairs(
+  pairs: Sequence[tuple[Any, Any]], rank: int, *, intruders: bool = False
+) -> Callable[[], Figure]:
+  """Prints what two finetunes' adapters do to each other.
+
+  Args:
+    pairs: folders of a base and its finetune, twice.
+    rank: of the adapters.
+    intruders: whether these are counted.
+
+  Returns:
+    What draws the figure.
+  """
+  bases = [open_checkpoint(base) for base, _ in pairs]
+  adapters = [
+    read_adapter(base, folder, rank)
+    for base, (_, folder) in zip(bases, pairs, strict=True)
+  ]
+  rows, shuffled, streams = print_tables(bases[0], *adapters)
+  if intruders:
+    for name, base, loras in zip(
+      ("first", "second"), bases, adapters, strict=True
+    ):
+      print(f"intruders of the {name}: {count_intruders(base, loras)}")
+  panels = panels_of(rows, shuffled)
+  return lambda: conflict_plots.draw_layers(panels, streams["second"])
+
+
 def main(_: list[str]) -> None:
   """Compares two adapters, prints tables and draws the figure."""
   values = flags.FLAGS
   keep_compilations(values.cache)
   with tempfile.TemporaryDirectory() as work:
     if values.smoke:
-      pairs = [
-        finetune.tiny_pair(f"{work}/{i}", jax.random.key(i)) for i in range(2)
-      ]
+      pairs, rank = tiny_pairs(work), 4
     else:
-      pairs = [pair_of(text, values.cache)
-               for text in (values.first, values.second)]  # fmt: skip
-    bases = [open_checkpoint(base) for base, _ in pairs]
-    rank = 4 if values.smoke else values.rank
-    adapters = [
-      read_adapter(base, folder, rank)
-      for base, (_, folder) in zip(bases, pairs, strict=True)
-    ]
-    rows, shuffled, streams = print_tables(bases[0], *adapters)
-    if values.intruders:
-      for name, base, loras in zip(
-        ("first", "second"), bases, adapters, strict=True
-      ):
-        print(f"intruders of the {name}: {count_intruders(base, loras)}")
+      texts = values.first, values.second
+      pairs, rank = [pair_of(x, values.cache) for x in texts], values.rank
+    draw = compare_pairs(pairs, rank, intruders=values.intruders)
   if values.out:
-    path = pathlib.Path(values.out) / "conflict_by_layer.png"
-    panels = panels_of(rows, shuffled)
-    plots.save_figure(
-      path, lambda: conflict_plots.draw_layers(panels, streams["second"])
-    )
+    plots.save_figure(pathlib.Path(values.out) / "conflict_by_layer.png", draw)
 
 
 if __name__ == "__main__":

@@ -238,23 +238,45 @@ def draw_lines(outcomes: Sequence[Outcome]) -> Figure:
   return figure
 
 
+def tiny_tasks(cache: str | None) -> list[basins.Task]:
+  """An MLP and a Llama of one layer, trained in a moment."""
+  small = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 16}
+  small |= {"intermediate_size": 24}
+  text = basins.text_task(small, 6, "pydoc", cache)
+  return [basins.digits_task(16, 60), text]
+
+
+def compare_all(tasks: Sequence[basins.Task], pairs: int) -> list[Outcome]:
+  """Strangers of every task, siblings of the last two, and their table.
+
+  Args:
+    tasks: what is trained; the last one's network is another family.
+    pairs: of each.
+
+  Returns:
+    Outcomes; the table is printed.
+  """
+  outcomes = []
+  for task in tasks:
+    outcomes += compare_strangers(task, pairs)
+  for task in tasks[-2:]:
+    outcomes += compare_siblings(task, pairs)
+  print(as_table(outcomes))
+  return outcomes
+
+
 def main(_: list[str]) -> None:
   """Trains all pairs, prints the table and draws the figure."""
   values = flags.FLAGS
   keep_compilations(values.cache)
   if values.smoke:
-    mlps = [basins.digits_task(16, 60)]
-    text = basins.text_task(LLAMA, 6, "pydoc", values.cache)
+    tasks, pairs = tiny_tasks(values.cache), 1
   else:
-    mlps = [basins.digits_task(int(w), values.steps) for w in values.widths]
-    text = basins.text_task(LLAMA, values.steps // 2, "kjv", values.cache)
-  pairs = 1 if values.smoke else values.pairs
-  outcomes = []
-  for task in (*mlps, text):
-    outcomes += compare_strangers(task, pairs)
-  for task in (mlps[-1], text):
-    outcomes += compare_siblings(task, pairs)
-  print(as_table(outcomes))
+    tasks = [basins.digits_task(int(w), values.steps) for w in values.widths]
+    steps = values.steps // 2
+    tasks.append(basins.text_task(LLAMA, steps, "kjv", values.cache))
+    pairs = values.pairs
+  outcomes = compare_all(tasks, pairs)
   if values.out:
     path = pathlib.Path(values.out) / "rebasin.png"
     plots.save_figure(path, lambda: draw_lines(outcomes))

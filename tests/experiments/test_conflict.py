@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from experiments import conflict, conflict_plots, conflict_tables
+from experiments import conflict, conflict_plots, conflict_tables, plots
 from jlora.conflicts import compare_adapters
 from jlora.loras import Lora
 
@@ -98,3 +98,15 @@ def test_tables_and_figure_have_a_place_for_everything(base):
   counts = conflict.count_intruders(base, loras)
   assert counts.keys() == set(conflict_tables.KINDS)
   assert sum(any_ for any_, _ in counts.values()) > 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_smoke(capsys, tmp_path):
+  """Changes drawn at random have no more to do with each other than chance."""
+  pairs = conflict.tiny_pairs(str(tmp_path))
+  draw = conflict.compare_pairs(pairs, 2, intruders=True)
+  said = capsys.readouterr().out
+  assert said.count("intruders of the ") == 2
+  assert said.count("| MLP |") >= 1
+  plots.save_figure(tmp_path / "conflict.png", draw)
+  assert (tmp_path / "conflict.png").stat().st_size > 1000

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import basins, rebasin
+from experiments import basins, plots, rebasin
 from jlora.models import networks
 from jlora.paths import flatten
 from jlora.reordering import permute
@@ -45,6 +45,25 @@ def test_outcomes_become_a_table_and_a_figure(task):
     "| 50% | 50% | 0.50 | 0.50 |"
   )
   assert len(rebasin.draw_lines(outcomes).axes) == 1
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_smoke(capsys, tmp_path):
+  """Of --smoke's networks one comparison each: they compile for seconds."""
+  mlp, text = rebasin.tiny_tasks(None)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    outcomes = rebasin.compare_strangers(mlp, 1)
+    outcomes += rebasin.compare_siblings(text, 1)
+  said = capsys.readouterr().out
+  assert "MLP of width 16, two starts: " in said
+  assert "Llama of width 16, one base: " in said
+  strangers, siblings = (o.moved["weights matched"] for o in outcomes)
+  assert strangers > 0.5
+  assert siblings < 0.1
+  assert len(rebasin.as_table(outcomes).splitlines()) == 4
+  path = tmp_path / "new" / "rebasin.png"
+  plots.save_figure(path, lambda: rebasin.draw_lines(outcomes))
+  assert path.stat().st_size > 1000
 
 
 def test_a_decoders_outputs_are_named_by_its_parameters():
