@@ -23,7 +23,7 @@ def draw_losses(
 
   Args:
     rows: kind, method, setting, and text -> losses; of kind "beside" black.
-    front: those of the Pareto front, joined and named.
+    front: those of the Pareto front, joined, numbered and named.
     titles: of the two texts.
 
   Returns:
@@ -52,15 +52,7 @@ def draw_losses(
   best = np.array([points[id(row)] for row in front])
   axes.step(best[:, 0], best[:, 1], where="post", color="0.5", lw=1.2,
             zorder=0, label="Pareto front")  # fmt: skip
-  for i, row in enumerate(front):
-    x, y = points[id(row)]
-    is_high = y > best[:, 1].mean()  # room is on the right there
-    axes.annotate(
-      f"{row['method']}, {row['setting']}".strip(", "), (x, y),
-      xytext=(6, 3) if is_high else (-5, -5 - 11 * (i % 2)),
-      textcoords="offset points", fontsize=6.5, color="0.25",
-      ha="left" if is_high else "right", va="bottom" if is_high else "top",
-    )  # fmt: skip
+  _name_front(axes, front, best)
   first, second = titles.values()
   axes.set_xlabel(f"held-out loss on {first}, nats per token")
   axes.set_ylabel(f"held-out loss on {second}, nats per token")
@@ -74,6 +66,26 @@ def draw_losses(
       transform=axes.transAxes, va="bottom", color="0.35",
     )  # fmt: skip
   return figure
+
+
+def _name_front(axes: Any, front: Sequence[Mapping], points: Any) -> None:
+  """Numbers the points of the front, and says which they are."""
+  names = [
+    f"{i}  {row['method']}, {row['setting']}".strip(", ")
+    for i, row in enumerate(front, 1)
+  ]
+  for i, point in enumerate(points):
+    is_odd = i % 2  # neighbours may lie close
+    axes.annotate(
+      f"{i + 1}", point, xytext=(4, 4) if is_odd else (-4, -4),
+      textcoords="offset points", fontsize=7.5, color="0.25",
+      ha="left" if is_odd else "right", va="bottom" if is_odd else "top",
+    )  # fmt: skip
+  axes.text(
+    0.97, 0.97, "Pareto front\n" + "\n".join(names), fontsize=7,
+    transform=axes.transAxes, ha="right", va="top", color="0.25",
+    multialignment="left",
+  )  # fmt: skip
 
 
 def _point(row: Mapping[str, Any], titles: Mapping[str, str]) -> Any:

@@ -114,4 +114,5 @@ def test_the_table_and_the_figure_mark_the_front():
   assert [row["method"] for row in best] == ["good"]
   figure = merge_plots.draw_losses(rows, best, skills.TITLES)
   said = [text.get_text() for text in figure.axes[0].texts]
-  assert said == ["good, s", "not shown:\nfar s: 9.00, 9.00"]
+  names = "Pareto front\n1  good, s"
+  assert said == ["1", names, "not shown:\nfar s: 9.00, 9.00"]
