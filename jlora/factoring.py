@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from jlora.arrays import library_of, normal, over_leading, scaled, times
+from jlora.krylov_spaces import iterate
 from jlora.loras import Factors
 from jlora.norms import Sums, check_single, exponent_of, sums_of
 from jlora.subspaces import (
-  iterate,
   orthonormal_rows,
   ritz_vectors,
   rows_gram,

@@ -15,9 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A package stands on one floor with all of its files.
 FLOORS = (
   # 0: types, names, and bytes in files
-  "arrays norms loras paths views pairs subspaces byte_ranges "
-  "safetensors_headers safetensors_files quantisation orbax_directories "
-  "huggingface_folders",
+  "arrays norms loras paths views pairs decompositions subspaces krylov_spaces "
+  "byte_ranges safetensors_headers safetensors_files quantisation "
+  "orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
   "rounding checkpoints journal vocabularies",
@@ -47,9 +47,9 @@ FLOOR_OF = {
 
 # Files of one floor that may import from each other, without a circle.
 FAMILIES = (
-  "arrays norms loras paths views pairs subspaces byte_ranges "
-  "safetensors_headers safetensors_files quantisation orbax_directories "
-  "huggingface_folders",
+  "arrays norms loras paths views pairs decompositions subspaces krylov_spaces "
+  "byte_ranges safetensors_headers safetensors_files quantisation "
+  "orbax_directories huggingface_folders",
   "pairing fused_experts",
   "checkpoints journal",
   "merging",

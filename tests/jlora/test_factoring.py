@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matrices import SPECTRA, best_errors, matrix
 
-from jlora import factoring, subspaces
+from jlora import factoring, krylov_spaces
 from jlora.factoring import Factors, gram, krylov, recompress, svd
 from jlora.loras import dense, from_factors
 
@@ -200,14 +200,14 @@ def test_krylov_stops_when_nothing_is_left(spectrum, blocks):
 @functools.cache
 def counted_krylov():
   """A compiled krylov, and a list that grows by one for every block it adds."""
-  count, plain = [], subspaces._residual
+  count, plain = [], krylov_spaces._residual
 
   def counting(*args):
     jax.debug.callback(lambda: count.append(1))
     return plain(*args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(subspaces, "_residual", counting)
+    patch.setattr(krylov_spaces, "_residual", counting)
     shape = jax.ShapeDtypeStruct((M, N), jnp.float32)
     run = jax.jit(lambda delta, key: krylov(delta, RANK, key))
     return count, run.lower(shape, jax.random.key(0)).compile()
