@@ -81,6 +81,7 @@ def join() -> int:
   )
   if arguments is None:
     return 0
+  _keep_output_clean()
   try:
     jax.distributed.initialize(
       **arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
@@ -92,6 +93,16 @@ def join() -> int:
       "alone."
     ) from error
   return jax.process_index()
+
+
+def _keep_output_clean() -> None:
+  """Sends what JAX's runtime (Gloo) prints to standard error.
+
+  It knows file descriptor 1 alone; Python's own output keeps where that led.
+  """
+  sys.stdout.flush()
+  sys.stdout = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
 
 
 def arguments_for(

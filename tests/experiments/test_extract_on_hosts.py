@@ -2,6 +2,7 @@
 """The same extraction by 1, 2 and 4 processes, and what goes wrong there."""
 
 import io
+import json
 import signal
 import sys
 from unittest import mock
@@ -305,8 +306,10 @@ def test_a_killed_process_ends_all_and_the_run_resumes(pair, tmp_path):
   assert 0 < len(entries) < len(BASE)
   assert not (folder / "out" / "adapter_model.safetensors").exists()
   kept = factored(ended)
-  resumed = finish(launch(pair, folder, 2, -1, "--resume"))
+  resumed = finish(launch(pair, folder, 2, -1, "--resume", "--json"))
   assert [status for status, *_ in resumed] == [0, 0], resumed
+  assert json.loads(resumed[0][1].splitlines()[-1])["settings"]["rank"] == 3
+  assert not any("Gloo" in out for _, out, _ in resumed)
   again = factored(resumed)
   assert len(again) < len(kept | again) == len(BASE) - 1
   expected, found = (

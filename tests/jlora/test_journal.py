@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from small_pairs import draw
 
-from jlora.journal import FOLDER, open_journal, remove_closed
+from jlora.journal import (
+  FOLDER,
+  Journal,
+  begin_journal,
+  open_journal,
+  remove_closed,
+)
 
 RUN = {"rank": 64, "dtype": "float32"}
 PATHS = ("model.layers.0.q.weight", "layers/0/../q", "ключ " * 60)
@@ -174,3 +180,14 @@ def test_a_killed_close_is_finished(filled, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir())
   remove_closed(tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def test_entries_of_another_process_are_found(filled, tmp_path):
+  others = Journal(begin_journal(tmp_path, RUN, resume=True), is_new=True)
+  assert not others
+  assert others.find(PATHS[1])
+  assert dict(others) == {PATHS[1]: filled[PATHS[1]]}
+  assert not others.find("not there")
+  others.put("mine", {}, {})
+  assert not len(filled) > len(PATHS)
+  assert filled.find("mine")

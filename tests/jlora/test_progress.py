@@ -107,3 +107,16 @@ def test_a_terminal_shows_module_rank_and_error(monkeypatch):
   assert "s left" not in screen.getvalue()  # the lines of a log file
   assert not drawn[-1].strip()
   assert not drawn[-2].strip()  # nothing of the bar stays
+
+
+def test_several_processes_tell_their_own_and_the_first_draws(clock):
+  del clock
+  seen = []
+  for who in (0, 2):
+    for file in (io.StringIO(), Terminal()):
+      with Progress(10, file, who=who) as bar:
+        bar.update(10, "m", 8)
+      seen.append(file.getvalue())
+  assert seen[0].startswith("process 0: 100% m rank 8")
+  assert "process" not in seen[1]  # a bar
+  assert all(text.startswith("process 2: 100% m rank 8") for text in seen[2:])

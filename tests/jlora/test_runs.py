@@ -22,6 +22,7 @@ from jlora import ranks, runs
 from jlora.checkpoints import open_checkpoint, save_orbax, stream_checkpoint
 from jlora.factoring import krylov, svd
 from jlora.journal import FOLDER
+from jlora.modules import Extractor
 from jlora.pairing import common_rows, refuse
 from jlora.paths import matching
 from jlora.peft_files import VLLM
@@ -247,18 +248,44 @@ def test_orbax_and_shards_give_the_same_adapter(extract_to, pair, tmp_path):
     assert found == expected
 
 
-def test_one_compilation_a_shape_and_device(extract_to, monkeypatch):
-  made, devices = [], 1
+def test_one_compilation_a_shape_on_one_device(extract_to, monkeypatch):
+  made = []
 
   def extractor(*args):
     made.append(runs_extractor(*args, on_host=False))
-    made[0].devices = made[0].devices[:devices]
+    made[0].devices = made[0].devices[:1]
     return made[0]
 
   runs_extractor = shared_extractor.__wrapped__
   monkeypatch.setattr(runs, "Extractor", extractor)
   extract_to(rank=2)
   assert made[0].compilations == 2  # four modules of two shapes
+
+
+def test_large_tensors_are_split_over_the_devices(
+  extract_to, tmp_path, monkeypatch
+):
+  def large(name):
+    return name.startswith("base_model") and UP in name
+
+  extract_to()
+  expected = open_checkpoint(tmp_path / "out/adapter_model.safetensors")
+  expected = {name: expected[name] for name in expected}
+  split, real = [], Extractor.split
+  monkeypatch.setattr(
+    Extractor,
+    "split",
+    lambda self, pair, *rest: (
+      split.append(pair.path), real(self, pair, *rest))[1],
+  )  # fmt: skip
+  extract_to(split_bytes=4 * 8 * 8, overwrite=True)  # (12, 8) is larger
+  assert split == [f"{layer}.{UP}.weight" for layer in LAYERS]
+  found = open_checkpoint(tmp_path / "out/adapter_model.safetensors")
+  for name, tensor in expected.items():
+    if large(name):
+      np.testing.assert_allclose(found[name], tensor, rtol=1e-3, atol=1e-4)
+    else:
+      np.testing.assert_array_equal(found[name], tensor)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -328,6 +355,7 @@ def test_a_grown_vocabulary(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
+    ({"split_bytes": 0}, "split_bytes must be at least 1"),
     ({"rank": 0}, "rank must be at least 1, got 0"),
     ({"select": matching("none")}, "No matrix of .* is selected"),
   ],
