@@ -56,7 +56,8 @@ class Recipe(NamedTuple):
     dtype: of the result's floating tensors; None keeps the reference's.
     vocabulary: what happens to an embedding whose number of rows is not the
       reference's: `refuse`, `common_rows` (those that a model lacks are the
-      reference's) or `keep_whole` (the reference's table, not merged).
+      reference's, so the smallest model as the reference crops all tables) or
+      `keep_whole` (the reference's table, not merged).
   """
 
   method: Callable[..., Any]
