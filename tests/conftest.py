@@ -14,6 +14,10 @@ import threadpoolctl
 _FLAGS = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["XLA_FLAGS"] = _FLAGS.strip()
 
+# A batch of LAPACK's waits within XLA's own threads for others of them: with as
+# many threads as devices all of them may wait, for ever.
+os.environ.setdefault("PJRT_NPROC", "24")
+
 # LAPACK's threads spin against XLA's over the same cores: minutes for seconds.
 threadpoolctl.threadpool_limits(1, user_api="blas")
 

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program sends between devices, read from its text.
+
+`jax.jit(f).lower(...).compile().as_text()` is the program of one device. It
+names each exchange with others and the shape that comes out of it, on CPUs and
+GPUs as on TPUs, which can be compiled for without having one.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+OPERATIONS = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-broadcast",
+  "collective-permute",
+  "ragged-all-to-all",
+  "reduce-scatter",
+)
+#: Those that put an array together from other devices' parts of it.
+GATHERING = tuple(x for x in OPERATIONS if "reduce" not in x)
+
+_NAME = r"%?([\w.\-]+)"
+_HEADER = re.compile(rf"(ENTRY\s+)?{_NAME}\s+\(.*\)\s*->.*{{\s*$")
+_CALL = re.compile(rf"^\s*(?:ROOT\s+)?{_NAME} = (.*?)\s([a-z][\w\-]*)\((.*)$")
+_CALLEE = re.compile(rf"\b(?:calls|to_apply|body|condition)={_NAME}")
+_TWO_BRANCHES = re.compile(rf"\b(?:true|false)_computation={_NAME}")
+_BRANCHES = re.compile(r"\bbranch_computations={([^}]*)}")
+_TRIPS = re.compile(r'"known_trip_count":\s*{\s*"n":\s*"?(\d+)')
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_BITS = re.compile(r"[a-z]+(\d+)")
+
+
+class Collective(NamedTuple):
+  """One exchange between devices, as it stands in the program.
+
+  Attributes:
+    op: one of `OPERATIONS`, without `-start`.
+    entries: of the largest array that comes out on a device.
+    bytes: of all arrays that come out on a device; of a `reduce-scatter` what
+      goes in, so that it weighs what the sum would.
+    computation: the computation that it stands in, a loop's body for example.
+  """
+
+  op: str
+  entries: int
+  bytes: int
+  computation: str
+
+
+class _Computation(NamedTuple):
+  """What a computation exchanges, and what it calls how often, any one of."""
+
+  own: list[Collective]
+  calls: list[tuple[int, list[str]]]
+
+
+def find_collectives(text: str) -> list[Collective]:
+  """Every exchange between devices in a compiled program, each once.
+
+  Args:
+    text: of a compiled program.
+
+  Returns:
+    Collectives in the order of the text, those in loops and branches too; of a
+    pair `-start` and `-done` the first alone.
+
+  Example:
+    >>> find_collectives("  %g = f32[8,4]{1,0} all-gather(%x), dimensions={0}")
+    [Collective(op='all-gather', entries=32, bytes=128, computation='')]
+  """
+  return [found for x in _computations(text)[1].values() for found in x.own]
+
+
+def largest_gathered(text: str) -> int:
+  """Entries of the largest array that a program puts together from others'.
+
+  Args:
+    text: of a compiled program.
+
+  Returns:
+    The entries of the largest result of an operation in `GATHERING`, 0 where
+    there is none. Sums (`all-reduce`, `reduce-scatter`) are of parts of their
+    own size and are not counted.
+
+  Example:
+    >>> largest_gathered("  %g = f32[8,4] all-gather-done(%s)")
+    0
+  """
+  found = find_collectives(text)
+  return max((x.entries for x in found if x.op in GATHERING), default=0)
+
+
+def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
+  """Bytes that one run of a program exchanges between devices, by operation.
+
+  Args:
+    text: of a compiled program.
+    trips: how often a loop runs of which the compiler does not know it.
+
+  Returns:
+    {operation: bytes}, as `Collective.bytes` counts them on one device, times
+    the turns of the loops they stand in; of branches those of the one that
+    exchanges most. What a network carries depends on its algorithm: a ring
+    sends about twice the bytes of an `all-reduce`, of the others about once.
+
+  Example:
+    >>> collective_bytes("  %s = f32[4] all-reduce(%x), to_apply=%add")
+    {'all-reduce': 16}
+  """
+  entry, computations = _computations(text)
+  known: dict[str, dict[str, int]] = {}
+
+  def total(name: str) -> dict[str, int]:
+    if name in known:
+      return known[name]
+    sums: dict[str, int] = {}
+    computation = computations.get(name, _Computation([], []))
+    for found in computation.own:
+      sums[found.op] = sums.get(found.op, 0) + found.bytes
+    for turns, names in computation.calls:
+      each = [total(called) for called in names]
+      most = max(each, key=lambda x: sum(x.values()), default={})
+      for op, amount in most.items():
+        times = trips if turns < 0 else turns
+        sums[op] = sums.get(op, 0) + times * amount
+    known[name] = sums
+    return sums
+
+  return dict(sorted(total(entry).items()))
+
+
+def _computations(text: str) -> tuple[str, dict[str, _Computation]]:
+  """The name of the entry, and all computations of a program by name."""
+  name, entry = "", ""
+  found = {name: _Computation([], [])}
+  for line in text.splitlines():
+    if header := _HEADER.match(line):
+      name = header[2]
+      entry = name if header[1] else entry
+      found[name] = _Computation([], [])
+    elif call := _CALL.match(line):
+      _, result, op, rest = call.groups()
+      found[name].own.extend(_collective(name, result, op, rest))
+      found[name].calls.extend(_calls(op, rest))
+  return entry, found
+
+
+def _collective(name, result, op, rest) -> Iterator[Collective]:
+  """What an instruction exchanges, if anything."""
+  kind = op.removesuffix("-start")
+  if kind not in OPERATIONS:
+    return
+  # An operation in two parts holds its operands as well, before its results.
+  if op != kind and kind != "all-reduce" and result.startswith("("):
+    result = _elements(result)[1]
+  arrays = [_size(*array) for array in _ARRAY.findall(result)]
+  group = _group_size(rest) if kind == "reduce-scatter" else 1
+  yield Collective(
+    kind,
+    max((entries for entries, _ in arrays), default=0),
+    group * sum(size for _, size in arrays),
+    name,
+  )
+
+
+def _calls(op: str, rest: str) -> Iterator[tuple[int, list[str]]]:
+  """(turns, computations, of which one runs); -1 turns where nobody knows."""
+  turns = 1
+  if op == "while":
+    trips = _TRIPS.search(rest)
+    turns = int(trips[1]) if trips else -1
+  for called in _CALLEE.findall(rest):
+    yield turns, [called]
+  branches = _TWO_BRANCHES.findall(rest)
+  for group in _BRANCHES.findall(rest):
+    branches += [name.strip().lstrip("%") for name in group.split(",")]
+  if branches:
+    yield 1, branches
+
+
+def _elements(result: str) -> list[str]:
+  """The elements of a tuple's type, `(f32[2]{0}, (s32[], s32[]))`."""
+  parts, depth = [""], 0
+  for letter in result[1:-1]:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return parts
+
+
+def _size(dtype: str, dims: str) -> tuple[int, int]:
+  """(entries, bytes) of an array's type."""
+  entries = math.prod(int(n.lstrip("<=")) for n in dims.split(",") if n)
+  bits = _BITS.match(dtype)
+  return entries, math.ceil(entries * (int(bits[1]) if bits else 8) / 8)
+
+
+def _group_size(rest: str) -> int:
+  """How many devices exchange among themselves."""
+  if listed := re.search(r"replica_groups={{([\d,]*)}", rest):
+    return len(listed[1].split(","))
+  if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+    return int(shaped[1])
+  if named := re.search(r"replica_groups=mesh\[(.*?)\]\s*{(.*?)}", rest):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[x]) for x in re.findall(r"'(\w+)'", named[2]))
+  return 1
