@@ -2,6 +2,7 @@
 """A process's watch of the others, which here are files and threads."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,18 +14,23 @@ from jlora.watches import Watch
 TURN = 0.05
 
 
+def meet_one(folder, index, count, work):
+  """What the work of one of several processes gives or raises."""
+  try:
+    with Watch(folder, index, count, TURN) as watch:
+      return work(watch)
+  except BaseException as error:
+    return error
+
+
 def meet(folder, *works):
   """What each of several processes' works gives or raises, in threads."""
-
-  def one(index):
-    try:
-      with Watch(folder, index, len(works), TURN) as watch:
-        return works[index](watch)
-    except BaseException as error:
-      return error
-
   with ThreadPoolExecutor(len(works)) as pool:
-    return list(pool.map(one, range(len(works))))
+    found = [
+      pool.submit(meet_one, folder, index, len(works), work)
+      for index, work in enumerate(works)
+    ]
+    return [each.result() for each in found]
 
 
 def share(watch):
@@ -50,6 +56,23 @@ def test_the_first_writes_when_all_are_done(tmp_path):
   assert meet(tmp_path, first, share, share) == ["wrote", "went", "went"]
   states = [guards.read_state(str(tmp_path / f"{i}.json")) for i in range(3)]
   assert {state["is"] for state in states} == {"left"}
+
+
+def test_the_first_leaves_last(tmp_path):
+  """JAX's coordinator ends with it, and would take the others along."""
+  left = []
+
+  def slow(watch):
+    share(watch)
+    time.sleep(6 * TURN)
+    left.append(time.monotonic())
+
+  with ThreadPoolExecutor(1) as pool:
+    others = pool.submit(meet_one, tmp_path, 1, 2, slow)
+    meet_one(tmp_path, 0, 2, first)
+    ended = time.monotonic()
+    others.result()
+  assert left[0] < ended
 
 
 @pytest.mark.parametrize(
@@ -81,15 +104,6 @@ def test_what_the_first_raises_comes_out_of_all(tmp_path):
   ] * 2
 
 
-def caught(folder, work):
-  """What a first process of two gives or raises, without the other."""
-  try:
-    with Watch(folder, 0, 2, TURN) as watch:
-      return work(watch)
-  except Exception as error:
-    return error
-
-
 def other_is(folder, state):
   guards.write_state(str(folder / "1.json"), {"is": state}, os.O_CREAT)
 
@@ -97,7 +111,7 @@ def other_is(folder, state):
 def test_a_failure_of_jax_is_explained_by_who_was_lost(tmp_path):
   other_is(tmp_path, "lost")
   of_jax = RuntimeError("Connection closed by peer")
-  error = caught(tmp_path, lambda watch: watch.explain(of_jax))
+  error = meet_one(tmp_path, 0, 2, lambda watch: watch.explain(of_jax))
   assert isinstance(error, LostProcess)
   assert str(error).startswith("process 1 ended")
   assert error.__cause__ is of_jax
@@ -107,7 +121,7 @@ def test_a_failure_of_jax_that_nobody_explains_stays(tmp_path, monkeypatch):
   monkeypatch.setattr(watches, "_LINGER", 0.1)
   other_is(tmp_path, "done")
   of_jax = RuntimeError("out of memory")
-  assert caught(tmp_path, lambda watch: watch.explain(of_jax)) is of_jax
+  assert meet_one(tmp_path, 0, 2, lambda watch: watch.explain(of_jax)) is of_jax
 
 
 def test_without_its_guard_a_process_stops(tmp_path):
@@ -115,7 +129,7 @@ def test_without_its_guard_a_process_stops(tmp_path):
     watch._guard.kill()
     watch.wait()
 
-  error = caught(tmp_path, work)
+  error = meet_one(tmp_path, 0, 2, work)
   assert isinstance(error, LostProcess)
   assert "guard of process 0 has ended" in str(error)
 
