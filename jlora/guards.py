@@ -27,7 +27,7 @@ TURN = 1.0  # seconds
 # So many turns of one's own without a sign of life: a file system that stops
 # for all stops these too, and nobody is called lost.
 _SILENT = 30
-_PATIENCE = 5  # turns in which a lost process's guard finds out why
+_PATIENCE = 8  # turns in which a lost process's guard finds out why
 _SIZE = 4096  # bytes of a file: one write
 _WORKING, _DONE, _LEFT = "working", "done", "left"
 _FAILED, _LOST = "failed", "lost"
@@ -228,7 +228,7 @@ def _tell(index: int, lookout: Lookout, turn: float) -> None:
       break
     time.sleep(turn)
   text = tell_lost([index])
-  if error:
+  if error and error["text"] != text:
     text = f"{error['text']} Process {index} was ended with it."
   print(f"error: {text}", file=sys.stderr, flush=True)
 

@@ -7,7 +7,6 @@ for which nothing here asks JAX for anything.
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -275,19 +274,3 @@ def versions() -> dict[str, str]:
     "jlora files": hashed.hexdigest()[:16],
     "python": ".".join(map(str, sys.version_info[:3])),
   }
-
-
-def plain(text: str) -> str:
-  """A text without the addresses that differ from process to process.
-
-  Args:
-    text: of a function, say.
-
-  Returns:
-    The text.
-
-  Example:
-    >>> plain("<function f at 0x7f03>")
-    '<function f>'
-  """
-  return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -9,6 +9,7 @@ folder.
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from jlora import hosts
-from jlora.arrays import words_of
 from jlora.assembly import Policy, choose_ranks, write_adapter
 from jlora.deltas import is_matrix
 from jlora.extraction import Select
@@ -96,10 +96,12 @@ def extract_checkpoint(
 
   Returns:
     Report, on all processes. The result is the same bytes whether or not the
-    run was interrupted, and on however many processes, but for tensors that are
-    split: these are equal to rounding. Memory: the tensors of up to three
-    modules and their float32 copies, not the model; disk: the adapter twice
-    while it is written.
+    run was interrupted, and on however many processes. Tensors that are split
+    are equal to rounding to what one device computes; a factoriser that starts
+    from random rows starts from others in NumPy, on CPUs, so that there its own
+    tolerance is between the two. Memory: the tensors of up to three modules and
+    their float32 copies, not the model; disk: the adapter twice while it is
+    written.
 
   Raises:
     ValueError: inputs that cannot be read or do not belong together, NaN or
@@ -137,21 +139,14 @@ def extract_checkpoint(
     "vocabulary": name_of(vocabulary),
     **options,
   }
-  named = str(base) if base_model is None else base_model
-  asked = {
-    **{k: v for k, v in settings.items() if k not in ("base", "finetuned")},
-    "policy": "none" if policy is None else hosts.plain(name_of(policy)),
+  named = {
+    "policy": None if policy is None else name_of(policy),
     "base_model": base_model,
     "split_bytes": split_bytes,
     "resume": resume,
     "overwrite": overwrite,
   }
-  if hosts.process_count() > 1:
-    hosts.check_same(asked | hosts.versions() | {"key": words_of(key).tolist()})
-  if rank < 1:
-    raise ValueError(f"rank must be at least 1, got {rank}.")
-  if split_bytes < 1:
-    raise ValueError(f"split_bytes must be at least 1, got {split_bytes}.")
+  _check_options(settings, named)
   if hosts.from_first(
     lambda: _is_finished(out, settings, resume=resume, overwrite=overwrite)
   ):
@@ -183,19 +178,29 @@ def extract_checkpoint(
       return wait_for_files(lambda: read_report(out))
     watch.wait()
     complete_journal(journal, (pair.path for pair in pairs))
-    ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
     report = write_adapter(
       plan,
       journal,
-      ranks,
+      choose_ranks(journal, policy, jnp.dtype(dtype).itemsize),
       out,
       profile=profile,
-      base_model=named,
+      base_model=str(base) if base_model is None else base_model,
       settings=settings,
     )
     watch.done()
   journal.close()
   return report
+
+
+def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
+  """Nothing, if all processes have the same options and they make sense."""
+  if hosts.process_count() > 1:
+    paths = ("base", "finetuned")  # these may differ; what is there may not
+    options = {k: v for k, v in settings.items() if k not in paths}
+    hosts.check_same(hosts.versions() | options | others)
+  for name, value in (settings | others).items():
+    if name in ("rank", "split_bytes") and value < 1:
+      raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _is_finished(
@@ -234,5 +239,7 @@ def name_of(function: Callable[..., Any]) -> str:
     options = ", ".join(
       f"{k}={v}" for k, v in sorted(function.keywords.items())
     )
+    # An address in memory is another one in the next process.
+    options = re.sub(r" at 0x[0-9a-f]+", "", options)
     return f"{name_of(function.func)}({options})"
   return getattr(function, "__name__", type(function).__name__)

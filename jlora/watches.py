@@ -39,25 +39,25 @@ class Watch:
   def __init__(
     self, folder: Path, index: int, count: int, turn: float | None = None
   ):
-    self._folder, self._index = folder, index
+    self._folder, self._index, self._count = folder, index, count
     self._turn = guards.TURN if turn is None else turn
     self._guard, self._heard, self._found = None, b"", dict(_NOTHING)
-    if count > 1:
-      self._found = {"error": None, "done": False, "present": count}
-      self._start(count)
 
-  def _start(self, count: int) -> None:
+  def __enter__(self) -> "Watch":
+    if self._count > 1:
+      self._found = {"error": None, "done": False, "present": self._count}
+      self._start()
+    return self
+
+  def _start(self) -> None:
     state = guards.file_of(str(self._folder), self._index)
     guards.write_state(state, {"is": "working", "beats": 0}, os.O_CREAT)
-    words = self._index, count, self._folder, self._turn
+    words = self._index, self._count, self._folder, self._turn
     self._guard = subprocess.Popen(
       [sys.executable, "-I", "-S", guards.__file__, *map(str, words)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
     )
-
-  def __enter__(self) -> "Watch":
-    return self
 
   def __exit__(self, _, error: BaseException | None, __) -> None:
     if self._guard is None:

@@ -439,6 +439,11 @@ def test_resuming_with_other_options_names_them(
     extract_to()
 
 
+def test_a_name_is_the_same_in_every_process():
+  named = runs.name_of(functools.partial(svd, key=test_strangers_share_nothing))
+  assert named == "svd(key=<function test_strangers_share_nothing>)"
+
+
 def _stop(*_, **__):
   raise KeyboardInterrupt
 
