@@ -111,22 +111,24 @@ def read_region(
 
 def place_arrays(
   files: Mapping[Path, tuple[bytes, Mapping[str, Placed]]],
-  arrays: Iterable[tuple[str, np.ndarray]],
+  arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
   """Files filled from one stream of arrays, each put where it was announced.
 
   The files are temporaries beside their final places until the last array has
-  come; then they are synced and renamed, in the order given. One array is held
-  at a time.
+  come; then they are synced and renamed, in the order given. One array, or part
+  of one, is held at a time.
 
   Args:
     files: per file its first bytes, and the announced arrays by name, which
       follow without holes.
-    arrays: (name, array) pairs in any order, each announced name once.
+    arrays: (name, array) pairs in any order, each announced name once. In place
+      of an array an iterator of its parts, whose entries follow each other.
 
   Raises:
     ValueError: if an array is missing, given twice, not announced, or of
-      another shape or dtype than announced. No file is then written.
+      another shape or dtype than announced, its parts together of another
+      size. No file is then written.
 
   Example:
     >>> import collections, tempfile
@@ -179,31 +181,44 @@ def _reserve(path: Path, head: bytes, announced: Mapping[str, Placed]) -> Path:
 
 def _place(
   places: Mapping[str, tuple[Path, Placed]],
-  arrays: Iterable[tuple[str, np.ndarray]],
+  arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
   missing = dict(places)
-  for name, array in arrays:
+  for name, given in arrays:
     if name not in missing:
       problem = "given twice" if name in places else "was not announced"
       raise ValueError(f"array {name!r} {problem}")
     path, slot = missing.pop(name)
-    array = np.asarray(array)
-    if array.shape != slot.shape or array.dtype != slot.dtype:
-      raise ValueError(
-        f"array {name!r} was announced as {slot.dtype} {slot.shape}, but"
-        f" {array.dtype} {array.shape} came"
-      )
-    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    done = 0
+    is_whole = not isinstance(given, Iterator)
+    done, size = 0, math.prod(slot.shape)
     with _opened(path, os.O_WRONLY) as file:
-      while done < len(view):
-        done += os.pwrite(file, view[done:], (slot.start or 0) + done)
-      _begin_writing(file, slot.start or 0, len(view))
+      for part in [given] if is_whole else given:
+        part = np.asarray(part)
+        fits = (
+          part.shape == slot.shape if is_whole else part.size + done <= size
+        )
+        if part.dtype != slot.dtype or not fits:
+          raise ValueError(
+            f"array {name!r} was announced as {slot.dtype} {slot.shape}, but"
+            f" {part.dtype} {part.shape} came after {done} entries of it"
+          )
+        _write(file, part, (slot.start or 0) + done * slot.dtype.itemsize)
+        done += part.size
+    if done < size:
+      raise ValueError(f"array {name!r} ended after {done} of {size} entries")
   if missing:
     raise ValueError(
       f"{len(missing)} of {len(places)} announced arrays never came:"
       f" {name_some(sorted(missing))}"
     )
+
+
+def _write(file: int, array: np.ndarray, start: int) -> None:
+  view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+  done = 0
+  while done < len(view):
+    done += os.pwrite(file, view[done:], start + done)
+  _begin_writing(file, start, len(view))
 
 
 def _begin_writing(file: int, start: int, nbytes: int) -> None:

@@ -6,9 +6,6 @@ recipe ─► plan ─► read, merge (threads) ─► shards, one after the oth
 
 import json
 import os
-import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +28,7 @@ from jlora.journal import (
 from jlora.layer_slices import configure_layers
 from jlora.merge_jobs import Job
 from jlora.merge_plans import MergePlan, plan_merge
+from jlora.merge_queues import THREADS, merge_all
 from jlora.merge_steps import Merger
 from jlora.merged_checkpoints import copy_companions
 from jlora.plans import digest
@@ -42,8 +40,6 @@ from jlora.safetensors_files import stream_safetensors
 
 MERGE = "merge.json"
 _SHARDS = "shards"
-_THREADS = 3  # two merge, one reads ahead
-_MEMORY = 512 * 2**20  # of tensors and their float32 copies in work at a time
 
 
 class MergeReport(NamedTuple):
@@ -95,9 +91,10 @@ def merge_checkpoints(
 
   Returns:
     MergeReport. The result is the same bytes whether or not the run was
-    interrupted. Memory: the tensors of up to three parameters and the method's
-    float32 copies of them, within 512 MiB, or of one that is larger; not the
-    model. Disk: the result once.
+    interrupted. Memory: methods of `PIECEWISE` take a few MiB of each tensor
+    at a time; of the others, parameters with the method's float32 copies of
+    them, within 512 MiB, or one that is larger; not the model. Disk: the
+    result once.
 
   Raises:
     ValueError: as `plan_merge`, settings that the method refuses, a folder that
@@ -181,12 +178,6 @@ def _size(job: Job) -> int:
   return int(np.prod(job.shape)) * job.dtype.itemsize
 
 
-def _cost(job: Job) -> int:
-  """Bytes in work for a tensor: all inputs, and float32 copies of them."""
-  count = len(job.sources) + (job.base is not None)
-  return (4 + 8) * count * int(np.prod(job.shape))
-
-
 def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
   """The files of the result in the journal's folder, those that lack."""
   folder = out / FOLDER / _SHARDS
@@ -199,40 +190,16 @@ def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
   with (
     Progress(total, log, errors=False) as progress,
     threadpool_limits(1, user_api="blas"),
-    ThreadPoolExecutor(_THREADS) as pool,
+    ThreadPoolExecutor(THREADS) as pool,
   ):
     for path, shard in plan_shards(folder, spec, limit).items():
       todo = [jobs[name] for name in shard]
-      if path.exists() or (out / path.name).exists():
+      if path.exists():
         for job in todo:
           progress.update(_size(job), job.name)
         continue
-      arrays = _merged(merger, todo, pool, progress)
+      arrays = merge_all(merger, todo, pool, progress)
       stream_safetensors(path, shard, arrays, {"format": "pt"})
-
-
-def _merged(
-  merger: Merger, jobs: Sequence[Job], pool: ThreadPoolExecutor, progress
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Tensors in turn, a few in work at a time and none waiting long."""
-  room, limit, used = deque(), _MEMORY, 0
-  jobs = sorted(jobs, key=lambda job: -_cost(job))
-  try:
-    for job in [*jobs, None]:
-      while room and (
-        job is None or len(room) >= _THREADS or used + _cost(job) > limit
-      ):
-        done, future = room.popleft()
-        yield done.name, future.result()
-        del future
-        used -= _cost(done)
-        progress.update(_size(done), done.name)
-      if job is not None:
-        used += _cost(job)
-        room.append((job, pool.submit(merger, job)))
-  finally:
-    for _, future in room:
-      future.cancel()
 
 
 def _finish(
@@ -257,7 +224,6 @@ def _finish(
     text = json.dumps(_configure(plan, recipe), indent=2, sort_keys=True)
     replace_text(out / "config.json", text + "\n")
   replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
-  shutil.rmtree(folder)
 
 
 def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 """Safetensors files written: atomically, the same bytes for the same arrays."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +43,25 @@ def write_safetensors(
 def stream_safetensors(
   path: str | os.PathLike,
   spec: Shapes,
-  arrays: Iterable[tuple[str, np.ndarray]],
+  arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
   """A safetensors file from arrays that come one by one, in any order.
 
   The header is laid out from `spec` first, so each array goes straight to its
-  place: one is held at a time.
+  place: one, or part of one, is held at a time.
 
   Args:
     path: the file; replaced if it exists, once the new one is complete.
     spec: name -> (shape, dtype), or a TensorSpec: what the file will hold.
-    arrays: (name, array) pairs, each name of `spec` exactly once.
+    arrays: (name, array) pairs, each name of `spec` exactly once. In place of
+      an array an iterator of its parts, whose entries follow each other.
     metadata: strings to strings, stored in the header.
 
   Raises:
     ValueError: if an array is missing, given twice, not announced, or of
-      another shape or dtype than announced. The file is then not written.
+      another shape or dtype than announced, its parts together of another
+      size. The file is then not written.
 
   Example:
     >>> import tempfile

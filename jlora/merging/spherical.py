@@ -28,6 +28,7 @@ def slerp(
   key: Any = None,
   t: Any = None,
   colinear: float = 0.9995,
+  products: Any = None,
 ) -> Any:
   """A point on the arc between two models, each read as one long vector.
 
@@ -42,6 +43,8 @@ def slerp(
     t: in [0, 1]; None is w_2 / (w_1 + w_2).
     colinear: above this |cos α| the straight line is taken. Opposite vectors
       have no shortest arc and so fall under it too.
+    products: (3,) of `products_of`; None takes the stack's. With those of a
+      whole tensor, a stack of its entries gives the same entries of the result.
 
   Returns:
     (...) in the stack's dtype. Two inner products of the whole tensor; only
@@ -62,7 +65,8 @@ def slerp(
   del base, key
   given = read("slerp", stack, weights, counts=(2, 2))
   t = shares(given.weights)[1] if t is None else t
-  merged = _arc(given.models, t, None, colinear)
+  products = _products(given.models) if products is None else products
+  merged = _arc(given.models, _cosine(*products), t, colinear)
   return merged.astype(stack.dtype)
 
 
@@ -107,7 +111,8 @@ def nuslerp(
   total = jnp.sum(given.weights)
   is_none = jnp.abs(total) < 1e-6
   t = jnp.where(is_none, 0.5, divided(given.weights[1], total))
-  change = _arc(given.deltas, t, axis, 1 - 1e-6)
+  cosine = _cosine(*_products(given.deltas, axis))
+  change = _arc(given.deltas, cosine, t, 1 - 1e-6)
   return (given.base + change).astype(stack.dtype)
 
 
@@ -237,12 +242,42 @@ def _polar(given: Inputs) -> tuple[Any, Any, Any]:
   return weights, divided(deltas, norms), weighted_sum(weights, norms)
 
 
-def _arc(pair: Any, t: Any, axis: int | None, colinear: float) -> Any:
+def products_of(stack: Any) -> Any:
+  """What the angle of two models is known by.
+
+      ⟨θ_1, θ_1⟩, ⟨θ_1, θ_2⟩, ⟨θ_2, θ_2⟩
+
+  Args:
+    stack: (2, ...) float32.
+
+  Returns:
+    (3,) float32; those of parts add up. Only sums travel under sharding.
+
+  Example:
+    >>> products_of(jnp.array([[1.0, 0.0], [1.0, 2.0]]))
+    Array([1., 1., 5.], dtype=float32)
+  """
+  return jnp.stack([product.reshape(()) for product in _products(stack)])
+
+
+def _products(pair: Any, axis: int | None = None) -> tuple[Any, Any, Any]:
+  left, right = pair
+  return (
+    inner(left, left, axis),
+    inner(left, right, axis),
+    inner(right, right, axis),
+  )
+
+
+def _cosine(first: Any, between: Any, second: Any) -> Any:
+  cosine = divided(between, jnp.sqrt(first) * jnp.sqrt(second))
+  return jnp.clip(cosine, -1, 1)
+
+
+def _arc(pair: Any, cosine: Any, t: Any, colinear: float) -> Any:
   """The point t of the arc between vectors, or of the line if nearly none."""
   left, right = pair
   t = jnp.asarray(t).astype(jnp.float32)
-  lengths = norm(left, axis) * norm(right, axis)
-  cosine = jnp.clip(divided(inner(left, right, axis), lengths), -1, 1)
   angle = jnp.arccos(cosine)
   straight = jnp.abs(cosine) > colinear
   sine = jnp.where(straight, 1.0, jnp.sin(angle))

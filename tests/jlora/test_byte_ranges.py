@@ -108,6 +108,16 @@ def test_places_in_any_order_even_strided(tmp_path):
   assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_an_array_may_come_in_parts(tmp_path):
+  a = np.arange(12, dtype="i4").reshape(4, 3)
+  slots = {"a": Slot(a.shape, a.dtype, 2), "b": Slot((0, 3), a.dtype, 50)}
+  parts = iter([a[:1], a[1, :2], a[1, 2:], a[2:].ravel()])
+  place_arrays(
+    {tmp_path / "x": (b"..", slots)}, [("a", parts), ("b", iter([]))]
+  )
+  assert (tmp_path / "x").read_bytes() == b".." + a.tobytes()
+
+
 def failing():
   yield "a", np.zeros(2, "f4")
   raise KeyboardInterrupt
@@ -122,6 +132,13 @@ def failing():
     ([("x", np.zeros(2, "f4"))], ValueError, "'x' was not announced"),
     ([("a", np.zeros(3, "f4"))], ValueError, r"'a'.*\(2,\).*\(3,\) came"),
     ([("a", np.zeros(2, "f8"))], ValueError, "'a'.*float32.*float64"),
+    ([("a", iter([np.zeros(1, "f4")]))], ValueError, "ended after 1 of 2"),
+    (
+      [("a", iter([np.zeros(1, "f4")] * 3))],
+      ValueError,
+      "came after 2 entries",
+    ),
+    ([("a", iter([np.zeros(2, "f8")]))], ValueError, "'a'.*float32.*float64"),
     (failing(), KeyboardInterrupt, None),
   ],
 )

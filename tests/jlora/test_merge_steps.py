@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors made in pieces are those made as a whole, bit for bit."""
+
+import functools
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jlora
+from jlora import merge_steps
+from jlora.checkpoints import open_checkpoint, write_safetensors
+from jlora.merge_jobs import Job, Source
+from jlora.merge_steps import Merger
+from jlora.merging.pieces import PIECEWISE, SUMS
+from jlora.merging.spherical import products_of
+from jlora.pairs import Part
+
+SHAPE = (37, 100)
+# Method -> its settings, and how many models; every one of PIECEWISE.
+SETTINGS = {
+  "linear": (jlora.linear, {"weights": (0.7, 0.2, -0.4)}),
+  "sum": (
+    functools.partial(jlora.linear, normalize=False),
+    {"weights": (0.3, 0.6)},
+  ),
+  "nearswap": (jlora.nearswap, {"weights": (1.0,), "t": 0.02}),
+  "passthrough": (jlora.passthrough, {"weights": (0.3,)}),
+  "copy": (jlora.passthrough, {"weights": (1.0,)}),
+  "slerp": (jlora.slerp, {"weights": (1.0, 1.0), "t": 0.3}),
+  "slerp by weights": (jlora.slerp, {"weights": (1.0, 3.0)}),
+  "task_arithmetic": (
+    functools.partial(jlora.task_arithmetic, normalize=True),
+    {"weights": (0.7, 0.3), "scale": 0.8},
+  ),
+}
+NEEDS_BASE = (jlora.nearswap, jlora.task_arithmetic)
+MEASURED = [name for name in SETTINGS if name.startswith("slerp")]
+
+
+def plain(name):
+  method = SETTINGS[name][0]
+  return getattr(method, "func", method)
+
+
+@pytest.fixture
+def merger_of(tmp_path, monkeypatch):
+  """(name of SETTINGS, the models' dtypes) -> the method's Merger and a job."""
+  monkeypatch.setattr(merge_steps, "_PIECE", 1024)
+  monkeypatch.setattr(merge_steps, "_SMALL", 256)
+  monkeypatch.setattr(merge_steps, "_ROW", 128)
+
+  def make(name, dtypes=(np.float32,), nan=False):
+    method, settings = SETTINGS[name]
+    rng, models = np.random.default_rng(0), {}
+    base = rng.standard_normal(SHAPE, np.float32)
+    for at, model in enumerate(("base", "a", "b", "c")):
+      w = base + rng.standard_normal(SHAPE, np.float32) * (0.1 * (at > 0))
+      w[3, 5] = np.nan if nan and at == 1 else w[3, 5]
+      file = tmp_path / f"{model}.safetensors"
+      write_safetensors(file, {"w": w.astype(dtypes[at % len(dtypes)])})
+      models[model] = open_checkpoint(file)
+    sources = [Source(m, Part("w")) for m in "abc"[: len(settings["weights"])]]
+    job = Job(
+      "w", SHAPE, np.dtype(dtypes[0]), tuple(sources),
+      Source("base", Part("w")) if plain(name) in NEEDS_BASE else None,
+      tuple(sorted(settings.items())),
+    )  # fmt: skip
+    return Merger(method, models, None), job
+
+  return make
+
+
+def in_pieces(merger, job):
+  pieces, sums = merger.pieces(job), ()
+  assert len(pieces) == 4
+  if merger.is_measured(job):
+    sums = [merger.measure(job, piece) for piece in pieces]
+  parts = [merger(job, piece, sums).reshape(-1) for piece in pieces]
+  return np.concatenate(parts).reshape(job.shape), sums
+
+
+def check_same_bits(one, two):
+  assert one.dtype == two.dtype
+  np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
+
+
+def test_all_methods_of_the_table_are_here():
+  assert {plain(name) for name in SETTINGS} == PIECEWISE
+  assert {plain(name) for name in MEASURED} == set(SUMS)
+
+
+@pytest.mark.parametrize(
+  "dtypes",
+  [(np.float32,), (ml_dtypes.bfloat16,), (np.float16, np.float32)],
+  ids=["float32", "bfloat16", "mixed"],
+)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pieces_are_the_whole_bit_for_bit(name, dtypes, merger_of):
+  merger, job = merger_of(name, dtypes)
+  found, sums = in_pieces(merger, job)
+  if sums:  # the whole is told the same sums: its own are rounded otherwise
+    total = np.sum(sums, axis=0, dtype=np.float64).astype(np.float32)
+    job = job._replace(
+      settings=(("products", tuple(total)), *(job.settings or ()))
+    )
+  check_same_bits(found, merger(job))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_sums_of_pieces_are_those_of_the_whole(name, merger_of):
+  merger, job = merger_of(name)
+  found, sums = in_pieces(merger, job)
+  models = [np.float64(merger._models[one.model]["w"]) for one in job.sources]
+  left, right = models
+  exact = [(x * y).sum() for x, y in ((left,) * 2, models, (right,) * 2)]
+  np.testing.assert_allclose(np.sum(sums, 0, np.float64), exact, rtol=1e-6)
+  np.testing.assert_allclose(found, merger(job), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_sums_that_are_given_are_not_taken(name, merger_of):
+  merger, job = merger_of(name)
+  stack = jnp.stack([merger._models[one.model]["w"] for one in job.sources])
+  given = tuple(np.asarray(products_of(stack)).tolist())
+  told = job._replace(settings=(("products", given), *job.settings))
+  assert not merger.is_measured(told)
+  found, _ = in_pieces(merger, told)
+  np.testing.assert_allclose(found, merger(job), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*MEASURED, "linear", "task_arithmetic"])
+def test_nan_goes_as_far_as_in_the_whole(name, merger_of):
+  merger, job = merger_of(name, nan=True)
+  found, _ = in_pieces(merger, job)
+  np.testing.assert_array_equal(np.isnan(found), np.isnan(merger(job)))
+  assert np.isnan(found).sum() == (found.size if name in MEASURED else 1)
+
+
+def test_a_result_is_not_the_memory_that_is_used_again(tmp_path):
+  """Nor where a method returns an input as it is."""
+  for name, value in (("a", 1.0), ("b", 2.0)):
+    tensors = {key: np.full((64, 64), value * at, np.float32)
+               for at, key in enumerate("wv", 1)}  # fmt: skip
+    write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+  models = {n: open_checkpoint(tmp_path / f"{n}.safetensors") for n in "ab"}
+
+  def unchanged(stack, weights, base, *, key):
+    return base
+
+  merger = Merger(unchanged, models, None)
+  jobs = [
+    Job(name, (64, 64), np.dtype(np.float32), (Source("b", Part(name)),),
+        Source("a", Part(name)), (("weights", (1.0,)),))
+    for name in "wv"
+  ]  # fmt: skip
+  first, second = [merger(job) for job in jobs]
+  assert (first == 1).all()
+  assert (second == 2).all()
+
+
+def test_thresholds_that_are_given_are_not_looked_for(tmp_path):
+  for name, values in (("a", [0, 0, 0]), ("b", [1, 2, 3])):
+    w = np.float32(values)
+    write_safetensors(tmp_path / f"{name}.safetensors", {"w": w})
+  models = {n: open_checkpoint(tmp_path / f"{n}.safetensors") for n in "ab"}
+  job = Job(
+    "w", (3,), np.dtype(np.float32), (Source("b", Part("w")),),
+    Source("a", Part("w")), (("threshold", 2.0), ("weights", (1.0,))),
+  )  # fmt: skip
+  assert Merger(jlora.ties, models, None)(job).tolist() == [0, 2, 3]
+  given = functools.partial(jlora.ties, threshold=3.0)
+  job = job._replace(settings=(("weights", (1.0,)),))
+  assert Merger(given, models, None)(job).tolist() == [0, 0, 3]
