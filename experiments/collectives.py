@@ -30,8 +30,14 @@ _CALLEE = re.compile(rf"\b(?:calls|to_apply|body|condition)={_NAME}")
 _TWO_BRANCHES = re.compile(rf"\b(?:true|false)_computation={_NAME}")
 _BRANCHES = re.compile(r"\bbranch_computations={([^}]*)}")
 _TRIPS = re.compile(r'"known_trip_count":\s*{\s*"n":\s*"?(\d+)')
+_CONDITION = re.compile(rf"\bcondition={_NAME}")
+_CONSTANT = re.compile(rf"{_NAME} = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(rf"ROOT .* compare\(.*, {_NAME}\), direction=LT")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
 _BITS = re.compile(r"[a-z]+(\d+)")
+# A TPU's compiler cuts an exchange into a chain of pieces of other work, each
+# of which names the whole.
+_CHAIN = re.compile(r"channel_id=(\d+).*\bchain_id=")
 
 
 class Collective(NamedTuple):
@@ -51,11 +57,22 @@ class Collective(NamedTuple):
   computation: str
 
 
-class _Computation(NamedTuple):
-  """What a computation exchanges, and what it calls how often, any one of."""
+class _Computation:
+  """A computation of a program.
 
-  own: list[Collective]
-  calls: list[tuple[int, list[str]]]
+  Attributes:
+    own: what it exchanges itself.
+    calls: what it calls, any one of, and how often; of a loop whose turns are
+      not given, the name of its condition.
+    constants: its integers, by name.
+    turns: of a loop that it is the condition of and that counts from 0.
+  """
+
+  def __init__(self):
+    self.own: list[Collective] = []
+    self.calls: list[tuple[int | str, list[str]]] = []
+    self.constants: dict[str, int] = {}
+    self.turns: int | None = None
 
 
 def find_collectives(text: str) -> list[Collective]:
@@ -66,7 +83,7 @@ def find_collectives(text: str) -> list[Collective]:
 
   Returns:
     Collectives in the order of the text, those in loops and branches too; of a
-    pair `-start` and `-done` the first alone.
+    pair `-start` and `-done`, and of a chain of pieces, the first alone.
 
   Example:
     >>> find_collectives("  %g = f32[8,4]{1,0} all-gather(%x), dimensions={0}")
@@ -99,7 +116,7 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
 
   Args:
     text: of a compiled program.
-    trips: how often a loop runs of which the compiler does not know it.
+    trips: how often a loop runs that does not count its turns.
 
   Returns:
     {operation: bytes}, as `Collective.bytes` counts them on one device, times
@@ -114,19 +131,24 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
   entry, computations = _computations(text)
   known: dict[str, dict[str, int]] = {}
 
+  def times(turns: int | str) -> int:
+    if isinstance(turns, int):
+      return turns
+    counted = computations.get(turns, _Computation()).turns
+    return trips if counted is None else counted
+
   def total(name: str) -> dict[str, int]:
     if name in known:
       return known[name]
     sums: dict[str, int] = {}
-    computation = computations.get(name, _Computation([], []))
+    computation = computations.get(name, _Computation())
     for found in computation.own:
       sums[found.op] = sums.get(found.op, 0) + found.bytes
     for turns, names in computation.calls:
       each = [total(called) for called in names]
       most = max(each, key=lambda x: sum(x.values()), default={})
       for op, amount in most.items():
-        times = trips if turns < 0 else turns
-        sums[op] = sums.get(op, 0) + times * amount
+        sums[op] = sums.get(op, 0) + times(turns) * amount
     known[name] = sums
     return sums
 
@@ -135,18 +157,31 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
 
 def _computations(text: str) -> tuple[str, dict[str, _Computation]]:
   """The name of the entry, and all computations of a program by name."""
-  name, entry = "", ""
-  found = {name: _Computation([], [])}
+  name, entry, chains = "", "", set()
+  found = {name: _Computation()}
   for line in text.splitlines():
     if header := _HEADER.match(line):
       name = header[2]
       entry = name if header[1] else entry
-      found[name] = _Computation([], [])
+      found[name] = _Computation()
     elif call := _CALL.match(line):
       _, result, op, rest = call.groups()
-      found[name].own.extend(_collective(name, result, op, rest))
       found[name].calls.extend(_calls(op, rest))
+      chain = _CHAIN.search(rest)
+      if not chain or chain[1] not in chains:
+        found[name].own.extend(_collective(name, result, op, rest))
+      if chain:
+        chains.add(chain[1])
+      _count(line, found[name])
   return entry, found
+
+
+def _count(line: str, computation: _Computation) -> None:
+  """Notes the turns of a loop, where its condition is `counter < constant`."""
+  if constant := _CONSTANT.search(line):
+    computation.constants[constant[1]] = int(constant[2])
+  if below := _BELOW.search(line):
+    computation.turns = computation.constants.get(below[1])
 
 
 def _collective(name, result, op, rest) -> Iterator[Collective]:
@@ -167,12 +202,12 @@ def _collective(name, result, op, rest) -> Iterator[Collective]:
   )
 
 
-def _calls(op: str, rest: str) -> Iterator[tuple[int, list[str]]]:
-  """(turns, computations, of which one runs); -1 turns where nobody knows."""
-  turns = 1
+def _calls(op: str, rest: str) -> Iterator[tuple[int | str, list[str]]]:
+  """(turns or a loop's condition, computations of which one runs)."""
+  turns: int | str = 1
   if op == "while":
-    trips = _TRIPS.search(rest)
-    turns = int(trips[1]) if trips else -1
+    trips, condition = _TRIPS.search(rest), _CONDITION.search(rest)
+    turns = int(trips[1]) if trips else condition[1] if condition else ""
   for called in _CALLEE.findall(rest):
     yield turns, [called]
   branches = _TWO_BRANCHES.findall(rest)

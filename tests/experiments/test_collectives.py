@@ -161,3 +161,33 @@ def test_a_loop_of_a_real_program():
 
   text = compiled(lambda x: jax.lax.fori_loop(0, 6, step, x), ("x",))
   assert collective_bytes(text) == {"all-reduce": 6 * 32}
+
+
+def test_a_chain_of_pieces_is_one_exchange():
+  piece = (
+    "%{} = f32[8,4]{{1,0}} all-gather(%x), channel_id={}, "
+    'frontend_attributes={{chain_id="3"}}'
+  )
+  lines = [piece.format("g.1", 25), piece.format("g.2", 25)]
+  assert len(find_collectives("\n".join(lines))) == 1
+  lines.append(piece.format("g.3", 26))
+  assert len(find_collectives("\n".join(lines))) == 2
+
+
+def test_a_loop_that_counts_its_turns_is_known_by_its_condition():
+  text = """
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %s = f32[4]{0} all-reduce(%x), to_apply=%add
+}
+%condition (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+%asked (p: (pred[], f32[4])) -> pred[] {
+  ROOT %not = pred[] not(%p)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body
+  ROOT %v = (pred[], f32[4]) while(%t), condition=%asked, body=%body
+}"""
+  assert collective_bytes(text, trips=5) == {"all-reduce": (3 + 5) * 16}
