@@ -154,7 +154,7 @@ def main(port, count, index, devices, scenarios, results):
   del devices  # in the environment, where JAX reads it
   keep_compilations(results)
   jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
-  guards.TURN, shared_journals._SECONDS_TO_SEE = 0.2, 6
+  guards.TURN, shared_journals._SECONDS_TO_SEE = 0.3, 6
   found = [
     attempt(scenario, int(index))
     for scenario in json.loads(pathlib.Path(scenarios).read_text())
