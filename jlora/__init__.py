@@ -129,6 +129,7 @@ from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
 from jlora.routing import stack as stack
 from jlora.runs import extract_checkpoint as extract_checkpoint
+from jlora.sharding import adapter_shardings as adapter_shardings
 from jlora.snapshots import Snapshot as Snapshot
 from jlora.snapshots import load_snapshot as load_snapshot
 from jlora.snapshots import save_snapshot as save_snapshot
@@ -165,6 +166,7 @@ __all__ = [
   "VLLM",
   "adapt",
   "adapt_rows",
+  "adapter_shardings",
   "address_of",
   "advise",
   "apply",

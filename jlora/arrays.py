@@ -5,16 +5,15 @@ JAX arrays are traced, compiled and sharded. NumPy arrays stay on the host,
 where nothing has to be compiled and every size may depend on values.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-# Rows are summed in blocks of about this many entries: they stay in the cache.
-_BLOCK = 2**17
+from jlora.meshes import run_automatic
 
 
 def library_of(x: Any) -> Any:
@@ -186,13 +185,20 @@ def words_of(key: Any) -> np.ndarray:
   )
 
 
-def over_leading(function: Callable[..., Any], axes: int, *arrays: Any) -> Any:
+def over_leading(
+  function: Callable[..., Any],
+  axes: int,
+  *arrays: Any,
+  places: Callable[..., Any] | None = None,
+) -> Any:
   """A function of single items, applied along leading axes.
 
   Args:
     function: arrays -> a tuple of arrays.
     axes: how many leading axes there are; static.
     arrays: with those axes first, all of one library.
+    places: where the results lie on a mesh with Explicit axes, as for
+      `run_automatic`; None keeps the leading axes of the first array.
 
   Returns:
     The function's results with those axes first; `vmap` for JAX.
@@ -204,7 +210,8 @@ def over_leading(function: Callable[..., Any], axes: int, *arrays: Any) -> Any:
   if library_of(arrays[0]) is jnp:
     for _ in range(axes):
       function = jax.vmap(function)
-    return function(*arrays)
+    lead = lambda first, *_: PartitionSpec(*first[:axes])  # noqa: E731
+    return run_automatic(function, arrays, places or lead)
   if axes == 0:
     return function(*arrays)
   found = [
@@ -253,37 +260,3 @@ def scaled(x: Any, factor: Any) -> Any:
     x *= factor
     return x
   return x * factor
-
-
-def sum_over_rows(function: Callable[..., Any], *arrays: Any) -> Any:
-  """The sum of a function over blocks of rows that fit the cache.
-
-  Args:
-    function: blocks (h, ...) -> an array.
-    arrays: (m, ...) each, of one library.
-
-  Returns:
-    The sum. Arrays are read from memory once, whatever the function does.
-
-  Example:
-    >>> sum_over_rows(lambda x: x.sum(axis=0), np.ones((5, 2)))
-    array([5., 5.])
-  """
-  rows = arrays[0].shape[0]
-  blocks = min(math.ceil(arrays[0].size / _BLOCK), rows)
-  if blocks < 2:
-    return function(*arrays)
-  height = rows // blocks
-  if library_of(arrays[0]) is np:
-    return sum(
-      function(*(x[start : start + height] for x in arrays))
-      for start in range(0, rows, height)
-    )
-  whole = height * blocks
-  stacked = tuple(
-    x[:whole].reshape(blocks, height, *x.shape[1:]) for x in arrays
-  )
-  total = jax.lax.map(lambda block: function(*block), stacked).sum(0)
-  if whole == rows:
-    return total
-  return total + function(*(x[whole:] for x in arrays))

@@ -13,11 +13,16 @@ from jlora.arrays import (
   normal,
   over_leading,
   scaled,
-  sum_over_rows,
   times,
 )
 from jlora.loras import Lora
-from jlora.norms import Sums, check_single, exponent_of, sums_of
+from jlora.norms import (
+  Sums,
+  check_single,
+  exponent_of,
+  sum_over_rows,
+  sums_of,
+)
 from jlora.subspaces import row_space
 
 # A mean of 16 chi-square variables falls below this share of its expectation

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jlora.arrays import library_of, normal, over_leading
 from jlora.certificates import certificate
@@ -14,6 +15,7 @@ from jlora.deltas import survey
 from jlora.extraction import in_stored_order
 from jlora.loras import Lora, check_loras, exchange, name_some
 from jlora.measurements import Measured, row_of, summarise
+from jlora.meshes import run_automatic
 from jlora.pairing import pair_up
 from jlora.pairs import names_of, read
 from jlora.paths import flatten
@@ -141,22 +143,30 @@ def spectral_norm(delta: Any, lora: Lora, key: Any = None) -> Any:
 
 def _measure(base, finetuned, lora, view, stored):
   """Measured for a given Lora, and the spectral norm of the error."""
-  delta, found = survey(base, finetuned, stored)
-  delta, is_exchanged = in_stored_order(delta, view)
-  mine = exchange(lora) if is_exchanged else lora
-  certified = certificate(delta, mine)
-  nan = np.float32(np.nan)
-  norm = library_of(delta).where(found.is_finite, certified.norm, nan)
-  measured = Measured(
-    lora=lora,
-    sigma=_values_within(delta, mine.b),
-    certificate=certified._replace(norm=norm),
-    base_norm=found.base_norm,
-    noise_std=found.noise_std,
-    unchanged=found.unchanged,
-    ulps=ulp_histogram(base, finetuned, stored),
-  )
-  return measured, spectral_norm(delta, mine)
+
+  def step(base, finetuned, *leaves):
+    delta, found = survey(base, finetuned, stored)
+    delta, is_exchanged = in_stored_order(delta, view)
+    mine = exchange(Lora(*leaves)) if is_exchanged else Lora(*leaves)
+    certified = certificate(delta, mine)
+    nan = np.float32(np.nan)
+    norm = library_of(delta).where(found.is_finite, certified.norm, nan)
+    figures = {
+      "sigma": _values_within(delta, mine.b),
+      "certificate": certified._replace(norm=norm),
+      "base_norm": found.base_norm,
+      "noise_std": found.noise_std,
+      "unchanged": found.unchanged,
+      "ulps": ulp_histogram(base, finetuned, stored),
+    }
+    return figures, spectral_norm(delta, mine)
+
+  arrays = base, finetuned, lora.a, lora.b, lora.scale
+  if library_of(base) is np:
+    figures, spectral = step(*arrays)
+  else:
+    figures, spectral = run_automatic(step, arrays, lambda *_: PartitionSpec())
+  return Measured(lora, **figures), spectral
 
 
 _measure_compiled = functools.partial(

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jlora.arrays import library_of, normal, over_leading, scaled, times
 from jlora.krylov_spaces import iterate
@@ -266,7 +267,36 @@ def recompress(a: Any, b: Any, rank: int) -> Factors:
     return _fix_signs(u[:, :rank], s, vt[:rank])
 
   with jax.default_matmul_precision("highest"):
-    return over_leading(one, a.ndim - 2, a, b)
+    return over_leading(
+      one,
+      a.ndim - 2,
+      a,
+      b,
+      places=lambda a, b: factor_specs(a[:-2], a[-1], b[-1]),
+    )
+
+
+def factor_specs(lead: Any, rows: Any, columns: Any) -> Factors:
+  """The specs of Factors, from where the sides of their matrix lie.
+
+  Args:
+    lead: the mesh axes of each leading axis.
+    rows: those of axis -2, or None.
+    columns: those of axis -1, or None.
+
+  Returns:
+    Factors of PartitionSpecs; the rank is on all devices.
+
+  Example:
+    >>> factor_specs((), "x", None).u
+    P('x', None)
+  """
+  leaves: Any = (
+    PartitionSpec(*lead, rows, None),
+    PartitionSpec(*lead),
+    PartitionSpec(*lead, None, columns),
+  )
+  return Factors(*leaves)
 
 
 def _check(delta: Any, rank: int) -> int:
@@ -294,7 +324,9 @@ def _each(core, delta: Any, known: Sums | None = None) -> Factors:
     return _fix_signs(u, s * root * root, vt)
 
   with jax.default_matmul_precision("highest"):
-    return over_leading(one, delta.ndim - 2, delta)
+    return over_leading(
+      one, delta.ndim - 2, delta, places=lambda x: factor_specs(x[:-2], *x[-2:])
+    )
 
 
 def _halves(exponent: Any) -> tuple[Any, Any]:

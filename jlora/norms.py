@@ -6,9 +6,10 @@ time; of JAX's the compiler decides.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,10 @@ from jlora.arrays import library_of
 
 # A block of so many entries stays in the cache while it is worked on.
 BLOCK = 2**15
+# Rows are summed in blocks of about this many entries: they stay in the cache.
+_ROWS_BLOCK = 2**17
+# Devices over which rows may be cut, or a multiple of their number.
+_PARTS = 64
 
 
 class Sums(NamedTuple):
@@ -165,3 +170,44 @@ def _of_block(x):
 _ONES = np.ones(BLOCK, np.float32)
 # Squares of numbers under 2 to this, summed over a block, need no scaling.
 _MODERATE = 40
+
+
+def sum_over_rows(function: Callable[..., Any], *arrays: Any) -> Any:
+  """The sum of a function over blocks of rows that fit the cache.
+
+  Args:
+    function: blocks (h, ...) -> an array.
+    arrays: (m, ...) each, of one library.
+
+  Returns:
+    The sum. Arrays are read from memory once, whatever the function does.
+
+  Example:
+    >>> sum_over_rows(lambda x: x.sum(axis=0), np.ones((5, 2)))
+    array([5., 5.])
+  """
+  rows = arrays[0].shape[0]
+  blocks = min(math.ceil(arrays[0].size / _ROWS_BLOCK), rows)
+  if blocks < 2:
+    return function(*arrays)
+  height = rows // blocks
+  if library_of(arrays[0]) is np:
+    return sum(
+      function(*(x[start : start + height] for x in arrays))
+      for start in range(0, rows, height)
+    )
+  # A block has as many rows of each part, so that parts may lie on devices.
+  parts = math.gcd(rows, _PARTS)
+  height = max(height // parts, 1)
+  cut = [x.reshape(parts, rows // parts, *x.shape[1:]) for x in arrays]
+
+  def block(start, height):
+    own = (jax.lax.dynamic_slice_in_dim(x, start, height, 1) for x in cut)
+    return function(*(x.reshape(-1, *x.shape[2:]) for x in own))
+
+  whole = rows // parts // height * height
+  starts = jnp.arange(0, whole, height)
+  total = jax.lax.map(lambda start: block(start, height), starts).sum(0)
+  if whole == rows // parts:
+    return total
+  return total + block(whole, rows // parts - whole)

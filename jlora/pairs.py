@@ -96,6 +96,59 @@ def read(
   return np.swapaxes(array, -1, -2) if side.swap else array
 
 
+def read_region(
+  checkpoint: Any, side: Part | Stack, region: tuple[slice, ...]
+) -> np.ndarray:
+  """A region of one side of a pair.
+
+  Args:
+    checkpoint: an open checkpoint, or any mapping from names to arrays.
+    side: a Part or a Stack of it.
+    region: a slice for every axis of what `read` would give.
+
+  Returns:
+    `read(checkpoint, side)[region]`. Of a Part no more is read than
+    `Checkpoint.read` needs for it; of a Stack its experts one by one, those of
+    the region alone.
+
+  Example:
+    >>> whole = {"w": np.arange(6).reshape(2, 3)}
+    >>> read_region(whole, Part("w", (), True), (slice(1, 3), slice(1)))
+    array([[1],
+           [2]])
+  """
+  inner = (*region[:-2], *region[-2:][::-1]) if side.swap else region
+  if isinstance(side, Stack):
+    array = np.stack(
+      [
+        np.concatenate([read(checkpoint, part) for part in parts])[inner[1:]]
+        for parts in side.experts[inner[0]]
+      ]
+    )
+  else:
+    spec = getattr(checkpoint, "spec", checkpoint)[side.name]
+    index = _composed(side.index, inner, spec.shape)
+    is_lazy = hasattr(checkpoint, "read")
+    array = (
+      checkpoint.read(side.name, index)
+      if is_lazy
+      else checkpoint[side.name][index]
+    )
+  return np.swapaxes(array, -1, -2) if side.swap else array
+
+
+def _composed(outer, inner, shape) -> tuple[Any, ...]:
+  """One index for an index, of integers and slices, and one of its result."""
+  left, found = iter(inner), []
+  for entry, size in zip(outer, shape, strict=False):
+    if isinstance(entry, slice):
+      run = range(size)[entry][next(left)]
+      found.append(slice(run.start, run.stop))
+    else:
+      found.append(entry)
+  return (*found, *left)
+
+
 def _is_plain(checkpoint: Any, side: Part) -> bool:
   """Whether a side is a whole tensor of a file, in the dtype it is read in."""
   spec: Any = getattr(checkpoint, "spec", {}).get(side.name)

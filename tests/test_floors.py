@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
   # 0: types, names, and bytes in files
   "arrays norms loras paths views pairs decompositions subspaces krylov_spaces "
-  "byte_ranges safetensors_headers safetensors_files quantisation "
+  "meshes byte_ranges safetensors_headers safetensors_files quantisation "
   "orbax_directories huggingface_folders",
   # 1: arrays, and checkpoints as mappings
   "factoring certificates logits ranks deltas pairing fused_experts sharding "
@@ -48,7 +48,7 @@ FLOOR_OF = {
 # Files of one floor that may import from each other, without a circle.
 FAMILIES = (
   "arrays norms loras paths views pairs decompositions subspaces krylov_spaces "
-  "byte_ranges safetensors_headers safetensors_files quantisation "
+  "meshes byte_ranges safetensors_headers safetensors_files quantisation "
   "orbax_directories huggingface_folders",
   "pairing fused_experts",
   "checkpoints journal",

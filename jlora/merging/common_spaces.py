@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.arrays import over_leading
+from jlora.factoring import factor_specs
 from jlora.loras import Factors, Lora, from_factors
 from jlora.merging.concatenation import finite, weighted
 from jlora.merging.inputs import numbers
@@ -190,7 +191,13 @@ def _over_layers(
 
   flat = [x for pair in pairs for x in pair]
   with jax.default_matmul_precision("highest"):
-    found = over_leading(one, len(leading), keys, *flat)
+    found = over_leading(
+      one,
+      len(leading),
+      keys,
+      *flat,
+      places=lambda _, a, b, *rest: factor_specs(a[:-2], a[-1], b[-1]),
+    )
   result = from_factors(Factors(*found), loras[0].a.dtype)
   scale = jnp.prod(jnp.stack(scales), axis=0)
   return Lora(result.a, result.b, scale)

@@ -210,7 +210,7 @@ def _joined(loras: Sequence[Lora], weights: Any) -> Lora:
   pairs = weighted(loras, weights)
   xp = library_of(pairs[0][0])
   a, b = (xp.concatenate(x, axis=-2) for x in zip(*pairs, strict=True))
-  return Lora(a, b, xp.ones(a.shape[:-2], np.float32))
+  return Lora(a, b, xp.ones_like(loras[0].scale, np.float32))
 
 
 def _check(loras: Sequence[Lora]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jlora.merging.inputs import along_models, read, weighted_sum
+from jlora.meshes import run_automatic
 
 # A singular value below this share of the largest is rounding.
 _NONE = 1e-5
@@ -72,9 +74,9 @@ def tsv(
   if keep is not None and keep < 1:
     raise ValueError(f"tsv: keep must be at least 1, got {keep}.")
 
-  def merged(deltas):
+  def merged(deltas, weights):
     u, s, vt = jnp.linalg.svd(deltas, full_matrices=False)
-    s = (along_models(given.weights, s) * s)[:, :keep]
+    s = (along_models(weights, s) * s)[:, :keep]
     there = _counted(s, min(deltas.shape[1:]), keep).astype(s.dtype)
     left = jnp.concatenate(u[:, :, :keep] * there[:, None, :], axis=1)
     right = jnp.concatenate(vt[:, :keep] * there[:, :, None], axis=0)
@@ -129,8 +131,8 @@ def iso_c(
   del key
   given = read("iso_c", stack, weights, base, needs_base=True)
 
-  def merged(deltas):
-    total = weighted_sum(given.weights, deltas)
+  def merged(deltas, weights):
+    total = weighted_sum(weights, deltas)
     u, s, vt = jnp.linalg.svd(total, full_matrices=False)
     there = (s > tol * s[0]).astype(s.dtype)
     mean = jnp.sum(s * there) / jnp.maximum(jnp.sum(there), 1)
@@ -156,16 +158,18 @@ def _of_matrices(merged, given, scale, dtype):
     change = weighted_sum(given.weights, deltas) / deltas.shape[0]
   else:
 
-    def one(deltas):
+    def one(deltas, weights):
       # LAPACK may not return from NaN.
       is_finite = jnp.isfinite(deltas).all()
-      found = merged(jnp.where(is_finite, deltas, 0.0))
+      found = merged(jnp.where(is_finite, deltas, 0.0), weights)
       return jnp.where(is_finite, found, jnp.nan)
 
     for _ in range(deltas.ndim - 3):
-      one = jax.vmap(one, in_axes=1)
+      one = jax.vmap(one, in_axes=(1, None))
     with jax.default_matmul_precision("highest"):
-      change = one(deltas)
+      change = run_automatic(
+        one, (deltas, given.weights), lambda x, _: PartitionSpec(*x[1:])
+      )
   scale = jnp.asarray(scale).astype(jnp.float32)
   return (given.base + scale * change).astype(dtype)
 

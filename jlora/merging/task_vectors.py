@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jlora.merging.consensus import Election, by_mass, combine
 from jlora.merging.inputs import (
@@ -26,6 +27,7 @@ from jlora.merging.sparsifiers import (
   from_threshold,
 )
 from jlora.merging.thresholds import count_of, kth_magnitude
+from jlora.meshes import run_automatic
 
 
 def merge_task_vectors(
@@ -68,7 +70,11 @@ def merge_task_vectors(
     key = jax.random.key(0) if key is None else key
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     amounts = numbers("density", amounts, count)
-    deltas = jax.vmap(sparsify)(deltas, amounts, keys)
+    deltas = run_automatic(
+      jax.vmap(sparsify),
+      (deltas, amounts, keys),
+      lambda x, *_: PartitionSpec(*x),
+    )
   change = combine(deltas, given.weights, elect=elect, normalize=normalize)
   return given.base + jnp.asarray(scale).astype(jnp.float32) * change
 

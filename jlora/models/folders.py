@@ -20,9 +20,11 @@ from jlora.checkpoints import (
   write_safetensors,
 )
 from jlora.loras import name_some
+from jlora.meshes import automatic
 from jlora.models import names, networks
-from jlora.models.placement import RULES, Rules, assign, place
+from jlora.models.placement import RULES, place, rules_for
 from jlora.paths import flatten
+from jlora.sharding import Rules, assign
 
 Folder = str | os.PathLike[str]
 
@@ -74,8 +76,9 @@ def load(
       of Mixtral with the experts apart or in one tensor, as transformers 5
       keeps them inside.
     dtype: of the parameters and of the computation; rounded to once.
-    mesh: devices to place the parameters on, each shard read by itself; None
-      puts them whole on the default device.
+    mesh: devices to place the parameters on, each shard read by itself; its
+      axes become Auto: the compiler places what is in between. None puts them
+      whole on the default device.
     rules: (regex for a whole path, PartitionSpec), the first match decides and
       without one a leaf is whole on every device. The default ones cut the
       width of every MLP, the heads, and the vocabulary over an axis "model".
@@ -111,7 +114,9 @@ def load(
     _check_tied(head, sources, checkpoint, folder)
   shapes = {path: source.shape for path, source in sources.items()}
   _check_shapes(shapes, _expected(apply), folder)
-  shardings = assign(shapes, mesh, rules) if mesh else {}
+  rules = rules_for(shapes) if rules is RULES else rules
+  # The networks do not say where each of their products should lie.
+  shardings = assign(shapes, automatic(mesh), rules) if mesh else {}
   flat = {
     path: place(checkpoint, source, dtype, shardings.get(path))
     for path, source in sources.items()

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaves of a checkpoint placed on devices, shard by shard."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora import meshes
 from jlora.checkpoints import Checkpoint
-from jlora.loras import name_some
 from jlora.models.names import Source
-from jlora.paths import first_match
-
-Rules = Iterable[tuple[str, PartitionSpec]]
+from jlora.sharding import Rules, matches
 
 #: (regex of a whole path, spec): each pair of products is cut along the width
 #: between them, embeddings and heads along the vocabulary.
@@ -28,60 +25,20 @@ RULES = (
 )
 
 
-def assign(
-  shapes: Mapping[str, Sequence[int]], mesh: Mesh, rules: Rules = RULES
-) -> dict[str, NamedSharding]:
-  """The sharding of every leaf, by the first rule that matches its path.
+def rules_for(shapes: Mapping[str, Sequence[int]]) -> Rules:
+  """Those of `RULES` that match a leaf of a model: no family has all names.
 
   Args:
     shapes: path -> shape.
-    mesh: its axes become automatic: the compiler places what is in between.
-    rules: (regex for the whole path, spec); where none matches, a leaf is
-      whole on every device.
 
   Returns:
-    Path -> sharding.
-
-  Raises:
-    ValueError: for an axis that the mesh lacks, more axes than the leaf has,
-      or a side that its devices do not divide; three leaves named.
+    Rules.
 
   Example:
-    >>> mesh = jax.make_mesh((1,), ("model",))
-    >>> tuple(assign({"embed/embedding": (9, 4)}, mesh)["embed/embedding"].spec)
-    ('model', None)
+    >>> rules_for({"embed/embedding": (9, 4)})
+    [('(embed|wte)/embedding', P('model', None))]
   """
-  rules = tuple(rules)
-  mesh = Mesh(
-    mesh.devices,
-    mesh.axis_names,
-    axis_types=(AxisType.Auto,) * mesh.devices.ndim,
-  )
-  specs = {path: first_match(rules, path) or PartitionSpec() for path in shapes}
-  wrong = [
-    f"{path} {tuple(shapes[path])} as {spec}"
-    for path, spec in specs.items()
-    if not _fits(shapes[path], spec, mesh)
-  ]
-  if wrong:
-    raise ValueError(
-      f"{len(wrong)} leaves cannot be cut over a mesh of {dict(mesh.shape)}: "
-      f"{name_some(wrong)}; give load other rules"
-    )
-  return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
-
-
-def _fits(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> bool:
-  """Whether a spec's axes exist and divide the sides they cut."""
-  if len(spec) > len(shape):
-    return False
-  for side, axes in zip(shape, spec, strict=False):
-    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-    if not set(axes) <= set(mesh.axis_names):
-      return False
-    if side % math.prod(mesh.shape[axis] for axis in axes):
-      return False
-  return True
+  return [(rule, spec) for rule, spec in RULES if matches(rule, shapes)]
 
 
 def place(
@@ -99,9 +56,7 @@ def place(
     sharding: None puts it on the default device.
 
   Returns:
-    The array. Each shard is read by itself, and once however many devices
-    hold it: neither a device nor the host ever has more of the leaf than the
-    shards of this process.
+    The array, read shard by shard (`jlora.meshes.place`).
 
   Raises:
     ValueError: as `Checkpoint.read`.
@@ -118,14 +73,8 @@ def place(
   whole = (slice(None),) * len(source.shape)
   if sharding is None:
     return jnp.asarray(_read(checkpoint, source, whole, dtype))
-  seen: dict[str, np.ndarray] = {}
-
-  def shard(index: Any) -> np.ndarray:
-    if str(index) not in seen:
-      seen[str(index)] = _read(checkpoint, source, index, dtype)
-    return seen[str(index)]
-
-  return jax.make_array_from_callback(source.shape, sharding, shard)
+  read = lambda index: _read(checkpoint, source, index, dtype)  # noqa: E731
+  return meshes.place(source.shape, sharding, read)
 
 
 def _read(

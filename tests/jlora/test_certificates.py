@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import SPECTRA, best_errors, matrix
 
-from jlora import arrays, certificates
+from jlora import certificates, norms
 from jlora.certificates import Certificate, certificate
 from jlora.factoring import svd
 from jlora.loras import Lora, from_factors
@@ -226,7 +226,7 @@ def test_blocks_of_rows_add_up(monkeypatch, rows, library):
   delta = matrix(SPECTRA["flat"](M), M, N)
   lora = jax.tree.map(library.asarray, extracted(delta))
   error = np.linalg.norm(delta - changes(lora)[-1])
-  monkeypatch.setattr(arrays, "_BLOCK", rows * N)
+  monkeypatch.setattr(norms, "_ROWS_BLOCK", rows * N)
   delta = library.asarray(delta)
   residual = certificates._residual(delta, lora.a, lora.b, np.float32(1))
   np.testing.assert_allclose(residual, error**2, rtol=1e-5)

@@ -1,32 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extraction from trees: containers, ranks, batches, doors and sharding."""
+"""Extraction from trees: containers, ranks, batches and doors."""
 
 import functools
-import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.linalg.cython_lapack  # noqa: F401  whose threads are limited below
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small_pairs import draw, write_pair
-from threadpoolctl import threadpool_limits
 
 from jlora.checkpoints import open_checkpoint
 from jlora.extraction import extract, ranks_of
-from jlora.factoring import cheapest, krylov, svd
+from jlora.factoring import svd
 from jlora.loras import dense
 from jlora.paths import matching
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_lapack_thread():
-  """Eight devices on few cores: LAPACK's own threads only wait."""
-  with threadpool_limits(1, user_api="blas"):
-    yield
 
 
 def tree(seed, dtype=jnp.float32):
@@ -223,83 +212,6 @@ def test_a_tied_head_is_compared_with_the_table(tmp_path):
   sides = map(open_checkpoint, write_pair(tmp_path, base, finetuned))
   loras = extract(*sides, rank=1)
   np.testing.assert_allclose(dense(loras["lm_head.weight"]), 1.0, atol=1e-4)
-
-
-# Sharding. The largest thing that may travel has a long side times the width
-# of a block; at this shape that is a seventh of the delta.
-M, N, RANK, OVERSAMPLE = 384, 512, 16, 16
-THIN = (M + N) * (RANK + OVERSAMPLE)
-_GATHER = re.compile(r"= (.*?) (?:all-gather|all-to-all)(?:-start)?\(")
-_PERMUTED = re.compile(r"= (.*?) collective-permute(?:-start)?\(")
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
-
-
-def factored(base, finetuned):
-  return extract({"kernel": base}, {"kernel": finetuned}, rank=RANK)["kernel"]
-
-
-@functools.cache
-def whole_pair():
-  low = draw(M, 8, seed=1) @ draw(8, N, seed=2)
-  base = draw(M, N)
-  return base, base + 0.01 * low + 0.01 * draw(M, N, seed=3)
-
-
-@functools.cache
-def single_device_change():
-  return np.asarray(dense(jax.jit(factored)(*whole_pair())))
-
-
-def gathered(program):
-  """Entries of each array that an instruction puts together from shards."""
-  results = [*_GATHER.findall(program), *_PERMUTED.findall(program)]
-  return [
-    int(np.prod([int(n) for n in dims.split(",") if n]))
-    for result in results
-    for dims in _SHAPE.findall(result)
-  ]
-
-
-def test_the_sharded_shape_takes_krylovs_own_path():
-  assert cheapest((M, N), RANK) is krylov
-  assert 4 * THIN < M * N
-
-
-@pytest.mark.parametrize(
-  "spec",
-  [
-    ("x", None),
-    (None, "x"),
-    ("x", "y"),
-    ("y", "x"),
-    (("x", "y"), None),
-    (None, ("x", "y")),
-  ],
-  ids=str,
-)
-def test_a_sharded_delta_is_not_gathered(spec):
-  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-  sharding = NamedSharding(mesh, PartitionSpec(*spec))
-  sides = [jax.device_put(side, sharding) for side in whole_pair()]
-  compiled = jax.jit(factored).lower(*sides).compile()
-  program = compiled.as_text()
-  assert "all-reduce" in program  # or it would not be sharded at all
-  assert max(gathered(program), default=0) <= THIN
-  change, single = np.asarray(dense(compiled(*sides))), single_device_change()
-  assert np.abs(change - single).max() < 1e-4 * np.abs(single).max()
-
-
-def test_a_gather_of_the_delta_would_be_seen():
-  """The check above reads a program that does gather."""
-  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-  shards = jax.ShapeDtypeStruct(
-    (M, N),
-    jnp.float32,
-    sharding=NamedSharding(mesh, PartitionSpec("x")),
-  )
-  whole = NamedSharding(mesh, PartitionSpec())
-  gather = jax.jit(lambda w: w + 1.0, out_shardings=whole)
-  assert max(gathered(gather.lower(shards).compile().as_text())) == M * N
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

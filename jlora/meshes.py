@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays on meshes of devices: where they lie, and functions of them.
+
+An array over a mesh with Explicit axes says in its type how it is cut. Its
+products ask where each result should lie, and small decompositions refuse cut
+sides. Here such a function is run with Auto axes, as it is on other meshes, and
+only its results are said to lie somewhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
+
+#: The mesh axes that each axis of an array is cut over.
+Entries = tuple[Any, ...]
+
+
+def entries_of(spec: PartitionSpec, axes: int) -> Entries:
+  """The mesh axes of each axis of an array.
+
+  Args:
+    spec: of the array; may name fewer axes than there are.
+    axes: how many there are.
+
+  Returns:
+    A name, a tuple of names or None for each.
+
+  Example:
+    >>> entries_of(PartitionSpec("x"), 2)
+    ('x', None)
+  """
+  return (*spec, *(None,) * (axes - len(spec)))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+  """A mesh of the same devices all of whose axes are Auto.
+
+  For functions that do not say where each of their products should lie.
+
+  Args:
+    mesh: any.
+
+  Returns:
+    A mesh.
+
+  Example:
+    >>> automatic(jax.make_mesh((1,), ("x",))).axis_types
+    (Auto,)
+  """
+  kinds = (AxisType.Auto,) * mesh.devices.ndim
+  return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+  """Where an array is known to lie on a mesh.
+
+  Args:
+    x: an array or a tracer of JAX, a ShapeDtypeStruct, or anything else.
+
+  Returns:
+    Its NamedSharding; None of arrays elsewhere, and of tracers whose mesh has
+    no Explicit axes: only the compiler knows.
+
+  Example:
+    >>> sharding_of(np.ones(2)) is None
+    True
+  """
+  if isinstance(x, Tracer):
+    own = jax.typeof(x).sharding
+    return own if _is_explicit(own.mesh) else None
+  own = getattr(x, "sharding", None)
+  return own if isinstance(own, NamedSharding) else None
+
+
+def place(
+  shape: Sequence[int],
+  sharding: jax.sharding.Sharding,
+  read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+  """An array on its devices, read shard by shard.
+
+  Args:
+    shape: of the whole.
+    sharding: where it goes, on the devices of many processes too.
+    read: a slice for every axis -> that region.
+
+  Returns:
+    The array. Each region is read by itself, and once however many devices
+    hold it: neither a device nor the host ever has more of the array than the
+    shards of this process.
+
+  Example:
+    >>> mesh = jax.make_mesh((1,), ("x",))
+    >>> whole = np.arange(6).reshape(2, 3)
+    >>> place((2, 3), NamedSharding(mesh, PartitionSpec()), whole.__getitem__)
+    Array([[0, 1, 2],
+           [3, 4, 5]], dtype=int32)
+  """
+  seen: dict[str, np.ndarray] = {}
+
+  def shard(index: Any) -> np.ndarray:
+    if str(index) not in seen:
+      seen[str(index)] = read(index)
+    return seen[str(index)]
+
+  return jax.make_array_from_callback(tuple(shape), sharding, shard)
+
+
+def constrain(tree: Any, shardings: Any) -> Any:
+  """Arrays of which the compiler knows where they are to lie.
+
+  Args:
+    tree: a pytree of arrays, traced or not.
+    shardings: the NamedSharding of each.
+
+  Returns:
+    The tree. Those of a type with Explicit axes stay as that type says.
+
+  Example:
+    >>> mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    >>> own = NamedSharding(mesh, PartitionSpec("x"))
+    >>> constrain(jax.numpy.ones(2), own).sharding.spec
+    P('x',)
+  """
+  return jax.tree.map(
+    lambda x, own: (
+      x
+      if _is_explicit(jax.typeof(x).sharding.mesh)
+      else jax.lax.with_sharding_constraint(x, own)
+    ),
+    tree,
+    shardings,
+  )
+
+
+def run_automatic(
+  function: Callable[..., Any],
+  arrays: tuple[Any, ...],
+  places: Callable[..., Any],
+  mesh: Mesh | AbstractMesh | None = None,
+) -> Any:
+  """`function(*arrays)`, run with Automatic axes where types have others.
+
+  Args:
+    function: of arrays.
+    arrays: of JAX.
+    places: the entries of each array, in order -> the PartitionSpec of each
+      result, or a prefix of that tree.
+    mesh: that of the arrays, where it is known and their types do not say it;
+      the function then knows it as it does under `jax.set_mesh`.
+
+  Returns:
+    The result. Where no axis is Explicit that is the call alone, and what it
+    gives lies where the compiler puts it.
+
+  Example:
+    >>> mesh = jax.make_mesh((1,), ("x",))     # Explicit, by default
+    >>> x = jax.device_put(np.eye(2), NamedSharding(mesh, PartitionSpec("x")))
+    >>> gram = run_automatic(lambda x: x.T @ x, (x,),
+    ...                      lambda x: PartitionSpec(x[1]))
+    >>> jax.typeof(gram).sharding.spec
+    P(None, None)
+  """
+  types = [jax.typeof(x) for x in arrays]
+  meshes = [t.sharding.mesh for t in types if _is_explicit(t.sharding.mesh)]
+  if not meshes:
+    if mesh is None or _is_explicit(mesh):
+      return function(*arrays)
+    abstract: Any = getattr(mesh, "abstract_mesh", mesh)
+    with jax.sharding.use_abstract_mesh(abstract):
+      return function(*arrays)
+  own = meshes[0]
+  names = zip(own.axis_names, own.axis_types, strict=True)
+  axes = tuple(name for name, kind in names if kind == AxisType.Explicit)
+  shardings = jax.tree.map(
+    lambda spec: NamedSharding(own, spec),
+    places(*(entries_of(t.sharding.spec, t.ndim) for t in types)),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+  run = jax.sharding.auto_axes(function, axes=axes, out_sharding=shardings)
+  return run(*arrays)
+
+
+def _is_explicit(mesh: Any) -> bool:
+  return AxisType.Explicit in mesh.axis_types
