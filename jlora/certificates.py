@@ -103,7 +103,8 @@ def certificate(
     Certificate; `errors[..., -1] / floors[..., -1]` is an upper bound on the
     ratio to the optimum. Costs as much as three products of `2 m n r`
     operations and 32 rows more, and a fourth where the residual is formed, in
-    blocks of rows. Nothing but thin products is gathered under sharding.
+    blocks of rows. Nothing but thin products is gathered under sharding, or
+    the delta along a short side of up to 512 that is cut.
 
   Raises:
     ValueError: the shapes of delta and lora do not fit; `sums` for a batch.

@@ -2,9 +2,10 @@
 """Factorisers: arrays (..., m, n) in, truncated singular triplets out.
 
 All share the call `(delta, rank, key) -> Factors`, work on batches over leading
-axes and go through `jit` and `vmap`. Only matrix products touch the delta, so a
-sharded one is never gathered; eigenvalue and singular value problems are small
-and square. Bases are kept with the rank axis first, (rows, m), as in a Lora.
+axes and go through `jit` and `vmap`. Of `krylov` only matrix products touch the
+delta, so a sharded one is never gathered; eigenvalue and singular value
+problems are small and square. Bases are kept with the rank axis first,
+(rows, m), as in a Lora.
 
 A NumPy array is factored on the host by the same algorithm, and the result is
 NumPy's: nothing is compiled, and no more memory than is filled takes part.
@@ -88,7 +89,8 @@ def gram(delta: Any, rank: int, key: Any = None) -> Factors:
   Returns:
     Factors as `svd` gives them, to rounding. Costs one product of
     `2 min(m, n)² max(m, n)` operations and an eigenproblem of the short side,
-    which is replicated under sharding; the long side stays where it is.
+    which is replicated under sharding; the long side stays where it is, the
+    short one is gathered if it is cut.
 
   Raises:
     ValueError: rank below 1, or delta without two axes.

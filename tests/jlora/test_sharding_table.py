@@ -260,6 +260,19 @@ def test_the_table(name, kind, spec, is_stack):
     np.testing.assert_allclose(one, other, atol=row.tolerance * size, rtol=0)
 
 
+@pytest.mark.parametrize("kind", MESHES)
+def test_compare(kind):
+  """From parameters on a mesh, the figures of one device."""
+  (base, finetuned, lora), *_ = placed(kind, P(None, ("x", "y")), False)
+  leaves = ({"w": base}, {"w": finetuned}, {"w": lora})
+  found = jlora.compare(*leaves)["w"]
+  wanted = jlora.compare(*jax.tree.map(jnp.asarray, jax.device_get(leaves)))[
+    "w"
+  ]
+  for name in ("relative_error", "spectral_error", "mse", "effective_rank"):
+    assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
 def test_the_shape_takes_krylovs_own_path():
   assert cheapest((M, N), RANK) is jlora.krylov
   assert 4 * THIN < M * N  # so a shard of a gather would be seen too

@@ -223,6 +223,26 @@ def test_layers_sharded_and_in_bfloat16(name):
     assert off < 0.01 * np.linalg.norm(change(merged)[i])
 
 
+@pytest.mark.parametrize("name", ["svd_merge", "core tsv", "knots ties"])
+def test_explicit_axes(name):
+  """Factors keep the places of what the layer reads and writes."""
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+  place = lambda x, *spec: jax.device_put(  # noqa: E731
+    x, NamedSharding(mesh, PartitionSpec(*spec))
+  )
+  loras = draw()
+  merged = compiled(name)(
+    [
+      Lora(place(x.a, None, "x"), place(x.b, None, "y"), place(x.scale))
+      for x in loras
+    ],
+    WEIGHTS,
+  )
+  assert merged.a.sharding.spec == PartitionSpec(None, "x")
+  assert merged.b.sharding.spec == PartitionSpec(None, "y")
+  close(change(merged), run(name, loras))
+
+
 @every
 def test_the_door(name):
   merge, loras = METHODS[name].method, draw()

@@ -192,6 +192,20 @@ def test_compiled_batched_sharded_and_in_bfloat16(name):
     assert (off <= np.abs(exact) * 2**-8 + 1e-6).all()
 
 
+@pytest.mark.parametrize("name", ["ties trimmed", "della", *GATHERED])
+def test_explicit_axes(name):
+  """Sorts and decompositions refuse a cut side of such a type by themselves."""
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+  place = lambda x, *spec: jax.device_put(  # noqa: E731
+    x, NamedSharding(mesh, PartitionSpec(*spec))
+  )
+  stack, weights, base = inputs(name)
+  given = place(stack, None, "x", "y"), place(weights), place(base, "x", "y")
+  found = jax.jit(METHODS[name].method)(*given)
+  assert found.sharding.spec == PartitionSpec("x", "y")
+  close(found, run(name, stack, weights, base))
+
+
 @every
 def test_equal_models_come_out(name):
   stack, weights, base = inputs(name)
