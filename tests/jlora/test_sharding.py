@@ -115,7 +115,7 @@ def test_adapters_lie_as_their_parameter(view, shape, spec, in_, out, lead):
   entries=st.permutations([None, "x", "y", ("x", "y")]),
 )
 def test_devices_hold_the_rows_of_their_shard(place, entries):
-  """What a device has of a is read by the inputs of what it has of w."""
+  """What a device has of w is read and written by what it has of a and b."""
   view, shape, *_ = place
   names = [x for entry in entries[: len(shape)] for x in (entry or ())]
   if len(names) > len(set(names)):
@@ -125,16 +125,16 @@ def test_devices_hold_the_rows_of_their_shard(place, entries):
     own.shard_shape(shape)
   except ValueError:
     return
-  found = of_adapter(own, view, shape)
-  *lead, m, n = view.shape(shape)
-  index = np.broadcast_to(np.arange(m).reshape((m, 1)), (*lead, m, n))
-  flat = np.arange(np.prod(shape)).reshape(shape)
-  row_of = np.empty(flat.size, int)
-  row_of[as_matrix(flat, view)] = index
-  held = found.a.devices_indices_map((*lead, 1, m))
-  for device, part in own.devices_indices_map(shape).items():
-    here = set(range(m)[held[device][-1]])
-    assert set(row_of[flat[part]].ravel()) <= here
+  for each in (view, view.exchanged):
+    found = of_adapter(own, each, shape)
+    *lead, m, n = each.shape(shape)
+    flat = np.arange(np.prod(shape)).reshape(shape)
+    row_of = np.empty(flat.size, int)
+    row_of[as_matrix(flat, each)] = np.arange(m)[:, None]
+    held = found.a.devices_indices_map((*lead, 1, m))
+    for device, part in own.devices_indices_map(shape).items():
+      here = set(range(m)[held[device][-1]])
+      assert set(row_of[flat[part]].ravel()) <= here
 
 
 def params_and_loras(mesh):
