@@ -100,8 +100,8 @@ def extract_checkpoint(
     are equal to rounding to what one device computes; a factoriser that starts
     from random rows starts from others in NumPy, on CPUs, so that there its own
     tolerance is between the two. Memory: the tensors of up to three modules and
-    their float32 copies, not the model; disk: the adapter twice while it is
-    written.
+    their float32 copies, within 512 MiB or of two of the usual size, not the
+    model; disk: the adapter twice while it is written.
 
   Raises:
     ValueError: inputs that cannot be read or do not belong together, NaN or

@@ -8,6 +8,7 @@ missing ─► over the limit: every process, in one order, its own shards
 import contextlib
 import itertools
 import math
+import statistics
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -34,7 +35,9 @@ from jlora.splits import can_be_split, load_split, spread
 from jlora.watches import Watch
 
 _THREADS = 3  # two factor, one reads ahead
-_MEMORY = 512 * 2**20  # of tensors and their float32 copies in work at a time
+# Bytes of tensors and their float32 copies in work at a time; more where two
+# modules of the usual size need more: one alone would leave cores idle.
+_MEMORY = 512 * 2**20
 _POLL = 0.5  # seconds between two looks at how the other processes are
 
 
@@ -85,7 +88,8 @@ def work_off(
     total += sum(bytes_on_disk(plan, pair) for pair in done)
   who = index if count > 1 else None
   with Progress(total, log, who=who) as progress:
-    share = _Share(plan, journal, extractor, rank, progress)
+    room = Room(_memory([_bytes_in_work(plan, pair) for pair in mine]))
+    share = _Share(plan, journal, extractor, rank, progress, room)
     if index == 0:
       for pair in done:
         share.tell(pair, bytes_on_disk(plan, pair), journal[pair.path])
@@ -101,10 +105,10 @@ def work_off(
 class _Share:
   """What one process does with a pair."""
 
-  def __init__(self, plan, journal, extractor, rank, progress):
+  def __init__(self, plan, journal, extractor, rank, progress, room):
     self._plan, self._journal, self._rank = plan, journal, rank
     self._extractor, self._progress = extractor, progress
-    self._room, self._saying = Room(_MEMORY), threading.Lock()
+    self._room, self._saying = room, threading.Lock()
 
   def factor_whole(self, pair: Pair) -> None:
     """Puts a pair into the journal."""
@@ -114,7 +118,7 @@ class _Share:
       outcome = Outcome("unchanged")
     else:
       rank = 0 if pair.path in plan.refused else self._rank
-      with self._room.taken(nbytes + 12 * math.prod(pair.shape)):
+      with self._room.taken(_bytes_in_work(plan, pair)):
         outcome = self._extractor(
           pair, plan.views[pair.path], rank, plan.base, plan.finetuned
         )
@@ -169,6 +173,17 @@ class _Share:
         error=errors[-1],
         norm=figures["norm"],
       )
+
+
+def _bytes_in_work(plan: Plan, pair: Pair) -> int:
+  """Both tensors and the float32 arrays that are made of them."""
+  return bytes_on_disk(plan, pair) + 12 * math.prod(pair.shape)
+
+
+def _memory(needs: Sequence[int]) -> int:
+  """Bytes that may be in work at a time."""
+  matrices = [need for need in needs if 64 * need > max(needs)]
+  return max(_MEMORY, 2 * int(statistics.median(matrices or [0])))
 
 
 def _is_large(plan: Plan, pair: Pair, split_bytes: int) -> bool:

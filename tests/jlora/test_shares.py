@@ -95,3 +95,16 @@ def test_a_lost_process_ends_it_at_once(monkeypatch):
     _in_threads(lambda _: go_on.wait(30), pairs_of(1), Devices(), watch)
   assert not go_on.is_set()  # it did not wait for the module in work
   go_on.set()
+
+
+@pytest.mark.parametrize(
+  ("needs", "memory"),
+  [
+    ([], shares._MEMORY),
+    ([1000] * 3, shares._MEMORY),
+    # Two of the usual size, whatever tables there are and however many norms.
+    ([2**30] * 5 + [2**33] * 2 + [2**12] * 90, 2**31),
+  ],
+)
+def test_two_modules_of_the_usual_size_have_room(needs, memory):
+  assert shares._memory(needs) == memory
