@@ -5,10 +5,10 @@ missing ─► over the limit: every process, in one order, its own shards
         └► the others: each process its hand, a few at a time in threads
 """
 
+import bisect
 import contextlib
 import itertools
 import math
-import statistics
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -182,8 +182,11 @@ def _bytes_in_work(plan: Plan, pair: Pair) -> int:
 
 def _memory(needs: Sequence[int]) -> int:
   """Bytes that may be in work at a time."""
-  matrices = [need for need in needs if 64 * need > max(needs)]
-  return max(_MEMORY, 2 * int(statistics.median(matrices or [0])))
+  needs = sorted(needs)
+  sums = list(itertools.accumulate(needs, initial=0))
+  # The usual size: in modules up to it lies half of all bytes.
+  usual = needs[bisect.bisect_left(sums[1:], sums[-1] / 2)] if needs else 0
+  return max(_MEMORY, 2 * usual)
 
 
 def _is_large(plan: Plan, pair: Pair, split_bytes: int) -> bool:

@@ -103,7 +103,7 @@ def test_a_lost_process_ends_it_at_once(monkeypatch):
     ([], shares._MEMORY),
     ([1000] * 3, shares._MEMORY),
     # Two of the usual size, whatever tables there are and however many norms.
-    ([2**30] * 5 + [2**33] * 2 + [2**12] * 90, 2**31),
+    ([2**30] * 80 + [2**34] * 2 + [2**26] * 90, 2**31),
   ],
 )
 def test_two_modules_of_the_usual_size_have_room(needs, memory):
