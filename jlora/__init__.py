@@ -127,6 +127,8 @@ from jlora.reordering import permute as permute
 from jlora.reordering import permute_loras as permute_loras
 from jlora.reporting import Report as Report
 from jlora.reporting import read_report as read_report
+from jlora.restoration import restore as restore
+from jlora.restoration import restore_loras as restore_loras
 from jlora.routing import stack as stack
 from jlora.runs import extract_checkpoint as extract_checkpoint
 from jlora.sharding import adapter_shardings as adapter_shardings
@@ -237,6 +239,8 @@ __all__ = [
   "refine",
   "refuse",
   "relative_to_base",
+  "restore",
+  "restore_loras",
   "router_rows",
   "save_merged",
   "save_mixture",

@@ -161,7 +161,7 @@ class Extractor:
       pair: which tensors.
       view: how they are read as a matrix.
       rank: triplets to keep, clipped to what the matrix has.
-      sides: the base and the finetune, from `load_split`. Every process that
+      sides: the base and the finetune, from `place`. Every process that
         has a part of them must call this, in the same order.
       stored: dtype of the finetune's file.
 

@@ -7,6 +7,7 @@ missing ─► over the limit: every process, in one order, its own shards
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -26,12 +27,13 @@ from jlora.hosts import (
   process_index,
 )
 from jlora.journal import Journal
+from jlora.meshes import place
 from jlora.modules import Extractor, Outcome
-from jlora.pairs import Pair
+from jlora.pairs import Pair, read_region
 from jlora.plans import Plan, bytes_on_disk
 from jlora.progress import Progress, Room
 from jlora.readings import is_same, stored_dtype
-from jlora.splits import can_be_split, load_split, spread
+from jlora.splits import can_be_split, spread
 from jlora.watches import Watch
 
 _THREADS = 3  # two factor, one reads ahead
@@ -138,7 +140,10 @@ class _Share:
     takes_part = bool(sharding.addressable_devices)
 
     def load():
-      one, two = (load_split(*side, pair.shape, sharding) for side in sides)
+      one, two = (
+        place(pair.shape, sharding, functools.partial(read_region, *side))
+        for side in sides
+      )
       return one, two
 
     arrays: Any = everywhere(load if takes_part else lambda: None)

@@ -2,16 +2,15 @@
 """A tensor of a file cut over many devices: each process reads its own part."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.deltas import is_floating
-from jlora.pairs import Pair, Part, read
+from jlora.pairs import Pair, Part
 from jlora.plans import Plan
-from jlora.quantisation import FLOAT8
 
 _AXIS = "shards"
 
@@ -84,7 +83,7 @@ def can_be_split(plan: Plan, pair: Pair) -> bool:
     bool; False of stacks, of parts and of what is kept whole.
 
   Example:
-    See `load_split`, which reads what it is true of.
+    See `extract_checkpoint`, which splits what it is true of.
 
     >>> can_be_split.__name__
     'can_be_split'
@@ -100,39 +99,4 @@ def can_be_split(plan: Plan, pair: Pair) -> bool:
       (plan.base, pair.base),
       (plan.finetuned, pair.finetuned),
     )
-  )
-
-
-def load_split(
-  checkpoint: Any,
-  side: Any,
-  shape: tuple[int, ...],
-  sharding: NamedSharding,
-) -> jax.Array:
-  """A tensor of a checkpoint on many devices, read by those who have them.
-
-  Args:
-    checkpoint: open.
-    side: a Part, the whole of a tensor.
-    shape: the tensor's.
-    sharding: from `spread`.
-
-  Returns:
-    A global array in the stored dtype (float32 for float8). Each process reads
-    its own shards, and holds no more.
-
-  Example:
-    >>> from jlora.pairs import Part
-    >>> one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    >>> load_split({"w": np.eye(2, dtype=np.float32)}, Part("w"), (2, 2), one)
-    Array([[1., 0.],
-           [0., 1.]], dtype=float32)
-  """
-  spec = getattr(checkpoint, "spec", checkpoint)[side.name]
-  dtype = np.float32 if spec.dtype in FLOAT8 else spec.dtype
-  return jax.make_array_from_callback(
-    shape,
-    sharding,
-    lambda index: read(checkpoint, side._replace(index=index)),
-    dtype=dtype,
   )

@@ -37,3 +37,12 @@ def _forget_programs():
   """Compiled programs of a file go with it: they would take gigabytes."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def quick_compilation():
+  """Programs that run once: to make them fast would cost more."""
+  was = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", was)

@@ -27,7 +27,7 @@ FLOORS = (
   "application packing packed_files merging routing "
   "symmetries axes layouts permutations reordering assignments descents "
   "alignment measurements ledgers editing edit_values "
-  "peft_configs peft_files peft_folders adapter_parts snapshots "
+  "peft_configs peft_files peft_folders adapter_parts snapshots restoration "
   "overlaps conflicts",
   # 3: what is said about them and written
   "evaluation divergences moments whitening reporting refinement advice models "

@@ -11,8 +11,8 @@ import pytest
 
 from experiments import pairs
 from experiments.costs import Cost, Module, bound_of, cost_of
+from experiments.estimates import describe, list_modules, plan_extraction
 from experiments.machines import MACHINES, Machine, measure_here
-from experiments.plan import describe, list_modules, plan_extraction
 from jlora import factoring
 from jlora.factoring import cheapest, gram, krylov, svd
 

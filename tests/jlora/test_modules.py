@@ -8,9 +8,10 @@ import pytest
 
 from jlora.checkpoints import open_checkpoint, write_safetensors
 from jlora.factoring import krylov, svd
+from jlora.meshes import place
 from jlora.modules import Extractor
 from jlora.pairs import Pair, Part
-from jlora.splits import load_split, spread
+from jlora.splits import spread
 from jlora.views import KERNEL, LINEAR, STACKED
 from tests.matrices import SPECTRA, matrix
 
@@ -99,10 +100,7 @@ def test_a_tensor_on_many_devices_gives_the_same(shape, view, parts):
   left, right = sides_of(shape)
   sharding = spread(shape)
   assert len(sharding.mesh.devices) == parts
-  sides = [
-    load_split({"w": side}, Part("w"), shape, sharding)
-    for side in (left, right)
-  ]
+  sides = [place(shape, sharding, side.__getitem__) for side in (left, right)]
   assert not sides[0].sharding.is_fully_replicated
   pair = Pair("w", shape, Part("w"), Part("w"))
   step = Extractor(svd, np.float32, jax.random.key(3))
@@ -123,10 +121,7 @@ def test_damage_is_found_on_many_devices():
   left, right = sides_of((M, N))
   right[M - 1, 0] = np.nan
   sharding = spread((M, N))
-  sides = [
-    load_split({"w": side}, Part("w"), (M, N), sharding)
-    for side in (left, right)
-  ]
+  sides = [place((M, N), sharding, side.__getitem__) for side in (left, right)]
   step = Extractor(svd, np.float32, None)
   pair = Pair("w", (M, N), Part("w"), Part("w"))
   with pytest.raises(ValueError, match="w: 1 of 960 values of the finetuned"):

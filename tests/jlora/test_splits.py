@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors cut over devices: how, which, and what is read for them."""
 
+import functools
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -10,11 +12,12 @@ from hypothesis import strategies as st
 from small_pairs import write_pair
 
 from jlora.checkpoints import open_checkpoint, write_safetensors
+from jlora.meshes import place
 from jlora.pairing import common_rows, keep_whole
-from jlora.pairs import Part
+from jlora.pairs import Part, read_region
 from jlora.paths import matching
 from jlora.plans import plan_run
-from jlora.splits import can_be_split, cut, load_split, spread
+from jlora.splits import can_be_split, cut, spread
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -60,7 +63,8 @@ def test_shards_are_the_tensor_and_leading_ones_are_read_alone(
   write_safetensors(tmp_path / "w.safetensors", {"w": w})
   checkpoint = open_checkpoint(tmp_path / "w.safetensors")
   before, sharding = checkpoint.bytes_read, spread(shape)
-  array = load_split(checkpoint, Part("w"), shape, sharding)
+  read = functools.partial(read_region, checkpoint, Part("w"))
+  array = place(shape, sharding, read)
   np.testing.assert_array_equal(np.asarray(array), w)
   assert array.dtype == dtype
   axis, parts = cut(shape, jax.device_count())
