@@ -18,7 +18,7 @@ from experiments import pairs
 from experiments.processes import measure
 from jlora.checkpoints import open_checkpoint
 from jlora.merging.inputs import read
-from jlora.merging.sparsifiers import match_l1
+from jlora.merging.rescalings import match_l1
 from jlora.merging.task_vectors import merge_task_vectors
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -23,10 +23,12 @@ class Piece(NamedTuple):
   Attributes:
     index: of the leading axes.
     size: how many entries.
+    start: which entry of the array is its first.
   """
 
   index: tuple[Any, ...]
   size: int
+  start: int = 0
 
 
 class Stored(NamedTuple):
@@ -117,8 +119,8 @@ def pieces_of(shape: Sequence[int], limit: int) -> list[Piece]:
 
   Example:
     >>> pieces_of((3, 2), 4)
-    [Piece(index=(slice(0, 2, None),), size=4),
-     Piece(index=(slice(2, 3, None),), size=2)]
+    [Piece(index=(slice(0, 2, None),), size=4, start=0),
+     Piece(index=(slice(2, 3, None),), size=2, start=4)]
     >>> [piece.index for piece in pieces_of((1, 3), 2)]
     [(0, slice(0, 2, None)), (0, slice(2, 3, None))]
   """
@@ -129,13 +131,13 @@ def pieces_of(shape: Sequence[int], limit: int) -> list[Piece]:
   if row > limit:
     inner = pieces_of(shape[1:], limit)
     return [
-      Piece((at, *piece.index), piece.size)
+      Piece((at, *piece.index), piece.size, at * row + piece.start)
       for at in range(count)
       for piece in inner
     ]
   step = limit // row
   ends = [(at, min(at + step, count)) for at in range(0, count, step)]
-  return [Piece((slice(a, b),), (b - a) * row) for a, b in ends]
+  return [Piece((slice(a, b),), (b - a) * row, a * row) for a, b in ends]
 
 
 class Rooms:
@@ -204,8 +206,8 @@ def _fill(
   out: np.ndarray, one: Stored | np.ndarray, piece: Piece | None
 ) -> None:
   if piece is None:
-    for index, _ in pieces_of(one.shape, _READ):
-      out[index] = one[index]
+    for part in pieces_of(one.shape, _READ):
+      out[part.index] = one[part.index]
     return
   flat = out.reshape(-1)
   flat[: piece.size] = one[piece.index].reshape(-1)

@@ -21,7 +21,8 @@ from jlora.merge_inputs import (
 )
 from jlora.merge_jobs import Job
 from jlora.merging.averages import passthrough
-from jlora.merging.pieces import PIECEWISE, SUMS
+from jlora.merging.draws import place_of
+from jlora.merging.pieces import DRAWN, is_piecewise, parts_of, sums_of
 from jlora.merging.task_vectors import ties
 from jlora.merging.thresholds import count_of
 from jlora.paths import key_for
@@ -62,8 +63,8 @@ class Merger:
     key: jax.Array | None,
   ):
     self._method, self._models, self._key = method, models, key
-    self._plain = getattr(method, "func", method)
-    self._defaults = getattr(method, "keywords", {})
+    self._plain, self._defaults = parts_of(method)
+    self._sums = sums_of(method)
     self._rooms = Rooms()
     self._compiled: dict[Any, Any] = {}
     self._lock = threading.Lock()
@@ -80,7 +81,7 @@ class Merger:
     """
     given = [*job.sources, *([] if job.base is None else [job.base])]
     stored = [find_stored(self._models, job, one) for one in given]
-    is_cut = self._is_kept(job) or self._plain in PIECEWISE
+    is_cut = self._is_kept(job) or is_piecewise(self._method)
     if is_cut and all(one and is_floating(one.dtype) for one in stored):
       return pieces_of(job.shape, _PIECE)
     return [None]
@@ -94,9 +95,9 @@ class Merger:
     Returns:
       bool.
     """
-    if self._plain not in SUMS or self._is_kept(job):
+    if self._sums is None or self._is_kept(job):
       return False
-    return not self._is_told(job, SUMS[self._plain].setting)
+    return not self._is_told(job, self._sums.setting)
 
   def measure(self, job: Job, piece: Piece) -> np.ndarray:
     """A piece's share of what the method must be told of the whole tensor.
@@ -106,12 +107,15 @@ class Merger:
       piece: of it.
 
     Returns:
-      (k,) float32.
+      float32, of one shape for all pieces; they are added up.
+
+    Raises:
+      ValueError: the tensor is not `is_measured`.
     """
-    leaves = [open_input(self._models, job, one) for one in job.sources]
-    of = SUMS[self._plain].of
-    with self._rooms.stacked(leaves, piece, _layout(piece)) as stack:
-      return np.array(self._run(_in_float32, of, stack))
+    if self._sums is None:
+      raise ValueError(f"{job.name}: its method needs no sums.")
+    fixed = (self._sums.of, np.dtype(np.float32))
+    return self._called(fixed, job, self._open(job), _numbers(job), piece)
 
   def __call__(
     self,
@@ -133,30 +137,37 @@ class Merger:
       ValueError: the method's, or tensors that are not floating and differ;
         with the tensor's name.
     """
-    leaves = [open_input(self._models, job, one) for one in job.sources]
+    leaves = self._open(job)
     if self._is_kept(job):
       kept = leaves[0][() if piece is None else piece.index]
       return kept.astype(job.dtype, copy=False)
     if not is_floating(leaves[0].dtype):
-      return _same(job, [leaf[()] for leaf in leaves])
-    if job.base is not None:
-      leaves.append(open_input(self._models, job, job.base))
-    numbers: dict[str, Any] = {
-      name: np.asarray(value, np.float32) for name, value in job.settings or ()
-    }
-    if measured:
+      return _same(job, [leaf[()] for leaf in leaves[: len(job.sources)]])
+    numbers = _numbers(job)
+    if measured and self._sums is not None:
       total = np.sum(measured, axis=0, dtype=np.float64)
-      numbers[SUMS[self._plain].setting] = total.astype(np.float32)
+      numbers[self._sums.setting] = total.astype(np.float32)
     try:
-      return self._merged(job, leaves, numbers, piece)
+      fixed = (self._method, job.dtype)
+      merged = self._called(fixed, job, leaves, numbers, piece)
     except ValueError as error:
       raise ValueError(f"{job.name}: {error}") from error
+    return merged if piece is None else merged.reshape(-1)[: piece.size]
 
-  def _merged(self, job, leaves, numbers, piece) -> np.ndarray:
-    """A method's result of inputs, the last of which is the base if any is."""
+  def _open(self, job: Job) -> list[Any]:
+    """A tensor's inputs, and the last its base if it has one."""
+    given = [*job.sources, *([] if job.base is None else [job.base])]
+    return [open_input(self._models, job, one) for one in given]
+
+  def _called(self, fixed, job, leaves, numbers, piece) -> np.ndarray:
+    """What a function, called as methods are, gives for `_open` inputs."""
     count = len(job.sources)
     shape = None if piece is None else _layout(piece)
-    key = key_for(self._key, job.name) if piece is None else None
+    is_drawn = self._plain in DRAWN
+    is_keyed = piece is None or is_drawn
+    key = key_for(self._key, job.name) if is_keyed else None
+    if piece is not None and is_drawn:
+      numbers["start"] = place_of(piece.start)
     with contextlib.ExitStack() as rooms:
       stack, *base = (
         rooms.enter_context(self._rooms.stacked(some, piece, shape))
@@ -166,9 +177,7 @@ class Merger:
       base = base[0][0] if base else None
       if base is not None and self._is_trimmed(job):
         numbers["threshold"] = self._thresholds(stack, base, numbers)
-      fixed = (self._method, job.dtype)
-      merged = np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
-    return merged if piece is None else merged.reshape(-1)[: piece.size]
+      return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
 
   def check(self, job: Job) -> None:
     """Nothing, if the method takes a job's settings; traced, not compiled.
@@ -237,8 +246,8 @@ class Merger:
     return self._compiled[signature](*given)
 
 
-def _in_float32(function, stack):
-  return function(stack.astype(jnp.float32))
+def _numbers(job: Job) -> dict[str, Any]:
+  return {name: np.float32(value) for name, value in job.settings or ()}
 
 
 def _layout(piece: Piece) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jlora.merging.averages import linear, nearswap, passthrough
 from jlora.merging.consensus import by_mass_or_plus
 from jlora.merging.pruning import breadcrumbs, dare, della
-from jlora.merging.sparsifiers import match_l1, unscaled
+from jlora.merging.rescalings import match_l1, unscaled
 from jlora.merging.spherical import karcher, multislerp, nuslerp, slerp
 from jlora.merging.stocks import model_stock
 from jlora.merging.task_vectors import sce, task_arithmetic, ties

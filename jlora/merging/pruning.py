@@ -9,17 +9,24 @@ elected first, `elect=by_mass`; mergekit names them `x_linear` and `x_ties`.
 import functools
 from typing import Any
 
+import jax.numpy as jnp
+
 from jlora.merging.consensus import Election, by_mass
 from jlora.merging.inputs import read
-from jlora.merging.sparsifiers import (
+from jlora.merging.rescalings import (
   Rescaling,
+  inverse_keep,
+  lengths_of,
+  match_l1,
+  unscaled,
+)
+from jlora.merging.sparsifiers import (
   at_random,
   by_rank,
   check_range,
-  inverse_keep,
   keep_middle,
 )
-from jlora.merging.task_vectors import merge_task_vectors
+from jlora.merging.task_vectors import merge_task_vectors, thin_out
 
 
 def dare(
@@ -33,6 +40,8 @@ def dare(
   elect: Election | None = None,
   normalize: bool = False,
   scale: Any = 1.0,
+  start: Any = None,
+  lengths: Any = None,
 ) -> Any:
   """The base plus the sum of changes of which most entries were dropped.
 
@@ -45,7 +54,8 @@ def dare(
     weights: (n,).
     base: (...).
     key: PRNG key; None is `key(0)`. Every entry of every model is drawn for
-      itself, so models are not interchangeable.
+      itself, so models are not interchangeable. Model i's entry j is known by
+      `fold_in(key, i)` and j alone.
     density: probability of an entry to stay, one for all or (n,); 0.1 is the
       paper's p = 0.9.
     rescale: `inverse_keep` as in the paper, `match_l1` as in mergekit,
@@ -53,6 +63,10 @@ def dare(
     elect: as for `combine`.
     normalize: divides by Σ |w_i| of those that agree.
     scale: λ.
+    start: of a piece, the place of its first entry in the tensor: (2,) uint32
+      of `draws.place_of`. What is kept is then what the whole keeps there.
+    lengths: (n, 2) for `match_l1`, of the whole tensor: the sum over its pieces
+      of `dare_lengths`. None takes the stack's.
 
   Returns:
     (...) in the stack's dtype; the same on any mesh.
@@ -61,7 +75,6 @@ def dare(
     ValueError: no base, a density outside [0, 1], or as `read`.
 
   Example:
-    >>> import jax.numpy as jnp
     >>> dare(jnp.full((1, 2), 3.0), [1.0], jnp.ones(2), density=1.0)
     Array([3., 3.], dtype=float32)
 
@@ -70,9 +83,14 @@ def dare(
   """
   given = read("dare", stack, weights, base, needs_base=True)
   check_range(density)
+  rescales = [rescale] * len(stack)
+  if lengths is not None:
+    rescales = [functools.partial(match_l1, lengths=own) for own in lengths]
   merged = merge_task_vectors(
     given,
-    sparsify=functools.partial(at_random, rescale=rescale),
+    sparsify=[
+      functools.partial(at_random, rescale=own, start=start) for own in rescales
+    ],
     amounts=density,
     elect=elect,
     normalize=normalize,
@@ -80,6 +98,44 @@ def dare(
     key=key,
   )
   return merged.astype(stack.dtype)
+
+
+def dare_lengths(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any = 0.1,
+  start: Any = None,
+  **others: Any,
+) -> Any:
+  """What `dare` with `rescale=match_l1` is told of a tensor that is cut.
+
+  Args:
+    stack: (n, ...) floating, a piece.
+    weights: (n,), unused but checked.
+    base: (...).
+    key: as for `dare`, of the whole tensor.
+    density: likewise.
+    start: the piece's, likewise.
+    **others: the rest of `dare`'s, which has no part in it.
+
+  Returns:
+    (n, 2) float32, Σ |δ_i| and Σ |m_i δ_i| of each model.
+
+  Raises:
+    ValueError: as `dare`.
+
+  Example:
+    >>> dare_lengths(jnp.full((1, 2), 3.0), [1.0], jnp.ones(2), density=1.0)
+    Array([[4., 4.]], dtype=float32)
+  """
+  del others
+  given = read("dare", stack, weights, base, needs_base=True)
+  keep = functools.partial(at_random, rescale=unscaled, start=start)
+  found = thin_out(given, keep, density, key)
+  return jnp.stack([lengths_of(*pair) for pair in found])
 
 
 def della(
@@ -125,7 +181,6 @@ def della(
     ValueError: no base, a density too near to 0 or 1, or as `read`.
 
   Example:
-    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[3.0, 1.0], [-1.0, 1.0]])
     >>> della(stack, [1.0, 1.0], jnp.zeros(2), density=1.0)
     Array([3., 1.], dtype=float32)
@@ -187,7 +242,6 @@ def breadcrumbs(
     ValueError: no base, a density outside [0, 1], or as `read`.
 
   Example:
-    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[5.0, -4.0, 3.0, 2.0, 1.0]])
     >>> breadcrumbs(stack, [1.0], jnp.zeros(5), density=0.6, gamma=0.2)
     Array([ 0., -4.,  3.,  2.,  0.], dtype=float32)

@@ -2,9 +2,8 @@
 """Which entries of a weight change are kept, and what makes up for the rest.
 
 A sparsifier is a function `(delta, density, key) -> delta`, of one model, with
-zeros for what it drops; settings are bound by `functools.partial`. A rescaling
-is a function `(delta, kept, probability) -> kept`. What is NaN is never
-dropped: it must be seen in what comes out.
+zeros for what it drops; settings are bound by `functools.partial`. What is NaN
+is never dropped: it must be seen in what comes out.
 """
 
 from collections.abc import Callable
@@ -14,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.merging.inputs import divided, inner, is_known
+from jlora.merging.draws import uniform
+from jlora.merging.inputs import is_known
+from jlora.merging.rescalings import Rescaling, inverse_keep
 from jlora.merging.thresholds import count_of, kth_magnitude
 
 Sparsifier = Callable[..., Any]
-Rescaling = Callable[[Any, Any, Any], Any]
 
 
 def by_magnitude(delta: Any, density: Any, key: Any = None) -> Any:
@@ -61,87 +61,25 @@ def from_threshold(delta: Any, threshold: Any, key: Any = None) -> Any:
   return _where(jnp.abs(delta) >= threshold, delta)
 
 
-def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
-  """What was kept, divided by the probability of that: the mean is the delta.
-
-  Args:
-    delta: unused; there so that every rescaling has the same call.
-    kept: (...) float32, delta with zeros.
-    probability: broadcasts to it.
-
-  Returns:
-    As kept.
-
-  Example:
-    >>> inverse_keep(None, jnp.array([2.0, 0.0]), 0.5)
-    Array([4., 0.], dtype=float32)
-
-  References:
-    DARE (Yu et al., 2024), and DELLA (Deep et al., 2024).
-  """
-  del delta
-  return divided(kept, jnp.asarray(probability).astype(jnp.float32))
-
-
-def match_l1(delta: Any, kept: Any, probability: Any = None) -> Any:
-  """What was kept, scaled so that the sum of magnitudes is the delta's.
-
-      kept · ‖delta‖₁ / ‖kept‖₁
-
-  mergekit's way, of the whole tensor. What is left of it by chance keeps the
-  strength of the whole: a tensor of few entries is not what it is on average.
-
-  Args:
-    delta: (...) float32.
-    kept: (...) float32, delta with zeros.
-    probability: unused.
-
-  Returns:
-    As kept; zeros where nothing was kept.
-
-  Example:
-    >>> match_l1(jnp.array([2.0, 2.0]), jnp.array([2.0, 0.0]))
-    Array([4., 0.], dtype=float32)
-  """
-  del probability
-  one = jnp.float32(1)
-  whole, part = (inner(jnp.abs(x), one) for x in (delta, kept))
-  return kept * divided(whole, part)
-
-
-def unscaled(delta: Any, kept: Any, probability: Any = None) -> Any:
-  """What was kept, as it is.
-
-  Args:
-    delta: unused.
-    kept: (...).
-    probability: unused.
-
-  Returns:
-    kept.
-
-  Example:
-    >>> unscaled(None, 3.0)
-    3.0
-  """
-  del delta, probability
-  return kept
-
-
 def at_random(
   delta: Any,
   density: Any,
   key: Any = None,
   *,
   rescale: Rescaling = inverse_keep,
+  start: Any = None,
 ) -> Any:
   """A change with entries kept by chance, all alike: DARE's drop and rescale.
+
+  Whether an entry stays is known by the key and by its place in the tensor.
 
   Args:
     delta: (...) float32.
     density: probability of an entry to be kept.
     key: PRNG key; None is `key(0)`.
     rescale: `inverse_keep` as in the paper, `match_l1` as mergekit, `unscaled`.
+    start: place of delta's first entry, as for `uniform`, where delta is a
+      piece of a tensor.
 
   Returns:
     As delta. The same entries on any mesh.
@@ -151,7 +89,7 @@ def at_random(
     Array([1., 1., 1., 1., 1., 1.], dtype=float32)
   """
   key = jax.random.key(0) if key is None else key
-  drawn = jax.random.uniform(key, delta.shape) < density
+  drawn = uniform(key, delta.shape, start) < density
   return rescale(delta, _where(drawn, delta), density)
 
 

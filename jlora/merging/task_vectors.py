@@ -5,6 +5,7 @@ A task vector is what a model changes of the base, δ_i = θ_i - θ_0, taken in
 float32 whatever the models' dtype.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from jlora.meshes import run_automatic
 def merge_task_vectors(
   given: Inputs,
   *,
-  sparsify: Sparsifier | None = None,
+  sparsify: Sparsifier | Sequence[Sparsifier] | None = None,
   amounts: Any = 1.0,
   elect: Election | None = None,
   normalize: bool = False,
@@ -48,7 +49,8 @@ def merge_task_vectors(
 
   Args:
     given: from `read`.
-    sparsify: what is kept of each change; None is all.
+    sparsify: what is kept of each change, one for all or one a model; None is
+      all.
     amounts: its second argument, one for all models or (n,).
     elect: as for `combine`.
     normalize: as for `combine`.
@@ -64,19 +66,56 @@ def merge_task_vectors(
     >>> merge_task_vectors(given, scale=2.0)
     Array([5., 1.], dtype=float32)
   """
-  deltas = given.deltas
-  count = deltas.shape[0]
-  if sparsify is not None:
-    key = jax.random.key(0) if key is None else key
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-    amounts = numbers("density", amounts, count)
-    deltas = run_automatic(
-      jax.vmap(sparsify),
-      (deltas, amounts, keys),
-      lambda x, *_: PartitionSpec(*x),
-    )
+  if sparsify is None:
+    deltas = given.deltas
+  else:
+    deltas = jnp.stack([
+      kept for _, kept in thin_out(given, sparsify, amounts, key)
+    ])  # fmt: skip
   change = combine(deltas, given.weights, elect=elect, normalize=normalize)
   return given.base + jnp.asarray(scale).astype(jnp.float32) * change
+
+
+def thin_out(
+  given: Inputs,
+  sparsify: Sparsifier | Sequence[Sparsifier],
+  amounts: Any,
+  key: Any = None,
+) -> list[tuple[Any, Any]]:
+  """Changes, and what is kept of them, of one model after the other.
+
+  Args:
+    given: from `read`.
+    sparsify: as for `merge_task_vectors`.
+    amounts: likewise.
+    key: likewise.
+
+  Returns:
+    n times (...) and (...) float32. Not by `vmap`, which holds what one model
+    needs for all of them at a time.
+
+  Raises:
+    ValueError: amounts that are not one a model, or known not to be finite.
+
+  Example:
+    >>> given = read("mine", jnp.array([[3.0, 1.0]]), [1.0], jnp.ones(2))
+    >>> thin_out(given, from_threshold, 1.0)
+    [(Array([2., 0.], dtype=float32), Array([2., 0.], dtype=float32))]
+  """
+  count = len(given.models)
+  key = jax.random.key(0) if key is None else key
+  amounts = numbers("density", amounts, count)
+  each = [sparsify] * count if callable(sparsify) else sparsify
+  found = []
+  for at, sparsify_one in enumerate(each):
+    delta = given.models[at] - given.base
+    kept = run_automatic(
+      sparsify_one,
+      (delta, amounts[at], jax.random.fold_in(key, at)),
+      lambda x, *_: PartitionSpec(*x),
+    )
+    found.append((delta, kept))
+  return found
 
 
 def task_arithmetic(

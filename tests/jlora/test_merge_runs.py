@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import merge_runs
+from jlora import merge_runs, merge_steps
 from jlora.checkpoints import open_checkpoint, write_safetensors
 from jlora.huggingface_folders import stream_checkpoint
 from jlora.journal import FOLDER
 from jlora.merge_runs import MERGE, merge_checkpoints
 from jlora.merge_steps import Merger
 from jlora.merging.consensus import by_mass_or_plus
-from jlora.merging.sparsifiers import match_l1
+from jlora.merging.rescalings import match_l1
 from jlora.recipes import Input, Recipe, Slice
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "dtype": "float32"}
@@ -75,6 +75,13 @@ def contents(folder):
   return {
     file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()
   }
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+  """Tensors of these tests are then several pieces."""
+  for name, value in (("_PIECE", 64), ("_SMALL", 32), ("_ROW", 8)):
+    monkeypatch.setattr(merge_steps, name, value)
 
 
 METHODS = {
@@ -340,10 +347,13 @@ def test_a_run_that_failed_goes_on(models, tmp_path, monkeypatch):
 
 
 KILLED = """
-import io, os, signal, sys
+import functools, io, os, signal, sys
 import jlora
+from jlora import merge_steps
 from jlora.merge_runs import merge_checkpoints
+from jlora.merging.rescalings import match_l1
 from jlora.recipes import Input, Recipe, Slice
+merge_steps._PIECE, merge_steps._SMALL, merge_steps._ROW = 64, 32, 8
 count, base, one, two, out = sys.argv[1:]
 real, calls = os.replace, []
 def counted(*args):
@@ -352,19 +362,21 @@ def counted(*args):
     os.kill(os.getpid(), signal.SIGKILL)
   return real(*args)
 os.replace = counted
-recipe = Recipe(jlora.linear, (Slice((Input(one), Input(two))),))
+method = functools.partial(jlora.dare, density=0.5, rescale=match_l1)
+recipe = Recipe(method, (Slice((Input(one), Input(two))),), base=base)
 merge_checkpoints(
   recipe, out, max_shard_bytes=800, overwrite=True, log=io.StringIO()
 )
 """
 
 
-def test_a_run_that_was_killed_goes_on(models, tmp_path):
+def test_a_run_that_was_killed_goes_on(models, tmp_path, small_pieces):
   """At the second shard's rename, at its move, and at the report's rename.
 
   In each folder lies another merge's result: it must not pass for this one's.
+  What is dropped by chance, in pieces, is the same after it.
   """
-  recipe = Recipe(jlora.linear, whole(*models[1:]))
+  recipe = Recipe(METHODS["dare"], whole(*models[1:]), base=models[0])
   run(recipe, tmp_path / "whole", max_shard_bytes=800)
   files = contents(tmp_path / "whole")
   shards = sum(name.endswith(".safetensors") for name in files)
@@ -433,13 +445,45 @@ def test_memory_is_bounded_by_the_largest_tensor(
   assert int(done.stdout) < tensors * nbytes
 
 
-def test_two_threads_or_one_the_same_bytes(models, tmp_path, monkeypatch):
-  recipe = Recipe(
-    functools.partial(jlora.dare, density=0.5), whole(*models[1:]),
-    base=models[0],
-  )  # fmt: skip
+def test_two_threads_or_one_the_same_bytes(
+  models, tmp_path, monkeypatch, small_pieces
+):
+  recipe = Recipe(METHODS["dare"], whole(*models[1:]), base=models[0])
   run(recipe, tmp_path / "many")
   monkeypatch.setattr(merge_runs, "THREADS", 1)
   run(recipe, tmp_path / "one")
   assert contents(tmp_path / "many") == contents(tmp_path / "one")
   assert MERGE in contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("density", [0.1, 0.7])
+def test_dare_keeps_its_share_and_the_mean(density, tmp_path, small_pieces):
+  """Of many draws, in pieces: as many as the density says, the mean the sum."""
+  shape = (40, 50)
+  for at, name in enumerate("abc"):
+    w = np.full(shape, (1.0, 3.0, 0.0)[at], np.float32)
+    write_safetensors(tmp_path / f"{name}.safetensors", {"w": w})
+  base, *tuned = (str(tmp_path / f"{name}.safetensors") for name in "abc")
+  method = functools.partial(jlora.dare, density=density)
+  recipe = Recipe(method, whole(*tuned), base=base)
+  found = []
+  for seed in range(6):
+    run(recipe, tmp_path / "out", key=jax.random.key(seed), overwrite=True)
+    found.append(np.float64(open_checkpoint(tmp_path / "out")["w"]))
+  # Changes are 2 and -1, so the sum says which were kept.
+  sums = (np.stack(found) - 1) * np.float64(density)
+  kept = np.stack(
+    [np.isin(sums.round(4), values) for values in ((2, 1), (-1, 1))]
+  )
+  assert np.isin(sums.round(4), (0, 1, 2, -1)).all()
+  error = np.sqrt(density * (1 - density) / kept[0].size)
+  np.testing.assert_allclose(kept.mean((1, 2, 3)), density, atol=5 * error)
+  both = (
+    kept[0] & kept[1]
+  ).mean()  # masks of models know nothing of each other
+  np.testing.assert_allclose(both, density**2, atol=5 * error)
+  mean = np.mean(found)
+  np.testing.assert_allclose(mean, 1 + 2 - 1, atol=5 * 5**0.5 * error / density)
+  again = (kept[0][0] == kept[0][1]).mean()  # another key, another mask
+  chance = density**2 + (1 - density) ** 2
+  assert abs(again - chance) < 5 * np.sqrt(chance * (1 - chance) / sums[0].size)

@@ -13,7 +13,9 @@ from jlora import merge_steps
 from jlora.checkpoints import open_checkpoint, write_safetensors
 from jlora.merge_jobs import Job, Source
 from jlora.merge_steps import Merger
-from jlora.merging.pieces import PIECEWISE, SUMS
+from jlora.merging.consensus import by_mass, by_mass_or_plus
+from jlora.merging.pieces import PIECEWISE, SUMS, is_piecewise, sums_of
+from jlora.merging.rescalings import match_l1
 from jlora.merging.spherical import products_of
 from jlora.pairs import Part
 
@@ -34,9 +36,19 @@ SETTINGS = {
     functools.partial(jlora.task_arithmetic, normalize=True),
     {"weights": (0.7, 0.3), "scale": 0.8},
   ),
+  "dare": (jlora.dare, {"weights": (0.7, 0.3, 1.0), "density": 0.4}),
+  "dare ties": (
+    functools.partial(jlora.dare, elect=by_mass_or_plus, normalize=True),
+    {"weights": (0.7, 0.3), "density": (0.4, 0.6)},
+  ),
+  "dare matched": (
+    functools.partial(jlora.dare, rescale=match_l1),
+    {"weights": (0.7, 0.3), "density": (0.4, 0.6)},
+  ),
 }
-NEEDS_BASE = (jlora.nearswap, jlora.task_arithmetic)
-MEASURED = [name for name in SETTINGS if name.startswith("slerp")]
+NEEDS_BASE = (jlora.nearswap, jlora.task_arithmetic, jlora.dare)
+MEASURED = ["slerp", "slerp by weights", "dare matched"]
+SLERPS = MEASURED[:2]
 
 
 def plain(name):
@@ -87,7 +99,7 @@ def check_same_bits(one, two):
 
 
 def test_all_methods_of_the_table_are_here():
-  assert {plain(name) for name in SETTINGS} == PIECEWISE
+  assert {plain(name) for name in SETTINGS} == set(PIECEWISE)
   assert {plain(name) for name in MEASURED} == set(SUMS)
 
 
@@ -102,13 +114,12 @@ def test_pieces_are_the_whole_bit_for_bit(name, dtypes, merger_of):
   found, sums = in_pieces(merger, job)
   if sums:  # the whole is told the same sums: its own are rounded otherwise
     total = np.sum(sums, axis=0, dtype=np.float64).astype(np.float32)
-    job = job._replace(
-      settings=(("products", tuple(total)), *(job.settings or ()))
-    )
+    told = {SUMS[plain(name)].setting: total}
+    job = job._replace(settings=tuple({**dict(job.settings), **told}.items()))
   check_same_bits(found, merger(job))
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", SLERPS)
 def test_sums_of_pieces_are_those_of_the_whole(name, merger_of):
   merger, job = merger_of(name)
   found, sums = in_pieces(merger, job)
@@ -119,7 +130,7 @@ def test_sums_of_pieces_are_those_of_the_whole(name, merger_of):
   np.testing.assert_allclose(found, merger(job), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", SLERPS)
 def test_sums_that_are_given_are_not_taken(name, merger_of):
   merger, job = merger_of(name)
   stack = jnp.stack([merger._models[one.model]["w"] for one in job.sources])
@@ -130,12 +141,40 @@ def test_sums_that_are_given_are_not_taken(name, merger_of):
   np.testing.assert_allclose(found, merger(job), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*MEASURED, "linear", "task_arithmetic"])
+def test_matched_lengths_are_those_of_the_whole(merger_of):
+  merger, job = merger_of("dare matched")
+  found, sums = in_pieces(merger, job)
+  stack, base = (
+    np.float64([merger._models[name]["w"] for name in names])
+    for names in ("ab", ("base",))
+  )
+  whole, kept = np.sum(sums, 0, np.float64).T
+  np.testing.assert_allclose(whole, abs(stack - base).sum((1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(kept / whole, [0.4, 0.6], atol=0.03)
+  np.testing.assert_allclose(found, merger(job), rtol=1e-5, atol=1e-6)
+
+
+def test_dare_by_options_that_need_a_whole_tensor_is_not_cut(merger_of):
+  def rescale(delta, kept, probability):
+    return kept
+
+  for options in ({"elect": by_mass}, {"rescale": rescale}):
+    assert not is_piecewise(functools.partial(jlora.dare, **options))
+  assert is_piecewise(jlora.dare)
+  assert sums_of(jlora.dare) is None
+  told = functools.partial(jlora.dare, rescale=match_l1, lengths=1)
+  assert sums_of(told) is None
+  merger, job = merger_of("dare")
+  with pytest.raises(ValueError, match="w: its method needs no sums"):
+    merger.measure(job, merger.pieces(job)[0])
+
+
+@pytest.mark.parametrize("name", [*SLERPS, "linear", "task_arithmetic", "dare"])
 def test_nan_goes_as_far_as_in_the_whole(name, merger_of):
   merger, job = merger_of(name, nan=True)
   found, _ = in_pieces(merger, job)
   np.testing.assert_array_equal(np.isnan(found), np.isnan(merger(job)))
-  assert np.isnan(found).sum() == (found.size if name in MEASURED else 1)
+  assert np.isnan(found).sum() == (found.size if name in SLERPS else 1)
 
 
 def test_a_result_is_not_the_memory_that_is_used_again(tmp_path):

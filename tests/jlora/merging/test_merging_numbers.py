@@ -15,6 +15,7 @@ from jlora.merging import (
   concatenation,
   consensus,
   pruning,
+  rescalings,
   singular_vectors,
   sparsifiers,
   spherical,
@@ -82,8 +83,8 @@ def test_who_is_elected_where_changes_cancel():
 
 def test_rescaling_what_was_kept_by_chance():
   kept = jnp.array([2.0, 0, 0.5, 0])
-  close(sparsifiers.inverse_keep(CHANGES[0], kept, 0.5), (4, 0, 1, 0))
-  close(sparsifiers.match_l1(CHANGES[0], kept, 0.5), (2.8, 0, 0.7, 0))
+  close(rescalings.inverse_keep(CHANGES[0], kept, 0.5), (4, 0, 1, 0))
+  close(rescalings.match_l1(CHANGES[0], kept, 0.5), (2.8, 0, 0.7, 0))
 
 
 def test_slerp():

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.merging.consensus import by_count, by_mass, by_mass_or_plus
-from jlora.merging.sparsifiers import match_l1
+from jlora.merging.rescalings import match_l1
 
 SHAPE = (8, 6)
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jlora.merging.sparsifiers import at_random, by_rank, inverse_keep
+from jlora.merging.rescalings import inverse_keep
+from jlora.merging.sparsifiers import at_random, by_rank
 from jlora.merging.thresholds import count_of, kth_magnitude, kth_of_all
 
 values = st.floats(width=32, allow_nan=False, allow_subnormal=False)
