@@ -27,6 +27,13 @@ _VOCABULARY = flags.DEFINE_enum(
   "common rows, or take the reference's unmerged; by default as the recipe "
   "says: common with `tokenizer_source: base`, else error.",
 )
+_WHOLE = flags.DEFINE_float(
+  "whole_model_density",
+  None,
+  "Of ties: trim each model as a whole, as the paper does, to this share of "
+  "its changes, instead of each tensor by the recipe's density. Reads the "
+  "models twice more.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is dropped by chance.")
 _SHARD = flags.DEFINE_float(
   "shard_mib", 1024, "A new file begins before this size.", lower_bound=1e-6
@@ -63,6 +70,8 @@ def _run(argv: list[str]) -> None:
   recipe = jlora.read_recipe(_CONFIG.value)
   if _VOCABULARY.value is not None:
     recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
+  if _WHOLE.value is not None:
+    recipe = jlora.trim_wholes(recipe, _WHOLE.value)
   report = jlora.merge_checkpoints(
     recipe,
     _OUT.value,

@@ -140,6 +140,7 @@ from jlora.starts import split_base as split_base
 from jlora.training import Trainer as Trainer
 from jlora.training import lora_plus as lora_plus
 from jlora.training import train as train
+from jlora.whole_thresholds import trim_wholes as trim_wholes
 
 __all__ = [
   "Adapted",
@@ -261,6 +262,7 @@ __all__ = [
   "ties",
   "to_in_rank",
   "train",
+  "trim_wholes",
   "truncate",
   "tsv",
   "unflatten",

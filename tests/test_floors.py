@@ -37,7 +37,8 @@ FLOORS = (
   "runs plans modules assembly progress hosts guards watches dealing steps "
   "readings splits shares shared_journals "
   "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
-  "merge_jobs merge_inputs merge_plans merge_steps merge_queues merge_runs",
+  "merge_jobs merge_inputs merge_plans merge_steps merge_queues merge_runs "
+  "whole_thresholds",
   # 5: the public names
   "__init__",
 )
@@ -69,7 +70,8 @@ FAMILIES = (
   "runs plans modules assembly progress hosts guards watches dealing steps "
   "readings splits shares shared_journals "
   "recipes recipe_forms recipe_files layer_slices adapted_checkpoints "
-  "merge_jobs merge_inputs merge_plans merge_steps merge_queues merge_runs",
+  "merge_jobs merge_inputs merge_plans merge_steps merge_queues merge_runs "
+  "whole_thresholds",
 )
 
 # Neither a dependency nor a promise of jax: not in a library.

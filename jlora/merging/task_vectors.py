@@ -184,7 +184,8 @@ def ties(
     density: share of the entries kept, one for all or (n,); 0.2 is the paper's.
     threshold: magnitudes from which entries are kept, one for all or (n,),
       instead of the density. The paper trims a model as a whole, mergekit and
-      PEFT each tensor: `magnitude_thresholds` gives the paper's.
+      PEFT each tensor: `magnitude_thresholds` gives the paper's, and from disk
+      `trim_wholes`.
     elect: `by_mass` as in the paper, `by_mass_or_plus` or `by_count` as in
       mergekit.
     normalize: False gives the sum.

@@ -75,3 +75,22 @@ def test_differences_are_of_the_largest_entry():
   assert bench_merges.difference_of(ours, theirs) == (0.25, 0.5)
   with pytest.raises(ValueError, match="tensors differ"):
     bench_merges.difference_of(ours, {"v": theirs["w"]})
+
+
+def test_models_trimmed_as_wholes(tmp_path):
+  paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+  for path, values in zip(
+    paths, ([[0, 0], [0, 0]], [[4, -3], [1, 2]]), strict=True
+  ):
+    tensors = zip("vw", np.asarray(values, np.float32), strict=True)
+    write_safetensors(path, dict(tensors))
+  given = {"merge_method": "ties", "base_model": paths[0]}
+  models = [{"model": paths[1], "parameters": {"weight": 1, "density": 0.9}}]
+  file, out = tmp_path / "recipe.yml", tmp_path / "out"
+  file.write_text(yaml.dump({**given, "models": models}))
+  flags = [f"--config={file}", f"--out={out}", f"--cache={tmp_path / 'cache'}"]
+  done = run(*flags, "--whole_model_density=0.5")
+  assert done.returncode == 0, done.stderr
+  found = jlora.open_checkpoint(out)
+  assert found["v"].tolist() == [4, -3]
+  assert found["w"].tolist() == [0, 0]
