@@ -39,6 +39,7 @@ bench-sweep: .venv/.demo
 
 test-aot: $(AOT)/.done
 	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/pallas_kernels/aot \
+	  tests/experiments/test_pod_programs.py \
 	  --durations=0 $(ARGS)
 
 bench-kernels: $(AOT)/.done

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pods and servers that are not there, to compile for."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from pallas_kernels.aot.chips import CHIPS
+from pallas_kernels.aot.gpus import H100
+
+
+class Pod(NamedTuple):
+  """Devices that belong together.
+
+  Attributes:
+    chip: a key of `CHIPS`.
+    platform: "tpu" or "cuda".
+    name: as `jax.experimental.topologies` knows it.
+    more: its further arguments.
+  """
+
+  chip: str
+  platform: str
+  name: str
+  more: dict[str, Any]
+
+
+_SERVER = {"topology": "1x1x8", "target_config": H100}
+
+#: As their makers call them: v5p counts cores, two of a chip.
+PODS = {
+  "v5e-16": Pod("v5e", "tpu", "v5e:4x4", {}),
+  "v5p-32": Pod("v5p", "tpu", "v5p:2x2x4", {}),
+  "v6e-16": Pod("v6e", "tpu", "v6e:4x4", {}),
+  "v5e-4": Pod("v5e", "tpu", "v5e:2x2", {}),
+  "h100-8": Pod("h100", "cuda", "h100", _SERVER),
+}
+
+# No such machine is asked for anything; without these libtpu looks for one.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def mesh_of(pod: Pod, axes: Sequence[str] = ("x", "y")) -> Mesh:
+  """A mesh of a pod's devices, as square as they allow.
+
+  Args:
+    pod: which.
+    axes: names of its two axes.
+
+  Returns:
+    Mesh with Auto axes; its devices compile and do not run.
+
+  Raises:
+    ValueError: this machine lacks the compiler.
+  """
+  os.environ.update(_ENVIRONMENT)
+  try:
+    found = topologies.get_topology_desc(
+      platform=pod.platform, topology_name=pod.name, **pod.more
+    )
+  except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+    raise ValueError(
+      f"No compiler for {pod.name} here ({error}); pip install '.[aot]', and "
+      "set JAX_PLATFORMS=cpu."
+    ) from error
+  devices = np.array(found.devices)
+  rows = 2 ** (int(np.log2(devices.size)) // 2)
+  return Mesh(devices.reshape(rows, -1), axes, axis_types=(AxisType.Auto,) * 2)
+
+
+def memory_of(pod: Pod) -> int:
+  """Bytes of memory of one of a pod's devices.
+
+  Args:
+    pod: which.
+
+  Returns:
+    Bytes. On v5p both cores of a chip are one device.
+
+  Example:
+    >>> memory_of(PODS["v5e-16"]) / 2**30
+    16.0
+  """
+  return CHIPS[pod.chip].hbm
