@@ -28,6 +28,7 @@ from experiments.collectives import collective_bytes, largest_gathered
 from experiments.llamas import MODELS, extractions
 from experiments.pods import PODS, Pod, memory_of, mesh_of
 from jlora import models, sharding
+from jlora.loras import name_some
 from jlora.models.networks import build
 from jlora.models.placement import rules_for
 from jlora.paths import flatten, unflatten
@@ -230,8 +231,26 @@ def measure(
     yield read_figures(pod, f"{model} adapted layer", _TOKENS, *compiled)
 
 
+def tell_excess(figures: Figures) -> list[str]:
+  """What a program holds or sends too much of.
+
+  Args:
+    figures: of the program.
+
+  Returns:
+    A sentence for each.
+  """
+  name = f"{figures.pod} {figures.program}"
+  found = []
+  if figures.memory > figures.limit:
+    found.append(f"{name} holds {figures.memory} of {figures.limit} bytes")
+  if figures.bound is not None and figures.sent > figures.bound:
+    found.append(f"{name} sends {figures.sent} bytes, not {figures.bound}")
+  return found
+
+
 def main(argv: list[str]) -> None:
-  """Prints a table, a line as each program is compiled."""
+  """Prints a table; exit code 1 if a program does not fit or sends too much."""
   del argv
   if not _JSON.value:
     print(
@@ -239,13 +258,17 @@ def main(argv: list[str]) -> None:
       "| at most | 3 (m + n) w 4 | largest gathered | compiled in |\n"
       "|---|---|---|---|---|---|---|---|---|---|---|"
     )
+  excesses = []
   try:
     for pod in _POD.value:
       for model in _MODEL.value:
         for figures in measure(pod, model, _RANK.value, _PROGRAMS.value):
           _say(figures)
+          excesses += tell_excess(figures)
   except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
+    excesses.append(str(error))
+  if excesses:
+    print(f"error: {name_some(excesses)}", file=sys.stderr)
     sys.exit(1)
 
 
