@@ -93,8 +93,11 @@ def merge_checkpoints(
     MergeReport. The result is the same bytes whether or not the run was
     interrupted. Memory: methods of `PIECEWISE` take a few MiB of each tensor
     at a time; of the others, parameters with the method's float32 copies of
-    them, within 512 MiB, or one that is larger; not the model. Disk: the
-    result once.
+    them, within 512 MiB, or one that is larger; not the model. By what XLA
+    says of its programs, two models and their base in float32 take 3.7 times
+    their tensors by DELLA, 3 at the most by others; in bfloat16 DELLA 6.7,
+    `karcher`, `sce` and `breadcrumbs` 4.7, others below 3. Disk: the result
+    once.
 
   Raises:
     ValueError: as `plan_merge`, settings that the method refuses, a folder that

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.merging.inputs import along_models, divided, over_models
+from jlora.merging.inputs import divided, over_models
 
 Election = Callable[[Any], Any]
 
@@ -88,7 +88,7 @@ def combine(
   not: the mean is over those that say something.
 
   Args:
-    deltas: (n, ...) float32.
+    deltas: (n, ...) float32, or n of (...), which are then held once.
     weights: (n,) float32.
     elect: which sign; None: all count.
     normalize: divides, where that is not by 0. Moduli, as a negative weight
@@ -103,15 +103,14 @@ def combine(
     >>> combine(deltas, jnp.ones(2), elect=by_mass, normalize=True)
     Array([1.5, 3. ], dtype=float32)
   """
-  weights = along_models(weights, deltas)
-  weighted = weights * deltas
-  if elect is None:
-    agree = jnp.ones(deltas.shape, bool)
-  else:
-    agree = jnp.sign(weighted) == elect(weighted)[None]
-  kept = jnp.where(agree | jnp.isnan(weighted), weighted, 0.0)
+  weighted = [weights[i] * deltas[i] for i in range(len(deltas))]
+  sign = None if elect is None else elect(jnp.stack(weighted))
+  kept, counted = [], []
+  for at, one in enumerate(weighted):
+    agrees = (
+      jnp.ones(one.shape, bool) if sign is None else jnp.sign(one) == sign
+    )
+    kept.append(jnp.where(agrees | jnp.isnan(one), one, 0.0))
+    counted.append(jnp.where(agrees, jnp.abs(weights[at]), 0.0))
   total = over_models(kept)
-  if not normalize:
-    return total
-  counted = jnp.where(agree, jnp.abs(weights), 0.0)
-  return divided(total, over_models(counted))
+  return divided(total, over_models(counted)) if normalize else total

@@ -69,9 +69,8 @@ def merge_task_vectors(
   if sparsify is None:
     deltas = given.deltas
   else:
-    deltas = jnp.stack([
-      kept for _, kept in thin_out(given, sparsify, amounts, key)
-    ])  # fmt: skip
+    thinned = thin_out(given, sparsify, amounts, key)
+    deltas = [kept for _, kept in thinned]
   change = combine(deltas, given.weights, elect=elect, normalize=normalize)
   return given.base + jnp.asarray(scale).astype(jnp.float32) * change
 
