@@ -17,13 +17,13 @@ MODELS = {
     "num_key_value_heads": 8,
     "num_hidden_layers": 1,
   },
-  "small": {
+  "square": {
     **_LLAMA,
     "vocab_size": 1024,
-    "hidden_size": 2048,
-    "intermediate_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
+    "hidden_size": 8192,
+    "intermediate_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
     "num_hidden_layers": 1,
   },
   "8B": {

@@ -5,9 +5,9 @@
 
 Needs the compilers of the extra `aot`. Every program is `jlora.extract` of one
 matrix of a Llama-3 in bfloat16, or `jlora.adapt` of one of its layers with
-embedding and head, cut over a mesh of both axes. Bytes that a device exchanges
-are those of the compiled program when the Krylov space stops after four blocks,
-and after six at the most; beside them three times the thin factors,
+embedding and head, cut as is the default. Bytes that a device exchanges are
+those of the compiled program when the Krylov space stops after four blocks, and
+after six at the most; beside them three times the thin factors,
 `3 (m + n) (rank + 16) 4`. Operations are of one device by the compiler's own
 count, in which a loop's body counts once. A program takes seconds to minutes.
 """
@@ -82,7 +82,7 @@ class Figures(NamedTuple):
 def compile_extraction(
   pod: Pod, shape: tuple[int, int], rank: int
 ) -> tuple[Any, float]:
-  """`jlora.extract` of one matrix, cut on both sides.
+  """`jlora.extract` of one matrix, cut as `extract(mesh=...)` cuts it.
 
   Args:
     pod: compiled for it.
@@ -93,7 +93,7 @@ def compile_extraction(
     The compiled program, and seconds.
   """
   mesh = mesh_of(pod)
-  place = NamedSharding(mesh, PartitionSpec("x", "y"))
+  place = NamedSharding(mesh, sharding.spread(shape, mesh))
   matrix = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
   thin = sharding.of_adapter(place, MatrixView(), shape)
 

@@ -56,7 +56,7 @@ def test_without_a_compiler_it_says_what_to_install():
 
 @pytest.mark.skipif(not has_libtpu, reason="needs libtpu")
 def test_a_pod_takes_a_matrix_that_is_never_put_together():
-  done = run("--pod=v5e-16", "--model=small", "--program=extract", "--json")
+  done = run("--pod=v5e-16", "--model=square", "--program=extract", "--json")
   assert done.returncode == 0, done.stderr[-2000:]
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   assert rows
