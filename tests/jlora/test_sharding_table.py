@@ -174,12 +174,7 @@ SOME = [P("x", "y"), P(("x", "y")), P(None, ("x", "y"))]
 
 # operation: specs of a matrix and a stack over Auto axes, then over Explicit.
 TABLE = {
-  "krylov": (
-    [*SOME, P("y", "x")],
-    [P("x", "y"), P(None, "x", "y")],
-    [P("x", "y")],
-    [P("x", None, "y")],
-  ),
+  "krylov": (MATRIX, STACK, [P("x", "y")], [P("x", None, "y")]),
   "gram": (LONG[:1], [P("x", None, "y")], [], []),
   "gram of a cut short side": ([], [], [P("x", "y")], []),
   "svd": ([], [], [P("x", "y")], []),
