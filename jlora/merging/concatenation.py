@@ -210,7 +210,10 @@ def _joined(loras: Sequence[Lora], weights: Any) -> Lora:
   pairs = weighted(loras, weights)
   xp = library_of(pairs[0][0])
   a, b = (xp.concatenate(x, axis=-2) for x in zip(*pairs, strict=True))
-  return Lora(a, b, xp.ones_like(loras[0].scale, np.float32))
+  # Ones made of the scales: newer JAX forgets where `ones_like` is to lie.
+  scale = loras[0].scale
+  ones = xp.logical_or(scale == scale, True).astype(np.float32)
+  return Lora(a, b, ones)
 
 
 def _check(loras: Sequence[Lora]) -> None:
