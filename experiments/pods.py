@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from pallas_kernels.aot.chips import CHIPS
+from pallas_kernels.aot.compiling import ENVIRONMENT
 from pallas_kernels.aot.gpus import H100
 
 
@@ -41,16 +42,6 @@ PODS = {
   "h100-8": Pod("h100", "cuda", "h100", _SERVER),
 }
 
-# No such machine is asked for anything; without these libtpu looks for one.
-_ENVIRONMENT = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-  "TPU_STDERR_LOG_LEVEL": "3",
-  "TPU_MIN_LOG_LEVEL": "3",
-}
-
 
 def mesh_of(pod: Pod, axes: Sequence[str] = ("x", "y")) -> Mesh:
   """A mesh of a pod's devices, as square as they allow.
@@ -65,7 +56,7 @@ def mesh_of(pod: Pod, axes: Sequence[str] = ("x", "y")) -> Mesh:
   Raises:
     ValueError: this machine lacks the compiler.
   """
-  os.environ.update(_ENVIRONMENT)
+  os.environ.update(ENVIRONMENT)
   try:
     found = topologies.get_topology_desc(
       platform=pod.platform, topology_name=pod.name, **pod.more

@@ -26,7 +26,7 @@ from pallas_kernels.aot.pipelines import Pipeline
 ROOT = pathlib.Path(__file__).parents[2]
 
 # No such machine is asked for anything; without these libtpu looks for one.
-_ENVIRONMENT = {
+ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "XLA_FLAGS": "",  # the compilers as they come, whatever tests are run with
   "TPU_SKIP_MDS_QUERY": "1",
@@ -83,7 +83,7 @@ def _alone(chip):
 
 def _environment(request, folder):
   """The child's variables; the compilers write their reports to the folder."""
-  found = os.environ | _ENVIRONMENT
+  found = os.environ | ENVIRONMENT
   found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
   found["MOSAIC_GPU_DUMP_PTXAS"] = "1"
   found["MOSAIC_GPU_DUMP_TO"] = str(folder / "mosaic")
