@@ -33,7 +33,7 @@ from jlora.pairs import Pair, read_region
 from jlora.plans import Plan, bytes_on_disk
 from jlora.progress import Progress, Room
 from jlora.readings import is_same, stored_dtype
-from jlora.splits import can_be_split, spread
+from jlora.splits import can_be_split, share_out
 from jlora.watches import Watch
 
 _THREADS = 3  # two factor, one reads ahead
@@ -78,7 +78,7 @@ def work_off(
   """
   count, index = process_count(), process_index()
   large = [pair for pair in missing if _is_large(plan, pair, split_bytes)]
-  split = [pair for pair in large if spread(pair.shape)]
+  split = [pair for pair in large if share_out(pair.shape)]
   rest = [pair for pair in missing if pair not in split] if split else missing
   costs = [_cost(plan, pair, rank) for pair in rest]
   mine = [rest[at] for at in deal(costs, count)[index]]
@@ -129,7 +129,7 @@ class _Share:
   def factor_split(self, pair: Pair) -> None:
     """Puts a pair into the journal, together with all other processes."""
     plan, part = self._plan, (process_index(), process_count())
-    sharding: Any = spread(pair.shape)
+    sharding: Any = share_out(pair.shape)
     sides = (plan.base, pair.base), (plan.finetuned, pair.finetuned)
     nbytes = bytes_on_disk(plan, pair) // process_count()
     same = everywhere(lambda: is_same(pair, plan.base, plan.finetuned, part))

@@ -49,7 +49,7 @@ def cut(shape: tuple[int, ...], devices: int) -> Cut:
   )
 
 
-def spread(shape: tuple[int, ...]) -> NamedSharding | None:
+def share_out(shape: tuple[int, ...]) -> NamedSharding | None:
   """Where the parts of a tensor go; None if there is only one.
 
   Args:
@@ -59,7 +59,7 @@ def spread(shape: tuple[int, ...]) -> NamedSharding | None:
     A sharding over a mesh of one axis of the first devices of all processes.
 
   Example:
-    >>> spread((1, 1)) is None
+    >>> share_out((1, 1)) is None
     True
   """
   devices = jax.devices()

@@ -11,7 +11,7 @@ from jlora.factoring import krylov, svd
 from jlora.meshes import place
 from jlora.modules import Extractor
 from jlora.pairs import Pair, Part
-from jlora.splits import spread
+from jlora.splits import share_out
 from jlora.views import KERNEL, LINEAR, STACKED
 from tests.matrices import SPECTRA, matrix
 
@@ -98,7 +98,7 @@ def test_every_device_gives_the_same():
 )
 def test_a_tensor_on_many_devices_gives_the_same(shape, view, parts):
   left, right = sides_of(shape)
-  sharding = spread(shape)
+  sharding = share_out(shape)
   assert len(sharding.mesh.devices) == parts
   sides = [place(shape, sharding, side.__getitem__) for side in (left, right)]
   assert not sides[0].sharding.is_fully_replicated
@@ -120,7 +120,7 @@ def test_a_tensor_on_many_devices_gives_the_same(shape, view, parts):
 def test_damage_is_found_on_many_devices():
   left, right = sides_of((M, N))
   right[M - 1, 0] = np.nan
-  sharding = spread((M, N))
+  sharding = share_out((M, N))
   sides = [place((M, N), sharding, side.__getitem__) for side in (left, right)]
   step = Extractor(svd, np.float32, None)
   pair = Pair("w", (M, N), Part("w"), Part("w"))

@@ -17,7 +17,7 @@ from jlora.pairing import common_rows, keep_whole
 from jlora.pairs import Part, read_region
 from jlora.paths import matching
 from jlora.plans import plan_run
-from jlora.splits import can_be_split, cut, spread
+from jlora.splits import can_be_split, cut, share_out
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -50,8 +50,8 @@ def test_cuts(shape, devices, axis, parts):
 
 
 def test_a_tensor_that_nothing_divides_is_not_spread():
-  assert spread((11, 13)) is None
-  assert spread((16, 3)).spec == jax.sharding.PartitionSpec("shards")
+  assert share_out((11, 13)) is None
+  assert share_out((16, 3)).spec == jax.sharding.PartitionSpec("shards")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -62,7 +62,7 @@ def test_shards_are_the_tensor_and_leading_ones_are_read_alone(
   w = np.random.default_rng(0).normal(size=shape).astype(dtype)
   write_safetensors(tmp_path / "w.safetensors", {"w": w})
   checkpoint = open_checkpoint(tmp_path / "w.safetensors")
-  before, sharding = checkpoint.bytes_read, spread(shape)
+  before, sharding = checkpoint.bytes_read, share_out(shape)
   read = functools.partial(read_region, checkpoint, Part("w"))
   array = place(shape, sharding, read)
   np.testing.assert_array_equal(np.asarray(array), w)
