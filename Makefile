@@ -74,7 +74,7 @@ $(AOT)/.done: .venv/bin/python pyproject.toml
 
 $(GPU)/.done: .venv/bin/python pyproject.toml
 	.venv/bin/python -m venv $(GPU)
-	$(GPU)/bin/pip install --quiet --editable '.[gpu]'
+	$(GPU)/bin/pip install --quiet --editable '.[test-gpu]'
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scripts keep between runs: downloads, models, compiled programs."""
 
+import logging
 import os
 import pathlib
 
@@ -23,13 +24,16 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
 
 
 def keep_compilations(cache: str | os.PathLike[str] | None = None) -> None:
-  """Makes JAX keep compiled programs in the user's cache folder.
+  """Makes JAX keep compiled programs, and leave out what it does not find.
 
-  Scripts call this, the library never does: it is the process's own setting.
+  Scripts call this, the library never does: both are the process's own
+  settings. Compiled programs go to the user's cache folder; that a machine has
+  no TPU is no news.
 
   Args:
     cache: as `cache_folder`.
   """
+  logging.getLogger("jax").setLevel(logging.WARNING)
   folder = cache_folder(cache) / "compilations"
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import grids, heat_maps, pages, plots, summaries, tables
-from jlora.reporting import REPORT, Report, read_report, replace_text
+from jlora.fingerprints import replace_text
+from jlora.reporting import REPORT, Report, read_report
 
 RESULTS = "results.json"
 PAGE = "report.html"

@@ -28,7 +28,7 @@ from experiments.collectives import collective_bytes, largest_gathered
 from experiments.llamas import MODELS, extractions
 from experiments.pods import PODS, Pod, memory_of, mesh_of
 from jlora import models, sharding
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.models.networks import build
 from jlora.models.placement import rules_for
 from jlora.paths import flatten, unflatten

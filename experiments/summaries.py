@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.tables import Row, by_kind, measure
+from jlora import report_tables
 from jlora.reporting import Report, total_up
 
 _MIB = 2**20
@@ -111,17 +112,10 @@ def module_rows(report: Report, count: int | None = None) -> Table:
       f"{row['stable_rank']:.1f}",
       f"{row['effective_rank']:.1f}",
       f"{row['noise_floor']:.1e}",
-      _above(row),
+      report_tables.noise_rank(row),
     )
     for row in worst[:count]
   ]
-
-
-def _above(row: Mapping[str, Any]) -> str:
-  """Singular values above the noise; at least so many, if more are unknown."""
-  count, known = row["noise_floor_rank"], len(row["singular_values"])
-  more = count == known < min(row["shape"][-2:])
-  return f"≥ {count}" if more else str(count)
 
 
 def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:

@@ -28,7 +28,6 @@ from jlora.application import adapt as adapt
 from jlora.application import adapt_rows as adapt_rows
 from jlora.application import apply as apply
 from jlora.application import lora_dot as lora_dot
-from jlora.assembly import Spectra as Spectra
 from jlora.binding import bind as bind
 from jlora.certificates import Certificate as Certificate
 from jlora.certificates import certificate as certificate
@@ -37,7 +36,6 @@ from jlora.checkpoints import open_checkpoint as open_checkpoint
 from jlora.checkpoints import save_orbax as save_orbax
 from jlora.conflicts import compare_adapters as compare_adapters
 from jlora.conflicts import find_intruders as find_intruders
-from jlora.deltas import is_matrix as is_matrix
 from jlora.divergences import Divergence as Divergence
 from jlora.divergences import Score as Score
 from jlora.divergences import mean_kl as mean_kl
@@ -52,11 +50,9 @@ from jlora.evaluation import compare as compare
 from jlora.evaluation import spectral_norm as spectral_norm
 from jlora.exporting import PEFT as PEFT
 from jlora.exporting import VLLM as VLLM
-from jlora.exporting import from_in_rank as from_in_rank
 from jlora.exporting import load_peft as load_peft
 from jlora.exporting import save_merged as save_merged
 from jlora.exporting import save_peft as save_peft
-from jlora.exporting import to_in_rank as to_in_rank
 from jlora.extraction import extract as extract
 from jlora.factoring import cheapest as cheapest
 from jlora.factoring import gram as gram
@@ -70,6 +66,8 @@ from jlora.loras import Lora as Lora
 from jlora.loras import Loras as Loras
 from jlora.loras import dense as dense
 from jlora.loras import from_factors as from_factors
+from jlora.loras import from_in_rank as from_in_rank
+from jlora.loras import to_in_rank as to_in_rank
 from jlora.merge_runs import merge_checkpoints as merge_checkpoints
 from jlora.merging.averages import linear as linear
 from jlora.merging.averages import nearswap as nearswap
@@ -119,6 +117,7 @@ from jlora.programs import Branch as Branch
 from jlora.programs import Rows as Rows
 from jlora.programs import Shift as Shift
 from jlora.programs import prepend as prepend
+from jlora.ranks import Spectra as Spectra
 from jlora.recipe_files import read_recipe as read_recipe
 from jlora.recipes import Recipe as Recipe
 from jlora.refinement import Refiner as Refiner
@@ -131,6 +130,7 @@ from jlora.restoration import restore as restore
 from jlora.restoration import restore_loras as restore_loras
 from jlora.routing import stack as stack
 from jlora.runs import extract_checkpoint as extract_checkpoint
+from jlora.selection import is_matrix as is_matrix
 from jlora.sharding import adapter_shardings as adapter_shardings
 from jlora.snapshots import Snapshot as Snapshot
 from jlora.snapshots import load_snapshot as load_snapshot

@@ -22,7 +22,8 @@ from jlora.adapter_parts import (
   parts_of,
   zero_part,
 )
-from jlora.loras import Lora, check_loras, name_some
+from jlora.loras import Lora, check_loras
+from jlora.messages import name_some
 from jlora.peft_files import (
   CONVOLUTION,
   EMBEDDING,

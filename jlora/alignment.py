@@ -16,7 +16,7 @@ from jlora.arrays import words_of
 from jlora.axes import Factor
 from jlora.descents import check_alike, descend, layout_of_pair, score
 from jlora.layouts import Layout, Place, lay_out
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.paths import flatten, unflatten
 from jlora.permutations import (
   Permutations,

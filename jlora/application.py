@@ -18,7 +18,8 @@ from jax.core import Tracer
 from jlora.adapted import Adapted, dense_sum, is_adapted
 from jlora.binding import Programs, bind, place
 from jlora.interpreter import evaluate
-from jlora.loras import Lora, dense, name_some
+from jlora.loras import Lora, dense
+from jlora.messages import name_some
 from jlora.paths import unflatten
 from jlora.programs import Shift
 from jlora.views import Rule, as_parameter

@@ -3,37 +3,22 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jlora.exporting import save_peft
 from jlora.journal import Journal
 from jlora.ledgers import keep_ledger
-from jlora.loras import Lora, name_some
+from jlora.loras import Lora
 from jlora.measurements import row_of
+from jlora.messages import name_some
 from jlora.pairs import Pair
 from jlora.peft_files import Profile
 from jlora.plans import Plan
+from jlora.ranks import Spectra
 from jlora.readings import read_pair
 from jlora.reporting import Report, total_up, write_report
-
-
-class Spectra(NamedTuple):
-  """What a rank policy sees of a run; all mappings are by module path.
-
-  Attributes:
-    values: (r,) singular values.
-    norms: Frobenius norms of the whole deltas.
-    floors: the singular value that rounding noise alone would reach.
-    unit_bytes: bytes of one unit of rank.
-  """
-
-  values: dict[str, np.ndarray]
-  norms: dict[str, float]
-  floors: dict[str, float]
-  unit_bytes: dict[str, int]
-
 
 Policy = Callable[[Spectra], Mapping[str, int]]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.symmetries import FIXED
 
 #: Names of the factors of each part.

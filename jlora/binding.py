@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.adapted import Adapted, Change, change_of, is_adapted
-from jlora.deltas import is_floating
-from jlora.loras import Lora, check_loras, name_some
+from jlora.loras import Lora, check_loras
+from jlora.messages import name_some
 from jlora.paths import flatten, key_for, unflatten
 from jlora.programs import Branch, Rows, Shift
+from jlora.selection import is_floating
 from jlora.views import MatrixView, Rule, table_for, view_of
 
 Program = Lora | Rows | Shift | Branch

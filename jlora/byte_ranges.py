@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 _CHUNK_BYTES = 2**22  # the buffer behind a slice of inner axes
 

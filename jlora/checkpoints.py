@@ -21,7 +21,7 @@ import numpy as np
 
 from jlora import byte_ranges, huggingface_folders, orbax_directories
 from jlora.huggingface_folders import stream_checkpoint as stream_checkpoint
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.orbax_directories import save_orbax as save_orbax
 from jlora.quantisation import FLOAT8, dequantise, pair_scales
 from jlora.safetensors_files import stream_safetensors as stream_safetensors

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.loras import Lora, check_loras, exchange, name_some
+from jlora.loras import Lora, check_loras, exchange
+from jlora.messages import name_some
 from jlora.overlaps import compare_reads, on_host
 
 # Channels whose change is smaller than this share of the largest are at rest.

@@ -18,14 +18,13 @@ def _conv(operands, params):
   """A convolution whose kernel is adapted, one group."""
   x, value = operands
   numbers = params["dimension_numbers"]
-  out_axis, in_axis = numbers.rhs_spec[:2]
+  out_axis = numbers.rhs_spec[0]
   if is_adapted(x) or value.branches or (
     params["feature_group_count"] != 1 or params["batch_group_count"] != 1
   ):  # fmt: skip
     return None
   changes = [without_bank(change) for change in value.changes]
   sides = [_writes_alone(c, out_axis, value.ndim) for c in changes]
-  del in_axis
   y = lax.conv_general_dilated_p.bind(x, value.w, **params)
   feature = numbers.out_spec[1]
   for change, side in zip(changes, sides, strict=True):

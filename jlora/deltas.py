@@ -159,37 +159,3 @@ def _check_shapes(base, finetuned):
       f"base {base.shape} and finetuned {finetuned.shape} differ in shape; "
       "give the base this finetune was made from."
     )
-
-
-def is_matrix(path: str, leaf: Any) -> bool:
-  """Whether a parameter can be read as a matrix: floating, two axes or more.
-
-  Args:
-    path: the parameter's name (not looked at; the view table reads it).
-    leaf: anything with `.shape` and `.dtype`.
-
-  Returns:
-    bool. The default of `select`.
-
-  Example:
-    >>> is_matrix("norm/scale", jnp.ones(3)), is_matrix("w", jnp.ones((3, 3)))
-    (False, True)
-  """
-  del path
-  return len(leaf.shape) >= 2 and is_floating(leaf.dtype)
-
-
-def is_floating(dtype: Any) -> bool:
-  """Whether a dtype is floating, bfloat16 and float8 included.
-
-  Args:
-    dtype: a NumPy or ml_dtypes dtype.
-
-  Returns:
-    bool.
-
-  Example:
-    >>> is_floating(jnp.bfloat16), is_floating(jnp.int32)
-    (True, False)
-  """
-  return bool(jnp.issubdtype(dtype, jnp.floating))

@@ -11,7 +11,7 @@ from jlora.arrays import library_of, words_of
 from jlora.assignments import Matched, match_family, tensors_of
 from jlora.axes import length
 from jlora.layouts import Layout, lay_out
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.paths import check_same
 from jlora.permutations import Permutations, compose, identity
 from jlora.reordering import permuted

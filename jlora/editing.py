@@ -18,7 +18,8 @@ from etils import epy
 from jax.core import Tracer
 
 from jlora.arrays import library_of
-from jlora.loras import Lora, Loras, name_some
+from jlora.loras import Lora, Loras
+from jlora.messages import name_some
 
 with epy.lazy_imports():  # only where NumPy's arrays are solved
   import scipy.linalg

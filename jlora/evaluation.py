@@ -12,15 +12,15 @@ from jax.sharding import PartitionSpec
 from jlora.arrays import library_of, normal, over_leading
 from jlora.certificates import certificate
 from jlora.deltas import survey
-from jlora.extraction import in_stored_order
-from jlora.loras import Lora, check_loras, exchange, name_some
+from jlora.loras import Lora, check_loras, exchange
 from jlora.measurements import Measured, row_of, summarise
 from jlora.meshes import run_automatic
+from jlora.messages import name_some
 from jlora.pairing import pair_up
 from jlora.pairs import names_of, read
 from jlora.paths import flatten
 from jlora.rounding import ulp_histogram
-from jlora.views import MatrixView, Rule, table_for, view_of
+from jlora.views import MatrixView, Rule, in_stored_order, table_for, view_of
 
 _PROBES = 8
 _TURNS = 8

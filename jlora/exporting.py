@@ -17,9 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jlora.adapter_parts import (
   HEAD,
   Base,
@@ -32,8 +29,9 @@ from jlora.adapter_plans import plan_biases, plan_full, plan_loras
 from jlora.adapter_tensors import arrays_of, spec_of
 from jlora.checkpoints import stream_safetensors
 from jlora.expert_parts import nest_parameters, stack_experts
-from jlora.loras import Lora, name_some
+from jlora.loras import Lora
 from jlora.merged_checkpoints import save_merged as save_merged
+from jlora.messages import name_some
 from jlora.peft_configs import shortest_targets
 from jlora.peft_files import (
   CONFIG,
@@ -140,42 +138,6 @@ def save_peft(
     config | {key: value for key, value in named.items() if value is not None},
   )
   return left
-
-
-def to_in_rank(lora: Lora) -> tuple[jax.Array, jax.Array]:
-  """(a, b) as nnx.LoRA, qwix and gemma keep them, the scale in b.
-
-  Args:
-    lora: a (..., r, in), b (..., r, out).
-
-  Returns:
-    (..., in, r) and (..., r, out), so that the change is `a @ b`.
-
-  Example:
-    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
-    >>> [factor.shape for factor in to_in_rank(lora)]
-    [(3, 1), (1, 2)]
-  """
-  b = lora.scale[..., None, None] * lora.b.astype(jnp.float32)
-  return jnp.swapaxes(lora.a, -1, -2), b.astype(lora.b.dtype)
-
-
-def from_in_rank(a: jax.Array, b: jax.Array, scale: float = 1.0) -> Lora:
-  """The Lora of factors kept as (in, r) and (r, out).
-
-  Args:
-    a: (..., in, r).
-    b: (..., r, out).
-    scale: alpha / rank where the owner applies one (qwix does).
-
-  Returns:
-    Lora with a (..., r, in).
-
-  Example:
-    >>> from_in_rank(jnp.ones((3, 1)), jnp.ones((1, 2))).a.shape
-    (1, 3)
-  """
-  return Lora(jnp.swapaxes(a, -1, -2), b, jnp.full(a.shape[:-2], scale, "f4"))
 
 
 def _configuration(

@@ -6,24 +6,30 @@ What streams from disk is built on the same step, a parameter at a time.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jlora.deltas import difference, is_matrix
+from jlora.deltas import difference
 from jlora.factoring import Factoriser, krylov
-from jlora.loras import Lora, Loras, exchange, from_factors, name_some
+from jlora.loras import Lora, Loras, exchange, from_factors
 from jlora.meshes import constrain, place, run_automatic, sharding_of
+from jlora.messages import name_some
 from jlora.pairing import pair_up
 from jlora.pairs import Pair, Pairing, Part, Stack, read, read_region
 from jlora.paths import check_same, flatten, key_for
+from jlora.selection import Select, is_matrix, ranks_of
 from jlora.sharding import Rules, assign, of_adapter, spread
-from jlora.views import MatrixView, Rule, as_matrix, table_for, view_of
-
-Select = Callable[[str, Any], bool]
+from jlora.views import (
+  MatrixView,
+  Rule,
+  in_stored_order,
+  table_for,
+  view_of,
+)
 
 
 def extract(
@@ -167,71 +173,6 @@ def _take(
     if isinstance(leaf, jax.Array):
       return jax.device_put(leaf, sharding)
   return place(shape, sharding, functools.partial(read_region, tree, side))
-
-
-def ranks_of(
-  rank: int | Mapping[str, int], modules: Iterable[str]
-) -> dict[str, int]:
-  """The rank of each module from one number or a table.
-
-  Args:
-    rank: one rank for all, or {path: rank}.
-    modules: the paths there are.
-
-  Returns:
-    {path: rank}, in the order of modules.
-
-  Raises:
-    ValueError: no modules, a rank below 1, or a path that is not a module.
-
-  Example:
-    >>> ranks_of({"q": 8}, ["q", "k"])
-    {'q': 8}
-  """
-  modules = list(modules)
-  if not modules:
-    raise ValueError(
-      "No matrix was selected: `select` refused all, or no view fits the names."
-      " Pass `views` or another `select`."
-    )
-  if isinstance(rank, Mapping):
-    unknown = [path for path in rank if path not in set(modules)]
-    if unknown:
-      raise ValueError(
-        f"rank names {len(unknown)} paths that are no modules: "
-        f"{name_some(unknown)}; there are {name_some(modules)}."
-      )
-    ranks = {path: int(rank[path]) for path in modules if path in rank}
-  else:
-    ranks = dict.fromkeys(modules, int(rank))
-  low = [f"{path}: {value}" for path, value in ranks.items() if value < 1]
-  if low or not ranks:
-    raise ValueError(
-      f"rank must be at least 1, got {name_some(low) or 'no path at all'}; "
-      "leave a module out instead."
-    )
-  return ranks
-
-
-def in_stored_order(delta: Any, view: MatrixView) -> tuple[Any, bool]:
-  """The change of a parameter as a matrix, in the order it is stored in.
-
-  Args:
-    delta: in the parameter's own layout.
-    view: how the layout is read as a matrix.
-
-  Returns:
-    (..., in, out) and False, or (..., out, in) and True where that is how the
-    memory lies: factors are exchanged for less than a delta is transposed.
-
-  Example:
-    >>> from jlora.views import LINEAR
-    >>> delta, is_exchanged = in_stored_order(jnp.zeros((5, 3)), LINEAR)
-    >>> delta.shape, is_exchanged
-    ((5, 3), True)
-  """
-  flip = view.is_transposed
-  return as_matrix(delta, view.exchanged if flip else view), flip
 
 
 @functools.partial(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jlora.guards import HINT
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 T = TypeVar("T")
 _PACKAGES = ("jax", "jaxlib", "jlora", "numpy")

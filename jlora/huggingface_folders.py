@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jlora.byte_ranges import place_arrays
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.safetensors_headers import Shapes, lay_out, parse_json
 
 _INDEX = "model.safetensors.index.json"

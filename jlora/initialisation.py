@@ -16,43 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.deltas import is_matrix
-from jlora.extraction import Select, ranks_of
-from jlora.loras import Lora, Loras, check_loras, name_some
+from jlora.loras import Lora, Loras, check_loras
+from jlora.messages import name_some
 from jlora.paths import first_match, flatten, key_for
+from jlora.selection import EMBEDDINGS, Select, is_linear, is_matrix, ranks_of
 from jlora.views import MatrixView, Rule, table_for, view_of
 
 # (key, (..., in, out), rank) -> a (..., rank, in), b (..., rank, out).
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[Any, Any]]
 # (alpha, rank) -> scale.
 Scaling = Callable[[float, int], float]
-
-# Tables of rows by token, and heads that are such a table transposed.
-_TABLE = (
-  r"(.*[/.])?(embed[^/.]*|wte|wpe|(word|position|token_type)_embeddings"
-  r"|tok_embeddings|shared)([/.][^/.]+)?"
-)
-_HEAD = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
-
-
-def is_linear(path: str, leaf: Any) -> bool:
-  """Whether a parameter is a layer's matrix: no embedding, no head, by name.
-
-  Args:
-    path: the parameter's name.
-    leaf: anything with `.shape` and `.dtype`.
-
-  Returns:
-    bool. What PEFT calls "all-linear".
-
-  Example:
-    >>> w = jnp.ones((3, 3))
-    >>> [is_linear(path, w) for path in ("layers/0/q/kernel", "embed/embedding",
-    ...                                  "lm_head.weight")]
-    [True, False, False]
-  """
-  is_other = first_match([(_TABLE, True), (_HEAD, True)], path, False)
-  return is_matrix(path, leaf) and not is_other
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], rank: int):
@@ -135,7 +108,7 @@ def reversed_normal(key: jax.Array, shape: tuple[int, ...], rank: int):
 
 #: What loralib does: the first rule that matches a path gives its init.
 LORALIB: tuple[tuple[str, Init], ...] = (
-  (_TABLE, reversed_normal),
+  (EMBEDDINGS, reversed_normal),
   (r".*", kaiming),
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints import open_checkpoint, write_safetensors
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 FOLDER = ".journal"
 _DONE = ".journal-done"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks|block|layer)\.)(\d+)\.(.+)")
 

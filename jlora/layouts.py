@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jlora.axes import Axis, give_sizes, solve_sizes
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.symmetries import FIXED, Row, Symmetry
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.arrays import library_of
+from jlora.messages import name_some
 
 
 @jax.tree_util.register_dataclass
@@ -167,21 +168,37 @@ def check_loras(loras: Mapping[str, Lora]) -> None:
     )
 
 
-def name_some(offenders, most: int = 3) -> str:
-  """Up to three offenders by name and the count of the rest, for an error.
+def to_in_rank(lora: Lora) -> tuple[jax.Array, jax.Array]:
+  """(a, b) as nnx.LoRA, qwix and gemma keep them, the scale in b.
 
   Args:
-    offenders: any sequence of things to print.
-    most: how many are named.
+    lora: a (..., r, in), b (..., r, out).
 
   Returns:
-    "x, y, z and 4 more".
+    (..., in, r) and (..., r, out), so that the change is `a @ b`.
 
   Example:
-    >>> name_some(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
+    >>> [factor.shape for factor in to_in_rank(lora)]
+    [(3, 1), (1, 2)]
   """
-  offenders = list(offenders)
-  rest = len(offenders) - most
-  named = ", ".join(str(offender) for offender in offenders[:most])
-  return f"{named} and {rest} more" if rest > 0 else named
+  b = lora.scale[..., None, None] * lora.b.astype(jnp.float32)
+  return jnp.swapaxes(lora.a, -1, -2), b.astype(lora.b.dtype)
+
+
+def from_in_rank(a: jax.Array, b: jax.Array, scale: float = 1.0) -> Lora:
+  """The Lora of factors kept as (in, r) and (r, out).
+
+  Args:
+    a: (..., in, r).
+    b: (..., r, out).
+    scale: alpha / rank where the owner applies one (qwix does).
+
+  Returns:
+    Lora with a (..., r, in).
+
+  Example:
+    >>> from_in_rank(jnp.ones((3, 1)), jnp.ones((1, 2))).a.shape
+    (1, 3)
+  """
+  return Lora(jnp.swapaxes(a, -1, -2), b, jnp.full(a.shape[:-2], scale, "f4"))

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.layer_slices import Layers
-from jlora.loras import name_some
 from jlora.merged_checkpoints import merged_dtype
+from jlora.messages import name_some
 from jlora.pairs import Pair, Part, Stack, names_of
 from jlora.recipes import Settings, Slice, first_setting
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from jlora.adapted_checkpoints import open_model
 from jlora.layer_slices import Layers, find_layers
-from jlora.loras import name_some
 from jlora.merge_jobs import Catalogue, Job, Planner
 from jlora.merged_checkpoints import read_config
+from jlora.messages import name_some
 from jlora.pairing import Vocabulary, common_rows, is_table, pair_up
 from jlora.pairs import Pair, Part, names_of
 from jlora.recipes import Recipe

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from jlora.adapted_checkpoints import files_of
 from jlora.arrays import words_of
+from jlora.fingerprints import digest, name_of, replace_text
 from jlora.huggingface_folders import plan_shards, write_index
 from jlora.journal import (
   FOLDER,
@@ -31,11 +32,8 @@ from jlora.merge_plans import MergePlan, plan_merge
 from jlora.merge_queues import THREADS, merge_all
 from jlora.merge_steps import Merger
 from jlora.merged_checkpoints import copy_companions
-from jlora.plans import digest
 from jlora.progress import Progress
 from jlora.recipes import Recipe
-from jlora.reporting import replace_text
-from jlora.runs import name_of
 from jlora.safetensors_files import stream_safetensors
 
 MERGE = "merge.json"

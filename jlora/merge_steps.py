@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.deltas import is_floating
 from jlora.merge_inputs import (
   Piece,
   Rooms,
@@ -26,6 +25,7 @@ from jlora.merging.pieces import DRAWN, is_piecewise, parts_of, sums_of
 from jlora.merging.task_vectors import ties
 from jlora.merging.thresholds import count_of
 from jlora.paths import key_for
+from jlora.selection import is_floating
 
 _PIECE = 2**20  # entries: inputs and result of a piece stay in the cache
 _SMALL = 2**12  # that of biases and norms

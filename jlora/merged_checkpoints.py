@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from jlora.checkpoints import Checkpoint, stream_checkpoint
-from jlora.loras import Lora, check_loras, dense, name_some
+from jlora.loras import Lora, check_loras, dense
+from jlora.messages import name_some
 from jlora.views import as_parameter, table_for, view_of
 
 # What a folder needs beside its weights: configuration, tokenizer, own code.

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints import Checkpoint, stream_checkpoint
-from jlora.loras import Lora, dense, name_some
+from jlora.loras import Lora, dense
 from jlora.merged_checkpoints import copy_companions, read_config
+from jlora.messages import name_some
 from jlora.mixtures import check_chosen
 from jlora.views import LINEAR, as_parameter
 

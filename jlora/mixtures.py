@@ -14,7 +14,7 @@ import numpy as np
 
 from jlora.application import adapt
 from jlora.binding import Programs, bind
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 _MOST_ALIKE = 5.0  # condition number of the rows from which we warn
 

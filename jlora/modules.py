@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jlora.arrays import words_of
-from jlora.deltas import is_floating
 from jlora.factoring import Factoriser
 from jlora.measurements import Measured, summarise
 from jlora.pairs import Pair
 from jlora.paths import key_for
 from jlora.readings import check_finite, is_equal, read_pair, stored_dtype
+from jlora.selection import is_floating
 from jlora.steps import measure_parameter
 from jlora.views import MatrixView
 

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epy
 
 from jlora.arrays import library_of
-from jlora.loras import Lora, name_some
+from jlora.loras import Lora
+from jlora.messages import name_some
 from jlora.paths import flatten
 
 with epy.lazy_imports():  # only where a model is one of linen

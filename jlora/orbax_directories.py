@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath, epy
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 with epy.lazy_imports():  # a third of a second: only where they are used
   import orbax.checkpoint as ocp

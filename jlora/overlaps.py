@@ -10,7 +10,8 @@ import numpy as np
 
 from jlora.arrays import library_of
 from jlora.factoring import recompress
-from jlora.loras import Lora, exchange, name_some
+from jlora.loras import Lora, exchange
+from jlora.messages import name_some
 
 # Units weaker than this share of the strongest are rounding: no directions.
 _NOISE = 1e-6

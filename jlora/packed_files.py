@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jlora.checkpoints import open_checkpoint
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.packing import MAX_BITS, Packed
 from jlora.safetensors_files import read_header, write_safetensors
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.loras import Lora, name_some
+from jlora.loras import Lora
+from jlora.messages import name_some
 
 #: Squared error of the best uniform quantiser of a standard normal variable by
 #: bits, and its step (Max, 1960, table II; checked by a test).

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora.fused_experts import fused_in_base, fused_in_finetuned
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.pairs import Pair, Pairing, Part, Stack
 
 # Wrappers around a language model, longest first.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 T = TypeVar("T")
 

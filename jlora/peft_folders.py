@@ -19,7 +19,8 @@ import numpy as np
 
 from jlora.adapter_parts import HEAD
 from jlora.checkpoints import Checkpoint, open_checkpoint
-from jlora.loras import Lora, name_some
+from jlora.loras import Lora
+from jlora.messages import name_some
 from jlora.peft_configs import (
   check_config,
   is_saved,

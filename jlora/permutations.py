@@ -9,7 +9,7 @@ result's unit k is the source's p[k]; its channel d is channel c[k, d] of that.
 import numpy as np
 
 from jlora.layouts import Layout
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 Permutations = dict[str, np.ndarray]
 

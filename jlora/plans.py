@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is to do, from headers alone, and what makes it the same run."""
 
-import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -12,10 +11,11 @@ import numpy as np
 
 from jlora.arrays import words_of
 from jlora.checkpoints import Checkpoint, open_checkpoint
-from jlora.extraction import Select
-from jlora.loras import name_some
+from jlora.fingerprints import digest, hash_lines
+from jlora.messages import name_some
 from jlora.pairing import Vocabulary, pair_up
 from jlora.pairs import Pair, Pairing, names_of
+from jlora.selection import Select
 from jlora.views import MatrixView, table_for, view_of
 
 
@@ -152,39 +152,7 @@ def fingerprint(
     "key": words_of(key).tolist(),
     "base": digest(plan.base),
     "finetuned": digest(plan.finetuned),
-    "modules": _hash([repr(item) for item in plan.views.items()]),
-    "refused": _hash(sorted(plan.refused)),
-    "pairs": _hash(map(repr, plan.pairing.pairs)),
+    "modules": hash_lines([repr(item) for item in plan.views.items()]),
+    "refused": hash_lines(sorted(plan.refused)),
+    "pairs": hash_lines(map(repr, plan.pairing.pairs)),
   }
-
-
-def digest(checkpoint: Checkpoint) -> str:
-  """A checkpoint's headers and its files' sizes and times, in one hash.
-
-  Args:
-    checkpoint: open.
-
-  Returns:
-    16 characters.
-
-  Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints import write_safetensors
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
-    ...   len(digest(open_checkpoint(tmp)))
-    16
-  """
-  files = {spec.file for spec in checkpoint.spec.values() if spec.file}
-  # The specs of an orbax directory name none: take all that it holds.
-  files = files or {f for f in checkpoint.path.rglob("*") if f.is_file()}
-  stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
-  entries = [
-    (name, spec.shape, spec.dtype.name, spec.start, spec.end)
-    for name, spec in checkpoint.spec.items()
-  ]
-  return _hash([repr(stats), *map(repr, entries)])
-
-
-def _hash(lines: Iterable[str]) -> str:
-  return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

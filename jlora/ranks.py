@@ -10,17 +10,17 @@ legal: such a module is left out of the adapter.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.paths import check_same
 
-Spectra = Mapping[str, Any]
 
-
-def fixed(spectra: Spectra, rank: int | Mapping[str, int]) -> dict[str, int]:
+def fixed(
+  spectra: Mapping[str, Any], rank: int | Mapping[str, int]
+) -> dict[str, int]:
   """The same rank for every module, or one given for each, clipped to r.
 
   Args:
@@ -47,7 +47,7 @@ def fixed(spectra: Spectra, rank: int | Mapping[str, int]) -> dict[str, int]:
 
 
 def energy(
-  spectra: Spectra, norms: Mapping[str, Any], share: float
+  spectra: Mapping[str, Any], norms: Mapping[str, Any], share: float
 ) -> dict[str, int]:
   """The smallest ranks that hold a share of each delta's squared norm.
 
@@ -85,7 +85,7 @@ def energy(
   return _each(spectra, count)
 
 
-def ratio(spectra: Spectra, divisor: float) -> dict[str, int]:
+def ratio(spectra: Mapping[str, Any], divisor: float) -> dict[str, int]:
   """The number of singular values above the largest over a divisor.
 
       rank = #{i : σ_i > σ_1 / divisor}
@@ -111,7 +111,9 @@ def ratio(spectra: Spectra, divisor: float) -> dict[str, int]:
   )
 
 
-def above_floor(spectra: Spectra, floors: Mapping[str, Any]) -> dict[str, int]:
+def above_floor(
+  spectra: Mapping[str, Any], floors: Mapping[str, Any]
+) -> dict[str, int]:
   """The number of singular values that rounding noise does not explain.
 
       rank = #{i : σ_i > floor}
@@ -119,8 +121,9 @@ def above_floor(spectra: Spectra, floors: Mapping[str, Any]) -> dict[str, int]:
   Args:
     spectra: path -> (..., r) singular values, descending.
     floors: path -> the largest singular value that the rounding of the stored
-      dtype alone would give one matrix (`noise_floor`): one number for all of a
-      batch or (...), combined over the batch as the spectrum is.
+      dtype alone would give one matrix, `noise_floor` of a report's row: one
+      number for all of a batch or (...), combined over the batch as the
+      spectrum is.
 
   Returns:
     {path: rank}, in 0..r.
@@ -142,34 +145,8 @@ def above_floor(spectra: Spectra, floors: Mapping[str, Any]) -> dict[str, int]:
   return _each(spectra, count)
 
 
-def noise_floor(noise_std: float, m: int, n: int) -> float:
-  """The largest singular value that independent noise alone gives an m x n.
-
-      floor = std (√m + √n)
-
-  Args:
-    noise_std: standard deviation of the delta's rounding error, per entry.
-    m: rows.
-    n: columns.
-
-  Returns:
-    The floor, in units of the delta.
-
-  Example:
-    >>> noise_floor(0.5, 4, 9)
-    2.5
-
-  Approximation: the limit for large m and n; the largest value of a finite
-  matrix lies near it, mostly a little below.
-
-  References:
-    Geman (1980), a limit theorem for the norm of random matrices.
-  """
-  return noise_std * (math.sqrt(m) + math.sqrt(n))
-
-
 def budget(
-  spectra: Spectra, unit_bytes: Mapping[str, int], max_bytes: int
+  spectra: Mapping[str, Any], unit_bytes: Mapping[str, int], max_bytes: int
 ) -> dict[str, int]:
   """The ranks that lower the total squared error most within a byte budget.
 
@@ -225,13 +202,13 @@ def budget(
 
 
 def _each(
-  spectra: Spectra, rank: Callable[[str, np.ndarray], int]
+  spectra: Mapping[str, Any], rank: Callable[[str, np.ndarray], int]
 ) -> dict[str, int]:
   """`rank(path, sigma)` of every module, batches combined."""
   return {path: rank(path, s) for path, s in _combined(spectra).items()}
 
 
-def _combined(spectra: Spectra) -> dict[str, np.ndarray]:
+def _combined(spectra: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Path -> (r,) float64, root of the sum of squares over the batch."""
   arrays = {path: np.asarray(s, np.float64) for path, s in spectra.items()}
   wrong = [
@@ -258,7 +235,7 @@ def _is_spectrum(s: np.ndarray) -> bool:
 
 
 def _numbers(
-  spectra: Spectra, values: Mapping[str, Any], name: str
+  spectra: Mapping[str, Any], values: Mapping[str, Any], name: str
 ) -> dict[str, np.ndarray]:
   """The values that go with the spectra, float64, if they do."""
   check_same(spectra, values, "spectra", name)
@@ -273,3 +250,19 @@ def _numbers(
       f"{name} must be finite and not negative, got {name_some(wrong)}."
     )
   return numbers
+
+
+class Spectra(NamedTuple):
+  """What a rank policy sees of a run; all mappings are by module path.
+
+  Attributes:
+    values: (r,) singular values.
+    norms: Frobenius norms of the whole deltas.
+    floors: the singular value that rounding noise alone would reach.
+    unit_bytes: bytes of one unit of rank.
+  """
+
+  values: dict[str, np.ndarray]
+  norms: dict[str, float]
+  floors: dict[str, float]
+  unit_bytes: dict[str, int]

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.pairing import common_rows, refuse
 from jlora.recipe_forms import FORMS, Form
 from jlora.recipes import Input, Recipe, Slice

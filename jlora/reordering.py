@@ -9,7 +9,8 @@ import numpy as np
 from jlora.arrays import library_of
 from jlora.axes import length
 from jlora.layouts import Layout, Place, lay_out
-from jlora.loras import Lora, Loras, check_loras, name_some
+from jlora.loras import Lora, Loras, check_loras
+from jlora.messages import name_some
 from jlora.paths import flatten, unflatten
 from jlora.permutations import Permutations, check_permutations
 from jlora.symmetries import FIXED, Symmetry

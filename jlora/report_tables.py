@@ -3,11 +3,12 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.reporting import REPORT, Report, module_type, replace_text, total_up
+from jlora.fingerprints import replace_text
+from jlora.reporting import REPORT, Report, module_type, total_up
 
 CARD = "README.md"
 _MIB = 2**20
@@ -49,7 +50,7 @@ def type_table(report: Report) -> str:
         f"{max(m['relative_error'] for m in members):.4f}",
         f"{both['energy']:.1%}",
         f"{sum(change) / len(change):.1e}" if change else "-",
-        _span(m["noise_floor_rank"] for m in members),
+        _above_noise(members),
         f"{both['adapter_bytes'] / _MIB:.2f}",
       )
     )
@@ -221,6 +222,35 @@ together, it misses {report.totals["relative_error"]:.2%} of their norm
 `peft.PeftModel.from_pretrained(base_model, folder)`.
 """
   replace_text(Path(folder) / CARD, text)
+
+
+def noise_rank(row: Mapping[str, Any]) -> str:
+  """Counts the singular values above rounding noise, of those that were found.
+
+  Args:
+    row: a module's row of a report.
+
+  Returns:
+    The count, or `≥ count` where all values found are above: the next ones
+    may be too.
+
+  Example:
+    >>> noise_rank({"noise_floor_rank": 2, "singular_values": [3.0, 2.0],
+    ...             "shape": [4, 6]})
+    '≥ 2'
+  """
+  count, found = row["noise_floor_rank"], len(row["singular_values"])
+  is_clipped = count == found < min(row["shape"][-2:])
+  return f"≥ {count}" if is_clipped else str(count)
+
+
+def _above_noise(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The least and the most of `noise_rank` over modules."""
+  order = sorted(rows, key=lambda row: row["noise_floor_rank"])
+  low, high = noise_rank(order[0]), noise_rank(order[-1])
+  if low == high:
+    return low
+  return f"{low}-{high}" if "≥" not in low + high else f"{low} to {high}"
 
 
 def _span(values: Iterable[int]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.fingerprints import replace_text
+
 SCHEMA_VERSION = 1
 REPORT = "report.json"
 _STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
@@ -153,28 +155,6 @@ def read_report(folder: str | os.PathLike) -> Report:
       f"{path} has schema version {version}, this jlora reads {SCHEMA_VERSION}."
     )
   return Report(**data)
-
-
-def replace_text(path: Path, text: str) -> None:
-  """Puts a text file in its place, whole or not at all.
-
-  Args:
-    path: the file.
-    text: its contents.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   replace_text(Path(folder) / "x", "y")
-    ...   (Path(folder) / "x").read_text()
-    'y'
-  """
-  partial = path.with_name(f".{path.name}.partial")
-  with open(partial, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def module_type(path: str) -> str:

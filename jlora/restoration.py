@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.checkpoints import Checkpoint
-from jlora.loras import Lora, Loras, check_loras, name_some
+from jlora.loras import Lora, Loras, check_loras
 from jlora.meshes import place
+from jlora.messages import name_some
 from jlora.paths import check_same
 
 _LEAVES = ("a", "b", "scale")

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.loras import Lora, Loras, check_loras, name_some
+from jlora.loras import Lora, Loras, check_loras
+from jlora.messages import name_some
 
 
 def stack(

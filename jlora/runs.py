@@ -7,10 +7,7 @@ Several `jax.distributed` processes share the journal; the first one writes the
 folder.
 """
 
-import functools
 import os
-import re
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -20,15 +17,15 @@ import jax.numpy as jnp
 
 from jlora import hosts
 from jlora.assembly import Policy, choose_ranks, write_adapter
-from jlora.deltas import is_matrix
-from jlora.extraction import Select
 from jlora.factoring import Factoriser, krylov
+from jlora.fingerprints import name_of
 from jlora.journal import FOLDER, check_fingerprint, remove_closed
 from jlora.modules import Extractor
 from jlora.pairing import Vocabulary, keep_whole
 from jlora.peft_files import PEFT, Profile
 from jlora.plans import fingerprint, plan_run
 from jlora.reporting import REPORT, Report, read_report
+from jlora.selection import Select, is_matrix
 from jlora.shared_journals import (
   complete_journal,
   share_journal,
@@ -220,26 +217,3 @@ def _remove_leftovers(out: Path) -> None:
   remove_closed(out)
   for file in out.glob(".*adapter_*.tmp"):
     file.unlink()
-
-
-def name_of(function: Callable[..., Any]) -> str:
-  """A function with the options that `functools.partial` set, as text.
-
-  Args:
-    function: any callable.
-
-  Returns:
-    Its name, options in brackets.
-
-  Example:
-    >>> name_of(functools.partial(krylov, passes=3))
-    'krylov(passes=3)'
-  """
-  if isinstance(function, functools.partial):
-    options = ", ".join(
-      f"{k}={v}" for k, v in sorted(function.keywords.items())
-    )
-    # An address in memory is another one in the next process.
-    options = re.sub(r" at 0x[0-9a-f]+", "", options)
-    return f"{name_of(function.func)}({options})"
-  return getattr(function, "__name__", type(function).__name__)

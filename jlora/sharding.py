@@ -12,8 +12,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.loras import Lora, name_some
+from jlora.loras import Lora
 from jlora.meshes import entries_of, sharding_of
+from jlora.messages import name_some
 from jlora.paths import first_match, flatten
 from jlora.views import MatrixView, Rule, table_for, view_of
 

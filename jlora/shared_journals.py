@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from jlora import hosts
 from jlora.journal import FOLDER, Journal, begin_journal, check_folder
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.watches import Watch
 
 T = TypeVar("T")

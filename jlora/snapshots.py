@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.checkpoints import open_checkpoint, save_orbax
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.paths import flatten, unflatten
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora.deltas import is_floating
 from jlora.pairs import Pair, Part
 from jlora.plans import Plan
+from jlora.selection import is_floating
 
 _AXIS = "shards"
 

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jlora.application import apply
-from jlora.extraction import Select, ranks_of
 from jlora.factoring import Factoriser, krylov
-from jlora.initialisation import Scaling, by_rank, is_linear, matrices_of
-from jlora.loras import Lora, Loras, from_factors, name_some
+from jlora.initialisation import Scaling, by_rank, matrices_of
+from jlora.loras import Lora, Loras, from_factors
+from jlora.messages import name_some
 from jlora.paths import check_same, key_for
+from jlora.selection import Select, is_linear, ranks_of
 from jlora.views import Rule, as_matrix
 
 # ((..., in, out), rank, scale, key) -> a (..., rank, in), b (..., rank, out).

@@ -13,12 +13,11 @@ import numpy as np
 from jlora.arrays import library_of
 from jlora.certificates import certificate
 from jlora.deltas import survey
-from jlora.extraction import in_stored_order
 from jlora.factoring import Factoriser
 from jlora.loras import Factors, exchange, from_factors
 from jlora.measurements import Measured
 from jlora.rounding import ulp_histogram
-from jlora.views import MatrixView
+from jlora.views import MatrixView, in_stored_order
 
 
 def measure_parameter(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.views import FLAX_VIEWS, Rule
 
 FIXED = "-"

@@ -211,3 +211,24 @@ def as_parameter(matrix: Any, view: MatrixView, shape: tuple[int, ...]) -> Any:
   inverse = tuple(axes.index(axis) for axis in range(len(axes)))
   split = tuple(shape[axis] for axis in axes)
   return matrix.reshape(split).transpose(inverse)
+
+
+def in_stored_order(delta: Any, view: MatrixView) -> tuple[Any, bool]:
+  """The change of a parameter as a matrix, in the order it is stored in.
+
+  Args:
+    delta: in the parameter's own layout.
+    view: how the layout is read as a matrix.
+
+  Returns:
+    (..., in, out) and False, or (..., out, in) and True where that is how the
+    memory lies: factors are exchanged for less than a delta is transposed.
+
+  Example:
+    >>> from jlora.views import LINEAR
+    >>> delta, is_exchanged = in_stored_order(jnp.zeros((5, 3)), LINEAR)
+    >>> delta.shape, is_exchanged
+    ((5, 3), True)
+  """
+  flip = view.is_transposed
+  return as_matrix(delta, view.exchanged if flip else view), flip

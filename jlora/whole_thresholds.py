@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jlora.deltas import is_floating
+from jlora.fingerprints import name_of
 from jlora.merge_plans import MergePlan, plan_merge
 from jlora.pairs import read
 from jlora.recipes import Recipe
-from jlora.runs import name_of
+from jlora.selection import is_floating
 
 # A float32 that is not negative has 15 high bits and 16 low ones, in the order
 # of its value.

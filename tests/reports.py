@@ -17,6 +17,7 @@ def row(path, norm, error, **given):
     "relative_change": 0.01,
     "stable_rank": 2.25,
     "noise_floor_rank": 5,
+    "singular_values": [2.0] * 8,
     "optimality": 1.0625,
     "bytes": 2**20,
     "parameter_bytes": 2**22,

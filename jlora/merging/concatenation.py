@@ -16,8 +16,9 @@ import numpy as np
 
 from jlora.arrays import library_of
 from jlora.factoring import recompress
-from jlora.loras import Lora, Loras, check_loras, from_factors, name_some
+from jlora.loras import Lora, Loras, check_loras, from_factors
 from jlora.merging.inputs import numbers
+from jlora.messages import name_some
 
 
 def concat(

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.deltas import difference, is_floating
-from jlora.loras import Lora, name_some
+from jlora.deltas import difference
+from jlora.loras import Lora
 from jlora.merging.averages import linear
 from jlora.merging.inputs import is_known
 from jlora.merging.thresholds import count_of, kth_of_all
+from jlora.messages import name_some
 from jlora.paths import check_same, flatten, key_for, unflatten
+from jlora.selection import is_floating
 
 Settings = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
 
@@ -210,7 +212,7 @@ def _check(flat: Sequence[Mapping[str, Any]], below: Any) -> None:
         " it out, and apply what comes out."
       )
   for name, own in others:
-    check_same(flat[0], own, "model 0", name)
+    _check_paths(flat[0], own, name)
     wrong = [
       f"{path}: {_shape(leaf)} and {_shape(own[path])}"
       for path, leaf in flat[0].items()
@@ -221,6 +223,21 @@ def _check(flat: Sequence[Mapping[str, Any]], below: Any) -> None:
         f"model 0 and {name} differ in shape: {name_some(wrong)}. Models must "
         "be finetunes of one base."
       )
+
+
+def _check_paths(
+  first: Mapping[str, Any], own: Mapping[str, Any], name: str
+) -> None:
+  """Raises unless a model has the first one's paths."""
+  try:
+    check_same(first, own, "model 0", name)
+  except ValueError as error:
+    if not any(_is_lora(leaf) for leaf in first.values()):
+      raise
+    raise ValueError(
+      f"{error} If a module that an adapter lacks is one it does not change, "
+      "merge `fill_missing(adapters)`."
+    ) from error
 
 
 def _shape(leaf: Any) -> Any:

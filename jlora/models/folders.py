@@ -19,8 +19,8 @@ from jlora.checkpoints import (
   open_checkpoint,
   write_safetensors,
 )
-from jlora.loras import name_some
 from jlora.meshes import automatic
+from jlora.messages import name_some
 from jlora.models import names, networks
 from jlora.models.placement import RULES, place, rules_for
 from jlora.paths import flatten

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.models.attention import Span
 from jlora.models.networks import Model, Params
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 #: (Hugging Face module, Flax path of the module, kind of its leaves).
 #: `{}` is the number of the layer, the next one that of the expert.

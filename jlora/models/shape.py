@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 
 
 class Family(NamedTuple):

@@ -7,7 +7,7 @@ The tables of `jlora.symmetries` name the paths of these models, kernels
 
 import re
 
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.models.names import CONSTANTS, LEAVES, MODULES, pattern_of
 from jlora.symmetries import FIXED, Row, Symmetry
 from jlora.views import GPT2_VIEWS

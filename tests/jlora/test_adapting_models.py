@@ -18,9 +18,9 @@ from flax import nnx
 from jlora import models
 from jlora.application import adapt, apply
 from jlora.binding import bind
-from jlora.deltas import is_matrix
 from jlora.loras import Lora
 from jlora.paths import flatten
+from jlora.selection import is_matrix
 from jlora.views import CONV1D, FLAX_VIEWS, view_of
 
 TINY = {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small_pairs import draw
 
-from jlora.deltas import difference, is_floating, is_matrix, survey
+from jlora.deltas import difference, survey
+from jlora.selection import is_floating, is_matrix
 
 
 def test_a_small_change_survives_bfloat16_inputs():

@@ -16,15 +16,8 @@ import torch
 import transformers
 
 from jlora.checkpoints import open_checkpoint, write_safetensors
-from jlora.exporting import (
-  VLLM,
-  from_in_rank,
-  load_peft,
-  save_merged,
-  save_peft,
-  to_in_rank,
-)
-from jlora.loras import Lora, dense
+from jlora.exporting import VLLM, load_peft, save_merged, save_peft
+from jlora.loras import Lora, dense, from_in_rank, to_in_rank
 from jlora.views import as_parameter, table_for, view_of
 
 pytestmark = [

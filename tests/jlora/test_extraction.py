@@ -12,10 +12,11 @@ from flax import nnx
 from small_pairs import draw, write_pair
 
 from jlora.checkpoints import open_checkpoint
-from jlora.extraction import extract, ranks_of
+from jlora.extraction import extract
 from jlora.factoring import svd
 from jlora.loras import dense
 from jlora.paths import matching
+from jlora.selection import ranks_of
 
 
 def tree(seed, dtype=jnp.float32):

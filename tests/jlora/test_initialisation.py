@@ -17,11 +17,11 @@ from jlora.initialisation import (
   by_root,
   gaussian,
   init_lora,
-  is_linear,
   kaiming,
   reversed_normal,
 )
 from jlora.paths import flatten
+from jlora.selection import is_linear
 
 PARAMS = {
   "embed": {"embedding": jnp.ones((11, 6))},

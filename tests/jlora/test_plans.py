@@ -13,7 +13,7 @@ import pytest
 from small_pairs import draw, write_pair
 
 from jlora.checkpoints import save_orbax, write_safetensors
-from jlora.loras import name_some
+from jlora.messages import name_some
 from jlora.pairing import common_rows, keep_whole
 from jlora.paths import matching
 from jlora.plans import bytes_on_disk, fingerprint, plan_run

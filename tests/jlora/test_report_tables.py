@@ -41,6 +41,16 @@ def test_the_type_table_has_the_figures():
   assert total == ["all", "3", f"{relative:.4f}", energy, "2.50"]
 
 
+def test_ranks_above_noise_are_clipped_at_the_rank():
+  """Of 8 values found all above noise, the ninth may be as well."""
+  known = row("model.layers.0.q_proj.weight", 5.0, 3.0, noise_floor_rank=8)
+  one, whole = known, known | {"shape": [64, 8]}
+  above = lambda *rows: cells(type_table(report(rows)))[1][8]  # noqa: E731
+  assert above(one) == "≥ 8"
+  assert above(whole) == "8"  # there is no ninth
+  assert above(one, known | {"noise_floor_rank": 3}) == "3 to ≥ 8"
+
+
 @pytest.mark.parametrize("table", [type_table, worst_table])
 def test_columns_stay_aligned(table):
   """Names begin with the header's, figures end with it."""

@@ -18,7 +18,7 @@ from small_pairs import (
   write_pair,
 )
 
-from jlora import ranks, runs
+from jlora import fingerprints, ranks, runs
 from jlora.checkpoints import open_checkpoint, save_orbax, stream_checkpoint
 from jlora.factoring import krylov, svd
 from jlora.journal import FOLDER
@@ -440,7 +440,9 @@ def test_resuming_with_other_options_names_them(
 
 
 def test_a_name_is_the_same_in_every_process():
-  named = runs.name_of(functools.partial(svd, key=test_strangers_share_nothing))
+  named = fingerprints.name_of(
+    functools.partial(svd, key=test_strangers_share_nothing)
+  )
   assert named == "svd(key=<function test_strangers_share_nothing>)"
 
 

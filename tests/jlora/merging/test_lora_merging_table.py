@@ -293,6 +293,8 @@ def test_truncation_has_the_best_units_first():
 
 def test_missing_modules_are_zeros():
   one, two, _ = draw()
+  with pytest.raises(ValueError, match=r"only in model 1: v.*fill_missing"):
+    jlora.merge([{"q": one, "k": two}, {"v": two}], method=jlora.concat)
   filled = jlora.fill_missing([{"q": one, "k": two}, {"v": two}])
   assert [list(own) for own in filled] == [["q", "k", "v"]] * 2
   merged = jlora.merge(filled, method=jlora.concat)

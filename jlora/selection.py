@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are taken, and at which rank."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora.messages import name_some
+from jlora.paths import first_match
+
+
+def is_matrix(path: str, leaf: Any) -> bool:
+  """Whether a parameter can be read as a matrix: floating, two axes or more.
+
+  Args:
+    path: the parameter's name (not looked at; the view table reads it).
+    leaf: anything with `.shape` and `.dtype`.
+
+  Returns:
+    bool. The default of `select`.
+
+  Example:
+    >>> is_matrix("norm/scale", jnp.ones(3)), is_matrix("w", jnp.ones((3, 3)))
+    (False, True)
+  """
+  del path
+  return len(leaf.shape) >= 2 and is_floating(leaf.dtype)
+
+
+def is_floating(dtype: Any) -> bool:
+  """Whether a dtype is floating, bfloat16 and float8 included.
+
+  Args:
+    dtype: a NumPy or ml_dtypes dtype.
+
+  Returns:
+    bool.
+
+  Example:
+    >>> is_floating(jnp.bfloat16), is_floating(jnp.int32)
+    (True, False)
+  """
+  return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+Select = Callable[[str, Any], bool]
+
+
+def ranks_of(
+  rank: int | Mapping[str, int], modules: Iterable[str]
+) -> dict[str, int]:
+  """The rank of each module from one number or a table.
+
+  Args:
+    rank: one rank for all, or {path: rank}.
+    modules: the paths there are.
+
+  Returns:
+    {path: rank}, in the order of modules.
+
+  Raises:
+    ValueError: no modules, a rank below 1, or a path that is not a module.
+
+  Example:
+    >>> ranks_of({"q": 8}, ["q", "k"])
+    {'q': 8}
+  """
+  modules = list(modules)
+  if not modules:
+    raise ValueError(
+      "No matrix was selected: `select` refused all, or no view fits the names."
+      " Pass `views` or another `select`."
+    )
+  if isinstance(rank, Mapping):
+    unknown = [path for path in rank if path not in set(modules)]
+    if unknown:
+      raise ValueError(
+        f"rank names {len(unknown)} paths that are no modules: "
+        f"{name_some(unknown)}; there are {name_some(modules)}."
+      )
+    ranks = {path: int(rank[path]) for path in modules if path in rank}
+  else:
+    ranks = dict.fromkeys(modules, int(rank))
+  low = [f"{path}: {value}" for path, value in ranks.items() if value < 1]
+  if low or not ranks:
+    raise ValueError(
+      f"rank must be at least 1, got {name_some(low) or 'no path at all'}; "
+      "leave a module out instead."
+    )
+  return ranks
+
+
+_HEAD = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
+
+
+def is_linear(path: str, leaf: Any) -> bool:
+  """Whether a parameter is a layer's matrix: no embedding, no head, by name.
+
+  Args:
+    path: the parameter's name.
+    leaf: anything with `.shape` and `.dtype`.
+
+  Returns:
+    bool. What PEFT calls "all-linear".
+
+  Example:
+    >>> w = jnp.ones((3, 3))
+    >>> [is_linear(path, w) for path in ("layers/0/q/kernel", "embed/embedding",
+    ...                                  "lm_head.weight")]
+    [True, False, False]
+  """
+  is_other = first_match([(EMBEDDINGS, True), (_HEAD, True)], path, False)
+  return is_matrix(path, leaf) and not is_other
+
+
+# Tables of rows by token, and heads that are such a table transposed.
+EMBEDDINGS = (
+  r"(.*[/.])?(embed[^/.]*|wte|wpe|(word|position|token_type)_embeddings"
+  r"|tok_embeddings|shared)([/.][^/.]+)?"
+)
