@@ -41,7 +41,7 @@ def draw_adapter(params: Any, rank: int, seed: int) -> jlora.Loras:
     Loras, float32.
   """
   loras = {}
-  for path, leaf in jlora.flatten(params).items():
+  for path, leaf in jlora.paths.flatten(params).items():
     if path.startswith("layers/") and leaf.ndim == 2:
       key = jax.random.fold_in(jax.random.key(seed), len(loras))
       keys = jax.random.split(key)

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import jlora
 from experiments import caches, pairs
-from jlora.factoring import cheapest
+from jlora.factoring.factorisers import cheapest
 
 
 class Row(NamedTuple):
@@ -57,7 +57,7 @@ def measure_errors(
   real = real or _cached_pair()
   if real:
     deltas.update(_one_of_each_type(*real))
-  factors = (jlora.krylov, jlora.gram)
+  factors = (jlora.factoring.krylov, jlora.factoring.gram)
   compiled = {f: jax.jit(f, static_argnums=1) for f in factors}
   for name, delta in deltas.items():
     m, n = delta.shape
@@ -68,7 +68,7 @@ def measure_errors(
       u, s, vt = (np.asarray(part, np.float64) for part in found)
       error = float(np.linalg.norm(delta - (u * s) @ vt))
       note = f"{m} x {n}, rank {rank}"
-      if factor is jlora.krylov:
+      if factor is jlora.factoring.krylov:
         note += f", through {cheapest((m, n), rank).__name__}"
       what = f"{factor.__name__}, {name}"
       yield Row("errors", what, error / best, "x", "<= 1.001", note)
@@ -134,7 +134,9 @@ def measure_factoring(
   delta = pairs.change(shape, rng, pairs.Noise(0))
   width = rank + 16
   block = rng.standard_normal((width, shape[0]), np.float32)
-  full = functools.partial(jlora.krylov, rank=rank, oversample=16, passes=6)
+  full = functools.partial(
+    jlora.factoring.krylov, rank=rank, oversample=16, passes=6
+  )
   every = functools.partial(full, tol=0.0)
   taken = count_products(delta, full)
   cases = {

@@ -16,10 +16,10 @@ import yaml
 
 from experiments import pairs
 from experiments.processes import measure
-from jlora.checkpoints import open_checkpoint
-from jlora.merging.inputs import read
-from jlora.merging.rescalings import match_l1
-from jlora.merging.task_vectors import merge_task_vectors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.merging.arrays.inputs import read
+from jlora.merging.arrays.sparsifiers import match_l1
+from jlora.merging.arrays.task_vectors import merge_task_vectors
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SMALL = {

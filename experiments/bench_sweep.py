@@ -16,7 +16,7 @@ from absl import app, flags
 import jlora
 from experiments import pairs
 from experiments.bench_arrays import Row
-from jlora.measurements import row_of, summarise
+from jlora.factoring.figures import row_of, summarise
 
 _SHAPE = flags.DEFINE_list("shape", ["2048", "5632"], "rows, columns")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "of each, taken in turn")
@@ -62,9 +62,11 @@ def measure_sweep(
 def _once(delta: np.ndarray, ranks: tuple[int, ...]) -> list[float]:
   """Seconds: factoring, certificate, figures at the last rank, at all."""
   marks = [time.perf_counter()]
-  factors = jlora.krylov(delta, ranks[-1])
+  factors = jlora.factoring.krylov(delta, ranks[-1])
   marks.append(time.perf_counter())
-  certificate = jlora.certificate(delta, jlora.from_factors(factors))
+  certificate = jlora.factoring.certificate(
+    delta, jlora.loras.from_factors(factors)
+  )
   marks.append(time.perf_counter())
   for wanted in (ranks[-1:], ranks):
     found = summarise(

@@ -27,7 +27,8 @@ from absl import app, flags
 import jlora
 from experiments import drawing, logit_curves, samples, summaries, tables, texts
 from experiments.caches import keep_compilations
-from jlora import models, report_tables
+from jlora import models
+from jlora.extraction import report as report_tables
 
 _BASE = flags.DEFINE_string("base", None, "The base model's folder.")
 _FINETUNED = flags.DEFINE_string("finetuned", None, "The finetune's folder.")

@@ -33,11 +33,11 @@ from experiments.conflict_tables import (
   by_layer,
 )
 from experiments.grids import layer_of
-from jlora.checkpoints import Checkpoint, open_checkpoint
-from jlora.conflicts import compare_adapters, find_intruders
-from jlora.extraction import extract
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.evaluation.conflicts import compare_adapters, find_intruders
+from jlora.evaluation.overlaps import compare_layers, link_layers
+from jlora.extraction.trees import extract
 from jlora.loras import Lora, Loras
-from jlora.overlaps import compare_layers, link_layers
 from jlora.paths import matching
 
 #: Of a layer's modules; its number is a group.

@@ -25,10 +25,10 @@ from absl import app, flags
 from experiments import pairs
 from experiments.bench_merges import difference_of
 from experiments.processes import measure
-from jlora.checkpoints import open_checkpoint
-from jlora.merging.inputs import read
-from jlora.merging.task_vectors import merge_task_vectors
-from jlora.recipe_forms import FORMS
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.merging.arrays.inputs import read
+from jlora.merging.arrays.task_vectors import merge_task_vectors
+from jlora.merging.checkpoints.mergekit import FORMS
 
 #: Method -> the one of the same masks that is a plain sum.
 METHODS = {

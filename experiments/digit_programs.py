@@ -17,7 +17,7 @@ import numpy as np
 import jlora
 from experiments.digit_images import CLASSES
 from experiments.digit_models import make_loop, schedule
-from jlora import training
+from jlora.training import trainer
 
 
 def control(params: Any, x: jax.Array) -> jax.Array:
@@ -50,7 +50,7 @@ def init_control(params: Any, key: jax.Array, hidden: int = 48) -> Any:
     {path: Branch} without a hint; C is zero, as ControlNet's last layer.
   """
   found = {}
-  for path, leaf in jlora.flatten(params).items():
+  for path, leaf in jlora.paths.flatten(params).items():
     if path.startswith("down_") and path.endswith("kernel"):
       key, first, second = jax.random.split(key, 3)
       n_in, n_out = leaf.shape
@@ -82,7 +82,7 @@ def with_hint(branches: Mapping[str, Any], hint: jax.Array) -> dict[str, Any]:
 
 
 def obeying(loss, params, programs, batch, dropout=None) -> jax.Array:
-  """A loss with branches; for `jlora.training.train`'s `through`.
+  """A loss with branches; for `jlora.training.trainer.train`'s `through`.
 
   Args:
     loss: `(params, *parts) -> ()`.
@@ -96,7 +96,7 @@ def obeying(loss, params, programs, batch, dropout=None) -> jax.Array:
   """
   *parts, hint = batch
   told = with_hint(programs, hint)
-  return training.beside(loss, params, told, tuple(parts), dropout)
+  return trainer.beside(loss, params, told, tuple(parts), dropout)
 
 
 def unasked(loss, params, programs, batch, dropout=None) -> jax.Array:
@@ -112,7 +112,7 @@ def unasked(loss, params, programs, batch, dropout=None) -> jax.Array:
   Returns:
     ().
   """
-  return training.beside(loss, params, programs, batch[:-1], dropout)
+  return trainer.beside(loss, params, programs, batch[:-1], dropout)
 
 
 def make_program_trainer(
@@ -135,7 +135,7 @@ def make_program_trainer(
     (programs, params, data, key) -> programs and the last loss; params may be
     what `jlora.bind` gave: that is frozen too.
   """
-  init, update = training.train(loss, schedule(rate, steps), through=through)
+  init, update = trainer.train(loss, schedule(rate, steps), through=through)
   loop = make_loop(update, batch)
 
   def train(programs, params, data, key):
@@ -160,6 +160,6 @@ def shuffle(loras: jlora.Loras, key: jax.Array) -> jlora.Loras:
     a = jax.random.permutation(first, lora.a.ravel()).reshape(lora.a.shape)
     b = jax.random.permutation(second, lora.b.ravel()).reshape(lora.b.shape)
     other = jlora.Lora(a, b, lora.scale)
-    size, now = (jnp.linalg.norm(jlora.dense(x)) for x in (lora, other))
+    size, now = (jnp.linalg.norm(jlora.loras.dense(x)) for x in (lora, other))
     found[path] = dataclasses.replace(other, scale=lora.scale * size / now)
   return found

@@ -168,7 +168,11 @@ def save(folder: pathlib.Path, loras: jlora.Loras, base: pathlib.Path) -> float:
     folder, like=checkpoint.spec, model_type=checkpoint.model_type
   )
   gaps = [
-    float(jnp.abs(jlora.dense(lora) - jlora.dense(back.loras[name])).max())
+    float(
+      jnp.abs(
+        jlora.loras.dense(lora) - jlora.loras.dense(back.loras[name])
+      ).max()
+    )
     for name, lora in named.items()
   ]
   return max(gaps)

@@ -13,8 +13,7 @@ import jlora
 from experiments.facts import Fact, Prompts, encode_prompts
 from experiments.interventions import go_on, read_modules, to_logits
 from jlora import models
-from jlora.edit_values import fit_value
-from jlora.editing import address_of, edit_key, edit_layers
+from jlora.editing import address_of, edit_key, edit_layers, fit_value
 
 #: Of KL(after ‖ before) at the subject, in the loss; as in ROME's code.
 _KEEP = 0.0625
@@ -203,7 +202,7 @@ def many_at_once(
 
 
 def _weight(model, layer):
-  kernel = jlora.flatten(model.params)[kernel_of(layer)]
+  kernel = jlora.paths.flatten(model.params)[kernel_of(layer)]
   return np.asarray(kernel, np.float64)
 
 

@@ -25,7 +25,9 @@ from absl import app, flags
 import jlora
 from experiments import clusters
 from experiments.caches import keep_compilations
-from jlora import hosts, ranks, report_tables
+from jlora import ranks
+from jlora.extraction import report as report_tables
+from jlora.runs import processes
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
 _FINETUNED = flags.DEFINE_string(
@@ -95,14 +97,18 @@ _CACHE = flags.DEFINE_string(
   "cache", None, "Folder of compiled programs; ~/.cache/jlora by default."
 )
 
-_PROFILES = {"peft": jlora.PEFT, "vllm": jlora.VLLM}
-_FACTORS = {"krylov": jlora.krylov, "gram": jlora.gram, "svd": jlora.svd}
-_VOCABULARIES = {
-  "whole": jlora.keep_whole,
-  "common": jlora.common_rows,
-  "error": jlora.refuse,
+_PROFILES = {"peft": jlora.formats.PEFT, "vllm": jlora.formats.VLLM}
+_FACTORS = {
+  "krylov": jlora.factoring.krylov,
+  "gram": jlora.factoring.gram,
+  "svd": jlora.factoring.svd,
 }
-_POLICIES: dict[str, Callable[[jlora.Spectra], dict[str, int]] | None] = {
+_VOCABULARIES = {
+  "whole": jlora.pairing.keep_whole,
+  "common": jlora.pairing.common_rows,
+  "error": jlora.pairing.refuse,
+}
+_POLICIES: dict[str, Callable[[jlora.ranks.Spectra], dict[str, int]] | None] = {
   "fixed": None,
   "energy": lambda s: ranks.energy(s.values, s.norms, _ENERGY.value),
   "ratio": lambda s: ranks.ratio(s.values, _RATIO.value),
@@ -125,7 +131,7 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
-  except jlora.LostProcess as error:
+  except jlora.runs.LostProcess as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(1)  # at an ordinary exit JAX would wait for the lost process
 
@@ -133,7 +139,7 @@ def main(argv: list[str]) -> None:
 def _run(argv: list[str]) -> None:
   keep_compilations(_CACHE.value)
   process = clusters.join()
-  hosts.check_same({flag.name: flag.value for flag in _SHARED})
+  processes.check_same({flag.name: flag.value for flag in _SHARED})
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
   report = jlora.extract_checkpoint(
@@ -178,14 +184,14 @@ def _policy() -> str:
 
 def _selector() -> Callable[[str, Any], bool]:
   """The matrices that --select and --exclude leave."""
-  named = jlora.matching(_SELECT.value, _EXCLUDE.value)
+  named = jlora.paths.matching(_SELECT.value, _EXCLUDE.value)
   return functools.partial(_is_selected, named)
 
 
 def _is_selected(
   named: Callable[[str, Any], bool], path: str, leaf: Any
 ) -> bool:
-  return jlora.is_matrix(path, leaf) and named(path, leaf)
+  return jlora.selection.is_matrix(path, leaf) and named(path, leaf)
 
 
 def _command() -> str:

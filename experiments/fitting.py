@@ -10,7 +10,7 @@ import optax
 
 import jlora
 from experiments import ladders
-from jlora import refinement
+from jlora.training import refinement
 
 
 def measure_sensitivity(

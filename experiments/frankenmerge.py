@@ -23,8 +23,8 @@ from absl import app, flags
 
 from experiments import merge_plots, plots, skills
 from experiments.caches import keep_compilations
-from jlora.layer_slices import configure_layers
 from jlora.models import networks
+from jlora.pairing.layers import configure_layers
 from jlora.paths import flatten
 
 Row = dict[str, Any]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of the loss's gradient by what layers write.
 
-The mate of `jlora.second_moments`, which has what they read: together they are
-K-FAC's estimate of what a change of a matrix costs.
+The mate of `jlora.factoring.second_moments`, which has what they read: together
+they are K-FAC's estimate of what a change of a matrix costs.
 """
 
 import functools
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.moments import Moment
+from jlora.factoring.moments import Moment
 
 
 def gradient_moments(

@@ -103,7 +103,7 @@ def key_moments(
     read.append(texts.excerpts(seen, rows=rows // len(names), **some))
     held.append(texts.excerpts(unseen, rows=_HELD // len(names), **some))
   tokens = np.concatenate(read).reshape(-1, 4, _LENGTH)
-  moments = jlora.second_moments(apply, params, tokens)
+  moments = jlora.factoring.second_moments(apply, params, tokens)
   found = {
     path: np.asarray(moment.total) / np.float32(moment.count)
     for path, moment in moments.items()

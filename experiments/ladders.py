@@ -86,8 +86,8 @@ def build_ladder(model: Any, base: Any, finetuned: Any, rank: int) -> Ladder:
     delta = np.asarray(right[path], np.float32) - np.asarray(leaf, np.float32)
     if delta.ndim != 2 or not delta.any():
       continue
-    factors = jlora.krylov(delta, rank)
-    loras[path] = jlora.from_factors(factors)
+    factors = jlora.factoring.krylov(delta, rank)
+    loras[path] = jlora.loras.from_factors(factors)
     spectra[path], norms[path] = factors.s, float(np.linalg.norm(delta))
   return Ladder(model, base, finetuned, loras, spectra, norms)
 

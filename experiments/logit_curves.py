@@ -17,7 +17,7 @@ from flax import traverse_util
 
 import jlora
 from jlora import models
-from jlora.peft_folders import PeftAdapter
+from jlora.formats.peft.reading import PeftAdapter
 
 Params = dict[str, Any]
 _BATCH = 4
@@ -169,7 +169,9 @@ def sweep_ranks(
   for each in found.values():
     first = each["ranks"][0]["kl"]
     for row in each["ranks"]:
-      row["recovered"] = jlora.recovered(row["kl"], first) if first else None
+      row["recovered"] = (
+        jlora.evaluation.recovered(row["kl"], first) if first else None
+      )
   return found
 
 

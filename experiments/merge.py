@@ -48,9 +48,9 @@ _CACHE = flags.DEFINE_string(
 )
 
 _VOCABULARIES = {
-  "error": jlora.refuse,
-  "common": jlora.common_rows,
-  "whole": jlora.keep_whole,
+  "error": jlora.pairing.refuse,
+  "common": jlora.pairing.common_rows,
+  "whole": jlora.pairing.keep_whole,
 }
 
 
@@ -67,11 +67,11 @@ def _run(argv: list[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
   keep_compilations(_CACHE.value)
-  recipe = jlora.read_recipe(_CONFIG.value)
+  recipe = jlora.merging.read_recipe(_CONFIG.value)
   if _VOCABULARY.value is not None:
     recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
   if _WHOLE.value is not None:
-    recipe = jlora.trim_wholes(recipe, _WHOLE.value)
+    recipe = jlora.merging.trim_wholes(recipe, _WHOLE.value)
   report = jlora.merge_checkpoints(
     recipe,
     _OUT.value,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jlora
-from jlora.merging.consensus import by_mass
+from jlora.merging.arrays.task_vectors import by_mass
 
 
 class Merge(NamedTuple):
@@ -30,58 +30,73 @@ _HALF = {"scale": 0.5}
 _MASS = {"elect": by_mass, "normalize": True}
 #: Of whole checkpoints, the base given.
 WHOLE = (
-  Merge("linear", "plain average", jlora.linear),
-  Merge("linear", "1 : 3", jlora.linear, (1, 3)),
-  Merge("task_arithmetic", "λ 0.7", jlora.task_arithmetic,
+  Merge("linear", "plain average", jlora.merging.linear),
+  Merge("linear", "1 : 3", jlora.merging.linear, (1, 3)),
+  Merge("task_arithmetic", "λ 0.7", jlora.merging.task_arithmetic,
         options={"scale": 0.7}),
-  Merge("task_arithmetic", "λ 1", jlora.task_arithmetic),
-  Merge("slerp", "t 0.5, of models", jlora.slerp),
-  Merge("nuslerp", "1 : 1, of changes", jlora.nuslerp),
-  Merge("multislerp", "1 : 1, of changes", jlora.multislerp),
-  Merge("karcher", "1 : 1, of changes", jlora.karcher),
-  Merge("ties", "density 0.2", jlora.ties),
-  Merge("ties", "density 1", jlora.ties, options={"density": 1.0}),
-  Merge("dare", "density 0.5, λ 0.5", jlora.dare,
+  Merge("task_arithmetic", "λ 1", jlora.merging.task_arithmetic),
+  Merge("slerp", "t 0.5, of models", jlora.merging.slerp),
+  Merge("nuslerp", "1 : 1, of changes", jlora.merging.nuslerp),
+  Merge("multislerp", "1 : 1, of changes", jlora.merging.multislerp),
+  Merge("karcher", "1 : 1, of changes", jlora.merging.karcher),
+  Merge("ties", "density 0.2", jlora.merging.ties),
+  Merge("ties", "density 1", jlora.merging.ties, options={"density": 1.0}),
+  Merge("dare", "density 0.5, λ 0.5", jlora.merging.dare,
         options={"density": 0.5, **_HALF}),
-  Merge("dare_ties", "density 0.5", jlora.dare,
+  Merge("dare_ties", "density 0.5", jlora.merging.dare,
         options={"density": 0.5, **_MASS}),
-  Merge("della", "density 0.8", jlora.della, options={"density": 0.8}),
-  Merge("breadcrumbs", "density 0.9, λ 0.5", jlora.breadcrumbs,
+  Merge("della", "density 0.8", jlora.merging.della, options={"density": 0.8}),
+  Merge("breadcrumbs", "density 0.9, λ 0.5", jlora.merging.breadcrumbs,
         options={"density": 0.9, **_HALF}),
-  Merge("sce", "density 1", jlora.sce),
-  Merge("model_stock", "", jlora.model_stock),
+  Merge("sce", "density 1", jlora.merging.sce),
+  Merge("model_stock", "", jlora.merging.model_stock),
 )  # fmt: skip
 #: A finetune by itself, its change made smaller.
 SHRUNK = (
-  Merge("shrunk", "the Bible's alone, λ 0.5", jlora.task_arithmetic, (0.5, 0)),
-  Merge("shrunk", "the Bible's alone, λ 0.3", jlora.task_arithmetic, (0.3, 0)),
-  Merge("shrunk", "pydoc's alone, λ 0.7", jlora.task_arithmetic, (0, 0.7)),
-  Merge("shrunk", "pydoc's alone, λ 0.5", jlora.task_arithmetic, (0, 0.5)),
+  Merge(
+    "shrunk",
+    "the Bible's alone, λ 0.5",
+    jlora.merging.task_arithmetic,
+    (0.5, 0),
+  ),
+  Merge(
+    "shrunk",
+    "the Bible's alone, λ 0.3",
+    jlora.merging.task_arithmetic,
+    (0.3, 0),
+  ),
+  Merge(
+    "shrunk", "pydoc's alone, λ 0.7", jlora.merging.task_arithmetic, (0, 0.7)
+  ),
+  Merge(
+    "shrunk", "pydoc's alone, λ 0.5", jlora.merging.task_arithmetic, (0, 0.5)
+  ),
 )
 #: Of pydoc's finetune towards the Bible's; t is how far an entry may move.
 NEAR = tuple(
-  Merge("nearswap", f"t {t:g}", jlora.nearswap, (1,), {"t": t})
+  Merge("nearswap", f"t {t:g}", jlora.merging.nearswap, (1,), {"t": t})
   for t in (1e-3, 3e-4)
 )
 #: Of adapters.
 LOW_RANK = (
-  Merge("concat", "the Bible's alone", jlora.concat, (1, 0)),
-  Merge("concat", "pydoc's alone", jlora.concat, (0, 1)),
-  Merge("concat", "λ 0.5", jlora.concat, (0.5, 0.5)),
-  Merge("concat", "λ 1", jlora.concat),
-  Merge("svd_merge", "rank 64, λ 0.5", jlora.svd_merge, (0.5, 0.5),
+  Merge("concat", "the Bible's alone", jlora.merging.concat, (1, 0)),
+  Merge("concat", "pydoc's alone", jlora.merging.concat, (0, 1)),
+  Merge("concat", "λ 0.5", jlora.merging.concat, (0.5, 0.5)),
+  Merge("concat", "λ 1", jlora.merging.concat),
+  Merge("svd_merge", "rank 64, λ 0.5", jlora.merging.svd_merge, (0.5, 0.5),
         {"rank": 64}),
-  Merge("core_space(ties)", "density 0.5", jlora.core_space,
-        options={"method": jlora.ties, "density": 0.5}),
-  Merge("core_space(tsv)", "λ 0.7", jlora.core_space,
-        options={"method": jlora.tsv, "scale": 0.7}),
-  Merge("core_space(iso_c)", "λ 0.5", jlora.core_space,
-        options={"method": jlora.iso_c, **_HALF}),
-  Merge("knots", "ties, density 0.5", jlora.knots, options={"density": 0.5}),
+  Merge("core_space(ties)", "density 0.5", jlora.merging.core_space,
+        options={"method": jlora.merging.ties, "density": 0.5}),
+  Merge("core_space(tsv)", "λ 0.7", jlora.merging.core_space,
+        options={"method": jlora.merging.tsv, "scale": 0.7}),
+  Merge("core_space(iso_c)", "λ 0.5", jlora.merging.core_space,
+        options={"method": jlora.merging.iso_c, **_HALF}),
+  Merge("knots", "ties, density 0.5", jlora.merging.knots,
+        options={"density": 0.5}),
 )  # fmt: skip
 #: Of random adapters in the place of both.
 RANDOM = (
-  Merge("random", "as the Bible's alone", jlora.concat, (1, 0)),
-  Merge("random", "as pydoc's alone", jlora.concat, (0, 1)),
-  Merge("random", "both, λ 1", jlora.concat),
+  Merge("random", "as the Bible's alone", jlora.merging.concat, (1, 0)),
+  Merge("random", "as pydoc's alone", jlora.merging.concat, (0, 1)),
+  Merge("random", "both, λ 1", jlora.merging.concat),
 )

@@ -50,11 +50,11 @@ def by_states(apply: Any, params: Any, found: Skills) -> dict[int, np.ndarray]:
   """
   paths = [_READ.format(i) for i in range(_depth(found))]
   states = [
-    jlora.dense_inputs(apply, params, tokens[:, :-1], paths)
+    jlora.factoring.dense_inputs(apply, params, tokens[:, :-1], paths)
     for tokens in found.train.values()
   ]
   return {
-    i: jlora.router_rows([_as_rows(one[path]) for one in states])
+    i: jlora.routing.router_rows([_as_rows(one[path]) for one in states])
     for i, path in enumerate(paths)
   }
 
@@ -64,7 +64,9 @@ def at_random(_: Any, params: Any, found: Skills) -> dict[int, np.ndarray]:
   d = flatten(params)[_READ.format(0)].shape[0]
   keys = jax.random.split(jax.random.key(0), _depth(found))
   count = len(found.finetuned)
-  return {i: jlora.random_rows(key, count, d) for i, key in enumerate(keys)}
+  return {
+    i: jlora.routing.random_rows(key, count, d) for i, key in enumerate(keys)
+  }
 
 
 def of_equal_shares(_: Any, params: Any, found: Skills) -> dict[int, Any]:
@@ -103,9 +105,11 @@ def mix(one: Mixture, found: Skills) -> tuple[models.Model, Any]:
   with tempfile.TemporaryDirectory() as work:
     folder = found.folders["base"]
     if one.averaged:
-      rest = jlora.merge(list(found.finetuned.values()), method=jlora.linear)
+      rest = jlora.merge(
+        list(found.finetuned.values()), method=jlora.merging.linear
+      )
       folder = models.save(f"{work}/rest", rest, found.config)
-    jlora.save_mixture(
+    jlora.routing.save_mixture(
       f"{work}/mixture",
       jlora.open_checkpoint(folder),
       experts,
@@ -158,7 +162,7 @@ def routed(
   paths = [path for path in flat if path.endswith("moe/router/kernel")]
   found = {}
   for i, (name, tokens) in enumerate(held_out.items()):
-    states = jlora.dense_inputs(apply, params, tokens[:, :-1], paths)
+    states = jlora.factoring.dense_inputs(apply, params, tokens[:, :-1], paths)
     scores = [states[path] @ flat[path] for path in paths]
     ahead = [x[..., i] - x[..., 1 - i] for x in scores]
     found[name] = float(np.mean(np.heaviside(ahead, 0.5)))

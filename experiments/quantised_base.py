@@ -55,12 +55,12 @@ def measure_matrix(base: np.ndarray, finetuned: np.ndarray) -> Sums:
     "finetuned": _square(finetuned),
     "change": _square(change),
   }
-  plain = jlora.gram(change, RANKS[-1])
+  plain = jlora.factoring.gram(change, RANKS[-1])
   for name, how in HOW.items():
     held = how(jnp.asarray(base.T))
     near = np.asarray(quantised.dequantise(held)).T
     missing = finetuned - near
-    partner = jlora.gram(missing, RANKS[-1])
+    partner = jlora.factoring.gram(missing, RANKS[-1])
     found[f"{name} bytes"] = sum(t.nbytes for t in jax.tree.leaves(held))
     found[f"{name} error"] = _square(base - near)
     found[f"{name} without"] = _square(missing)

@@ -24,7 +24,8 @@ from absl import app, flags
 import jlora
 from experiments import finetune, smollm2, texts
 from experiments.caches import keep_compilations
-from jlora import models, report_tables
+from jlora import models
+from jlora.extraction import report as report_tables
 
 _CACHE = flags.DEFINE_string(
   "cache", None, "Folder; ~/.cache/jlora by default."

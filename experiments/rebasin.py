@@ -23,9 +23,8 @@ from matplotlib.figure import Figure
 
 from experiments import basins, finetune, lessons, plots
 from experiments.caches import keep_compilations
-from jlora.alignment import match_activations, match_weights
-from jlora.permutations import Permutations
-from jlora.reordering import permute
+from jlora.alignment.matching import match_activations, match_weights
+from jlora.alignment.permutations import Permutations, permute
 
 POINTS = 11
 METHODS = ("as they are", "weights matched", "activations matched")

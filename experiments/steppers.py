@@ -14,10 +14,10 @@ import optax
 
 from experiments import finetune
 from jlora import models
-from jlora.initialisation import init_lora
 from jlora.loras import Lora
 from jlora.paths import flatten
-from jlora.training import train
+from jlora.training.inits import init_lora
+from jlora.training.trainer import train
 
 # A stepper: takes a step on (rows, length + 1) tokens, says the loss before it.
 Stepper = Callable[[np.ndarray], float]

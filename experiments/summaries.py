@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.tables import Row, by_kind, measure
-from jlora import report_tables
-from jlora.reporting import Report, total_up
+from jlora.extraction import report as report_tables
+from jlora.extraction.report import Report, total_up
 
 _MIB = 2**20
 Table = tuple[Sequence[str], list[Sequence[str]]]

@@ -14,8 +14,8 @@ from flax import traverse_util
 import jlora
 from experiments import corpora, finetune, gradients, ladders, smollm2, texts
 from experiments.fitting import fit, measure_sensitivity
-from jlora.moments import Moment, second_moments
-from jlora.whitening import Weight, diagonal, full, whitened
+from jlora.factoring.moments import Moment, second_moments
+from jlora.factoring.whitening import Weight, diagonal, full, whitened
 
 Moments = dict[str, Moment]
 Weighing = functools.partial[Weight]
@@ -165,7 +165,7 @@ def _whiten(ladder: ladders.Ladder, inputs: Any, outputs: Any) -> Units:
     delta = np.asarray(tuned[path]) - np.asarray(base[path])
     rank = len(spectra[path])
     factors = whitened(delta, rank, inputs=left, outputs=right)
-    loras[path], spectra[path] = jlora.from_factors(factors), factors.s
+    loras[path], spectra[path] = jlora.loras.from_factors(factors), factors.s
   return Units(loras, spectra)
 
 

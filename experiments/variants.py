@@ -11,7 +11,8 @@ import numpy as np
 import jlora
 from experiments import ladders
 from experiments.trials import WEIGHINGS, Trial, Units
-from jlora import packing, ranks
+from jlora import ranks
+from jlora.formats import packed as packing
 
 Made = tuple[Mapping[str, jlora.Lora], int]
 
@@ -124,8 +125,8 @@ def refined(trial: Trial, rank: int) -> Units:
   loras: dict[str, jlora.Lora] = {}
   spectra: dict[str, Any] = {}
   for path, lora in trial.refined(4 * rank).items():
-    factors = jlora.recompress(lora.a, lora.b, lora.rank)
-    loras[path], spectra[path] = jlora.from_factors(factors), factors.s
+    factors = jlora.factoring.recompress(lora.a, lora.b, lora.rank)
+    loras[path], spectra[path] = jlora.loras.from_factors(factors), factors.s
   return Units(loras, spectra)
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.arrays import library_of
 from jlora.messages import name_some
+from jlora.numerics.backends import library_of
 
 
 @jax.tree_util.register_dataclass

@@ -13,8 +13,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.loras import Lora
-from jlora.meshes import entries_of, sharding_of
 from jlora.messages import name_some
+from jlora.numerics.meshes import entries_of, sharding_of
 from jlora.paths import first_match, flatten
 from jlora.views import MatrixView, Rule, table_for, view_of
 

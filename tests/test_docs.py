@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every public function says what goes in and out, and shows it.
+"""What users call says what goes in and out, and shows it; the rest says a line.
 
-That the examples run is pytest's doctest collection, not this file.
+Public is what `jlora` and its packages export, and what the files directly in
+`jlora/` define. That the examples run is pytest's doctest collection, not this
+file.
 """
 
 import ast
@@ -22,14 +24,41 @@ def modules():
     yield found.name
 
 
-def public(kind):
-  """Public functions or classes, each where it is defined."""
+def defined(kind):
+  """(name, value) of all functions or classes, each where it is defined."""
   for name in modules():
     module = importlib.import_module(name)
     for attribute, value in sorted(vars(module).items()):
       own = getattr(value, "__module__", None) == name
-      if own and kind(value) and not attribute.startswith("_"):
-        yield pytest.param(value, id=f"{name}.{attribute}")
+      if own and kind(value):
+        yield f"{name}.{attribute}", value
+
+
+def public_names():
+  """Where everything is defined that users can ask a door for."""
+  found = set()
+  for name in modules():
+    module = importlib.import_module(name)
+    exported = getattr(module, "__all__", None)
+    if exported is None and name.count(".") == 1:
+      exported = [n for n in vars(module) if not n.startswith("_")]
+    values = [getattr(module, attribute) for attribute in exported or ()]
+    found |= {
+      f"{value.__module__}.{value.__name__}"
+      for value in values
+      if inspect.isfunction(value) or inspect.isclass(value)
+    }
+  return found
+
+
+PUBLIC = public_names()
+
+
+def public(kind):
+  """Public functions or classes, each where it is defined."""
+  for name, value in defined(kind):
+    if name in PUBLIC and not value.__name__.startswith("_"):
+      yield pytest.param(value, id=name)
 
 
 def parameters(function):
@@ -79,6 +108,27 @@ def lacks(function):
 def test_functions_are_documented(function):
   missing = list(lacks(function))
   assert not missing, f"lacks {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_what_is_not_public_says_what_it_does(name):
+  """One clear line; a name with an underscore may say it by itself."""
+  bare = [
+    at
+    for kind in (inspect.isfunction, inspect.isclass)
+    for at, value in defined(kind)
+    if at.rpartition(".")[0] == name
+    and not value.__name__.startswith("_")
+    and value.__name__ != "<lambda>"
+    and not (inspect.getdoc(value) or "")
+  ]
+  assert not bare
+
+
+@pytest.mark.parametrize("function", list(public(inspect.isfunction)))
+def test_examples_show_more_than_a_name(function):
+  asserted = rf">>> {function.__name__}\.__name__$"
+  assert not re.search(asserted, inspect.getdoc(function) or "", re.M)
 
 
 @pytest.mark.parametrize("cls", list(public(inspect.isclass)))

@@ -1,11 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways of putting weight changes together, one call for all of them.
+"""Changes, adapters and checkpoints put together.
 
-    method(stack, weights, base=None, *, key=None, **settings) -> array
+    merge(models, method=ties)        trees of arrays or Loras
+    merge_checkpoints(recipe, out)    folders on disk, tensor by tensor
 
-`stack` (n, ...) holds one parameter of n models, `weights` (n,) a number for
-each, `base` (...) the parameter they were all finetuned from. What comes out is
-computed in float32 and rounded once to the stack's dtype. Methods of Loras have
-the same call with a sequence of n Loras instead of a stack and give a Lora.
-`merge` takes any of them over whole models.
+Every method is a function of stacked arrays (`merging/arrays`) or of Loras
+(`merging/adapters`), with its paper's defaults.
 """
+
+from jlora.merging.adapters.common_spaces import core_space as core_space
+from jlora.merging.adapters.common_spaces import knots as knots
+from jlora.merging.adapters.concatenation import concat as concat
+from jlora.merging.adapters.concatenation import fill_missing as fill_missing
+from jlora.merging.adapters.concatenation import svd_merge as svd_merge
+from jlora.merging.adapters.concatenation import truncate as truncate
+from jlora.merging.arrays.averages import linear as linear
+from jlora.merging.arrays.averages import model_stock as model_stock
+from jlora.merging.arrays.averages import nearswap as nearswap
+from jlora.merging.arrays.averages import passthrough as passthrough
+from jlora.merging.arrays.pruning import breadcrumbs as breadcrumbs
+from jlora.merging.arrays.pruning import dare as dare
+from jlora.merging.arrays.pruning import della as della
+from jlora.merging.arrays.singular_vectors import iso_c as iso_c
+from jlora.merging.arrays.singular_vectors import tsv as tsv
+from jlora.merging.arrays.spherical import karcher as karcher
+from jlora.merging.arrays.spherical import multislerp as multislerp
+from jlora.merging.arrays.spherical import nuslerp as nuslerp
+from jlora.merging.arrays.spherical import slerp as slerp
+from jlora.merging.arrays.task_vectors import sce as sce
+from jlora.merging.arrays.task_vectors import task_arithmetic as task_arithmetic
+from jlora.merging.arrays.task_vectors import ties as ties
+from jlora.merging.checkpoints.mergekit import read_recipe as read_recipe
+from jlora.merging.checkpoints.recipes import Input as Input
+from jlora.merging.checkpoints.recipes import Recipe as Recipe
+from jlora.merging.checkpoints.recipes import Slice as Slice
+from jlora.merging.checkpoints.run import merge_checkpoints as merge_checkpoints
+from jlora.merging.checkpoints.trimming import trim_wholes as trim_wholes
+from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
+from jlora.merging.trees import merge as merge
+
+__all__ = [
+  "Input",
+  "Recipe",
+  "Slice",
+  "breadcrumbs",
+  "concat",
+  "core_space",
+  "dare",
+  "della",
+  "fill_missing",
+  "iso_c",
+  "karcher",
+  "knots",
+  "linear",
+  "magnitude_thresholds",
+  "merge",
+  "merge_checkpoints",
+  "model_stock",
+  "multislerp",
+  "nearswap",
+  "nuslerp",
+  "passthrough",
+  "read_recipe",
+  "sce",
+  "slerp",
+  "svd_merge",
+  "task_arithmetic",
+  "ties",
+  "trim_wholes",
+  "truncate",
+  "tsv",
+]

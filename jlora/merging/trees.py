@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.deltas import difference
+from jlora.factoring.deltas import difference
 from jlora.loras import Lora
-from jlora.merging.averages import linear
-from jlora.merging.inputs import is_known
-from jlora.merging.thresholds import count_of, kth_of_all
+from jlora.merging.arrays.averages import linear
+from jlora.merging.arrays.inputs import is_known
 from jlora.messages import name_some
+from jlora.numerics.kth_largest import count_of, kth_of_all
 from jlora.paths import check_same, flatten, key_for, unflatten
 from jlora.selection import is_floating
 

@@ -14,8 +14,8 @@ from jlora.models.placement import RULES as RULES
 from jlora.models.weight_orders import hf_symmetry as hf_symmetry
 
 __all__ = [
-  "RULES",
   "Model",
+  "RULES",
   "from_hf",
   "generate",
   "hf_name",

@@ -12,9 +12,8 @@ import flax.linen as nn
 import jax
 
 from jlora.models.attention import WHOLE, Span, attend, remember, rotate, turns
-from jlora.models.layers import Mlp, dense, norm
-from jlora.models.mixture import Mixture
-from jlora.models.shape import Shape
+from jlora.models.config import Shape
+from jlora.models.layers import Mixture, Mlp, dense, norm
 
 Turns = tuple[jax.Array, jax.Array]
 

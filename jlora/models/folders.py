@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jlora.checkpoints import (
+from jlora.checkpoints.checkpoint import (
   Checkpoint,
   open_checkpoint,
   write_safetensors,
 )
-from jlora.meshes import automatic
 from jlora.messages import name_some
 from jlora.models import names, networks
 from jlora.models.placement import RULES, place, rules_for
+from jlora.numerics.meshes import automatic
 from jlora.paths import flatten
 from jlora.sharding import Rules, assign
 

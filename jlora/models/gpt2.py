@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import WHOLE, Span, attend, remember
+from jlora.models.config import require
 from jlora.models.layers import dense
-from jlora.models.shape import require
 
 #: key of config.json -> the values covered here, its default first.
 COVERED = {

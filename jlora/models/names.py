@@ -4,7 +4,7 @@
 One table serves both directions: reading a checkpoint into a Flax tree, and
 naming the modules of an adapter that was extracted from such a tree:
 
-    jlora.save_peft(folder, loras, like=jlora.flatten(params),
+    jlora.save_peft(folder, loras, like=jlora.paths.flatten(params),
                     rename=models.hf_name, model_type="gpt2")
 """
 

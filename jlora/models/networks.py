@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.attention import Span
+from jlora.models.config import FAMILIES, Shape, read_shape
 from jlora.models.decoder import Decoder
 from jlora.models.gpt2 import Gpt2, Gpt2Shape, read_gpt2
-from jlora.models.shape import FAMILIES, Shape, read_shape
 
 #: model_type -> (the reader of its config, its module).
 NETWORKS = {

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import meshes
-from jlora.checkpoints import Checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.models.names import Source
+from jlora.numerics import meshes
 from jlora.sharding import Rules, matches
 
 #: (regex of a whole path, spec): each pair of products is cut along the width
@@ -56,14 +56,15 @@ def place(
     sharding: None puts it on the default device.
 
   Returns:
-    The array, read shard by shard (`jlora.meshes.place`).
+    The array, read shard by shard (`jlora.numerics.meshes.place`).
 
   Raises:
     ValueError: as `Checkpoint.read`.
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
+    >>> from jlora.checkpoints.checkpoint import open_checkpoint
+    >>> from jlora.checkpoints.safetensors import write_safetensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(2, 3)})
     ...   checkpoint = open_checkpoint(folder)

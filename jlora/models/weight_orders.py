@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which orders of hidden units a Hugging Face checkpoint may have.
 
-The tables of `jlora.symmetries` name the paths of these models, kernels
-(in, out). A checkpoint's own table is the same one, read through `names`.
+The tables of `jlora.alignment.symmetries` name the paths of these models,
+kernels (in, out). A checkpoint's own table is the same one, read through
+`names`.
 """
 
 import re
 
+from jlora.alignment.symmetries import FIXED, Row, Symmetry
 from jlora.messages import name_some
 from jlora.models.names import CONSTANTS, LEAVES, MODULES, pattern_of
-from jlora.symmetries import FIXED, Row, Symmetry
 from jlora.views import GPT2_VIEWS
 
 
@@ -32,7 +33,7 @@ def hf_symmetry(symmetry: Symmetry) -> Symmetry:
     ValueError: rows for paths that these models do not have.
 
   Example:
-    >>> from jlora.symmetries import decoder
+    >>> from jlora.alignment.symmetries import decoder
     >>> found = hf_symmetry(decoder(heads=8, kv_heads=2))
     >>> [x for x in found.rows if "down" in x.pattern][0].axes
     'stream, unit.{0}'

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from jlora.reporting import Report, total_up
+from jlora.extraction.report import Report, total_up
 
 TOP = 8  # rank that everything is factored at
 

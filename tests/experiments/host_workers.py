@@ -22,7 +22,9 @@ from absl import flags
 
 from experiments import clusters, extract
 from experiments.caches import keep_compilations
-from jlora import guards, hosts, runs, shared_journals
+from jlora.extraction import run
+from jlora.runs import processes as hosts
+from jlora.runs import shared_journal, watchdog_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -86,7 +88,7 @@ class Readings:
 
   def __init__(self):
     self.nbytes, self.total = {}, 0
-    self._lock, self._plan = threading.Lock(), runs.plan_run
+    self._lock, self._plan = threading.Lock(), run.plan_run
 
   def plan_run(self, *args):
     """The plan of a run, its checkpoints counting."""
@@ -115,11 +117,11 @@ def attempt(scenario, index):
   result = {"error": None}
   versions = hosts.versions() | mine.get("versions", {})
   with (
-    mock.patch.object(runs, "plan_run", readings.plan_run),
+    mock.patch.object(run, "plan_run", readings.plan_run),
     mock.patch.object(hosts, "versions", return_value=versions),
   ):
     try:
-      report = runs.extract_checkpoint(
+      report = run.extract_checkpoint(
         mine["base"],
         mine["finetuned"],
         mine["out"],
@@ -154,7 +156,7 @@ def main(port, count, index, devices, scenarios, results):
   del devices  # in the environment, where JAX reads it
   keep_compilations(results)
   jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
-  guards.TURN, shared_journals._SECONDS_TO_SEE = 0.3, 6
+  watchdog_process.TURN, shared_journal._SECONDS_TO_SEE = 0.3, 6
   found = [
     attempt(scenario, int(index))
     for scenario in json.loads(pathlib.Path(scenarios).read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import bench_arrays, bench_extract, bench_processes, pairs
 from experiments.processes import Usage, measure
-from jlora.checkpoints import open_checkpoint
+from jlora.checkpoints.checkpoint import open_checkpoint
 
 _SIZES = bench_extract.QUICK
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import conflict, conflict_plots, conflict_tables, plots
-from jlora.conflicts import compare_adapters
+from jlora.evaluation.conflicts import compare_adapters
 from jlora.loras import Lora
 
 SHAPES = {

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from experiments import dare_masks, pairs
-from jlora.checkpoints import open_checkpoint
+from jlora.checkpoints.checkpoint import open_checkpoint
 
 
 def stand_in(shifts):

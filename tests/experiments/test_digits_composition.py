@@ -19,7 +19,7 @@ from experiments.digits_composition import (
   compose,
   figure_rows,
 )
-from jlora import training
+from jlora.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def small():
 
 def loras_of(params):
   found = {}
-  for path, leaf in jlora.flatten(params).items():
+  for path, leaf in jlora.paths.flatten(params).items():
     if path.endswith("kernel"):
       a, b = (
         0.1 * jax.random.normal(jax.random.key(i), (2, size))
@@ -44,9 +44,9 @@ def grown(branches):
   key = jax.random.key(5)
   part = jax.tree.map(
     lambda x: x + 0.3 * jax.random.normal(key, x.shape),
-    training.trained_part(branches),
+    trainer.trained_part(branches),
   )
-  return training.with_part(branches, part)
+  return trainer.with_part(branches, part)
 
 
 def test_a_fresh_control_is_the_base_and_a_grown_one_hears_each_row(small):
@@ -98,7 +98,7 @@ def test_shuffling_keeps_entries_and_norms(small):
     np.testing.assert_array_equal(
       np.sort(lora.a.ravel()), np.sort(other[path].a.ravel())
     )
-    one, two = jlora.dense(lora), jlora.dense(other[path])
+    one, two = jlora.loras.dense(lora), jlora.loras.dense(other[path])
     np.testing.assert_allclose(
       np.linalg.norm(one), np.linalg.norm(two), rtol=1e-5
     )

@@ -10,9 +10,9 @@ import pytest
 from matplotlib.colors import LogNorm
 
 from experiments import drawing, grids, heat_maps, plots, tables
-from jlora.reporting import write_report
+from jlora.extraction.report import write_report
 from tests.experiments import comparisons
-from tests.small_pairs import files_of
+from tests.helpers.small_pairs import files_of
 
 WEIGHTS = {
   "relative_error.png",

@@ -90,7 +90,7 @@ def test_the_mean_key_gets_the_value_and_the_first_code_misses_it():
   change = {}
   for make in (edits.one_key, edits.two_keys):
     lora = make(m, fit, 1, ridge=0.0)[kernel]
-    change[make] = np.asarray(jlora.dense(lora), np.float64)
+    change[make] = np.asarray(jlora.loras.dense(lora), np.float64)
   one, two = change[edits.one_key], change[edits.two_keys]
   np.testing.assert_allclose(fit.key @ one, fit.delta, atol=1e-4)
   np.testing.assert_allclose(fit.single @ two, fit.delta, atol=1e-4)
@@ -135,7 +135,7 @@ def test_random_edits_have_the_norm():
     for name in "ab":
       drawn, given = getattr(found, name), getattr(lora, name)
       assert bool((drawn == given).all()) == (name not in fields)
-    norms = [np.linalg.norm(jlora.dense(x)) for x in (found, lora)]
+    norms = [np.linalg.norm(jlora.loras.dense(x)) for x in (found, lora)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -12,7 +12,7 @@ import pytest
 from experiments import equal_bytes, fitting, ladders, ratio_plots, teachers
 from experiments.trials import WEIGHINGS, Trial
 from experiments.variants import COSTLY, PLAIN, VARIANTS
-from jlora.divergences import mean_kl
+from jlora.evaluation.outputs import mean_kl
 
 RANK = 4
 

@@ -9,12 +9,23 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from host_workers import Readings, finish, free_port, run_scenarios, start
-from small_pairs import adapter_tensors, draw, files_of, write_pair
 
-from jlora import runs
-from jlora.journal import FOLDER
-from jlora.reporting import read_report
+from jlora.extraction import run
+from jlora.extraction.report import read_report
+from jlora.runs.journal import FOLDER
+from tests.experiments.host_workers import (
+  Readings,
+  finish,
+  free_port,
+  run_scenarios,
+  start,
+)
+from tests.helpers.small_pairs import (
+  adapter_tensors,
+  draw,
+  files_of,
+  write_pair,
+)
 
 TABLE, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "norm.weight"
 SMALL = [
@@ -52,8 +63,8 @@ def pair(tmp_path_factory):
 def alone(pair, tmp_path_factory):
   """The folder of one process that splits nothing, and what it has read."""
   out, readings = tmp_path_factory.mktemp("alone") / "out", Readings()
-  with mock.patch.object(runs, "plan_run", readings.plan_run):
-    runs.extract_checkpoint(*pair, out, **OPTIONS, log=io.StringIO())
+  with mock.patch.object(run, "plan_run", readings.plan_run):
+    run.extract_checkpoint(*pair, out, **OPTIONS, log=io.StringIO())
   return out, readings.nbytes
 
 
@@ -247,7 +258,7 @@ def test_the_script_on_four_processes(four, alone):
 # The script, one of whose processes kills itself at its n-th module.
 KILLED = """
 import os, runpy, signal, sys, time
-from jlora import modules
+from jlora.extraction import module
 victim, count = map(int, sys.argv.pop(1).split(","))
 index = int(sys.argv[-1].partition("=")[2])
 real, calls = modules.Extractor.__call__, []
@@ -330,11 +341,12 @@ def test_without_the_first_process_the_others_say_so(pair, tmp_path):
 
 def test_nothing_is_initialised_on_import(tmp_path):
   code = """
-import jax, jlora, experiments.extract, jlora.hosts, jlora.shares
+import jax, jlora, experiments.extract, jlora.extraction.workers
+from jlora.runs import processes
 from jax._src import xla_bridge
 assert not jax.distributed.is_initialized()
-assert (jlora.hosts.process_count(), jlora.hosts.process_index()) == (1, 0)
-assert jlora.hosts.gather(1) == [1]
+assert (processes.process_count(), processes.process_index()) == (1, 0)
+assert processes.gather(1) == [1]
 assert not xla_bridge.backends_are_initialized()
 """
   ((status, _, err),) = finish([start(["-c", code], tmp_path)])

@@ -13,9 +13,9 @@ from experiments import (
   which_rank,
 )
 from jlora import models
-from jlora.application import adapt, apply
-from jlora.binding import bind
-from jlora.initialisation import init_lora
+from jlora.adapting.binding import bind
+from jlora.adapting.transforms import adapt, apply
+from jlora.training.inits import init_lora
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import yaml
 
 import jlora
 from experiments import bench_merges, pairs
-from jlora.checkpoints import write_safetensors
-from jlora.recipe_files import read_recipe
+from jlora.checkpoints.checkpoint import write_safetensors
+from jlora.merging.checkpoints.mergekit import read_recipe
 
 ROOT = pathlib.Path(__file__).parents[2]
 

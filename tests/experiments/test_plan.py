@@ -13,8 +13,8 @@ from experiments import pairs
 from experiments.costs import Cost, Module, bound_of, cost_of
 from experiments.estimates import describe, list_modules, plan_extraction
 from experiments.machines import MACHINES, Machine, measure_here
-from jlora import factoring
-from jlora.factoring import cheapest, gram, krylov, svd
+from jlora.factoring import factorisers
+from jlora.factoring.factorisers import cheapest, gram, krylov, svd
 
 SMALL = {
   **pairs.LLAMA,
@@ -60,13 +60,13 @@ def test_every_factoriser_is_counted_and_shared_out(shape, factor):
 
 def test_products_are_those_that_are_made(monkeypatch):
   m, n, rank, made = 512, 2048, 16, []
-  real = factoring.times
+  real = factorisers.times
 
   def times(rows, matrix):
     made.append(2 * len(rows) * matrix.size)
     return real(rows, matrix)
 
-  monkeypatch.setattr(factoring, "times", times)
+  monkeypatch.setattr(factorisers, "times", times)
   delta = np.random.default_rng(0).standard_normal((m, n), np.float32)
   krylov(delta, rank)
   width = rank + 16

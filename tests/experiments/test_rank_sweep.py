@@ -4,9 +4,9 @@
 import jax
 import numpy as np
 import pytest
-from test_equal_bytes import draw, model
 
 from experiments import ladders, rank_sweep
+from tests.experiments.test_equal_bytes import draw, model
 
 
 @pytest.fixture(scope="module")

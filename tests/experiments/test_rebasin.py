@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import basins, plots, rebasin
+from jlora.alignment.permutations import permute
 from jlora.models import networks
 from jlora.paths import flatten
-from jlora.reordering import permute
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.subtraction import as_table, measure_matrix, measure_pair
-from jlora.checkpoints import write_safetensors
+from jlora.checkpoints.checkpoint import write_safetensors
 
 BF16 = ml_dtypes.bfloat16
 

@@ -9,7 +9,7 @@ import pytest
 import jlora
 from experiments import grids, tables
 from tests.experiments import comparisons
-from tests.small_pairs import draw, write_pair
+from tests.helpers.small_pairs import draw, write_pair
 
 
 def test_a_cut_is_the_extraction_at_that_rank(tmp_path):
@@ -19,7 +19,7 @@ def test_a_cut_is_the_extraction_at_that_rank(tmp_path):
   pair = write_pair(tmp_path, base, tuned)
   reports = {
     rank: jlora.extract_checkpoint(
-      *pair, tmp_path / f"{rank}", rank=rank, factor=jlora.svd,
+      *pair, tmp_path / f"{rank}", rank=rank, factor=jlora.factoring.svd,
       log=io.StringIO(),
     )
     for rank in (4, 10)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora import ranks
+from jlora.ranks import advise, budget, error_of, verdict
 
 WORKED = {"q": np.array([4.0, 2.0, 1.0, 0.5])}
 NORMS = {"q": math.sqrt(21.25)}
@@ -211,3 +212,63 @@ def test_budget_names_the_smallest_unit_that_would_help():
   spectra = {"q": np.ones(2), "k": np.ones(2), "zero": np.zeros(2)}
   with pytest.raises(ValueError, match="of k, takes 20 bytes"):
     ranks.budget(spectra, {"q": 30, "k": 20, "zero": 1}, 10)
+
+
+RNG = np.random.default_rng(0)
+SPECTRA = {
+  name: np.sort(RNG.pareto(2, 40))[::-1] * size
+  for name, size in (("q", 1.0), ("k", 0.3), ("up", 3.0))
+}
+UNITS = {"q": 128, "k": 80, "up": 320}
+CHANGES = {path: float(np.linalg.norm(s)) * 1.05 for path, s in SPECTRA.items()}
+
+
+def test_the_error_is_that_of_all_changes_together():
+  ranks = {"q": 3, "k": 0, "up": 40}
+  rest = sum(
+    CHANGES[p] ** 2 - np.sum(SPECTRA[p][:r] ** 2) for p, r in ranks.items()
+  )
+  total = sum(norm**2 for norm in CHANGES.values())
+  found = error_of(SPECTRA, CHANGES)(ranks)
+  assert found == pytest.approx(math.sqrt(rest / total))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.31, 1.2))
+def test_the_goal_is_met_and_clearly_fewer_bytes_miss_it(goal):
+  measure = error_of(SPECTRA, CHANGES)
+  found = advise(SPECTRA, UNITS, measure, goal)
+  assert found.met == (found.value <= goal)
+  assert found.met
+  assert found.value == measure(found.ranks)
+  assert found.nbytes == sum(found.ranks[p] * UNITS[p] for p in UNITS)
+  fewer = int(found.nbytes * 0.96) - max(UNITS.values())
+  if fewer >= min(UNITS.values()):
+    assert measure(budget(SPECTRA, UNITS, fewer)) > goal
+
+
+def test_a_goal_out_of_reach_gives_all_there_is():
+  found = advise(SPECTRA, UNITS, error_of(SPECTRA, CHANGES), 0.01)
+  assert not found.met
+  assert set(found.ranks.values()) == {40}
+
+
+def test_few_measurements_are_made_and_none_twice():
+  calls = []
+
+  def measure(ranks):
+    calls.append(tuple(ranks.values()))
+    return error_of(SPECTRA, CHANGES)(ranks)
+
+  found = advise(SPECTRA, UNITS, measure, 0.5)
+  assert len(calls) == len(set(calls)) == len(found.tried) <= 12
+  assert found.tried == sorted(found.tried)
+  with pytest.raises(ValueError, match="must be a number"):
+    advise(SPECTRA, UNITS, measure, math.nan)
+
+
+def test_verdicts_say_what_is_and_what_it_costs():
+  assert verdict(64, 0.99, 0.95, 2**20, 2**30, True).startswith(
+    "This finetune is low-rank: at rank 64 the adapter keeps 99.0%"
+  )
+  assert "not reached" in verdict(8, 0.4, 0.95, 2**20, 2**30, False)

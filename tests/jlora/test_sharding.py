@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_pairs import draw, write_pair
 
 import jlora
-from jlora import checkpoints
-from jlora.checkpoints import open_checkpoint
-from jlora.extraction import extract_parameter
+from jlora.checkpoints import checkpoint
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.extraction.trees import extract_parameter
 from jlora.loras import Lora, dense
-from jlora.meshes import automatic, place, sharding_of
+from jlora.numerics.meshes import automatic, place, sharding_of
 from jlora.sharding import assign, of_adapter, spread
 from jlora.views import KERNEL, LINEAR, STACKED, MatrixView, as_matrix
+from tests.helpers.small_pairs import draw, write_pair
 
 SHAPES = {"q/kernel": (16, 8), "k/kernel": (16, 8), "q/bias": (8,)}
 
@@ -152,7 +152,9 @@ def params_and_loras(mesh):
 @both_kinds
 def test_device_put_of_adapters(kind):
   params, loras = params_and_loras(mesh_of(kind))
-  placed = jax.device_put(loras, jlora.adapter_shardings(params, loras))
+  placed = jax.device_put(
+    loras, jlora.sharding.adapter_shardings(params, loras)
+  )
   assert placed["q/kernel"].a.sharding.spec == P(None, "x")
   assert placed["q/kernel"].b.sharding.spec == P(None, "y")
   assert placed["k/kernel"].b.sharding.spec == P(None, ("x", "y"))
@@ -161,9 +163,9 @@ def test_device_put_of_adapters(kind):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     params,
   )
-  assert jlora.adapter_shardings(shapes, loras) == jlora.adapter_shardings(
-    params, loras
-  )
+  assert jlora.sharding.adapter_shardings(
+    shapes, loras
+  ) == jlora.sharding.adapter_shardings(params, loras)
 
 
 def test_adapters_without_a_place():
@@ -172,7 +174,7 @@ def test_adapters_without_a_place():
   params["k"]["kernel"] = np.asarray(params["k"]["kernel"])
   params["q"]["kernel"] = params["q"]["kernel"][:8]
   with pytest.raises(ValueError, match=r"3 Loras .*\(16, 8\) for \(8, 8\), k/"):
-    jlora.adapter_shardings(params, loras)
+    jlora.sharding.adapter_shardings(params, loras)
 
 
 def test_a_shard_is_read_once():
@@ -270,14 +272,14 @@ def test_checkpoints_are_read_shard_by_shard(tmp_path, monkeypatch, kind):
   name = "model.layers.0.q_proj.weight"
   base, finetuned = {name: draw(8, 16)}, {name: draw(8, 16, seed=1)}
   sides = [open_checkpoint(x) for x in write_pair(tmp_path, base, finetuned)]
-  sizes, read = [], checkpoints.Checkpoint.read
+  sizes, read = [], checkpoint.Checkpoint.read
 
   def spy(self, name, index=()):
     array = read(self, name, index)
     sizes.append(array.size)
     return array
 
-  monkeypatch.setattr(checkpoints.Checkpoint, "read", spy)
+  monkeypatch.setattr(checkpoint.Checkpoint, "read", spy)
   mesh = mesh_of(kind)
   loras = extract(*sides, mesh=mesh, rules=[(".*q_proj.*", P("x"))])
   assert sizes == 8 * [2 * 16]  # four shards of either side, each once

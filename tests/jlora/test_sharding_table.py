@@ -17,16 +17,17 @@ import pytest
 import scipy.linalg.cython_lapack  # noqa: F401  whose threads are limited below
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_pairs import draw
 from threadpoolctl import threadpool_limits
 
 import jlora
 from experiments.collectives import find_collectives, largest_gathered
-from jlora import certificates, evaluation
-from jlora.factoring import cheapest
+from jlora.evaluation import weights
+from jlora.factoring import certificates
+from jlora.factoring.factorisers import cheapest
 from jlora.loras import Lora, dense
 from jlora.sharding import of_adapter
 from jlora.views import KERNEL, STACKED
+from tests.helpers.small_pairs import draw
 
 M, N, RANK, OVERSAMPLE, EXPERTS = 384, 512, 16, 16, 4
 THIN = (M + N) * (RANK + OVERSAMPLE)
@@ -68,7 +69,7 @@ def adapter(is_stack):
   return Lora(*factors, np.full(lead, 0.01, np.float32))
 
 
-def extracted(base, finetuned, factor=jlora.krylov):
+def extracted(base, finetuned, factor=jlora.factoring.krylov):
   """`extract`, as it is called under jit by those who know the place."""
   found = jlora.extract(
     {"kernel": base}, {"kernel": finetuned}, rank=RANK, factor=factor
@@ -77,7 +78,7 @@ def extracted(base, finetuned, factor=jlora.krylov):
 
 
 def certified(base, finetuned, lora):
-  return jlora.certificate(finetuned - base, lora)
+  return jlora.factoring.certificate(finetuned - base, lora)
 
 
 def bounded(base, finetuned, lora):
@@ -90,7 +91,7 @@ def bounded(base, finetuned, lora):
 def measured(base, finetuned, lora):
   """The figures of `compare`."""
   view = KERNEL if base.ndim == 2 else STACKED
-  found, spectral = evaluation._measure(
+  found, spectral = weights._measure(
     base, finetuned, lora, view, np.dtype(np.float32)
   )
   return found._replace(lora=None), spectral
@@ -129,17 +130,19 @@ class Row:
 OPERATIONS = {
   "krylov": Row(lambda base, ft, _: extracted(base, ft), "lora", sums=SPAN),
   "gram": Row(
-    lambda base, ft, _: extracted(base, ft, jlora.gram), "lora", sums=M * M
+    lambda base, ft, _: extracted(base, ft, jlora.factoring.gram),
+    "lora",
+    sums=M * M,
   ),
   # A short side that is cut is gathered.
   "gram of a cut short side": Row(
-    lambda base, ft, _: extracted(base, ft, jlora.gram),
+    lambda base, ft, _: extracted(base, ft, jlora.factoring.gram),
     "lora",
     sends=M * N,
     sums=M * N,
   ),
   "svd": Row(
-    lambda base, ft, _: extracted(base, ft, jlora.svd),
+    lambda base, ft, _: extracted(base, ft, jlora.factoring.svd),
     "lora",
     sends=M * N,
     sums=M * N,
@@ -147,19 +150,19 @@ OPERATIONS = {
   "certificate": Row(bounded),
   "certificate by values": Row(certified, sums=M * M),
   "figures by values": Row(measured, sums=M * M),
-  "truncate": Row(lambda b, f, lora: jlora.truncate(lora, 8), "lora"),
+  "truncate": Row(lambda b, f, lora: jlora.merging.truncate(lora, 8), "lora"),
   "concat": Row(
-    lambda b, f, lora: jlora.concat([lora, lora], [1.0, -3.0]), "lora"
+    lambda b, f, lora: jlora.merging.concat([lora, lora], [1.0, -3.0]), "lora"
   ),
   "apply": Row(applied, "parameter"),
   "adapt": Row(adapted),
   "ties": Row(
     lambda base, ft, _: jlora.merge([ft, base + ft], base=base,
-                                    method=jlora.ties),
+                                    method=jlora.merging.ties),
     "parameter",
   ),
   "slerp": Row(
-    lambda base, ft, _: jlora.merge([ft, base], method=jlora.slerp),
+    lambda base, ft, _: jlora.merge([ft, base], method=jlora.merging.slerp),
     "parameter",
   ),
 }  # fmt: skip
@@ -269,7 +272,7 @@ def test_compare(kind):
 
 
 def test_the_shape_takes_krylovs_own_path():
-  assert cheapest((M, N), RANK) is jlora.krylov
+  assert cheapest((M, N), RANK) is jlora.factoring.krylov
   assert 4 * THIN < M * N  # so a shard of a gather would be seen too
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-import tiny_models
 import torch
 
 import jlora
 from jlora import models
 from jlora.paths import flatten
+from tests.helpers import tiny_models
 
 RANK = 3
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 11))
@@ -56,7 +56,7 @@ def export(folder, case, part):
     if leaf.ndim > 1 and re.fullmatch(part, path)
   ]
   loras = jlora.extract(
-    params, tuned, rank=dict.fromkeys(changed, RANK), factor=jlora.svd
+    params, tuned, rank=dict.fromkeys(changed, RANK), factor=jlora.factoring.svd
   )
   left = jlora.save_peft(
     folder,
@@ -117,7 +117,7 @@ def test_what_was_exported_comes_back_to_its_paths(case, tmp_path):
     tmp_path / "base", case
   ).config.model_type
   tuned = finetuned(params, ".*")
-  loras = jlora.extract(params, tuned, rank=RANK, factor=jlora.svd)
+  loras = jlora.extract(params, tuned, rank=RANK, factor=jlora.factoring.svd)
   jlora.save_peft(
     tmp_path / "adapter",
     loras,
@@ -134,5 +134,5 @@ def test_what_was_exported_comes_back_to_its_paths(case, tmp_path):
   assert again.keys() == loras.keys()
   for path, lora in again.items():
     np.testing.assert_allclose(
-      jlora.dense(lora), jlora.dense(loras[path]), atol=1e-6
+      jlora.loras.dense(lora), jlora.loras.dense(loras[path]), atol=1e-6
     )

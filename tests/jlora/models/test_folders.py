@@ -5,11 +5,12 @@ import json
 
 import jax
 import pytest
-import tiny_models
 import torch
 import transformers
 
-from jlora import checkpoints, models
+from jlora import models
+from jlora.checkpoints import checkpoint
+from tests.helpers import tiny_models
 
 TINY = tiny_models.LLAMA
 
@@ -48,13 +49,13 @@ def test_load_names_what_disagrees_with_the_config(tmp_path, tiny):
 
 def test_a_second_copy_of_tied_embeddings_must_be_a_copy(tmp_path):
   tiny_models.write_model(tmp_path, "llama-tied")
-  tensors = dict(checkpoints.open_checkpoint(tmp_path))
+  tensors = dict(checkpoint.open_checkpoint(tmp_path))
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  checkpoints.write_safetensors(tmp_path / "model.safetensors", tensors)
+  checkpoint.write_safetensors(tmp_path / "model.safetensors", tensors)
   _, params = models.load(tmp_path)
   assert "head" not in params
   tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-  checkpoints.write_safetensors(tmp_path / "model.safetensors", tensors)
+  checkpoint.write_safetensors(tmp_path / "model.safetensors", tensors)
   with pytest.raises(ValueError, match="ties the embeddings, but lm_head"):
     models.load(tmp_path)
 

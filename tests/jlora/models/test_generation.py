@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
 import jlora
 from jlora import models
 from jlora.loras import Lora
 from jlora.models import networks
+from tests.helpers import tiny_models
 
 PROMPTS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (3, 7))
 STEPS = 9

@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import transformers
 
-from jlora import checkpoints, models
+from jlora import models
+from jlora.checkpoints import checkpoint
+from tests.helpers import tiny_models
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 19))
 LLAMA = tiny_models.LLAMA | {"model_type": "llama"}
@@ -40,7 +41,7 @@ def test_experts_in_one_tensor_are_the_experts_apart(tmp_path):
   tiny_models.write_model(
     tmp_path / "fused", "mixtral", save_original_format=False
   )
-  fused = checkpoints.open_checkpoint(tmp_path / "fused")
+  fused = checkpoint.open_checkpoint(tmp_path / "fused")
   assert "model.layers.0.mlp.experts.gate_up_proj" in fused
   trees = [models.load(tmp_path / name)[1] for name in ("apart", "fused")]
   jax.tree.map(np.testing.assert_array_equal, *trees)
@@ -51,10 +52,10 @@ def test_gpt2_saved_without_its_head_is_the_same(tmp_path):
   reference = tiny_models.write_model(tmp_path, "gpt2")
   tensors = {
     name.removeprefix("transformer."): array
-    for name, array in checkpoints.open_checkpoint(tmp_path).items()
+    for name, array in checkpoint.open_checkpoint(tmp_path).items()
   }
   tensors["h.0.attn.bias"] = np.tril(np.ones((1, 1, 40, 40), np.float32))
-  checkpoints.write_safetensors(tmp_path / "model.safetensors", tensors)
+  checkpoint.write_safetensors(tmp_path / "model.safetensors", tensors)
   found = _ours(*models.load(tmp_path))
   np.testing.assert_allclose(found, _theirs(reference), atol=2e-5)
 

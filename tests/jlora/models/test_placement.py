@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora import checkpoints, models
+from jlora import models
+from jlora.checkpoints import checkpoint
 from jlora.paths import flatten
+from tests.helpers import tiny_models
 
 CASES = {
   "llama-biases": {},
@@ -34,14 +35,14 @@ def test_shards_are_read_one_by_one(tmp_path, monkeypatch, case):
   tiny_models.write_model(tmp_path, case, **CASES[case])
   _, whole = models.load(tmp_path)
   sizes = []
-  read = checkpoints.Checkpoint.read
+  read = checkpoint.Checkpoint.read
 
   def spy(self, name, index=()):
     array = read(self, name, index)
     sizes.append(array.size)
     return array
 
-  monkeypatch.setattr(checkpoints.Checkpoint, "read", spy)
+  monkeypatch.setattr(checkpoint.Checkpoint, "read", spy)
   _, params = models.load(tmp_path, mesh=_mesh())
   leaves, expected = flatten(params), flatten(whole)
   pieces = {}

@@ -5,21 +5,26 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import transformers
-from unit_orders import draw
 
 from jlora import models
-from jlora.alignment import match_activations, match_weights
-from jlora.checkpoints import open_checkpoint, write_safetensors
-from jlora.layouts import lay_out
+from jlora.alignment.layouts import lay_out
+from jlora.alignment.matching import match_activations, match_weights
+from jlora.alignment.permutations import (
+  compose,
+  identity,
+  is_identity,
+  permute,
+  permute_loras,
+)
+from jlora.alignment.symmetries import Row, Symmetry, decoder, gpt2
+from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
 from jlora.loras import Lora
 from jlora.paths import flatten
-from jlora.permutations import compose, identity, is_identity
-from jlora.reordering import permute, permute_loras
-from jlora.symmetries import Row, Symmetry, decoder, gpt2
 from jlora.views import GPT2_VIEWS, view_of
+from tests.helpers import tiny_models
+from tests.helpers.unit_orders import draw
 
 SYMMETRIES = {
   "llama": decoder(4, 2),

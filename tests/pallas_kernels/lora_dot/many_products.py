@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from products import STREAMED, exact
 
 from pallas_kernels.lora_dot import tpu_dot, xla_dot
 from pallas_kernels.lora_dot.gathered import gathered_dot
 from pallas_kernels.lora_dot.grouped import grouped_dot
 from pallas_kernels.lora_dot.laned import laned_dot
+from tests.pallas_kernels.lora_dot.products import STREAMED, exact
 
 KERNEL = functools.partial(tpu_dot, interpret=True, tiling=STREAMED)
 ROUTES = {

@@ -15,12 +15,18 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from products import Case, bound, measure, operands, truth
-from products import error as relative
 
 from pallas_kernels.lora_dot import Scaled, gpu
 from pallas_kernels.lora_dot.hopper import HopperTiling
 from pallas_kernels.lora_dot.xla import xla_dot
+from tests.pallas_kernels.lora_dot.products import (
+  Case,
+  bound,
+  measure,
+  operands,
+  truth,
+)
+from tests.pallas_kernels.lora_dot.products import error as relative
 
 PARAMETERS = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 TWO = HopperTiling(stages=3, paired=False, multiprocessors=2)

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from products import (
+
+from pallas_kernels.lora_dot import Scaled, tpu_dot, xla_dot
+from pallas_kernels.lora_dot.quantised import quantise_nf4
+from tests.pallas_kernels.lora_dot.products import (
   IMPLEMENTATIONS,
   RESIDENT,
   STREAMED,
@@ -25,9 +28,6 @@ from products import (
   operands,
   truth,
 )
-
-from pallas_kernels.lora_dot import Scaled, tpu_dot, xla_dot
-from pallas_kernels.lora_dot.quantised import quantise_nf4
 
 CASES = [
   Case((1,), 1, 1, 1, (1,)),

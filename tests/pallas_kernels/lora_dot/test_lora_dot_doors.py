@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
-from products import STREAMED, Case, operands
 
 from pallas_kernels.lora_dot import (
   Nf4,
@@ -37,6 +36,7 @@ from pallas_kernels.lora_dot.tilings import (
   tiling_for,
   vmem_bytes,
 )
+from tests.pallas_kernels.lora_dot.products import STREAMED, Case, operands
 
 KERNEL = functools.partial(tpu_dot, interpret=True)
 

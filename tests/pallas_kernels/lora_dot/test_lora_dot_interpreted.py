@@ -16,11 +16,17 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from products import MIB, Case, error, operands, truth
 
 from pallas_kernels.lora_dot import Scaled, tpu, tpu_block
 from pallas_kernels.lora_dot.quantised import quantise_nf4
 from pallas_kernels.lora_dot.tilings import Tiling
+from tests.pallas_kernels.lora_dot.products import (
+  MIB,
+  Case,
+  error,
+  operands,
+  truth,
+)
 
 STREAMED = Tiling(128, 128, 128, MIB)
 RESIDENT = Tiling(128, 128, 128, 4 * MIB, resident=True)

@@ -9,11 +9,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import many_products
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from products import Case, bound, error, exact, measure, operands, truth
 
 from pallas_kernels.lora_dot import api, lora_dot, lora_dot_many, xla_dot
 from pallas_kernels.lora_dot.gathered import gathered_dot
@@ -22,6 +20,16 @@ from pallas_kernels.lora_dot.grouped import grouped_dot
 from pallas_kernels.lora_dot.hopper import HopperTiling
 from pallas_kernels.lora_dot.laned import laned_dot
 from pallas_kernels.lora_dot.quantised import quantise_int8, quantise_nf4
+from tests.pallas_kernels.lora_dot import many_products
+from tests.pallas_kernels.lora_dot.products import (
+  Case,
+  bound,
+  error,
+  exact,
+  measure,
+  operands,
+  truth,
+)
 
 
 def why_not():

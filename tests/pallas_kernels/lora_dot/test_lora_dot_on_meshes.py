@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from products import Case, error, operands, truth
 
 from pallas_kernels.lora_dot import Place, Scaled, lora_dot, tpu_dot, xla_dot
 from pallas_kernels.lora_dot.gradients import differentiable
 from pallas_kernels.lora_dot.partitioning import vary_alike
+from tests.pallas_kernels.lora_dot.products import Case, error, operands, truth
 
 KERNEL = functools.partial(tpu_dot, interpret=True)
 CASE = Case((2, 16), 64, 48, 3, (2, 1, 3))

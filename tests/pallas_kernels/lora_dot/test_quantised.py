@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from products import Case, bound, error, measure, operands, truth
 from scipy.stats import norm
 
 from pallas_kernels.lora_dot import (
@@ -23,6 +22,14 @@ from pallas_kernels.lora_dot.quantised import (
   quantise_int8,
   quantise_nf4,
   quantise_tree,
+)
+from tests.pallas_kernels.lora_dot.products import (
+  Case,
+  bound,
+  error,
+  measure,
+  operands,
+  truth,
 )
 
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from many_products import KERNEL, ROUTES, Case, measure, operands, truth
-from products import bound, error
 
 from pallas_kernels.lora_dot import Scaled
 from pallas_kernels.lora_dot.banks import empty_bank, put_adapter
@@ -21,6 +19,15 @@ from pallas_kernels.lora_dot.routes import (
   count_work,
   lora_dot_many,
 )
+from tests.pallas_kernels.lora_dot.many_products import (
+  KERNEL,
+  ROUTES,
+  Case,
+  measure,
+  operands,
+  truth,
+)
+from tests.pallas_kernels.lora_dot.products import bound, error
 
 CASES = [
   Case((1,), 3, 2, 1, 1),

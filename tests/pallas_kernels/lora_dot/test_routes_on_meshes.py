@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from many_products import QUANTITIES, ROUTES, Case, measure, operands, truth
-from products import error
 
 from pallas_kernels.lora_dot.routes import lora_dot_many
+from tests.pallas_kernels.lora_dot.many_products import (
+  QUANTITIES,
+  ROUTES,
+  Case,
+  measure,
+  operands,
+  truth,
+)
+from tests.pallas_kernels.lora_dot.products import error
 
 CASE = Case((32,), 12, 16, 4, 3, gate=(32, 3))
 every_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)

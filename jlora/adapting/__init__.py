@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loras beside the weights of any JAX function, never summed into them.
+
+    y = x @ w + ((x @ aᵀ) * gate) @ b
+
+`bind` puts programs on parameters, `adapt` makes a function compute with them,
+`apply` adds them to the weights once and for all.
+"""
+
+from jlora.adapting.adapted import Adapted as Adapted
+from jlora.adapting.banks import stack as stack
+from jlora.adapting.binding import bind as bind
+from jlora.adapting.programs import Branch as Branch
+from jlora.adapting.programs import Rows as Rows
+from jlora.adapting.programs import Shift as Shift
+from jlora.adapting.programs import prepend as prepend
+from jlora.adapting.transforms import adapt as adapt
+from jlora.adapting.transforms import adapt_rows as adapt_rows
+from jlora.adapting.transforms import apply as apply
+from jlora.adapting.transforms import lora_dot as lora_dot
+
+__all__ = [
+  "Adapted",
+  "Branch",
+  "Rows",
+  "Shift",
+  "adapt",
+  "adapt_rows",
+  "apply",
+  "bind",
+  "lora_dot",
+  "prepend",
+  "stack",
+]

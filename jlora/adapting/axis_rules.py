@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What JAX's operations on axes and entries do to an Adapted.
+
+A rule takes the operands and the parameters of a primitive and gives what the
+primitive would, or None where it has no answer; the caller then takes the dense
+sum. Branches and further rows do not survive a change of the axes, except for
+the two that a matmul can see through.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.adapting.adapted import Adapted, Change, is_adapted, over_lead
+
+Rule = Callable[[Sequence[Any], dict[str, Any]], Any]
+
+
+def _axes(value: Adapted, function, factor_function=None) -> Adapted:
+  """The same done to w and, for axes of 1 too, to all factors."""
+  factor_function = factor_function or function
+  return dataclasses.replace(
+    value,
+    w=function(value.w),
+    changes=tuple(over_lead(c, factor_function) for c in value.changes),
+    rows=None,
+  )
+
+
+def _transpose(operands, params):
+  order = params["permutation"]
+  return _axes(operands[0], lambda x: lax.transpose(x, order))
+
+
+def _squeeze(operands, params):
+  axes = params["dimensions"]
+  return _axes(operands[0], lambda x: lax.squeeze(x, axes))
+
+
+def _broadcast_in_dim(operands, params):
+  value, *sizes = operands
+  if sizes:  # of a shape that is not static
+    return None
+  shape, axes = params["shape"], params["broadcast_dimensions"]
+
+  def whole(x):
+    return lax.broadcast_in_dim(x, shape, axes)
+
+  def factor(x):
+    ones = [1] * len(shape)
+    for size, axis in zip(x.shape, axes, strict=True):
+      ones[axis] = size
+    return lax.broadcast_in_dim(x, ones, axes)
+
+  return _axes(value, whole, factor)
+
+
+def _reshape(operands, params):
+  value, *sizes = operands
+  if sizes or params["dimensions"] is not None:
+    return None
+  old, new = value.shape, tuple(params["new_sizes"])
+  if 0 in old:
+    return None
+  groups = _groups(old, new)
+
+  def sizes_of(x):
+    """The new sizes of a factor; None if it hangs on a part of a group."""
+    sizes = []
+    for before, after in groups:
+      given = [x.shape[axis] for axis in before]
+      if given == [old[axis] for axis in before]:
+        sizes += [new[axis] for axis in after]
+      elif all(size == 1 for size in given):
+        sizes += [1] * len(after)
+      else:
+        return None
+    return sizes
+
+  factors = [
+    jax.ShapeDtypeStruct(x.shape[c.lead :], x.dtype)
+    for c in value.changes
+    for x in (c.a, c.b, c.gate)
+  ]
+  if any(sizes_of(factor) is None for factor in factors):
+    return None
+  return _axes(
+    value,
+    lambda x: lax.reshape(x, new),
+    lambda x: lax.reshape(x, tuple(sizes_of(x) or ())),
+  )
+
+
+def _groups(old, new):
+  """Pairs of runs of axes, (before, after), with the same count of entries."""
+  found, i, j = [], 0, 0
+  while i < len(old) or j < len(new):
+    before, after, left, right = [], [], 1, 1
+    if i < len(old):
+      before, left, i = [i], old[i], i + 1
+    if j < len(new) and (not before or left != 1 or new[j] == 1):
+      after, right, j = [j], new[j], j + 1
+    while left != right:
+      if left < right:
+        before, left, i = [*before, i], left * old[i], i + 1
+      else:
+        after, right, j = [*after, j], right * new[j], j + 1
+    found.append((before, after))
+  return found
+
+
+def _slice(operands, params):
+  value = operands[0]
+  starts, limits = params["start_indices"], params["limit_indices"]
+  strides = params["strides"] or (1,) * len(starts)
+  return _axes(
+    value,
+    lambda x: lax.slice(x, starts, limits, strides),
+    lambda x: _sliced(x, value.shape, starts, limits, strides),
+  )
+
+
+def _sliced(x, shape, starts, limits, strides):
+  """A factor sliced on the axes that it hangs on."""
+  whole = [size != own for size, own in zip(x.shape, shape, strict=True)]
+  kept = zip(whole, starts, limits, strides, strict=True)
+  ranges = [(0, 1, 1) if w else (i, j, k) for w, i, j, k in kept]
+  return lax.slice(x, *zip(*ranges, strict=True)) if ranges else x
+
+
+def _dynamic_slice(operands, params):
+  value, *starts = operands
+  if any(map(is_adapted, starts)):
+    return None
+  sizes = params["slice_sizes"]
+
+  def factor(x):
+    own = [
+      (start, size) if length == whole else (jnp.zeros_like(start), 1)
+      for start, size, length, whole in zip(
+        starts, sizes, x.shape, value.shape, strict=True
+      )
+    ]
+    return lax.dynamic_slice(x, *zip(*own, strict=True))
+
+  return _axes(value, lambda x: lax.dynamic_slice(x, starts, sizes), factor)
+
+
+def _split(operands, params):
+  value, axis, start, parts = operands[0], params["axis"], 0, []
+  for size in params["sizes"]:
+    limits = [*value.shape]
+    starts = [0] * value.ndim
+    starts[axis], limits[axis] = start, start + size
+    given = {"start_indices": starts, "limit_indices": limits, "strides": None}
+    parts.append(_slice([value], given))
+    start += size
+  return parts
+
+
+def _concatenate(operands, params):
+  """Each change stays with its part: its factors are zero beside it."""
+  axis = params["dimension"]
+  arrays = [x.w if is_adapted(x) else x for x in operands]
+  if any(is_adapted(x) and x.branches for x in operands):
+    return None
+  whole, start, changes = lax.concatenate(arrays, axis), 0, []
+  for x in operands:
+    size = x.shape[axis]
+    before, after = start, whole.shape[axis] - start - size
+    for change in x.changes if is_adapted(x) else ():
+      place = _placed(change, axis, size, before, after)
+      changes.append(place)
+    start += size
+  first = next(x for x in operands if is_adapted(x))
+  return Adapted(whole, tuple(changes), path=first.path)
+
+
+def _stack(operands, params):
+  axis = params["axis"]
+  own = range(operands[0].ndim + 1)
+  shape = [*operands[0].shape]
+  shape.insert(axis, 1)
+  given = {
+    "shape": shape,
+    "broadcast_dimensions": [i for i in own if i != axis],
+  }
+  parts = [
+    _broadcast_in_dim([x], given) if is_adapted(x) else x.reshape(shape)
+    for x in operands
+  ]
+  return _concatenate(parts, {"dimension": axis})
+
+
+def _placed(change: Change, axis, size, before, after) -> Change:
+  """A change with zeros before and after its part of an axis."""
+  at = change.lead + axis
+
+  def pad(x):
+    widths = [(0, 0)] * x.ndim
+    widths[at] = (before, after)
+    return jnp.pad(x, widths)
+
+  own = {name: getattr(change, name) for name in ("a", "b", "gate")}
+  hanging = {name: x for name, x in own.items() if x.shape[at] > 1}
+  if not hanging:
+    wide = [*change.b.shape]
+    wide[at] = size
+    hanging = {"b": jnp.broadcast_to(change.b, wide)}
+  padded = {name: pad(x) for name, x in hanging.items()}
+  return dataclasses.replace(change, **padded)
+
+
+def _scaled(operands, params):
+  """By a scalar: w, the gates of its changes, and nothing else."""
+  del params
+  first, second = operands
+  value, by = (first, second) if is_adapted(first) else (second, first)
+  if is_adapted(by) or jnp.ndim(by) != 0 or value.branches:
+    return None
+  return _times(value, by)
+
+
+def _times(value, by):
+  by = jnp.asarray(by)
+  changes = tuple(
+    dataclasses.replace(c, gate=c.gate * by.astype(c.gate.dtype))
+    for c in value.changes
+  )
+  rows = None if value.rows is None else value.rows * by
+  return dataclasses.replace(value, w=value.w * by, changes=changes, rows=rows)
+
+
+def _divided(operands, params):
+  value, by = operands
+  if is_adapted(by) or not is_adapted(value):
+    return None
+  return _scaled([value, 1 / jnp.asarray(by)], params)
+
+
+def _negated(operands, params):
+  del params
+  value = operands[0]
+  return None if value.branches else _times(value, jnp.array(-1, value.dtype))
+
+
+def _added(operands, params):
+  """Of two parameters, or a parameter and a dense array."""
+  del params
+  first, second = operands
+  if any(is_adapted(x) and x.shape == () for x in operands):
+    return None
+  if any(is_adapted(x) and x.branches for x in operands):
+    return None
+  arrays = [x.w if is_adapted(x) else x for x in operands]
+  changes = [c for x in operands if is_adapted(x) for c in x.changes]
+  named = first if is_adapted(first) else second
+  return Adapted(arrays[0] + arrays[1], tuple(changes), path=named.path)
+
+
+def _subtracted(operands, params):
+  first, second = operands
+  negative = _negated([second], params) if is_adapted(second) else -second
+  return None if negative is None else _added([first, negative], params)
+
+
+def _converted(operands, params):
+  value = operands[0]
+  dtype = params["new_dtype"]
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return None
+  return _cast(value, dtype)
+
+
+def _cast(value: Adapted, dtype) -> Adapted:
+  rows = None if value.rows is None else value.rows.astype(dtype)
+  return dataclasses.replace(value, w=value.w.astype(dtype), rows=rows)
+
+
+def _stopped(operands, params):
+  del params
+  return jax.tree.map(lax.stop_gradient, operands[0])
+
+
+def _barrier(operands, params):
+  del params
+  return lax.optimization_barrier(list(operands))
+
+
+# Primitive's name -> rule.
+AXIS_RULES: dict[str, Rule] = {
+  "transpose": _transpose,
+  "squeeze": _squeeze,
+  "broadcast_in_dim": _broadcast_in_dim,
+  "reshape": _reshape,
+  "slice": _slice,
+  "dynamic_slice": _dynamic_slice,
+  "split": _split,
+  "concatenate": _concatenate,
+  "stack": _stack,
+  "convert_element_type": _converted,
+  "mul": _scaled,
+  "div": _divided,
+  "neg": _negated,
+  "add": _added,
+  "sub": _subtracted,
+  "stop_gradient": _stopped,
+  "optimization_barrier": _barrier,
+}
+
+# These are done to w alone: a change has its own place and precision.
+OF_W_ALONE = (
+  "copy",
+  "copy_p",
+  "pcast",
+  "pvary",
+  "reduce_precision",
+  "reshard",
+  "sharding_constraint",
+)
+
+# A branch sees what a matmul reads and writes; only these leave that as it is.
+SEEN_THROUGH = (
+  "transpose",
+  "squeeze",
+  "reshape",
+  "broadcast_in_dim",
+  "convert_element_type",
+  "stop_gradient",
+  "optimization_barrier",
+  *OF_W_ALONE,
+)

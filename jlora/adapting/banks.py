@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters side by side: a bank of which rows choose."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapting.adapted import Change, without_bank
+from jlora.loras import Lora, Loras, check_loras
+from jlora.messages import name_some
+
+
+def stack(
+  adapters: Sequence[Mapping[str, Lora]], *, rank: int | None = None
+) -> Loras:
+  """Adapters as one bank, whose Loras have a leading axis that counts them.
+
+      a (n, ..., r, in), b (n, ..., r, out), scale (n, ...)
+
+  Args:
+    adapters: path -> Lora each. Ranks may differ, and so may the modules: units
+      of zeros fill up what one lacks.
+    rank: of the bank, at least the largest there is; None is that. A larger one
+      leaves room for adapters to come, with no other shape.
+
+  Returns:
+    Loras for `adapt_rows` and `bind(..., ids=...)`, in the dtype that holds all
+    factors of a path.
+
+  Raises:
+    ValueError: no adapters, a rank that does not hold all, or Loras of one path
+      that differ in more than their rank.
+
+  Example:
+    >>> one = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(1))
+    >>> two = Lora(jnp.ones((2, 3)), jnp.ones((2, 2)), jnp.float32(1))
+    >>> bank = stack([{"q": one}, {"q": two, "k": one}])
+    >>> bank["q"].a.shape, bank["k"].scale.tolist()
+    ((2, 2, 3), [0.0, 1.0])
+  """
+  if not adapters:
+    raise ValueError("There are no adapters to stack; give at least one.")
+  for adapter in adapters:
+    check_loras(adapter)
+  paths = list(dict.fromkeys(path for own in adapters for path in own))
+  largest = max((x.rank for own in adapters for x in own.values()), default=1)
+  rank = largest if rank is None else rank
+  if rank < largest:
+    raise ValueError(f"A bank of rank {rank} does not hold rank {largest}.")
+  return {
+    path: _stacked(path, [own.get(path) for own in adapters], rank)
+    for path in paths
+  }
+
+
+def _stacked(path: str, loras: Sequence[Lora | None], rank: int) -> Lora:
+  """One path's Loras, zeros for those that are missing."""
+  there = [lora for lora in loras if lora is not None]
+  shapes = {_shape(lora) for lora in there}
+  if len(shapes) > 1:
+    raise ValueError(
+      f"{path}: Loras of {name_some(sorted(shapes))} (..., in, out) do not "
+      "belong to one parameter."
+    )
+  dtype = jnp.result_type(*(x for lora in there for x in (lora.a, lora.b)))
+  fill = _zeros(there[0])
+  padded = [_padded(lora or fill, rank, dtype) for lora in loras]
+  return Lora(
+    jnp.stack([lora.a for lora in padded]),
+    jnp.stack([lora.b for lora in padded]),
+    jnp.stack([lora.scale for lora in padded]),
+  )
+
+
+def _shape(lora: Lora) -> tuple[int, ...]:
+  return (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+
+
+def _zeros(like: Lora) -> Lora:
+  return Lora(
+    jnp.zeros_like(like.a), jnp.zeros_like(like.b), jnp.zeros_like(like.scale)
+  )
+
+
+def _padded(lora: Lora, rank: int, dtype: Any) -> Lora:
+  """With units of zeros up to a rank."""
+
+  def pad(factor):
+    widths = [(0, 0)] * factor.ndim
+    widths[-2] = (0, rank - lora.rank)
+    return jnp.pad(factor.astype(dtype), widths)
+
+  return Lora(pad(lora.a), pad(lora.b), lora.scale.astype(jnp.float32))
+
+
+# Operations that are done in the time of moving a byte: a v5e's by its data
+# sheet; two x86 cores' as they were measured for products of float32.
+RIDGES = {"tpu": 240, "cpu": 10}
+
+
+def laned(change: Change) -> Change:
+  """All adapters of a bank on one rank axis, the gate of others zero.
+
+      g_(i, r) = gate_(i, r) Σ_s weight_s [ids_s = i]
+
+  Args:
+    change: with ids.
+
+  Returns:
+    Change without ids, of rank n r. a and b are the bank's own: under vmap over
+    ids they stay one copy.
+
+  Example:
+    >>> bank = Change(jnp.ones((3, 2, 3, 1)), jnp.ones((3, 2, 1, 5)),
+    ...               jnp.ones((3, 2, 1, 1)), jnp.array([1, -1]))
+    >>> laned(bank).gate[:, 0, 0]
+    Array([0., 0., 1., 1., 0., 0.], dtype=float32)
+  """
+  ids, count = change.ids, change.a.shape[0]
+  if ids is None:
+    return change
+  on = (ids[:, None] == jnp.arange(count)[None]).astype(jnp.float32)
+  if change.weights is not None:
+    on = on * change.weights[:, None]
+  unknown = jnp.any((ids < -1) | (ids >= count))
+  on = jnp.where(unknown, jnp.nan, on.sum(axis=0))
+  gate = change.gate * on.reshape(-1, *(1,) * (change.gate.ndim - 1))
+  flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+  return dataclasses.replace(
+    change,
+    a=flat(change.a),
+    b=flat(change.b),
+    gate=flat(gate),
+    ids=None,
+    weights=None,
+  )
+
+
+def chosen(change: Change, tokens: int) -> Change:
+  """A bank's change in the form that costs less for so many tokens a row.
+
+      laned: n max(4, 2 batch tokens / ridge),
+      fetched: s batch max(12, 2 tokens / ridge)
+
+  in bytes moved for each number of an adapter, operations turned to bytes.
+
+  Args:
+    change: with or without ids.
+    tokens: vectors that a row multiplies with its adapters.
+
+  Returns:
+    Change without ids: `laned` or `without_bank`.
+
+  Approximation: counts, never a clock; see `RIDGES`.
+
+  Example:
+    >>> bank = Change(jnp.ones((3, 2, 3, 1)), jnp.ones((3, 2, 1, 5)),
+    ...               jnp.ones((3, 2, 1, 1)), jnp.array([1]), batch=64)
+    >>> chosen(bank, 1).a.shape[0], chosen(bank, 4096).a.shape[0]
+    (6, 2)
+  """
+  if change.ids is None:
+    return change
+  ridge = RIDGES.get(jax.default_backend(), RIDGES["tpu"])
+  work = 2 * tokens / ridge
+  in_lanes = len(change.a) * max(4, change.batch * work)
+  fetched = len(change.ids) * change.batch * max(12, work)
+  return laned(change) if in_lanes < fetched else without_bank(change)

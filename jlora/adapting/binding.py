@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs put on the parameters that they belong to."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapting.adapted import Adapted, Change, change_of, is_adapted
+from jlora.adapting.programs import Branch, Rows, Shift
+from jlora.loras import Lora, check_loras
+from jlora.messages import name_some
+from jlora.paths import flatten, key_for, unflatten
+from jlora.selection import is_floating
+from jlora.views import MatrixView, Rule, table_for, view_of
+
+Program = Lora | Rows | Shift | Branch
+Programs = Mapping[str, Program]
+
+
+class Placed(NamedTuple):
+  """Which programs a parameter has, and how it is read as a matrix.
+
+  Attributes:
+    flat: path -> leaf, of all parameters.
+    programs: path -> its programs, each with its weight.
+    views: path -> MatrixView, of those with a Lora.
+  """
+
+  flat: dict[str, Any]
+  programs: dict[str, list[tuple[Program, Any]]]
+  views: dict[str, MatrixView]
+
+
+def bind(
+  params: Any,
+  programs: Programs | Sequence[Programs],
+  weights: Any = None,
+  *,
+  ids: Any = None,
+  batch: int = 1,
+  dropout: tuple[float, jax.Array] | None = None,
+  views: Iterable[Rule] | None = None,
+) -> Any:
+  """Parameters with programs on them, for a function that `adapt` wrapped.
+
+      w  →  Adapted: w, Σ_i weight_i scale_i a_iᵀ b_i, branches, rows
+
+  Args:
+    params: a pytree of arrays, or one that `bind` gave before.
+    programs: path -> Lora, Rows, Shift or Branch, paths as `flatten` gives
+      them; or several such, whose programs on one parameter add up.
+    weights: one number for each of several; None is 1. With `ids`, (s,).
+    ids: None; or, with one set of Loras whose leading axis counts adapters (as
+      `stack` gives it), a scalar or (s,): which of them are added, -1 for none.
+      `adapt_rows` gives every row its own.
+    batch: how many rows choose at a time where this is called under vmap: it
+      decides how, not what is computed.
+    dropout: (rate, key): of what the Loras read, x / (1 - rate) or 0, as in
+      training; each parameter has its own key.
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found.
+
+  Returns:
+    The pytree; a leaf that a program touches is Adapted, or shifted. Nothing is
+    summed but a Shift. Pure; a and b of several adapters are concatenated.
+
+  Raises:
+    ValueError: a path that is not there, a program that does not fit its
+      parameter, weights that are not one for each; up to three named.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> bind({"w": jnp.zeros((3, 2))}, {"w": lora})["w"].changes[0].gate.shape
+    (1, 1, 1)
+  """
+  is_bank = ids is not None
+  if is_bank and not isinstance(programs, Mapping):
+    raise ValueError(
+      f"ids choose from one bank, got {len(programs)} sets of programs; make "
+      "one of them with stack."
+    )
+  flat, found, how = place(
+    params, programs, None if is_bank else weights, views, is_bank=is_bank
+  )
+  for path, own in found.items():
+    leaf = flat[path]
+    value = leaf if is_adapted(leaf) else Adapted(leaf, path=path)
+    for program, weight in own:
+      if not isinstance(program, Lora):
+        value = _ADD[type(program)](value, program, weight)
+    loras = [(p, weight) for p, weight in own if isinstance(p, Lora)]
+    if loras:
+      change = _change(loras, how[path], value.shape, ids, weights)
+      change = dataclasses.replace(change, batch=batch)
+      if dropout is not None:
+        rate, key = dropout
+        key = key_for(key, path)
+        change = dataclasses.replace(change, rate=rate, key=key)
+      value = dataclasses.replace(value, changes=(*value.changes, change))
+    is_bare = not (value.changes or value.branches) and value.rows is None
+    flat[path] = value.w if is_bare else value
+  return unflatten(flat, params, is_adapted)
+
+
+def place(
+  params: Any,
+  programs: Programs | Sequence[Programs],
+  weights: Any = None,
+  views: Iterable[Rule] | None = None,
+  *,
+  is_bank: bool = False,
+) -> Placed:
+  """Programs by the parameter they belong to, checked.
+
+  Args:
+    params: as for `bind`.
+    programs: as for `bind`.
+    weights: one for each of several sets of programs.
+    views: as for `bind`.
+    is_bank: the first axis of every Lora counts adapters.
+
+  Returns:
+    Placed.
+
+  Raises:
+    ValueError: as `bind`.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> list(place({"w": jnp.zeros((3, 2))}, {"w": lora}).programs)
+    ['w']
+  """
+  sets = [programs] if isinstance(programs, Mapping) else list(programs)
+  each = [1.0] * len(sets) if weights is None else list(weights)
+  if len(each) != len(sets):
+    raise ValueError(
+      f"{len(each)} weights for {len(sets)} adapters; give one for each."
+    )
+  flat = flatten(params, is_adapted)
+  found: dict[str, list[tuple[Program, Any]]] = {}
+  for own, weight in zip(sets, each, strict=True):
+    check_loras({p: x for p, x in own.items() if isinstance(x, Lora)})
+    for path, program in own.items():
+      found.setdefault(path, []).append((program, weight))
+  missing = sorted(set(found) - set(flat))
+  if missing:
+    raise ValueError(
+      f"{len(missing)} programs have no parameter: {name_some(missing)}; "
+      f"there are {name_some(flat)}."
+    )
+  table = tuple(table_for(flat) if views is None else views)
+  how = {path: view_of(path, flat[path].shape, table) for path in found}
+  wrong = [
+    f"{path} {flat[path].dtype} {flat[path].shape} for {_said(program)}"
+    for path, own in found.items()
+    for program, _ in own
+    if not _fits(program, flat[path], how[path], is_bank)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} programs do not fit: {name_some(wrong)}. A Lora needs a "
+      "floating matrix (..., in, out) for its a (..., r, in), b (..., r, out); "
+      "Rows a table of as many columns; a Shift the same shape; a Branch a "
+      "matrix."
+    )
+  seen = {path: view for path, view in how.items() if view is not None}
+  return Placed(flat, found, seen)
+
+
+def _said(program: Program) -> str:
+  """A program and its shapes, for an error."""
+  if isinstance(program, Lora):
+    return f"a {program.a.shape}, b {program.b.shape}"
+  shapes = [jnp.shape(x) for x in jax.tree.leaves(program)]
+  return f"{type(program).__name__} {name_some(shapes)}"
+
+
+def _fits(program, leaf, view, is_bank) -> bool:
+  """Whether a program can stand on a parameter."""
+  if not is_floating(leaf.dtype):
+    return False
+  if isinstance(program, Lora):
+    lead = program.a.shape[int(is_bank) : -2]
+    given = (*lead, program.a.shape[-1], program.b.shape[-1])
+    has_lead = program.a.ndim > 2 or not is_bank
+    return view is not None and has_lead and view.shape(leaf.shape) == given
+  if is_bank:
+    return False
+  if isinstance(program, Shift):
+    return program.delta.shape == leaf.shape and not is_adapted(leaf)
+  if isinstance(program, Rows):
+    rows = program.rows
+    return len(leaf.shape) == rows.ndim == 2 and rows.shape[1] == leaf.shape[1]
+  return isinstance(program, Branch) and len(leaf.shape) >= 2
+
+
+def _change(loras, view, shape, ids, weights) -> Change:
+  """One Change of several Loras, or of a bank and the ids in it."""
+  if ids is not None:
+    bank = loras[0][0]
+    change = jax.vmap(lambda lora: change_of(lora, view, shape))(bank)
+    chosen = jnp.atleast_1d(jnp.asarray(ids))
+    if weights is not None:
+      weights = jnp.atleast_1d(jnp.asarray(weights, jnp.float32))
+      weights = jnp.broadcast_to(weights, chosen.shape)
+    return dataclasses.replace(change, ids=chosen, weights=weights)
+  changes = [change_of(lora, view, shape, weight) for lora, weight in loras]
+  if len(changes) == 1:
+    return changes[0]
+  dtype = jnp.result_type(*(x for c in changes for x in (c.a, c.b)))
+  return Change(
+    jnp.concatenate([c.a.astype(dtype) for c in changes]),
+    jnp.concatenate([c.b.astype(dtype) for c in changes]),
+    jnp.concatenate([c.gate for c in changes]),
+  )
+
+
+def _add_rows(value: Adapted, program: Rows, weight) -> Adapted:
+  rows = program.rows * jnp.asarray(weight, program.rows.dtype)
+  if value.rows is not None:
+    rows = jnp.concatenate([value.rows, rows.astype(value.rows.dtype)])
+  return dataclasses.replace(value, rows=rows)
+
+
+def _add_shift(value: Adapted, program: Shift, weight) -> Adapted:
+  return dataclasses.replace(value, w=shifted(value.w, program, weight))
+
+
+def _add_branch(value: Adapted, program: Branch, weight) -> Adapted:
+  own = dataclasses.replace(program, weight=program.weight * weight)
+  return dataclasses.replace(value, branches=(*value.branches, own))
+
+
+def shifted(leaf: jax.Array, program: Shift, weight: Any = 1.0) -> jax.Array:
+  """A parameter with a Shift in it, summed in float32, rounded once.
+
+  Args:
+    leaf: the parameter.
+    program: its Shift.
+    weight: scalar.
+
+  Returns:
+    An array like leaf.
+
+  Example:
+    >>> shifted(jnp.ones(2), Shift(jnp.ones(2)), 0.5)
+    Array([1.5, 1.5], dtype=float32)
+  """
+  delta = program.delta.astype(jnp.float32) * jnp.asarray(weight, jnp.float32)
+  return (leaf.astype(jnp.float32) + delta).astype(leaf.dtype)
+
+
+_ADD = {Rows: _add_rows, Shift: _add_shift, Branch: _add_branch}

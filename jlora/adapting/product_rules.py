@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with an Adapted, never summed.
+
+y = x w + Σ ((x aᵀ) g) b + Σ branch(x)
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epy
+from jax import lax
+
+from jlora.adapting.adapted import (
+  Adapted,
+  Change,
+  axes_with,
+  dropped,
+  is_adapted,
+  plus,
+  without_bank,
+)
+from jlora.adapting.banks import chosen
+
+with epy.lazy_imports():  # the kernels cost a quarter of a second to import
+  from pallas_kernels import lora_dot as kernels
+
+
+def _dot_general(operands, params):
+  """Any product with one Adapted operand."""
+  first, second = operands
+  if is_adapted(first) and is_adapted(second):
+    return None
+  value = first if is_adapted(first) else second
+  x = second if is_adapted(first) else first
+  return _product(value, x, params, is_adapted(first))
+
+
+def _product(value: Adapted, x: Any, params, is_left: bool):
+  """The product of value and x, in either order."""
+  contracted, batched = params["dimension_numbers"]
+  own, others = (0, 1) if is_left else (1, 0)
+  names = _names(
+    value.ndim, x.ndim, contracted[own], contracted[others],
+    batched[own], batched[others], is_left,
+  )  # fmt: skip
+  y = None
+  if _is_plain(value, x, params, names):
+    y = _fused(value, x, names)
+  if y is None:
+    pair = (value.w, x) if is_left else (x, value.w)
+    y = lax.dot_general(*pair, **params)
+    for change in value.changes:
+      y = plus(y, _through(change, x, value.shape, names, params))
+  for branch in value.branches:
+    y = plus(y, _branched(branch, value, x, y.shape, names))
+  return y
+
+
+class _Names:
+  """One integer an axis: those of w are its axes, those of x may follow."""
+
+  def __init__(self, x, out, contracted):
+    self.x, self.out, self.contracted = x, out, contracted
+
+
+def _names(
+  ndim, x_ndim, own_contracted, x_contracted, own_batch, x_batch, is_left
+):
+  shared = dict(
+    zip((*x_contracted, *x_batch), (*own_contracted, *own_batch), strict=True)
+  )
+  free = iter(range(ndim, ndim + x_ndim))
+  x = [shared[i] if i in shared else next(free) for i in range(x_ndim)]
+  taken = {*own_contracted, *own_batch}
+  left_over = [i for i in range(ndim) if i not in taken]
+  of_x = [name for name in x if name >= ndim]
+  both = (left_over, of_x) if is_left else (of_x, left_over)
+  return _Names(x, [*own_batch, *both[0], *both[1]], tuple(own_contracted))
+
+
+def _is_plain(value, x, params, names) -> bool:
+  """Whether `lora_dot` computes this product, change and all."""
+  precision = params.get("precision")
+  default = precision is None or all(
+    p in (None, lax.Precision.DEFAULT) for p in np.atleast_1d(precision)
+  )
+  wanted = params.get("preferred_element_type")
+  return (
+    value.ndim == 2
+    and len(names.contracted) == 1
+    and len(names.out) == x.ndim
+    and len(value.changes) == 1
+    and value.changes[0].key is None
+    and value.changes[0].ids is None
+    and default
+    and params.get("out_sharding") is None
+    and x.dtype == value.dtype
+    and wanted in (None, x.dtype)
+    and jnp.issubdtype(x.dtype, jnp.floating)
+  )
+
+
+def _fused(value: Adapted, x, names):
+  """The product by `lora_dot`; None if the factors do not fit its form."""
+  change, axis = value.changes[0], names.contracted[0]
+  sides = _sides(change, axis)
+  if sides is None:
+    return None
+  a, b = sides
+  k, n = value.shape[axis], value.shape[1 - axis]
+  rank = len(change.a)
+  if a.size != rank * k or b.size != rank * n:
+    return None
+  a, b, gate = a.reshape(rank, k), b.reshape(rank, n), change.gate.reshape(rank)
+  x = jnp.moveaxis(x, names.x.index(axis), -1)
+  y = kernels.lora_dot(x, value.w, a, b, gate, transpose_w=axis == 1)
+  return y if names.out[-1] < 2 else jnp.moveaxis(y, -1, 0)
+
+
+def _sides(change: Change, axis: int):
+  """The factor that hangs on an axis of a matrix and the one on the other."""
+  on_a, on_b = axes_with(change.a, 2), axes_with(change.b, 2)
+  if axis not in on_b and 1 - axis not in on_a:
+    return change.a, change.b
+  if axis not in on_a and 1 - axis not in on_b:
+    return change.b, change.a
+  return None
+
+
+def _through(change: Change, x, shape, names, params):
+  """What a change adds to any product, by two thin ones."""
+  if change.ids is not None:
+    tokens = math.prod(x.shape) // math.prod(shape[i] for i in names.contracted)
+    more = _through(chosen(change, tokens), x, shape, names, params)
+    # Not even the sign of a zero changes where there is no adapter.
+    return jnp.where(jnp.any(change.ids >= 0), more, -jnp.zeros_like(more))
+  x = dropped(x, change)
+  dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+  rank = max([*names.x, *names.out]) + 1
+  ndim = len(shape)
+  on = {name: set(axes_with(getattr(change, name), ndim)) for name in "ab"}
+  meets = {
+    name: math.prod(shape[i] for i in names.contracted if i in axes)
+    for name, axes in on.items()
+  }
+  first, second = ("a", "b") if meets["a"] >= meets["b"] else ("b", "a")
+  steps = [first, "gate", second]
+  found, labels = x.astype(dtype), names.x
+  for i, name in enumerate(steps):
+    factor = getattr(change, name)
+    axes = axes_with(factor, ndim)
+    sizes = (factor.shape[0], *(shape[axis] for axis in axes))
+    later = set(names.out)
+    for other in steps[i + 1 :]:
+      later |= {rank, *axes_with(getattr(change, other), ndim)}
+    kept = [n for n in dict.fromkeys([*labels, rank, *axes]) if n in later]
+    found = jnp.einsum(
+      found.astype(dtype),
+      labels,
+      factor.reshape(sizes).astype(dtype),
+      [rank, *axes],
+      kept,
+      precision=params.get("precision"),
+      preferred_element_type=jnp.float32,
+    )
+    labels = kept
+  return _laid_out(found, labels, names.out)
+
+
+def _laid_out(found, labels, out):
+  """Axes in the order of the result, 1 where nothing hangs on one."""
+  order = [name for name in out if name in labels]
+  found = found.transpose([labels.index(name) for name in order])
+  sizes = dict(zip(order, found.shape, strict=True))
+  return found.reshape([sizes.get(name, 1) for name in out])
+
+
+def _branched(branch, value, x, out_shape, names):
+  """What a branch adds: it reads (..., in) and writes (..., out)."""
+  own = range(value.ndim)
+  free = [name for name in names.out if name not in own]
+  writes = [name for name in own if name not in names.contracted]
+  order = [names.x.index(name) for name in (*free, *names.contracted)]
+  rows = [x.shape[names.x.index(name)] for name in free]
+  found = branch(x.transpose(order).reshape(*rows, -1))
+  sizes = [value.shape[name] for name in writes]
+  if math.prod(found.shape) != math.prod(out_shape):
+    raise ValueError(
+      f"A branch of {value.path} wrote {found.shape} for rows {tuple(rows)}; "
+      f"needed is (..., {math.prod(sizes)})."
+    )
+  found = found.reshape(*rows, *sizes)
+  return _laid_out(found, [*free, *writes], names.out)
+
+
+PRODUCT_RULES = {"dot_general": _dot_general}
+
+
+def _conv(operands, params):
+  """A convolution whose kernel is adapted, one group."""
+  x, value = operands
+  numbers = params["dimension_numbers"]
+  out_axis = numbers.rhs_spec[0]
+  if is_adapted(x) or value.branches or (
+    params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+  ):  # fmt: skip
+    return None
+  changes = [without_bank(change) for change in value.changes]
+  sides = [_writes_alone(c, out_axis, value.ndim) for c in changes]
+  y = lax.conv_general_dilated_p.bind(x, value.w, **params)
+  feature = numbers.out_spec[1]
+  for change, side in zip(changes, sides, strict=True):
+    if side is None:
+      return None
+    reads, writes = side
+    # The rank axis stands where the kernel has its output features.
+    kernel = jnp.moveaxis(
+      jnp.squeeze(jnp.moveaxis(reads, 0, -1), out_axis), -1, out_axis
+    )
+    sizes = [*value.shape]
+    sizes[out_axis] = kernel.shape[out_axis]
+    kernel = jnp.broadcast_to(kernel, sizes).astype(x.dtype)
+    inner = lax.conv_general_dilated_p.bind(
+      dropped(x, change), kernel, **params
+    )
+    inner = jnp.moveaxis(inner, feature, -1)
+    gate = change.gate.reshape(*(1,) * (inner.ndim - 1), -1)
+    inner = inner * gate.astype(inner.dtype)
+    wide = jnp.broadcast_to(
+      writes.reshape(writes.shape[0], -1),
+      (writes.shape[0], value.shape[out_axis]),
+    )
+    more = inner @ wide.astype(inner.dtype)
+    y = plus(y, jnp.moveaxis(more, -1, feature))
+  return y
+
+
+def _writes_alone(change: Change, axis: int, ndim: int):
+  """(reads, writes), if one factor hangs on an axis alone; else None."""
+  for reads, writes in ((change.a, change.b), (change.b, change.a)):
+    if axis not in axes_with(reads, ndim) and set(axes_with(writes, ndim)) <= {
+      axis
+    }:
+      return reads, writes
+  return None
+
+
+CONVOLUTION_RULES = {"conv_general_dilated": _conv}

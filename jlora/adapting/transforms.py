@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs on a base model: summed into its parameters, or beside them.
+
+y = x w + Σ_i weight_i f_i(x)
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epy
+from jax.core import Tracer
+
+from jlora.adapting.adapted import Adapted, dense_sum, is_adapted
+from jlora.adapting.binding import Programs, bind, place
+from jlora.adapting.interpreter import evaluate
+from jlora.adapting.programs import Shift
+from jlora.loras import Lora, dense
+from jlora.messages import name_some
+from jlora.paths import unflatten
+from jlora.views import Rule, as_parameter
+
+with epy.lazy_imports():  # a quarter of a second
+  from pallas_kernels import lora_dot as kernels
+
+
+def apply(
+  params: Any,
+  loras: Programs | Sequence[Programs],
+  weights: Sequence[Any] | None = None,
+  *,
+  views: Iterable[Rule] | None = None,
+) -> Any:
+  """Parameters plus the changes of adapters.
+
+      w  ←  round(float32(w) + Σ_i weight_i scale_i a_iᵀ b_i)
+
+  Args:
+    params: a pytree of arrays.
+    loras: path -> Lora, paths as `flatten` gives them; or several such.
+    weights: one number an adapter; None is 1 for each. A negative one takes an
+      adapter's direction away: task arithmetic's forgetting.
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found.
+
+  Returns:
+    The pytree, summed in float32 and rounded once to each leaf's own dtype;
+    leaves without a Lora are the same arrays. Pure and jit-able; forms each
+    change. Keep the base: the sum cannot be undone exactly.
+
+  Raises:
+    ValueError: a path that is not there or is no floating matrix, or a shape
+      that does not fit; up to three named with both shapes. Weights that are
+      not one for each adapter.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> params = {"w": jnp.zeros((3, 2), jnp.bfloat16)}
+    >>> apply(params, {"w": lora})["w"].sum()
+    Array(3, dtype=bfloat16)
+    >>> apply(params, [{"w": lora}, {"w": lora}], [1.0, -1.0])["w"].sum()
+    Array(0, dtype=bfloat16)
+  """
+  flat, found, views_of = place(params, loras, weights, views)
+
+  def summed(path, own):
+    leaf = flat[path]
+    total = leaf.astype(jnp.float32)
+    for program, weight in own:
+      if isinstance(program, Lora):
+        change = as_parameter(dense(program), views_of[path], leaf.shape)
+      elif isinstance(program, Shift):
+        change = program.delta.astype(jnp.float32)
+      else:
+        raise ValueError(
+          f"{path}: a {type(program).__name__} has no dense form; use bind and "
+          "adapt."
+        )
+      total = total + jnp.asarray(weight, jnp.float32) * change
+    return total.astype(leaf.dtype)
+
+  sums = {path: summed(path, own) for path, own in found.items()}
+  return unflatten({**flat, **sums}, params)
+
+
+def adapt(
+  fn: Callable[..., Any], *, strict: bool = False
+) -> Callable[..., Any]:
+  """A function that computes with what `bind` gives, never summing a weight.
+
+      y = x w + ((x aᵀ) g) b        wherever an adapted w is multiplied
+
+  The function is traced as `jit` does and run operation by operation: products
+  in any order of operands and with batches, convolutions, look-ups, transposes,
+  reshapes, slices, casts and sums of adapted weights have rules; scan, while,
+  cond, remat, nested jit and shard_map are rebuilt around the same walk. What
+  has no rule takes the dense sum, correct, said once by name. A function with
+  derivatives of its own (custom_jvp, custom_vjp) that is given an adapted
+  weight is such a case: its derivatives are kept.
+
+  Args:
+    fn: a pure function of pytrees. It must not look at the values of arrays;
+      arguments that are no arrays (numbers, strings) stay as they are.
+    strict: a missing rule is an error.
+
+  Returns:
+    A function of the same arguments, any array of which may be Adapted; its
+    results never are. Differentiable in all parts; works under jit, vmap,
+    shard_map. Traces fn at every call: jit what you call often. Adapters of the
+    same shapes share a program.
+
+  Raises:
+    ValueError: from the function, with `strict`, where a rule is missing.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> params = bind({"w": jnp.zeros((3, 2))}, {"w": lora})
+    >>> adapt(lambda params, x: x @ params["w"])(params, jnp.ones((1, 3)))
+    Array([[1.5, 1.5]], dtype=float32)
+
+  References:
+    The idea of array-like values under any function: quax (Kidger 2023).
+  """
+
+  @functools.wraps(fn)
+  def run(*args, **kwargs):
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    at = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
+    given = [leaves[i] for i in at]
+
+    def on_arrays(*arrays):
+      whole = list(leaves)
+      for i, array in zip(at, arrays, strict=True):
+        whole[i] = array
+      own_args, own_kwargs = jax.tree.unflatten(tree, whole)
+      return fn(*own_args, **own_kwargs)
+
+    arrays = [leaf.w if is_adapted(leaf) else leaf for leaf in given]
+    closed, shape = jax.make_jaxpr(on_arrays, return_shape=True)(*arrays)
+    missing: dict[str, str] = {}
+
+    def said(name: str, value: Adapted) -> None:
+      missing.setdefault(name, value.path)
+      if strict:
+        raise ValueError(_no_rule(missing))
+
+    found = evaluate(closed.jaxpr, closed.consts, given, said)
+    found = [dense_sum(x) if is_adapted(x) else x for x in found]
+    if missing:
+      warnings.warn(_no_rule(missing), stacklevel=2)
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+  return run
+
+
+def _is_dynamic(leaf: Any) -> bool:
+  return isinstance(leaf, Adapted | jax.Array | np.ndarray)
+
+
+def _no_rule(missing: Mapping[str, str]) -> str:
+  cases = [f"{name} (of {path})" for name, path in missing.items()]
+  return (
+    "adapt knows no rule for an adapted weight in "
+    f"{name_some(cases)}: the dense sum is formed there."
+  )
+
+
+def adapt_rows(
+  fn: Callable[..., Any], *, strict: bool = False
+) -> Callable[..., Any]:
+  """A function of a batch each of whose rows has its own adapters.
+
+      y_i = fn(params + Σ_s weight_is adapter_(ids_is), x_i)
+
+  Args:
+    fn: `(params, *batched) -> batched`, for batches of any size, each row of
+      which is computed for itself.
+    strict: as for `adapt`.
+
+  Returns:
+    `(params, bank, ids, *batched, weights=None) -> batched`: bank as `stack`
+    gives it, ids (B,) or (B, s) integers, -1 for none, weights of their shape.
+    The whole batch is one program, which fetches each row's adapters or masks
+    those of others, whichever is the less work. Rows of -1 are as the base
+    alone. Other ids, weights and adapters of the same shapes do not recompile.
+
+  Raises:
+    ValueError: ids out of range, where they are known.
+
+  Example:
+    >>> lora = Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 2)),
+    ...             jnp.array([0.5, 1.0]))
+    >>> run = adapt_rows(lambda params, x: x @ params["w"])
+    >>> params = {"w": jnp.zeros((3, 2))}
+    >>> run(params, {"w": lora}, jnp.array([1, -1, 0]), jnp.ones((3, 3)))
+    Array([[3. , 3. ],
+           [0. , 0. ],
+           [1.5, 1.5]], dtype=float32)
+  """
+  adapted = adapt(fn, strict=strict)
+
+  def run(params, bank, ids, *batched, weights=None):
+    count = {lora.a.shape[0] for lora in bank.values()}
+    if len(count) > 1:
+      raise ValueError(
+        f"The bank's Loras hold {sorted(count)} adapters; all need as many: "
+        "make it with stack."
+      )
+    if not isinstance(ids, Tracer) and count:
+      kernels.check_ids(ids, *count)
+
+    batch = len(ids)
+
+    def row(ids, weights, *parts):
+      parts = jax.tree.map(lambda x: x[None], parts)
+      own = bind(params, bank, weights, ids=ids, batch=batch)
+      found = adapted(own, *parts)
+      return jax.tree.map(lambda x: x[0], found)
+
+    return jax.vmap(row)(ids, weights, *batched)
+
+  return run
+
+
+def lora_dot(
+  x: jax.Array,
+  w: Any,
+  lora: Lora,
+  gate: jax.Array | None = None,
+  *,
+  implementation: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+  """Rows times a matrix with a Lora on it, by the fused kernel or by XLA.
+
+      y = x w + ((x aᵀ) g) b,   g = gate · scale
+
+  Args:
+    x: (..., in).
+    w: (in, out), or quantised, as `pallas_kernels.lora_dot` takes it.
+    lora: a (r, in), b (r, out), scale ().
+    gate: broadcastable to (..., r); None is one.
+    implementation: as for `pallas_kernels.lora_dot.lora_dot`.
+
+  Returns:
+    (..., out) in x's dtype.
+
+  Raises:
+    ValueError: shapes that do not fit.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> lora_dot(jnp.ones((1, 3)), jnp.zeros((3, 2)), lora)
+    Array([[1.5, 1.5]], dtype=float32)
+  """
+  scale = jnp.broadcast_to(lora.scale, (lora.rank,)).astype(jnp.float32)
+  gate = scale if gate is None else scale * gate.astype(jnp.float32)
+  return kernels.lora_dot(
+    x, w, lora.a, lora.b, gate, implementation=implementation
+  )

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coordinate descent over the permutations of a network."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora.alignment.assignments import Matched, match_family, tensors_of
+from jlora.alignment.layouts import Layout, lay_out, length
+from jlora.alignment.permutations import (
+  Permutations,
+  compose,
+  identity,
+  permuted,
+)
+from jlora.alignment.symmetries import Symmetry
+from jlora.messages import name_some
+from jlora.numerics.backends import library_of, words_of
+from jlora.paths import check_same
+
+
+def descend(
+  left: Mapping[str, Any],
+  right: Mapping[str, Any],
+  layout: Layout,
+  found: Permutations,
+  key: Any,
+  sweeps: int,
+  tol: float,
+) -> tuple[Permutations, tuple[float, ...]]:
+  """Coordinate descent over permutations, on top of those already made.
+
+  Args:
+    left: path -> array.
+    right: the network that is put in order, `found` applied to it.
+    layout: of both.
+    found: all of the layout's permutations, those of `right` so far.
+    key: PRNG key of the order in a sweep.
+    sweeps: at the most.
+    tol: as for `match_weights`.
+
+  Returns:
+    Permutations that include `found`, and the scores.
+
+  Example:
+    >>> descend({}, {}, Layout({}, {}, {}), {}, None, 1, 0.0)
+    ({}, (0.0, 0.0))
+  """
+  families = {
+    root: (inner, paths)
+    for root, inner in layout.families().items()
+    if (paths := _touched(layout, {root, *inner}))
+  }
+  right, scores = dict(right), [score(left, right)]
+  rng = np.random.default_rng(words_of(key))
+  order = _anchored_first(layout, families)
+  for _ in range(sweeps):
+    gained = False
+    for root in order:
+      inner, paths = families[root]
+      step = _match(left, right, layout, root, inner, paths, tol)
+      if step.gain > 0:
+        gained = True
+        right |= permuted(
+          {path: right[path] for path in paths}, step.permutations, layout
+        )
+        found = compose({**identity(layout), **step.permutations}, found,
+                        layout)  # fmt: skip
+    scores.append(score(left, right))
+    if not gained:
+      break
+    order = [str(name) for name in rng.permutation(order)]
+  return found, tuple(scores)
+
+
+def _match(left, right, layout, root, inner, paths, tol) -> Matched:
+  pairs = tensors_of(left, right, layout, root, inner, paths)
+  sizes = {name: layout.sizes[name] for name in (root, *inner)}
+  return match_family(pairs, root, inner, sizes, tol)
+
+
+def _anchored_first(layout: Layout, families) -> list[str]:
+  """Permutations by how many numbers they alone permute, many first.
+
+  With the others still in disorder, these are what there is to go by.
+  """
+  alone = {}
+  for root, (inner, paths) in families.items():
+    own = {root, *inner}
+    alone[root] = sum(
+      math.prod(map(length, place.axes))
+      for place in map(layout.places.__getitem__, paths)
+      if place.names() <= own
+    )
+  return sorted(families, key=lambda root: -alone[root])
+
+
+def _touched(layout: Layout, names: set[str]) -> list[str]:
+  return [p for p, place in layout.places.items() if place.names() & names]
+
+
+def _dot(x, y) -> float:
+  x, y = (z.astype(np.float32).reshape(-1) for z in (x, y))
+  if library_of(x) is np:
+    return float(np.vdot(x, y))
+  return float(library_of(x).vdot(x, y, precision="highest"))
+
+
+def score(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+  """The inner product of two sets of arrays.
+
+  Args:
+    left: path -> array.
+    right: the same paths and shapes.
+
+  Returns:
+    Float; sums within an array are float32.
+
+  Example:
+    >>> score({"w": np.ones(3)}, {"w": np.ones(3)})
+    3.0
+  """
+  return sum((_dot(left[path], right[path]) for path in left), 0.0)
+
+
+def layout_of_pair(
+  left: Mapping[str, Any], right: Mapping[str, Any], symmetry: Symmetry
+) -> Layout:
+  """The layout of two networks, if they are alike and finite.
+
+  Args:
+    left: path -> array.
+    right: the other network.
+    symmetry: of both.
+
+  Returns:
+    Layout.
+
+  Raises:
+    ValueError: paths or shapes differ, NaN or infinity, or as `lay_out`.
+
+  Example:
+    >>> layout_of_pair({}, {}, Symmetry(()))
+    Layout(places={}, sizes={}, outer={})
+  """
+  check_alike(left, right)
+  return lay_out(symmetry, left)
+
+
+def check_alike(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+  """Nothing, if arrays have the same paths and shapes and are finite.
+
+  Args:
+    left: path -> array, `a` in errors.
+    right: the same, `b`.
+
+  Raises:
+    ValueError: what differs, or is NaN or infinite; up to three named.
+
+  Example:
+    >>> check_alike({"w": np.ones(2)}, {"w": np.ones(3)})
+    Traceback (most recent call last):
+    ...
+    ValueError: 1 shapes differ: w (2,) and (3,). Units can be matched only
+    one to one.
+  """
+  check_same(left, right, "a", "b")
+  wrong = [
+    f"{path} {left[path].shape} and {right[path].shape}"
+    for path in left
+    if left[path].shape != right[path].shape
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} shapes differ: {name_some(wrong)}. Units can be matched "
+      "only one to one."
+    )
+
+  wrong = [
+    f"{path} of {name}"
+    for name, side in (("a", left), ("b", right))
+    for path, leaf in side.items()
+    if not bool(library_of(leaf).isfinite(leaf).all())
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} arrays hold NaN or infinity: {name_some(wrong)}."
+    )

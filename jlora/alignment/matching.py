@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Git Re-Basin: the order of one network's units that is closest to another's.
+
+Networks trained from different starts can be averaged only once their hidden
+units correspond. Finetunes of one base correspond already.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jlora.alignment.descents import check_alike, descend, layout_of_pair, score
+from jlora.alignment.layouts import Factor, Layout, Place, lay_out
+from jlora.alignment.permutations import (
+  Permutations,
+  check_permutations,
+  compose,
+  identity,
+  is_identity,
+  permuted,
+)
+from jlora.alignment.symmetries import FIXED, Symmetry
+from jlora.messages import name_some
+from jlora.numerics.backends import words_of
+from jlora.paths import flatten, unflatten
+from jlora.views import view_of
+
+# Two networks from different starts have no common direction; two finetunes of
+# one base have little else.
+_RELATED = 0.8
+
+
+class Alignment(NamedTuple):
+  """An order of the units of one network.
+
+  Attributes:
+    permutations: for `permute`.
+    scores: of weights `<a, permuted b>` before the first sweep and after each,
+      never falling; of activations before and after.
+  """
+
+  permutations: Permutations
+  scores: tuple[float, ...]
+
+
+def match_weights(
+  a: Any,
+  b: Any,
+  symmetry: Symmetry,
+  *,
+  start: Permutations | None = None,
+  key: jax.Array | None = None,
+  sweeps: int = 100,
+  tol: float = 1e-6,
+) -> Alignment:
+  """The order of b's units that brings its weights closest to a's.
+
+      max_π <a, π(b)> = min_π ‖a - π(b)‖,   one permutation at a time:
+      C = Σ unfold(a) unfold(π b)ᵀ,   max_p Σ_i C[i, p(i)]
+
+  over all arrays that the permutation acts on, the others held. A permutation
+  with others inside it (heads, experts) is matched with them: the best inner
+  ones of every pair give the pair's score.
+
+  Args:
+    a: a pytree of arrays; those of NumPy are worked on by the host.
+    b: the network whose units are put in order, the same shapes.
+    symmetry: of both.
+    start: permutations of b to begin with; None moves nothing.
+    key: PRNG key of the order of permutations in a sweep; None is `key(0)`.
+    sweeps: at the most.
+    tol: a permutation changes if that gains more than this share of its best
+      conceivable score, so that rounding and ties move nothing.
+
+  Returns:
+    Alignment. The score never falls; the optimum that is reached is a local
+    one. A sweep costs `2 n` products with every axis of n units, in float32,
+    and O(n³) on the host for each assignment; of heads or experts as much for
+    every pair. One array of each network is upcast at a time; of a sharded one
+    only (n, n) scores reach the host.
+
+  Raises:
+    ValueError: paths or shapes differ, NaN or infinity, as `lay_out`.
+
+  Warns:
+    UserWarning: the networks are aligned already, or have one base.
+
+  Example:
+    >>> from jlora.alignment.symmetries import chain
+    >>> a = {"in/kernel": np.float32([[1, -2, 3]]),
+    ...      "out/kernel": np.float32([[4], [-5], [0]])}
+    >>> b = {"in/kernel": np.float32([[3, 1, -2]]),
+    ...      "out/kernel": np.float32([[0], [4], [-5]])}
+    >>> match_weights(a, b, chain(["in", "out"])).permutations
+    {'unit.0': array([1, 2, 0])}
+
+  References:
+    Ainsworth, Hayase and Srinivasa (2022), algorithm 1; heads and what is
+    inside them as in their issue 6. The first sweep begins where most arrays
+    have no other permutation, which the paper leaves to chance.
+  """
+  left, right = flatten(a), flatten(b)
+  layout = layout_of_pair(left, right, symmetry)
+  found = start or {}
+  check_permutations(found, layout)
+  found = {**identity(layout), **found}
+  right = permuted(right, found, layout)
+  relation = _cosine(left, right)
+  found, scores = descend(left, right, layout, found, key, sweeps, tol)
+  if start is None:
+    _warn_of_relation(is_identity(found), relation)
+  return Alignment(found, scores)
+
+
+def match_activations(
+  a: Mapping[str, Any],
+  b: Mapping[str, Any],
+  symmetry: Symmetry,
+  like: Any,
+) -> Alignment:
+  """The order of b's units whose activations are closest to a's.
+
+      C = E[x yᵀ],   max_p Σ_i C[i, p(i)]
+
+  Args:
+    a: path of a kernel (or norm, or embedding) -> what its module puts out,
+      (..., out), on some data; after the nonlinearity if that is what units
+      are to be compared by. Any number of modules.
+    b: the same of the other network, on the same data in the same order.
+    symmetry: of both.
+    like: the parameters, or anything of their shapes.
+
+  Returns:
+    Alignment. Permutations that act on none of the given outputs move nothing.
+    Every one is found for itself, by one assignment, so that no order matters.
+    Costs `2 n²` operations a sample and O(n³) on the host.
+
+  Raises:
+    ValueError: paths or shapes differ, a path is no parameter, NaN.
+
+  Example:
+    >>> from jlora.alignment.symmetries import chain
+    >>> w = {"in/kernel": np.ones((1, 2)), "out/kernel": np.ones((2, 1))}
+    >>> x = np.float32([[1, 0], [0, 2]])
+    >>> match_activations({"in/kernel": x}, {"in/kernel": x[:, ::-1]},
+    ...                   chain(["in", "out"]), w).permutations
+    {'unit.0': array([1, 0])}
+
+  References:
+    Ainsworth et al. (2022), section 3.1; Li et al. (2015).
+  """
+  shapes = flatten(like)
+  layout = lay_out(symmetry, shapes)
+  check_alike(a, b)
+  wrong = [
+    path
+    for path in a
+    if path not in layout.places
+    or any(peer not in a for peer in layout.places[path].peers)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} paths are no parameters, or of some experts alone: "
+      f"{name_some(wrong)}. Name outputs by the kernel they come from."
+    )
+  places = {
+    path: Place(
+      (
+        ((Factor(FIXED, x.size // x.shape[-1]),),),
+        layout.places[path].axes[_output(path, shapes[path].shape, symmetry)],
+      ),
+      *layout.places[path][1:],
+    )
+    for path, x in a.items()
+  }
+  left, right = (
+    {path: x.reshape(-1, x.shape[-1]) for path, x in each.items()}
+    for each in (a, b)
+  )
+  own = Layout(places, layout.sizes, layout.outer)
+  found, _ = descend(left, right, own, identity(layout), None, 1, 1e-6)
+  scores = score(left, right), score(left, permuted(right, found, own))
+  return Alignment(found, scores)
+
+
+def merge_many(
+  models: Sequence[Any],
+  symmetry: Symmetry,
+  *,
+  key: jax.Array | None = None,
+  sweeps: int = 100,
+  tol: float = 1e-6,
+) -> tuple[Any, list[Permutations]]:
+  """The mean of several networks, and the orders of their units that it takes.
+
+      model_i ← match(mean of the others, model_i),  in turn, until none moves
+
+  Args:
+    models: pytrees of one structure, two or more.
+    symmetry: of all.
+    key: PRNG key of the orders; None is `key(0)`.
+    sweeps: over the models, at the most.
+    tol: as for `match_weights`.
+
+  Returns:
+    The mean, in float32 rounded once to each leaf's dtype, and permutations of
+    each model. Costs a matching a model and sweep; holds all of them and one
+    mean in float32.
+
+  Raises:
+    ValueError: fewer than two models, or as `match_weights`.
+
+  Approximation: models are first aligned with the first one, where the paper
+  starts as they are: a mean of networks in different orders is a poor guide.
+
+  Example:
+    >>> from jlora.alignment.symmetries import chain
+    >>> w = {"in/kernel": np.float32([[1, 2]]),
+    ...      "out/kernel": np.float32([[3], [4]])}
+    >>> v = {path: x.reshape(-1)[::-1].reshape(x.shape)
+    ...      for path, x in w.items()}
+    >>> merge_many([w, v], chain(["in", "out"]))[0]["in/kernel"]
+    array([[1., 2.]], dtype=float32)
+
+  References:
+    Ainsworth et al. (2022), algorithm 2 (MergeMany).
+  """
+  if len(models) < 2:
+    raise ValueError(f"{len(models)} models: merging takes two or more.")
+  flats = [flatten(model) for model in models]
+  layout = layout_of_pair(flats[0], flats[0], symmetry)
+  for flat in flats[1:]:
+    layout_of_pair(flats[0], flat, symmetry)
+  found = [identity(layout) for _ in models]
+  current = list(flats)
+
+  def align(i: int, target) -> bool:
+    own, _ = descend(target, current[i], layout, identity(layout), key, sweeps,
+                    tol)  # fmt: skip
+    current[i] = permuted(current[i], own, layout)
+    found[i] = compose(own, found[i], layout)
+    return not is_identity(own)
+
+  for i in range(1, len(models)):
+    align(i, current[0])
+  rng = np.random.default_rng(words_of(key))
+  for _ in range(sweeps if len(models) > 2 else 0):
+    moved = [
+      align(int(i), _mean([x for j, x in enumerate(current) if j != i]))
+      for i in rng.permutation(len(models))
+    ]
+    if not any(moved):
+      break
+  return unflatten(_mean(current, rounded=True), models[0]), found
+
+
+def _output(path: str, shape: tuple[int, ...], symmetry: Symmetry) -> int:
+  """The axis of a kernel that its module's outputs are numbered by."""
+  view = view_of(path, shape, symmetry.views)
+  return -1 if view is None else view.outputs[-1]
+
+
+def _cosine(left, right) -> float:
+  """Of matrices alone: norms start as ones in every network."""
+  left = {path: x for path, x in left.items() if x.ndim > 1}
+  right = {path: right[path] for path in left}
+  norms = score(left, left) * score(right, right)
+  return score(left, right) / norms**0.5 if norms > 0 else 0.0
+
+
+def _mean(flats, *, rounded: bool = False) -> dict[str, Any]:
+  found = {}
+  for path, leaf in flats[0].items():
+    total = sum(flat[path].astype(np.float32) for flat in flats)
+    mean = total / np.float32(len(flats))
+    found[path] = mean.astype(leaf.dtype) if rounded else mean
+  return found
+
+
+def _warn_of_relation(is_same: bool, cosine: float) -> None:
+  if is_same:
+    warnings.warn(
+      "The networks are aligned as they are: no permutation brings them "
+      "closer. Alignment buys nothing here; merge them directly.",
+      stacklevel=3,
+    )
+  elif cosine > _RELATED:
+    warnings.warn(
+      f"The networks' weights have a cosine of {cosine:.2f} as they are, so "
+      "they have one base and their units correspond. Alignment buys nothing "
+      "there; what was moved are units that hardly differ.",
+      stacklevel=3,
+    )

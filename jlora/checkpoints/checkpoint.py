@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints on disk as lazy mappings from names to NumPy arrays.
+
+    safetensors file | Hugging Face folder | orbax directory -> {name: array}
+
+Opening reads headers and metadata only, and validates all of them; an array,
+or a slice of one, is read when asked for. float8 weights come multiplied with
+their scales. Writers put a file in its place when it is whole.
+"""
+
+import json
+import math
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints import byte_ranges, huggingface, orbax
+from jlora.checkpoints.float8 import FLOAT8, dequantise, pair_scales
+from jlora.checkpoints.huggingface import stream_checkpoint as stream_checkpoint
+from jlora.checkpoints.orbax import save_orbax as save_orbax
+from jlora.checkpoints.safetensors import TensorSpec as TensorSpec
+from jlora.checkpoints.safetensors import read_header
+from jlora.checkpoints.safetensors import (
+  stream_safetensors as stream_safetensors,
+)
+from jlora.checkpoints.safetensors import write_safetensors as write_safetensors
+from jlora.messages import name_some
+
+# A stored tensor's name and region -> the array, and the bytes read for it.
+_Read = Callable[[str, Sequence[range]], tuple[np.ndarray, int]]
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+  """A checkpoint on disk: names to arrays, each read when it is asked for.
+
+  `checkpoint[name]` is the whole array in its stored dtype, bfloat16 included;
+  float8 weights come as float32, codes times scales, and their scales are no
+  keys. Several threads may read at once. No file stays open.
+
+  Attributes:
+    path: what was opened.
+    format: "safetensors", "huggingface" or "orbax".
+    spec: name -> TensorSpec, with the stored dtype; known without reading.
+    companions: name of a scale -> name of the float8 weight it belongs to.
+    metadata: the `__metadata__` strings of all files together.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(3)})
+    ...   checkpoint = open_checkpoint(folder)
+    ...   checkpoint.read("w", (slice(1, 2),)), checkpoint.spec["w"].shape
+    (array([[0., 1., 0.]]), (3, 3))
+  """
+
+  def __init__(
+    self,
+    path: Path,
+    format: str,
+    stored: Mapping[str, TensorSpec],
+    read: _Read,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    bytes_read: int = 0,
+  ):
+    self.path = path
+    self.format = format
+    self.metadata = dict(metadata or {})
+    try:
+      self.companions = pair_scales(stored)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+    self.spec = {
+      name: spec for name, spec in stored.items() if name not in self.companions
+    }
+    self._scales = {weight: name for name, weight in self.companions.items()}
+    self._stored = stored
+    self._read = read
+    self._lock = threading.Lock()
+    self._bytes_read = bytes_read
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self.read(name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.spec)
+
+  def __len__(self) -> int:
+    return len(self.spec)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self.spec
+
+  def __repr__(self) -> str:
+    return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+  @property
+  def model_type(self) -> str | None:
+    """`model_type` of the folder's config.json; None if there is none."""
+    file = self.path / "config.json"
+    if not file.exists():
+      return None
+    try:
+      config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"{file} is no JSON: {error}; mend it") from error
+    return config.get("model_type") if isinstance(config, dict) else None
+
+  @property
+  def bytes_read(self) -> int:
+    """Bytes read so far, headers included; of orbax leaves, their own size."""
+    return self._bytes_read
+
+  def read(self, name: str, index: Any = ()) -> np.ndarray:
+    """`self[name][index]`, touching only the bytes of the leading-axis slice.
+
+    Args:
+      name: a key.
+      index: integers, slices with positive step, and one `...`, as for NumPy.
+
+    Returns:
+      The array, in its stored dtype; float32 if that is float8. Inner slices
+      read whole rows, through a buffer of at most 4 MiB.
+
+    Raises:
+      KeyError: if there is no such tensor.
+      ValueError: if the index does not fit, or the file changed or is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(3)})
+      ...   open_checkpoint(folder).read("w", (slice(1, 3), 1))
+      array([1., 0.])
+    """
+    spec = self.spec[name]
+    region, shape = _region(name, spec.shape, index)
+    array = self._read_counted(name, region)
+    if spec.dtype in FLOAT8:
+      scale = self._scales[name]
+      whole = [range(n) for n in self._stored[scale].shape]
+      scales = self._read_counted(scale, whole)
+      array = dequantise(array, scales, spec.shape, region)
+    return array.reshape(shape)
+
+  def read_float32(self, name: str, index: Any = ()) -> np.ndarray:
+    """`read`, in float32 whatever the stored floating dtype.
+
+    Args:
+      name: a key.
+      index: as in `read`.
+
+    Returns:
+      float32. Every stored value up to 32 bits is represented exactly.
+
+    Raises:
+      KeyError: if there is no such tensor.
+      ValueError: if the tensor is not floating; otherwise as `read`.
+
+    Example:
+      >>> import tempfile
+      >>> half = np.ones(2, np.float16)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   write_safetensors(f"{folder}/x.safetensors", {"w": half})
+      ...   open_checkpoint(folder).read_float32("w")
+      array([1., 1.], dtype=float32)
+    """
+    dtype = self.spec[name].dtype
+    if dtype.kind in "biuc":
+      raise ValueError(f"{self.path}: tensor {name!r} is {dtype}, not floating")
+    return self.read(name, index).astype(np.float32, copy=False)
+
+  def _read_counted(self, name: str, region: Sequence[range]) -> np.ndarray:
+    array, count = self._read(name, region)
+    with self._lock:
+      self._bytes_read += count
+    return array
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+  """The checkpoint at a path, its arrays not yet read.
+
+  Args:
+    path: a `.safetensors` file; a Hugging Face folder with one such file or
+      shards and their index; or an orbax directory, from the root of its steps
+      (the newest finished one is taken) down to the item with the arrays.
+
+  Returns:
+    Checkpoint, a lazy mapping. Orbax leaves are named by their tree paths
+    joined with "/".
+
+  Raises:
+    ValueError: if there is nothing to open, a file is damaged, the index and
+      the shards disagree, it is not clear which arrays are meant, the weights
+      are pickled, or a float8 weight has no scale that fits.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_safetensors(f"{folder}/model.safetensors", {"w": np.ones(2)})
+    ...   dict(open_checkpoint(folder))
+    {'w': array([1., 1.])}
+  """
+  path = Path(path)
+  if not path.exists():
+    raise ValueError(f"{path} does not exist")
+  if not path.is_dir():
+    huggingface.check_not_pickled(path)
+    return _open_files(path, "safetensors", {path: None})
+  if shards := huggingface.find_shards(path):
+    return _open_files(path, "huggingface", shards)
+  if folder := orbax.find_item(path):
+    return _open_orbax(path, folder)
+  huggingface.check_not_pickled(path)
+  raise ValueError(
+    f"{path} holds neither safetensors files nor a finished orbax checkpoint"
+  )
+
+
+def _open_files(
+  path: Path, format: str, shards: Mapping[Path, set[str] | None]
+) -> Checkpoint:
+  stored: dict[str, TensorSpec] = {}
+  stamps, metadata, count = {}, {}, 0
+  for file, expected in shards.items():
+    stamps[file] = byte_ranges.stamp_of(file)
+    header = read_header(file)
+    if expected is not None:
+      _check_shard(file, header.spec.keys(), expected)
+    stored |= header.spec
+    metadata |= header.metadata
+    count += header.nbytes
+
+  def read(name: str, region: Sequence[range]) -> tuple[np.ndarray, int]:
+    spec = stored[name]
+    file = spec.file or path
+    try:
+      return byte_ranges.read_region(file, spec, region, stamps[file])
+    except ValueError as error:
+      raise ValueError(f"tensor {name!r}: {error}") from error
+
+  return Checkpoint(
+    path, format, stored, read, metadata=metadata, bytes_read=count
+  )
+
+
+def _open_orbax(path: Path, folder: Path) -> Checkpoint:
+  leaves = orbax.list_leaves(folder)
+  stored = {
+    name: TensorSpec(
+      leaf.shape, leaf.dtype, math.prod(leaf.shape) * leaf.dtype.itemsize
+    )
+    for name, leaf in leaves.items()
+  }
+
+  def read(name: str, region: Sequence[range]) -> tuple[np.ndarray, int]:
+    try:
+      array = orbax.read_leaf(leaves[name], region)
+    except ValueError as error:
+      raise ValueError(f"{folder}: tensor {name!r}: {error}") from error
+    return array, array.nbytes
+
+  return Checkpoint(path, "orbax", stored, read)
+
+
+def _check_shard(file: Path, found: Iterable[str], expected: set[str]) -> None:
+  """The shard holds exactly the tensors that the index says."""
+  found = set(found)
+  for names, problem in (
+    (expected - found, "which the index places there"),
+    (found - expected, "which the index does not place there"),
+  ):
+    if names:
+      verb = "lacks" if names <= expected else "holds"
+      raise ValueError(
+        f"{file} {verb} {len(names)} tensors {problem}:"
+        f" {name_some(sorted(names))}; download the folder again"
+      )
+
+
+def _region(
+  name: str, shape: tuple[int, ...], index: Any
+) -> tuple[tuple[range, ...], tuple[int, ...]]:
+  """NumPy's basic index as a range per axis, and the shape it leaves."""
+  index = index if isinstance(index, tuple) else (index,)
+  dots = [at for at, part in enumerate(index) if part is Ellipsis]
+  if dots:
+    at = dots[0]
+    fill = (slice(None),) * (len(shape) - len(index) + 1)
+    index = index[:at] + fill + index[at + 1 :]
+  index += (slice(None),) * (len(shape) - len(index))
+  region, left = [], []
+  try:
+    for n, part in zip(shape, index, strict=True):
+      if isinstance(part, slice):
+        region.append(range(n)[part])
+        left.append(len(region[-1]))
+      else:
+        at = range(n)[operator.index(part)]
+        region.append(range(at, at + 1))
+  except (TypeError, IndexError, ValueError) as error:
+    raise ValueError(
+      f"index {index} does not fit tensor {name!r} of shape {shape}"
+    ) from error
+  if any(indices.step < 1 for indices in region):
+    raise ValueError(f"index {index} of tensor {name!r} has a negative step")
+  return tuple(region), tuple(left)

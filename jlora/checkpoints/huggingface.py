@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a Hugging Face checkpoint folder: found and written.
+
+A folder holds one safetensors file, or shards with an index
+`{"metadata": {"total_size": n}, "weight_map": {tensor: file}}`.
+
+A shard may be a symbolic link out of the folder, because the download cache
+stores every file that way; a name that climbs out of it is refused.
+"""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jlora.checkpoints.byte_ranges import place_arrays
+from jlora.checkpoints.safetensors import Shapes, lay_out, parse_json
+from jlora.messages import name_some
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def find_shards(folder: Path) -> dict[Path, set[str] | None]:
+  """The safetensors files that make up the checkpoint in a folder.
+
+  An index decides; then `model.safetensors`; then a file that is alone.
+
+  Args:
+    folder: an existing folder.
+
+  Returns:
+    {file: names of the tensors it must hold, or None where no index says}.
+    Empty if there is no safetensors file.
+
+  Raises:
+    ValueError: if the index is damaged, names missing files or files outside
+      the folder, or if it is not clear which files are meant.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   _ = Path(folder, "adapter_model.safetensors").touch()
+    ...   [path.name for path in find_shards(Path(folder))]
+    ['adapter_model.safetensors']
+  """
+  files = sorted(folder.glob("*.safetensors"))
+  indices = sorted(folder.glob("*.safetensors.index.json"))
+  single, index = folder / _SINGLE, folder / _INDEX
+  if len(indices) > 1 and index not in indices:
+    raise ValueError(f"{folder} holds several indices: {_names(indices)}")
+  if indices:
+    index = index if index in indices else indices[0]
+    shards = _read_index(index)
+    if single in files and single not in shards:
+      raise ValueError(
+        f"{folder} holds {_SINGLE} and {index.name} without it: two"
+        " checkpoints; open one file by its own path or delete the other"
+      )
+    return shards
+  if single in files:
+    return {single: None}
+  if len(files) > 1:
+    raise ValueError(
+      f"{folder} holds {len(files)} safetensors files and no {_INDEX}:"
+      f" {_names(files)}; restore the index or open one file by its own path"
+    )
+  return dict.fromkeys(files)
+
+
+def check_not_pickled(path: Path) -> None:
+  """Raises if a file, or all weights in a folder, are Python pickles.
+
+  Args:
+    path: a file or folder.
+
+  Raises:
+    ValueError: saying how to convert them. Pickles run code when loaded.
+
+  Example:
+    >>> check_not_pickled(Path("model.safetensors"))
+    >>> check_not_pickled(Path("w.bin"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+      ...
+    ValueError: w.bin holds pickled weights. ...
+  """
+  files = path.iterdir() if path.is_dir() else [path]
+  if found := sorted(file for file in files if file.suffix in _PICKLES):
+    raise ValueError(
+      f"{_names(found)} holds pickled weights. Convert first: load them with"
+      " torch.load(file, weights_only=True) and save the tensors with"
+      " safetensors.torch.save_file, or load and save_pretrained the model"
+      " with transformers"
+    )
+
+
+def stream_checkpoint(
+  folder: str | os.PathLike,
+  spec: Shapes,
+  arrays: Iterable[tuple[str, np.ndarray]],
+  *,
+  max_shard_bytes: int = 5 * 2**30,
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """A Hugging Face checkpoint from arrays that come one by one, in any order.
+
+  Args:
+    folder: made if need be; it must not hold a checkpoint yet.
+    spec: name -> (shape, dtype), or a TensorSpec, in the order of the shards.
+    arrays: (name, array) pairs, each name of `spec` exactly once.
+    max_shard_bytes: arrays' bytes per file; a larger tensor has its own file.
+    metadata: stored in each file; None writes {"format": "pt"}, which
+      transformers asks for.
+
+  Raises:
+    ValueError: as `stream_safetensors`, or if the folder holds a checkpoint.
+      No file is then written.
+
+  Example:
+    >>> import tempfile
+    >>> spec = {"a": ((2,), np.float32), "b": ((3,), np.float32)}
+    >>> arrays = [("b", np.ones(3, "f4")), ("a", np.zeros(2, "f4"))]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   stream_checkpoint(folder, spec, arrays, max_shard_bytes=12)
+    ...   sorted(path.name for path in Path(folder).iterdir())
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors',
+     'model.safetensors.index.json']
+  """
+  folder = Path(folder)
+  plan = plan_shards(folder, spec, max_shard_bytes)
+  metadata = {"format": "pt"} if metadata is None else metadata
+  files = {path: lay_out(path, shard, metadata) for path, shard in plan.items()}
+  folder.mkdir(parents=True, exist_ok=True)
+  if found := [p.name for p in sorted(folder.glob("*.safetensors*"))]:
+    raise ValueError(
+      f"{folder} holds a checkpoint, {name_some(found)}; choose an empty folder"
+      " or delete it first"
+    )
+  place_arrays(files, arrays)
+  if len(plan) > 1:
+    write_index(folder, plan)
+
+
+def plan_shards(
+  folder: Path, tensors: Shapes, max_bytes: int
+) -> dict[Path, dict[str, tuple]]:
+  """Files for the tensors, in the order given, each at most `max_bytes` large.
+
+  Args:
+    folder: where the files will be.
+    tensors: name -> (shape, dtype), or a TensorSpec.
+    max_bytes: arrays' bytes per file; a larger tensor has a file of its own.
+
+  Returns:
+    {file: {name: (shape, dtype)}}, named as transformers names them.
+
+  Raises:
+    ValueError: if `max_bytes` is not positive.
+
+  Example:
+    >>> tensors = {"a": ((4,), "u1"), "b": ((3,), "u1"), "c": ((1,), "u1")}
+    >>> plan = plan_shards(Path("."), tensors, 4)
+    >>> {path.name: list(shard) for path, shard in plan.items()}
+    {'model-00001-of-00002.safetensors': ['a'],
+     'model-00002-of-00002.safetensors': ['b', 'c']}
+  """
+  if max_bytes < 1:
+    raise ValueError(f"max_shard_bytes must be positive, not {max_bytes}")
+  shards: list[dict[str, tuple]] = [{}]
+  room = max_bytes
+  for name, (shape, dtype, *_) in tensors.items():
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes > room and shards[-1]:
+      shards.append({})
+      room = max_bytes
+    shards[-1][name] = (shape, dtype)
+    room -= nbytes
+  if len(shards) == 1:
+    return {folder / _SINGLE: shards[0]}
+  return {
+    folder / f"model-{i:05}-of-{len(shards):05}.safetensors": shard
+    for i, shard in enumerate(shards, 1)
+  }
+
+
+def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
+  """The index of shards, put in its place whole.
+
+  Args:
+    folder: where the shards are.
+    shards: from `plan_shards`.
+
+  Raises:
+    OSError: if the file cannot be written; an old index is then left alone.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = Path(folder, "a.safetensors")
+    ...   write_index(Path(folder), {path: {"w": ((2,), "float32")}})
+    ...   json.loads(Path(folder, _INDEX).read_text())["weight_map"]
+    {'w': 'a.safetensors'}
+  """
+  weight_map = {
+    name: path.name for path, tensors in shards.items() for name in tensors
+  }
+  total = sum(
+    math.prod(shape) * np.dtype(dtype).itemsize
+    for tensors in shards.values()
+    for shape, dtype, *_ in tensors.values()
+  )
+  index = {
+    "metadata": {"total_size": total},
+    "weight_map": dict(sorted(weight_map.items())),
+  }
+  temporary = folder / f".{_INDEX}.{secrets.token_hex(6)}.tmp"
+  try:
+    with open(temporary, "x", encoding="utf-8") as stream:
+      json.dump(index, stream, indent=2)
+      stream.flush()
+      os.fsync(stream.fileno())
+    os.replace(temporary, folder / _INDEX)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _read_index(index: Path) -> dict[Path, set[str] | None]:
+  try:
+    text = index.read_bytes()
+  except OSError as error:
+    raise ValueError(f"{index} cannot be read: {error.strerror}") from error
+  weight_map = parse_json(text, index).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise ValueError(f"{index} has no weight_map from tensors to files")
+  shards: dict[Path, set[str] | None] = {}
+  names: dict[str, set[str]] = {}
+  for tensor, name in weight_map.items():
+    # A bare name cannot climb out, whichever separator the system uses.
+    if not isinstance(name, str) or set("/\\:\0") & set(name):
+      raise ValueError(
+        f"{index}: tensor {tensor!r} lies in {name!r}, which is not the name"
+        " of a file beside the index"
+      )
+    names.setdefault(name, set()).add(tensor)
+  for name, tensors in sorted(names.items()):
+    if not name.endswith(".safetensors") or not (index.parent / name).is_file():
+      raise ValueError(
+        f"{index} needs the safetensors file {name!r}, for"
+        f" {name_some(sorted(tensors))}; it is not there: download it again"
+      )
+    shards[index.parent / name] = tensors
+  return shards
+
+
+def _names(paths: list[Path]) -> str:
+  return name_some([path.name for path in paths])

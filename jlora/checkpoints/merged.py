@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A base checkpoint with changes added, written as a checkpoint folder."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
+from jlora.loras import Lora, check_loras, dense
+from jlora.messages import name_some
+from jlora.views import as_parameter, table_for, view_of
+
+# What a folder needs beside its weights: configuration, tokenizer, own code.
+_COMPANIONS = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
+_CONFIG = "config.json"
+
+
+def save_merged(
+  folder: str | os.PathLike,
+  base: Checkpoint,
+  loras: Mapping[str, Lora],
+  *,
+  biases: Mapping[str, Any] | None = None,
+  full: Mapping[str, Any] | None = None,
+  dtype: Any = None,
+  model_type: str | None = None,
+  max_shard_bytes: int = 5 * 2**30,
+) -> None:
+  """A checkpoint folder of the base with every change added.
+
+      w' = round(float32(w) + scale * aᵀ b),  rounded once to the stored dtype
+
+  One tensor and its change are in memory at a time. The folder appears under
+  its name when it is complete.
+
+  Args:
+    folder: must not exist.
+    base: an open checkpoint; where it is a folder, its other small files
+      (config.json, tokenizer) are copied.
+    loras: path -> Lora, may be lazy.
+    biases: path -> change, added.
+    full: path -> new value, in place of the base's before a Lora is added.
+    dtype: of floating tensors; None keeps each tensor's own. float8 weights,
+      whose scales a sum would not fit, become bfloat16 unless it is given.
+    model_type: of config.json; None reads it there.
+    max_shard_bytes: a new file begins before this size is passed.
+
+  Raises:
+    ValueError: before anything is written, if the folder exists or a path or
+      shape is not the base's.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints.checkpoint import open_checkpoint
+    >>> from jlora.checkpoints.safetensors import write_safetensors
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...   write_safetensors(f"{root}/base.safetensors",
+    ...                     {"h.q.weight": np.ones((2, 3), np.float32)})
+    ...   base = open_checkpoint(f"{root}/base.safetensors")
+    ...   save_merged(f"{root}/merged", base, {"h.q.weight": lora})
+    ...   open_checkpoint(f"{root}/merged")["h.q.weight"]
+    array([[3., 3., 3.],
+           [3., 3., 3.]], dtype=float32)
+  """
+  folder, biases, full = Path(folder), biases or {}, full or {}
+  if folder.exists():
+    raise ValueError(f"{folder} exists; give a new name.")
+  config = read_config(base.path)
+  table = table_for(base.spec, model_type or config.get("model_type"))
+  views = {p: view_of(p, base.spec[p].shape, table) for p in loras if p in base}
+  check_changes(base, loras, views, biases, full)
+  spec = {
+    name: (
+      full[name].shape if name in full else stored.shape,
+      merged_dtype(stored.dtype, dtype),
+    )
+    for name, stored in base.spec.items()
+  }
+  arrays = (
+    (name, changed(name, base, loras, views, biases, full).astype(kind))
+    for name, (_, kind) in spec.items()
+  )
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+  try:
+    partial.mkdir()
+    copy_companions(base.path, partial)
+    if config:
+      config = _merged_config(config, base, spec, dtype)
+      text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+      (partial / _CONFIG).write_text(text)
+    stream_checkpoint(partial, spec, arrays, max_shard_bytes=max_shard_bytes)
+    os.replace(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_changes(base, loras, views, biases, full) -> None:
+  """Nothing, if every change is for a tensor of the base, of its shape.
+
+  Args:
+    base: an open checkpoint.
+    loras: path -> Lora.
+    views: path -> MatrixView of those that the base has.
+    biases: path -> change.
+    full: path -> new value.
+
+  Raises:
+    ValueError: up to three paths or shapes that are not the base's.
+
+  Example:
+    >>> check_changes({}, {}, {}, {"b": np.ones(2)}, {})
+    Traceback (most recent call last):
+    ...
+    ValueError: 1 changes are for parameters that the base does not have: b.
+  """
+  unknown = [path for path in (*loras, *biases, *full) if path not in base]
+  if unknown:
+    raise ValueError(
+      f"{len(unknown)} changes are for parameters that the base does not have:"
+      f" {name_some(unknown)}."
+    )
+  wrong = [
+    f"{path}: {value.shape}, base {base.spec[path].shape}"
+    for path, value in biases.items()
+    if value.shape != base.spec[path].shape
+  ]
+  for path, lora in loras.items():
+    check_loras({path: lora})
+    shape = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    view = views[path]
+    stored = full[path].shape if path in full else base.spec[path].shape
+    if view is None or view.shape(stored) != shape:
+      wrong.append(f"{path}: Lora {shape}, base {stored}")
+  if wrong:
+    raise ValueError(f"{len(wrong)} changes do not fit: {name_some(wrong)}.")
+
+
+def changed(name, base, loras, views, biases, full) -> np.ndarray:
+  """One tensor with its changes, in float32 where there are any.
+
+  Args:
+    name: of the base.
+    base: name -> array.
+    loras: as for `check_changes`, as all below.
+    views: likewise.
+    biases: likewise.
+    full: likewise.
+
+  Returns:
+    The array.
+
+  Example:
+    >>> changed("b", {"b": np.ones(2)}, {}, {}, {"b": np.ones(2)}, {})
+    array([2., 2.], dtype=float32)
+  """
+  array = np.asarray(full[name]) if name in full else base[name]
+  if name in biases:
+    array = array.astype(np.float32) + np.asarray(biases[name], np.float32)
+  if name in loras:
+    change = np.asarray(dense(loras[name]))
+    change = as_parameter(change, views[name], array.shape)
+    array = array.astype(np.float32) + change
+  return array
+
+
+def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
+  """The dtype of a merged tensor; integers keep theirs.
+
+  Args:
+    stored: that of the base's tensor.
+    dtype: that asked for; None keeps it, but for float8, which becomes
+      bfloat16.
+
+  Returns:
+    The dtype.
+
+  Example:
+    >>> merged_dtype(np.dtype(np.int8), np.float32)
+    dtype('int8')
+  """
+  if not jnp.issubdtype(stored, jnp.floating):
+    return stored
+  if dtype is not None:
+    return np.dtype(dtype)
+  return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
+
+
+def read_config(path: Path) -> dict[str, Any]:
+  """The config.json of a checkpoint folder; nothing if it has none.
+
+  Args:
+    path: the folder, or a file.
+
+  Returns:
+    Its content.
+
+  Example:
+    >>> read_config(Path("nowhere"))
+    {}
+  """
+  file = path / _CONFIG
+  return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def copy_companions(source: Path, target: Path) -> None:
+  """Copies the small files of a checkpoint folder, without its indices.
+
+  Args:
+    source: the folder; nothing is copied if it is a file.
+    target: a folder that exists.
+
+  Example:
+    >>> copy_companions(Path("nowhere"), Path("."))
+  """
+  if not source.is_dir():
+    return
+  for file in sorted(source.iterdir()):
+    is_index = file.name.endswith(".index.json")
+    if file.is_file() and file.suffix in _COMPANIONS and not is_index:
+      shutil.copyfile(file, target / file.name)
+
+
+def _merged_config(config, base, spec, dtype) -> dict[str, Any]:
+  """config.json after float8 became bfloat16, or the vocabulary grew."""
+  config = dict(config)
+  stored = {entry.dtype.itemsize for entry in base.spec.values()}
+  if 1 in stored:
+    config.pop("quantization_config", None)
+  if dtype is not None:
+    for key in ("dtype", "torch_dtype"):
+      if key in config:
+        config[key] = np.dtype(dtype).name
+  for name, (shape, _) in spec.items():
+    if shape != base.spec[name].shape and "vocab_size" in config:
+      config["vocab_size"] = shape[0]
+  return config

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How two adapters of one base get in each other's way, before they are merged.
+
+Figures of their changes, from the thin factors, by the host. A change reads
+input directions with a and writes output directions with b; beside every
+overlap stands what random directions would give.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.evaluation.overlaps import compare_reads, on_host
+from jlora.loras import Lora, check_loras, exchange
+from jlora.messages import name_some
+
+# Channels whose change is smaller than this share of the largest are at rest.
+_NOISE = 1e-6
+# Entries that are formed at a time, and that a threshold is read from.
+_BLOCK, _SAMPLE = 2**20, 2**18
+
+
+def cosine(left: Lora, right: Lora) -> float:
+  """The cosine of two changes as vectors.
+
+      <Δ, Δ'> = scale scale' Σ (a a'ᵀ) ⊙ (b b'ᵀ)
+
+  Args:
+    left: a (r, in), b (r, out).
+    right: of the same parameter.
+
+  Returns:
+    Between -1 and 1, NaN if either is zero. O((in + out) r r').
+
+  Raises:
+    ValueError: parameters of different shape, or stacks.
+
+  Example:
+    >>> lora = Lora(np.ones((1, 2)), np.ones((1, 3)), np.float32(2))
+    >>> round(cosine(lora, Lora(lora.a, -lora.b, lora.scale)), 6)
+    -1.0
+  """
+  left, right = _of_one_parameter(left, right)
+  norms = _inner(left, left) * _inner(right, right)
+  return _inner(left, right) / norms**0.5 if norms > 0 else float("nan")
+
+
+def _inner(left: Lora, right: Lora) -> float:
+  a, b = (
+    x.astype(np.float64) @ y.astype(np.float64).T
+    for x, y in ((left.a, right.a), (left.b, right.b))
+  )
+  return float(left.scale) * float(right.scale) * float(np.sum(a * b))
+
+
+def _of_one_parameter(left: Lora, right: Lora) -> tuple[Lora, Lora]:
+  left, right = on_host(left), on_host(right)
+  shapes = [(x.a.shape[-1], x.b.shape[-1]) for x in (left, right)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f"Changes of {shapes[0]} and {shapes[1]}, (in, out), are not of one "
+      "parameter."
+    )
+  return left, right
+
+
+def column_cosine(left: Lora, right: Lora) -> float:
+  """The mean cosine of what two changes do with each input channel.
+
+      mean_j cos(Δ[j], Δ'[j]),   Δ[j] = scale bᵀ a[:, j]
+
+  Args:
+    left: a (r, in), b (r, out).
+    right: of the same parameter.
+
+  Returns:
+    Between -1 and 1; channels that either leaves alone are skipped, and NaN
+    comes of none. O(in r r' + out r r').
+
+  Raises:
+    ValueError: as `cosine`.
+
+  Example:
+    >>> one = Lora(np.eye(2), np.array([[1, 0], [2, 1.]]), np.float32(1))
+    >>> two = Lora(np.eye(2), np.array([[1, 1], [0, 1.]]), np.float32(1))
+    >>> round(column_cosine(one, two), 4)
+    0.5772
+
+  References:
+    Shah et al. (2023), ZipLoRA, figure 3b: there a weight is (out, in) and
+    input channels are columns.
+  """
+  left, right = _of_one_parameter(left, right)
+
+  def product(x, y):
+    middle = x.b.astype(np.float64) @ y.b.astype(np.float64).T
+    return np.sum(x.a * (middle @ y.a), axis=0)
+
+  squares = product(left, left) * product(right, right)
+  used = squares > _NOISE**4 * max(squares.max(), 1e-300)
+  if not used.any():
+    return float("nan")
+  sign = np.sign(float(left.scale) * float(right.scale))
+  return float(
+    np.mean(sign * product(left, right)[used] / np.sqrt(squares[used]))
+  )
+
+
+class Signs(NamedTuple):
+  """How often two changes pull a weight in opposite directions.
+
+  Attributes:
+    everywhere: share of the entries that both change; one half at random.
+    large: the same among entries that are large in both.
+    both_large: share of all entries that are; top² at random.
+  """
+
+  everywhere: float
+  large: float
+  both_large: float
+
+
+def compare_signs(left: Lora, right: Lora, *, top: float = 0.2) -> Signs:
+  """How often two changes disagree in sign, over all entries.
+
+  The one figure that needs the dense changes: formed in blocks of 2^20 entries.
+
+  Args:
+    left: a (r, in), b (r, out).
+    right: of the same parameter.
+    top: the share of each change's entries that counts as large, by modulus.
+
+  Returns:
+    Signs; NaN where no entry counts. Costs `2 in out (r + r')` operations.
+
+  Raises:
+    ValueError: as `cosine`.
+
+  Approximation: what is large is told from evenly spaced rows, up to 2^18
+  entries; all entries are then counted.
+
+  Example:
+    >>> one = Lora(np.eye(2), np.array([[1, -1], [2, 1.]]), np.float32(1))
+    >>> two = Lora(np.eye(2), np.array([[1, 1], [-3, 1.]]), np.float32(1))
+    >>> compare_signs(one, two).everywhere
+    0.5
+
+  References:
+    Yadav et al. (2023), TIES, section 3: interference.
+  """
+  left, right = _of_one_parameter(left, right)
+  rows, columns = left.a.shape[1], left.b.shape[1]
+  every = np.unique(
+    np.linspace(0, rows - 1, max(1, _SAMPLE // columns)).astype(int)
+  )
+  edges = [
+    np.quantile(np.abs(_rows(lora, every)), 1 - top) for lora in (left, right)
+  ]
+  counts = np.zeros(4)
+  step = max(1, _BLOCK // columns)
+  for start in range(0, rows, step):
+    x, y = (_rows(lora, slice(start, start + step)) for lora in (left, right))
+    product = x * y
+    large = (np.abs(x) >= edges[0]) & (np.abs(y) >= edges[1]) & (product != 0)
+    counts += [
+      np.sum(product != 0), np.sum(product < 0), np.sum(large),
+      np.sum(large & (product < 0)),
+    ]  # fmt: skip
+  share = lambda x, y: float(x / y) if y else float("nan")  # noqa: E731
+  return Signs(
+    share(counts[1], counts[0]),
+    share(counts[3], counts[2]),
+    float(counts[2] / (rows * columns)),
+  )
+
+
+def _rows(lora: Lora, at) -> np.ndarray:
+  """Some rows of a change, without what could underflow in its scale."""
+  return np.sign(lora.scale) * (lora.a[:, at].T @ lora.b)
+
+
+def compare_adapters(
+  left: Mapping[str, Lora], right: Mapping[str, Lora], *, leading: int = 8
+) -> dict[str, dict[str, Any]]:
+  """All figures of two adapters, by module.
+
+  Args:
+    left: path -> Lora.
+    right: the other adapter of the same base.
+    leading: as for `compare_reads`.
+
+  Returns:
+    {path: row} for the modules both have, in the order of the first; a row is
+    for JSON: cosine, column_cosine, sign_conflict, sign_conflict_large, and
+    for `read` and `write` the fields of Shared, `read_overlap`, `read_level`
+    and so on, angles as lists. Costs what `compare_signs` does.
+
+  Raises:
+    ValueError: no module in common, or modules that do not fit.
+
+  Example:
+    >>> loras = {"w": Lora(np.eye(2), np.eye(2), np.float32(1))}
+    >>> row = compare_adapters(loras, loras)["w"]
+    >>> round(row["cosine"], 4), row["read_overlap"], row["write_level"]
+    (1.0, 1.0, 1.0)
+  """
+  check_loras(left)
+  check_loras(right)
+  common = [path for path in left if path in right]
+  if not common:
+    raise ValueError(
+      f"The adapters have no module in common: {name_some(left)}; and "
+      f"{name_some(right)}."
+    )
+  rows = {}
+  for path in common:
+    one, two = left[path], right[path]
+    signs = compare_signs(one, two)
+    row: dict[str, Any] = {
+      "cosine": cosine(one, two),
+      "column_cosine": column_cosine(one, two),
+      "sign_conflict": signs.everywhere,
+      "sign_conflict_large": signs.large,
+    }
+    sides = {"read": (one, two), "write": (exchange(one), exchange(two))}
+    for side, pair in sides.items():
+      found = compare_reads(*pair, leading=leading)._asdict()
+      found["angles"] = found["angles"].tolist()
+      row |= {f"{side}_{name}": value for name, value in found.items()}
+    rows[path] = row
+  return rows
+
+
+def find_intruders(
+  w: Any, lora: Lora, *, top: int = 10, threshold: float = 0.5
+) -> np.ndarray:
+  """Leading output directions of a changed weight that the base hardly has.
+
+      max_i |<v_j(w + Δ), v_i(w)>| < threshold,   j = 1, ..., top
+
+  Args:
+    w: (in, out), the base's weight.
+    lora: a (r, in), b (r, out).
+    top: directions that are looked at.
+    threshold: the cosine under which one is an intruder.
+
+  Returns:
+    (count, 2): the index j from 0 and the largest cosine of every intruder.
+    Costs two singular value decompositions on the host, O(in out min(in, out)).
+
+  Raises:
+    ValueError: a Lora of another shape.
+
+  Example:
+    >>> w = np.diag(np.arange(16.0, 0, -1))
+    >>> ones = np.ones((1, 16), np.float32)
+    >>> lora = Lora(ones, ones, np.float32(10 / 16))
+    >>> find_intruders(w, lora).round(3).tolist()
+    [[0.0, 0.497]]
+
+  References:
+    Shuttleworth et al. (2024), section 3. Their weights are (out, in), whose
+    left singular vectors are these.
+  """
+  lora = on_host(lora)
+  if np.shape(w) != (lora.a.shape[-1], lora.b.shape[-1]):
+    raise ValueError(
+      f"w {np.shape(w)} is no base of a {lora.a.shape}, b {lora.b.shape}."
+    )
+  w = np.asarray(w, np.float32)
+  changed = w + lora.scale * (lora.a.T @ lora.b)
+  base, new = (np.linalg.svd(x, full_matrices=False)[2] for x in (w, changed))
+  most = np.abs(new[:top] @ base.T).max(axis=1)
+  at = np.flatnonzero(most < threshold)
+  return np.stack([at, most[at]], axis=1).astype(np.float64)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two checkpoints become Loras, and a report of what was lost.
+
+extract(base, finetuned)                   trees in memory
+extract_checkpoint(base, finetuned, out)   disk to disk, resumable
+"""
+
+from jlora.extraction.assembly import Policy as Policy
+from jlora.extraction.report import Report as Report
+from jlora.extraction.report import ledger_lines as ledger_lines
+from jlora.extraction.report import noise_rank as noise_rank
+from jlora.extraction.report import read_report as read_report
+from jlora.extraction.report import rounding_line as rounding_line
+from jlora.extraction.report import type_table as type_table
+from jlora.extraction.report import worst_table as worst_table
+from jlora.extraction.report import write_card as write_card
+from jlora.extraction.run import extract_checkpoint as extract_checkpoint
+from jlora.extraction.trees import extract as extract
+
+__all__ = [
+  "Policy",
+  "Report",
+  "extract",
+  "extract_checkpoint",
+  "ledger_lines",
+  "noise_rank",
+  "read_report",
+  "rounding_line",
+  "type_table",
+  "worst_table",
+  "write_card",
+]

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a complete journal to the adapter folder: ranks, tensors, report."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.extraction.planning import Plan
+from jlora.extraction.report import Report, total_up, write_report
+from jlora.factoring.figures import row_of
+from jlora.formats.peft.layouts import Profile
+from jlora.formats.peft.writing import save_peft
+from jlora.loras import Lora
+from jlora.messages import name_some
+from jlora.pairing.comparison import read_pair
+from jlora.pairing.pairs import Pair, Pairing, names_of
+from jlora.ranks import Spectra
+from jlora.runs.journal import Journal
+
+# The status of a row of several pairs is the first that any of them has.
+_ORDER = ("extracted", "kept whole", "not representable", "unchanged")
+
+
+def keep_ledger(
+  pairing: Pairing,
+  outcomes: Mapping[str, tuple[str, str]],
+  scales: Iterable[tuple[str, str]] = (),
+) -> list[dict[str, Any]]:
+  """The ledger's rows; each tensor of either checkpoint is in exactly one.
+
+  Pairs that share a tensor (a tied head, fused experts) make one row.
+
+  Args:
+    pairing: all pairs and the names without partner.
+    outcomes: path -> (status, why) of every pair.
+    scales: (side, name) of float8 scales, which are folded in their weights.
+
+  Returns:
+    Rows {base: [names], finetuned: [names], status, why}.
+
+  Example:
+    >>> from jlora.pairing.pairs import Part
+    >>> pair = Pair("w", (2,), Part("w"), Part("w"))
+    >>> keep_ledger(Pairing([pair], [], ["x"]), {"w": ("unchanged", "")})[1]
+    {'base': [], 'finetuned': ['x'], 'status': 'not representable', 'why': 'only
+    in the finetuned checkpoint'}
+  """
+  rows = [_row(group, outcomes) for group in _groups(pairing.pairs)]
+  for side, names in (
+    ("base", pairing.only_base),
+    ("finetuned", pairing.only_finetuned),
+  ):
+    why = f"only in the {side} checkpoint"
+    rows += [_single(side, name, "not representable", why) for name in names]
+  rows += [
+    _single(side, name, "unchanged", "scale, multiplied into its weight")
+    for side, name in scales
+  ]
+  return rows
+
+
+def _single(side: str, name: str, status: str, why: str) -> dict[str, Any]:
+  empty = {"base": [], "finetuned": []}
+  return {**empty, side: [name], "status": status, "why": why}
+
+
+def _groups(pairs: Iterable[Pair]) -> list[list[Pair]]:
+  """Pairs that share a tensor of either side, together."""
+  groups: dict[int, list[Pair]] = {}
+  owner: dict[tuple[str, str], int] = {}
+  for place, pair in enumerate(pairs):
+    names = [("base", name) for name in names_of(pair.base)]
+    names += [("finetuned", name) for name in names_of(pair.finetuned)]
+    groups[place] = [pair]
+    for other in {owner[name] for name in names if name in owner}:
+      groups[place] = groups.pop(other) + groups[place]
+    for member in groups[place]:
+      owner |= {("base", name): place for name in names_of(member.base)}
+      owner |= {
+        ("finetuned", name): place for name in names_of(member.finetuned)
+      }
+  return list(groups.values())
+
+
+def _row(
+  group: list[Pair], outcomes: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+  statuses = [outcomes[pair.path][0] for pair in group]
+  status = min(statuses, key=_ORDER.index)
+  whys = [
+    "; ".join(part for part in (outcomes[pair.path][1], pair.note) if part)
+    for pair in group
+  ]
+  if len(set(statuses)) > 1:
+    counts = (f"{statuses.count(s)} {s}" for s in _ORDER if s in statuses)
+    whys.insert(0, f"of {len(group)} parts {', '.join(counts)}")
+  once = dict.fromkeys
+  return {
+    "base": list(once(n for pair in group for n in names_of(pair.base))),
+    "finetuned": list(
+      once(n for pair in group for n in names_of(pair.finetuned))
+    ),
+    "status": status,
+    "why": "; ".join(once(why for why in whys if why)),
+  }
+
+
+Policy = Callable[[Spectra], Mapping[str, int]]
+
+
+def choose_ranks(
+  journal: Journal, policy: Policy | None, itemsize: int
+) -> dict[str, int]:
+  """The rank of every extracted module.
+
+  Args:
+    journal: complete.
+    policy: from all spectra to {path: rank}; None keeps what was factored.
+    itemsize: bytes of one stored number, for budgets.
+
+  Returns:
+    {path: rank}.
+
+  Raises:
+    ValueError: nothing was extracted, or the policy left a module out or gave
+      it more than it was factored at.
+
+  Example:
+    >>> choose_ranks({"w": {"status": "extracted", "figures": {
+    ...   "singular_values": [2.0, 1.0]}}}, None, 4)
+    {'w': 2}
+  """
+  figures = {
+    path: record["figures"]
+    for path, record in sorted(journal.items())
+    if record["status"] == "extracted"
+  }
+  if not figures:
+    raise ValueError(
+      "Nothing to extract: no selected matrix changed. Are base and finetune "
+      "the same checkpoint?"
+    )
+  caps = {path: len(row["singular_values"]) for path, row in figures.items()}
+  if policy is None:
+    return caps
+  spectra = Spectra(
+    values={
+      p: np.asarray(row["singular_values"]) for p, row in figures.items()
+    },
+    norms={path: row["norm"] for path, row in figures.items()},
+    floors={path: row["noise_floor"] for path, row in figures.items()},
+    unit_bytes={
+      path: _unit_size(row["shape"]) * itemsize for path, row in figures.items()
+    },
+  )
+  chosen = dict(policy(spectra))
+  wrong = [
+    f"{path}: {chosen.get(path)} of {cap}"
+    for path, cap in caps.items()
+    if not 0 <= chosen.get(path, -1) <= cap or chosen[path] % 1
+  ]
+  if wrong:
+    raise ValueError(
+      f"The policy gave {len(wrong)} modules no whole rank in 0..cap: "
+      f"{name_some(wrong)}."
+    )
+  return {path: int(chosen[path]) for path in caps}
+
+
+def _unit_size(shape: list[int]) -> int:
+  return int(np.prod(shape[:-2])) * (shape[-2] + shape[-1])
+
+
+class _Lazy(Mapping[str, Any]):
+  """A mapping whose values are made when asked for, and not kept."""
+
+  def __init__(self, paths: Iterable[str], make: Callable[[str], Any]):
+    self._paths, self._make = dict.fromkeys(paths), make
+
+  def __getitem__(self, path: str) -> Any:
+    if path not in self._paths:
+      raise KeyError(path)
+    return self._make(path)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._paths)
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+
+def write_adapter(
+  plan: Plan,
+  journal: Journal,
+  ranks: Mapping[str, int],
+  out: Path,
+  *,
+  profile: Profile,
+  base_model: str,
+  settings: dict[str, Any],
+) -> Report:
+  """The report of a run; its adapter folder is then written.
+
+  Args:
+    plan: the run's plan.
+    journal: complete.
+    ranks: from `choose_ranks`.
+    out: the folder; an adapter in it is replaced.
+    profile: the consumer.
+    base_model: name of the base in the adapter's configuration.
+    settings: for the report.
+
+  Returns:
+    Report, also written as `report.json`. One module is in memory at a time.
+  """
+  pairs = {pair.path: pair for pair in plan.pairing.pairs}
+
+  def lora(path: str) -> Lora:
+    arrays: Mapping[str, Any] = journal.arrays(path)
+    # NumPy's, as they come: JAX would copy each, and start its backend.
+    a, b = arrays["a"], arrays["b"]
+    scale: Any = np.ones(a.shape[:-2], np.float32)
+    return Lora(a[..., : ranks[path], :], b[..., : ranks[path], :], scale)
+
+  def change(path: str) -> np.ndarray:
+    left, right = read_pair(pairs[path], plan.base, plan.finetuned)
+    return right.astype(np.float32) - left.astype(np.float32)
+
+  def whole(path: str) -> np.ndarray:
+    return read_pair(pairs[path], plan.base, plan.finetuned)[1]
+
+  # The finetune's own head, where the base ties it, is in no file of the base.
+  shapes = {
+    path: plan.base.spec[pair.base.name]
+    for path, pair in pairs.items()
+    if path not in plan.base.spec
+  }
+  kept = [p for p in pairs if journal[p]["status"] == "kept whole"]
+  biases, full = _sort_kept(kept, pairs, ranks.keys() | plan.refused)
+  left = save_peft(
+    out,
+    _Lazy([path for path in pairs if path in ranks], lora),
+    like=plan.base.spec | shapes,
+    biases=_Lazy(biases, change),
+    full=_Lazy(full, whole),
+    profile=profile,
+    base_model=base_model,
+    model_type=plan.model_type,
+    overwrite=True,
+  )
+  outcomes = {
+    path: ("not representable", left[path])
+    if path in left and record["status"] != "unchanged"
+    else (record["status"], record["why"])
+    for path, record in journal.items()
+  }
+  modules = [
+    _module_row(path, journal[path]["figures"], ranks[path], plan, journal)
+    for path in pairs
+    if path in ranks and path not in left
+  ]
+  scales = [
+    (side, name)
+    for side, checkpoint in (("base", plan.base), ("finetuned", plan.finetuned))
+    for name in checkpoint.companions
+  ]
+  ledger = keep_ledger(plan.pairing, outcomes, scales)
+  report = Report(settings, modules, total_up(modules, ledger), ledger)
+  write_report(out, report)
+  return report
+
+
+def _sort_kept(
+  kept: list[str], pairs: Mapping[str, Pair], matrices: Set[str]
+) -> tuple[list[str], list[str]]:
+  """Biases of factored or refused matrices, and parameters of whole modules."""
+  biases = [
+    path
+    for path in kept
+    if path.endswith(".bias")
+    and path.removesuffix("bias") + "weight" in matrices
+  ]
+  owners = {path.rpartition(".")[0] for path in kept if path not in biases}
+  # A consumer replaces whole modules, so their unchanged parameters come too.
+  full = [path for path in pairs if path.rpartition(".")[0] in owners]
+  return biases, [path for path in full if path not in matrices | {*biases}]
+
+
+def _module_row(path, figures, rank, plan, journal) -> dict[str, Any]:
+  """A module's row of the report at the rank it got."""
+  shape = figures["shape"]
+  itemsize = journal.arrays(path).spec["a"].dtype.itemsize
+  stored = plan.base.spec
+  name = next(p.base.name for p in plan.pairing.pairs if p.path == path)
+  return {
+    "path": path,
+    **row_of(figures, rank),
+    "bytes": rank * _unit_size(shape) * itemsize,
+    "parameter_bytes": int(np.prod(shape)) * stored[name].dtype.itemsize,
+  }

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pair of tensors at a time: read, compared, factored and measured.
+
+On a CPU the step runs on NumPy arrays: compiling it would take longer than many
+models need, and a GEMM is as fast. On accelerators it is compiled, once per
+shape, dtype and device, and shared by all threads; so it is for tensors that
+lie on several devices.
+"""
+
+import functools
+import inspect
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jlora.factoring.certificates import certificate
+from jlora.factoring.deltas import survey
+from jlora.factoring.factorisers import Factoriser
+from jlora.factoring.figures import Measured, summarise
+from jlora.factoring.rounding import ulp_histogram
+from jlora.loras import Factors, exchange, from_factors
+from jlora.numerics.backends import library_of, words_of
+from jlora.pairing.comparison import (
+  check_finite,
+  is_equal,
+  read_pair,
+  stored_dtype,
+)
+from jlora.pairing.pairs import Pair
+from jlora.paths import key_for
+from jlora.selection import is_floating
+from jlora.views import MatrixView, in_stored_order
+
+
+def measure_parameter(
+  base: Any,
+  finetuned: Any,
+  key: Any,
+  *,
+  view: MatrixView,
+  rank: int,
+  factor: Factoriser,
+  dtype: Any,
+  stored: Any,
+  room: np.ndarray | None = None,
+) -> Measured:
+  """One parameter's change, factored, rounded to storage and certified.
+
+  Args:
+    base: the parameter, any floating dtype, its own layout; of NumPy or of
+      JAX, as its result.
+    finetuned: the same shape.
+    key: PRNG key of the module; for NumPy, words of one.
+    view: how the layout is read as a matrix; static, as all below.
+    rank: triplets to keep.
+    factor: the factoriser; given the `sums` of the delta if it takes them.
+    dtype: storage dtype of the factors.
+    stored: dtype of the finetune's file, for its rounding noise.
+    room: as for `survey`, for NumPy alone.
+
+  Returns:
+    Measured, its norm NaN if the change is not finite. Pure; costs the
+    factoriser and a certificate.
+
+  Example:
+    >>> from jlora.factoring.factorisers import svd
+    >>> w = np.zeros((3, 5), np.float32)
+    >>> m = measure_parameter(w, w + 1, None, view=MatrixView(), rank=1,
+    ...   factor=svd, dtype=np.float32, stored=np.float32)
+    >>> m.certificate.errors.shape
+    (2,)
+  """
+  delta, found = survey(base, finetuned, stored, room)
+  delta, is_exchanged = in_stored_order(delta, view)
+  xp = library_of(delta)
+  # Of a batch the sums are of all matrices together, and of no use.
+  known = {"sums": found.sums} if delta.ndim == 2 else {}
+  given = known if _takes(factor, "sums") else {}
+  factors = Factors(*map(xp.asarray, factor(delta, rank, key, **given)))
+  lora = from_factors(factors, dtype)
+  certified = certificate(delta, lora, key, **known)
+  norm = xp.where(found.is_finite, certified.norm, np.nan)
+  return Measured(
+    lora=exchange(lora) if is_exchanged else lora,
+    sigma=factors.s,
+    certificate=certified._replace(norm=norm),
+    base_norm=found.base_norm,
+    noise_std=found.noise_std,
+    unchanged=found.unchanged,
+    ulps=ulp_histogram(base, finetuned, stored),
+  )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+  """Whether a function has a parameter of that name."""
+  try:
+    return name in inspect.signature(function).parameters
+  except (TypeError, ValueError):  # some of C have no signature
+    return False
+
+
+_EQUAL = "equal in value, not in bytes"
+# Whatever is larger than any block it saw freed, up to 32 MiB, glibc maps anew
+# each time and unmaps: half of a run's page faults. One block raises that mark.
+_MAPPED = 2**25 - 2**13
+
+
+class Outcome(NamedTuple):
+  """What became of a pair.
+
+  Attributes:
+    status: "extracted", "unchanged", "kept whole" or "not representable".
+    why: the reason, where the status alone does not say it.
+    arrays: `a` and `b` of an extracted module.
+    figures: its figures, for JSON.
+  """
+
+  status: str
+  why: str = ""
+  arrays: Mapping[str, np.ndarray] = {}
+  figures: Mapping[str, Any] = {}
+
+
+class Extractor:
+  """Factors pairs of two checkpoints; safe to call from several threads.
+
+  Args:
+    factor: the factoriser.
+    dtype: storage dtype of the factors.
+    key: PRNG key; each module uses its own, from its path.
+    on_host: whether the step runs on NumPy arrays; None: if JAX has CPUs alone.
+
+  Attributes:
+    devices: those that threads should share, empty on the host.
+    compilations: how many distinct shapes were compiled so far.
+
+  Example:
+    >>> from jlora.factoring.factorisers import svd
+    >>> from jlora.pairing.pairs import Part
+    >>> w = np.zeros((3, 5), np.float32)
+    >>> step = Extractor(svd, np.float32, None)
+    >>> pair = Pair("w", (3, 5), Part("w"), Part("w"))
+    >>> step(pair, MatrixView(), 2, {"w": w}, {"w": w + 1}).status
+    'extracted'
+  """
+
+  def __init__(
+    self,
+    factor: Factoriser,
+    dtype: Any,
+    key: jax.Array | None,
+    on_host: bool | None = None,
+  ):
+    self._factor, self._dtype, self._key = factor, dtype, key
+    is_cpu = on_host is None and jax.default_backend() == "cpu"
+    self._on_host = is_cpu or bool(on_host)
+    self._compiled: dict[Any, Any] = {}
+    self._locks: dict[Any, threading.Lock] = {}
+    self._lock = threading.Lock()
+    self._own = threading.local()
+    self.devices = [] if self._on_host else jax.local_devices()
+    if self._on_host:
+      np.empty(_MAPPED, np.uint8)  # freed at once, and never touched
+
+  @property
+  def compilations(self) -> int:
+    """Distinct shapes compiled so far."""
+    return len(self._compiled)
+
+  def use(self, device: Any) -> None:
+    """Makes this thread compute on a device, not on the default one.
+
+    Args:
+      device: one of `devices`.
+    """
+    self._own.device = device
+
+  def __call__(
+    self,
+    pair: Pair,
+    view: MatrixView | None,
+    rank: int,
+    base: Mapping[str, Any],
+    finetuned: Mapping[str, Any],
+  ) -> Outcome:
+    """What becomes of a pair that is not the same on both sides (`is_same`).
+
+    Args:
+      pair: which tensors.
+      view: how they are read as a matrix; None: they are not factored.
+      rank: triplets to keep, clipped to what the matrix has; 0: the matrix was
+        not selected and is only compared.
+      base: the base, name -> array.
+      finetuned: the finetune.
+
+    Returns:
+      Outcome.
+
+    Raises:
+      ValueError: NaN or infinity in either tensor.
+    """
+    rooms = None
+    if self._on_host:
+      rooms = [functools.partial(self._room, side) for side in ("base", "ft")]
+    left, right = read_pair(pair, base, finetuned, rooms)
+    if not is_floating(left.dtype) or not is_floating(right.dtype):
+      same = np.array_equal(left, right)
+      why = "" if same else f"not floating: {left.dtype} and {right.dtype}"
+      return Outcome("unchanged" if same else "not representable", why)
+    if not pair.whole and not (view and rank) and is_equal(left, right):
+      return Outcome("unchanged", _EQUAL)
+    if view is not None and rank == 0:
+      return Outcome("not representable", "not selected")
+    if pair.whole or view is None:
+      check_finite(pair.path, right)
+      return Outcome("kept whole")
+    return self._factored(
+      pair, view, rank, left, right, stored_dtype(finetuned, pair.finetuned)
+    )
+
+  def split(
+    self,
+    pair: Pair,
+    view: MatrixView,
+    rank: int,
+    sides: tuple[jax.Array, jax.Array],
+    stored: np.dtype,
+  ) -> Outcome:
+    """What becomes of a pair that lies on several devices.
+
+    Args:
+      pair: which tensors.
+      view: how they are read as a matrix.
+      rank: triplets to keep, clipped to what the matrix has.
+      sides: the base and the finetune, from `place`. Every process that
+        has a part of them must call this, in the same order.
+      stored: dtype of the finetune's file.
+
+    Returns:
+      Outcome, on each of these processes.
+
+    Raises:
+      ValueError: NaN or infinity in either tensor.
+    """
+    return self._factored(pair, view, rank, *sides, stored)
+
+  def _factored(self, pair, view, rank, left, right, stored) -> Outcome:
+    shape = view.shape(pair.shape)
+    rank = min(rank, *shape[-2:])
+    measured = self._measured(pair.path, left, right, view, rank, stored)
+    norm = np.asarray(measured.certificate.norm)
+    if not np.all(np.isfinite(norm)):
+      check_finite(pair.path, left, right)
+      raise ValueError(
+        f"{pair.path}: the change is larger than float32 holds; the checkpoint "
+        "is damaged or training diverged."
+      )
+    figures = summarise(
+      jax.tree.map(np.asarray, measured.certificate),
+      np.asarray(measured.sigma),
+      shape,
+      base_norm=float(measured.base_norm),
+      noise_std=float(measured.noise_std),
+      unchanged=float(measured.unchanged),
+      ulps=np.asarray(measured.ulps),
+    )
+    if figures["norm"] == 0:
+      return Outcome("unchanged", _EQUAL)
+    arrays = {
+      "a": np.asarray(measured.lora.a),
+      "b": np.asarray(measured.lora.b),
+    }
+    return Outcome("extracted", "", arrays, {"shape": list(shape), **figures})
+
+  def _measured(self, path, left, right, view, rank, stored) -> Measured:
+    options = {
+      "view": view,
+      "rank": rank,
+      "factor": self._factor,
+      "dtype": self._dtype,
+      "stored": stored,
+    }
+    is_split = isinstance(left, jax.Array)
+    if self._on_host and not is_split:
+      name = np.uint32(zlib.crc32(path.encode()))
+      words = np.append(words_of(self._key), name)
+      room = self._room("delta", left.size, np.float32)
+      return measure_parameter(left, right, words, **options, room=room)
+    words = words_of(key_for(self._key, path))
+    if is_split:
+      spread: Any = left.sharding
+      whole = NamedSharding(spread.mesh, PartitionSpec())
+      places = spread, spread, whole
+    else:
+      device = getattr(self._own, "device", None) or jax.local_devices()[0]
+      whole = SingleDeviceSharding(device)
+      places = whole, whole, whole
+      left, right, words = jax.device_put((left, right, words), device)
+    step = self._step((left, right, words), places, whole, options)
+    return step(left, right, words)
+
+  def _room(self, name: str, size: int, dtype: Any = np.uint8) -> np.ndarray:
+    """This thread's memory of a name, kept from module to module."""
+    own = self._own.__dict__
+    if name not in own or own[name].size < size:
+      own.pop(name, None)  # given back before more is asked for
+      own[name] = np.empty(size, dtype)
+    return own[name]
+
+  def _step(self, arrays, places, results, options):
+    """The compiled step for these shapes; the first thread to ask compiles."""
+    shapes = tuple(
+      jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+      for array, place in zip(arrays, places, strict=True)
+    )
+    signature = (*shapes, *options.values())
+    with self._lock:
+      lock = self._locks.setdefault(signature, threading.Lock())
+    with lock:
+      if signature not in self._compiled:
+        step = functools.partial(_with_words, _kind_of(self._key), options)
+        compiled = jax.jit(step, out_shardings=results).lower(*shapes).compile()
+        self._compiled[signature] = compiled
+    return self._compiled[signature]
+
+
+def _with_words(kind, options, base, finetuned, words) -> Measured:
+  """The step, its key given as words: those need no place on a device."""
+  key = jax.random.wrap_key_data(words, impl=kind)
+  return measure_parameter(base, finetuned, key, **options)
+
+
+def _kind_of(key: jax.Array | None) -> Any:
+  """Which generator a key is of; None is the default one."""
+  if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return None
+  return jax.random.key_impl(key)

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says: its report, written to report.json and read again."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora.runs.fingerprints import replace_text
+
+SCHEMA_VERSION = 1
+REPORT = "report.json"
+_STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
+
+
+class Report(NamedTuple):
+  """Everything a run found; `report.json` is its fields.
+
+  Attributes:
+    settings: inputs and options.
+    modules: one dict per extracted module: path, shape, rank, relative_error,
+      energy, mse, cosine_distance, mean_abs_delta, relative_change,
+      stable_rank, effective_rank, rank_90, rank_95, rank_99, noise_floor,
+      noise_floor_rank, learnt_norm, rounding_share, unchanged, spectral_bound,
+      optimality, bytes, singular_values, relative_errors (by rank, 0..).
+    totals: sums over the model.
+    ledger: rows {base, finetuned, status, why}; every tensor of both
+      checkpoints is in exactly one row.
+
+  Example:
+    >>> Report({}, [], {"modules": 0}, []).totals["modules"]
+    0
+  """
+
+  settings: dict[str, Any]
+  modules: list[dict[str, Any]]
+  totals: dict[str, Any]
+  ledger: list[dict[str, Any]]
+
+
+def total_up(
+  modules: Iterable[Mapping[str, Any]], ledger: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """The totals of a report from its rows.
+
+  Args:
+    modules: rows with `norm`, `error`, `bytes` and `parameter_bytes`; of rows
+      with `shape`, `learnt_norm`, `rounding_share` and `unchanged` those too.
+    ledger: rows with `status`.
+
+  Returns:
+    `modules`, `relative_error` (of all deltas as one vector), `energy`,
+    `learnt_norm` and `rounding_share` (of all modules that tell what they
+    learnt, as one vector; None if none does), `not_identifiable` (the number of
+    the others), `unchanged` (share of all entries, None where rows lack it),
+    `adapter_bytes`, `parameter_bytes` (of these matrices in the base) and the
+    number of ledger rows by status.
+
+  Example:
+    >>> row = {"norm": 5.0, "error": 3.0, "bytes": 8, "parameter_bytes": 16}
+    >>> total_up([row], [])["relative_error"]
+    0.6
+  """
+  modules, ledger = list(modules), list(ledger)
+  norm2 = sum(row["norm"] ** 2 for row in modules)
+  error2 = sum(row["error"] ** 2 for row in modules)
+  share = error2 / norm2 if norm2 else 0.0
+  return {
+    "modules": len(modules),
+    "relative_error": math.sqrt(share),
+    "energy": 1 - share,
+    **_total_rounding(modules),
+    "adapter_bytes": sum(row["bytes"] for row in modules),
+    "parameter_bytes": sum(row["parameter_bytes"] for row in modules),
+    "ledger": {
+      status: sum(row["status"] == status for row in ledger)
+      for status in _STATUSES
+    },
+  }
+
+
+def _total_rounding(
+  modules: Sequence[Mapping[str, Any]],
+) -> dict[str, float | int | None]:
+  """What was learnt and what was rounded, of the rows that know."""
+  told = [row for row in modules if row.get("learnt_norm") is not None]
+  learnt2 = [row["learnt_norm"] ** 2 for row in told]
+  lost2 = sum(
+    row["rounding_share"] * square
+    for row, square in zip(told, learnt2, strict=True)
+  )
+  has_zeros = all("unchanged" in row for row in modules)
+  sizes = [math.prod(row["shape"]) for row in modules] if has_zeros else []
+  equal = sum(
+    row["unchanged"] * size for row, size in zip(modules, sizes, strict=False)
+  )
+  whole = sum(learnt2)
+  return {
+    "learnt_norm": math.sqrt(whole) if told else None,
+    "rounding_share": (lost2 / whole if whole else 0.0) if told else None,
+    "not_identifiable": len(modules) - len(told),
+    "unchanged": equal / sum(sizes) if sizes else None,
+  }
+
+
+def write_report(folder: str | os.PathLike, report: Report) -> None:
+  """Writes `report.json` into a folder, whole or not at all.
+
+  Args:
+    folder: an existing folder.
+    report: the report. Its bytes depend on nothing else.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_report(folder, Report({"rank": 1}, [], {}, []))
+    ...   read_report(folder).settings
+    {'rank': 1}
+  """
+  text = json.dumps({"schema_version": SCHEMA_VERSION} | report._asdict())
+  replace_text(Path(folder) / REPORT, text + "\n")
+
+
+def read_report(folder: str | os.PathLike) -> Report:
+  """The report of a finished run.
+
+  Args:
+    folder: the run's output folder.
+
+  Returns:
+    Report.
+
+  Raises:
+    ValueError: there is no report, a damaged one, or of another schema version.
+
+  Example:
+    >>> read_report("/nowhere")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere holds no report.json; the run did not finish.
+  """
+  path = Path(folder) / REPORT
+  if not path.exists():
+    raise ValueError(f"{folder} holds no {REPORT}; the run did not finish.")
+  try:
+    data = dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is no report: {error}. Run again.") from error
+  version = data.pop("schema_version", None)
+  if version != SCHEMA_VERSION:
+    raise ValueError(
+      f"{path} has schema version {version}, this jlora reads {SCHEMA_VERSION}."
+    )
+  return Report(**data)
+
+
+def module_type(path: str) -> str:
+  """What kind of module a path names: its last part, `weight` and such off.
+
+  Args:
+    path: a parameter's name.
+
+  Returns:
+    `q_proj`, `down_proj`, `embed_tokens`, ...; of an expert's matrix the part
+    after the expert's number.
+
+  Example:
+    >>> module_type("model.layers.3.mlp.down_proj.weight")
+    'down_proj'
+    >>> module_type("layers/0/attn/q/kernel")
+    'q'
+  """
+  parts = [part for part in re.split(r"[./]", path) if not part.isdigit()]
+  if len(parts) > 1 and parts[-1] in ("weight", "kernel", "embedding", "w"):
+    parts.pop()
+  return parts[-1] if parts else path
+
+
+CARD = "README.md"
+_MIB = 2**20
+
+
+def type_table(report: Report) -> str:
+  """The figures by module type, as a table of text.
+
+  Args:
+    report: the report.
+
+  Returns:
+    Lines: type, modules, shape of the first, rank, relative error (of all
+    deltas of the type as one vector, and of the worst module), energy kept,
+    relative change of the weights, noise floor rank, MiB.
+
+  Example:
+    >>> type_table(Report({}, [], total_up([], []), [])).splitlines()[0][:4]
+    'type'
+  """
+  groups: dict[str, list[dict[str, Any]]] = {}
+  for row in report.modules:
+    groups.setdefault(module_type(row["path"]), []).append(row)
+  header = (
+    "type", "modules", "shape", "rank", "rel. error", "worst", "energy",
+    "|dW|/|W|", "above noise", "MiB",
+  )  # fmt: skip
+  rows: list[Sequence[str]] = [header]
+  for name, members in groups.items():
+    both = total_up(members, [])
+    change = [m["relative_change"] for m in members if m["relative_change"]]
+    rows.append(
+      (
+        name,
+        str(len(members)),
+        "x".join(map(str, members[0]["shape"])),
+        _span(m["rank"] for m in members),
+        f"{both['relative_error']:.4f}",
+        f"{max(m['relative_error'] for m in members):.4f}",
+        f"{both['energy']:.1%}",
+        f"{sum(change) / len(change):.1e}" if change else "-",
+        _above_noise(members),
+        f"{both['adapter_bytes'] / _MIB:.2f}",
+      )
+    )
+  totals = report.totals
+  rows.append(
+    (
+      "all",
+      str(totals["modules"]),
+      "",
+      "",
+      f"{totals['relative_error']:.4f}",
+      "",
+      f"{totals['energy']:.1%}",
+      "",
+      "",
+      f"{totals['adapter_bytes'] / _MIB:.2f}",
+    )
+  )
+  return _align(rows)
+
+
+def worst_table(report: Report, count: int = 5) -> str:
+  """The modules with the largest relative error, as a table of text.
+
+  Args:
+    report: the report.
+    count: how many.
+
+  Returns:
+    Lines: path, shape, rank, relative error, energy, stable rank and an upper
+    bound on error / best error at that rank.
+
+  Example:
+    >>> worst_table(Report({}, [], {}, [])).split()[:2]
+    ['worst', 'modules']
+  """
+  header = (
+    "worst modules", "shape", "rank", "rel. error", "energy", "stable rank",
+    "error/best at most",
+  )  # fmt: skip
+  worst = sorted(report.modules, key=lambda row: -row["relative_error"])[:count]
+  return _align(
+    [
+      header,
+      *(
+        (
+          row["path"],
+          "x".join(map(str, row["shape"])),
+          str(row["rank"]),
+          f"{row['relative_error']:.4f}",
+          f"{row['energy']:.1%}",
+          f"{row['stable_rank']:.1f}",
+          f"{row['optimality']:.3f}" if row["optimality"] else "-",
+        )
+        for row in worst
+      ),
+    ]
+  )
+
+
+def ledger_lines(report: Report, count: int = 8) -> str:
+  """What became of every tensor: counts, and what needs a reader's eye.
+
+  Args:
+    report: the report.
+    count: how many rows are listed; the rest is counted.
+
+  Returns:
+    Lines: the number of rows by status, then rows kept whole, not
+    representable or matched otherwise than by name.
+
+  Example:
+    >>> ledger_lines(Report({}, [], total_up([], []), []))
+    'ledger: 0 extracted, 0 unchanged, 0 kept whole, 0 not representable'
+  """
+  counts = report.totals["ledger"]
+  lines = [
+    "ledger: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+  ]
+  noted = [
+    row for row in report.ledger if row["why"] and row["status"] != "unchanged"
+  ]
+  # What is lost comes first.
+  noted.sort(key=lambda row: row["status"] != "not representable")
+  for row in noted[:count]:
+    name = (row["base"] or row["finetuned"])[0]
+    lines.append(f"  {row['status']}: {name} ({row['why']})")
+  if len(noted) > count:
+    lines.append(f"  and {len(noted) - count} more in {REPORT}")
+  return "\n".join(lines)
+
+
+def rounding_line(report: Report) -> str:
+  """What was learnt and what rounding did to it, as a line of text.
+
+  Args:
+    report: the report.
+
+  Returns:
+    The norm of the change before it was rounded, beside that of the same
+    modules as stored; those that cannot tell are counted as not identifiable.
+
+  Example:
+    >>> rounding_line(Report({}, [], total_up([], []), []))
+    'rounding: what was learnt is not identifiable in 0 of 0 modules'
+  """
+  totals = report.totals
+  learnt, parts = totals.get("learnt_norm"), []
+  if learnt is not None:
+    told = [r for r in report.modules if r["learnt_norm"] is not None]
+    stored = sum(row["norm"] ** 2 for row in told) ** 0.5
+    parts.append(
+      f"learnt {learnt:.4g} (norm, estimated), stored {stored:.4g}; "
+      f"{totals['rounding_share']:.1%} of its energy lost or covered"
+    )
+  if (missing := totals.get("not_identifiable", 0)) or not parts:
+    parts.append(
+      f"what was learnt is not identifiable in {missing} of "
+      f"{totals['modules']} modules"
+    )
+  if totals.get("unchanged") is not None:
+    parts.append(f"{totals['unchanged']:.1%} of all entries did not change")
+  return "rounding: " + "; ".join(parts)
+
+
+def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
+  """Writes the adapter's model card, `README.md`.
+
+  Args:
+    folder: an existing folder.
+    report: the report.
+    command: what made the adapter, to be repeated.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_card(folder, Report({"base": "b", "finetuned": "f"}, [],
+    ...                             total_up([], []), []), "jlora ...")
+    ...   (Path(folder) / CARD).read_text().splitlines()[0]
+    '---'
+  """
+  settings = report.settings
+  text = f"""---
+library_name: peft
+base_model: {json.dumps(str(settings["base"]))}
+tags: [lora, jlora]
+---
+
+# LoRA extracted from `{settings["finetuned"]}`
+
+The low-rank part of what a finetune changed in `{settings["base"]}`. All deltas
+together, it misses {report.totals["relative_error"]:.2%} of their norm
+({report.totals["energy"]:.2%} of the energy is kept).
+
+```
+{command}
+```
+
+```
+{type_table(report)}
+
+{worst_table(report)}
+
+{rounding_line(report)}
+{ledger_lines(report)}
+```
+
+`{REPORT}` has every module and every tensor. Load with
+`peft.PeftModel.from_pretrained(base_model, folder)`.
+"""
+  replace_text(Path(folder) / CARD, text)
+
+
+def noise_rank(row: Mapping[str, Any]) -> str:
+  """Counts the singular values above rounding noise, of those that were found.
+
+  Args:
+    row: a module's row of a report.
+
+  Returns:
+    The count, or `≥ count` where all values found are above: the next ones
+    may be too.
+
+  Example:
+    >>> noise_rank({"noise_floor_rank": 2, "singular_values": [3.0, 2.0],
+    ...             "shape": [4, 6]})
+    '≥ 2'
+  """
+  count, found = row["noise_floor_rank"], len(row["singular_values"])
+  is_clipped = count == found < min(row["shape"][-2:])
+  return f"≥ {count}" if is_clipped else str(count)
+
+
+def _above_noise(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The least and the most of `noise_rank` over modules."""
+  order = sorted(rows, key=lambda row: row["noise_floor_rank"])
+  low, high = noise_rank(order[0]), noise_rank(order[-1])
+  if low == high:
+    return low
+  return f"{low}-{high}" if "≥" not in low + high else f"{low} to {high}"
+
+
+def _span(values: Iterable[int]) -> str:
+  values = sorted(values)
+  low, high = values[0], values[-1]
+  return str(low) if low == high else f"{low}-{high}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+  """Columns of text: the first to the left, figures to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if place == 0 else cell.rjust(width)
+      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extraction from disk to disk: streaming, bounded in memory, resumable.
+
+open ─► pair ─► read, factor, certify, journal ─► ranks ─► folder
+
+Several `jax.distributed` processes share the journal; the first one writes the
+folder.
+"""
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.extraction.assembly import Policy, choose_ranks, write_adapter
+from jlora.extraction.module import Extractor
+from jlora.extraction.planning import fingerprint, plan_run
+from jlora.extraction.report import REPORT, Report, read_report
+from jlora.extraction.workers import work_off
+from jlora.factoring.factorisers import Factoriser, krylov
+from jlora.formats.peft.layouts import PEFT, Profile
+from jlora.pairing.match import Vocabulary, keep_whole
+from jlora.runs import processes
+from jlora.runs.fingerprints import name_of
+from jlora.runs.journal import FOLDER, check_fingerprint, remove_closed
+from jlora.runs.shared_journal import (
+  complete_journal,
+  share_journal,
+  wait_for_files,
+)
+from jlora.selection import Select, is_matrix
+
+
+def extract_checkpoint(
+  base: str | os.PathLike,
+  finetuned: str | os.PathLike,
+  out: str | os.PathLike,
+  *,
+  rank: int = 64,
+  policy: Policy | None = None,
+  factor: Factoriser = krylov,
+  select: Select = is_matrix,
+  vocabulary: Vocabulary = keep_whole,
+  profile: Profile = PEFT,
+  dtype: Any = jnp.float32,
+  key: jax.Array | None = None,
+  base_model: str | None = None,
+  resume: bool = False,
+  overwrite: bool = False,
+  split_bytes: int = 2**31,
+  log: IO[str] | None = None,
+) -> Report:
+  """The report of an extraction, whose adapter is then in a PEFT folder.
+
+  Every matrix is factored at `rank`, certified and put in a journal; then
+  `policy` chooses ranks up to that from all spectra and the folder is written.
+  What is no matrix and changed (norms, biases) is kept whole where the profile
+  carries it.
+
+  Where the caller has initialised `jax.distributed`, all processes call this
+  alike, with paths on file systems that they share. They settle first whether
+  they have the same versions, options and inputs. Modules are dealt to them by
+  cost, and each reads the tensors of its own; the first process chooses ranks
+  and writes the folder. A tensor over `split_bytes` is cut over the devices of
+  all, each process reading its own part.
+
+  Args:
+    base: a checkpoint that `open_checkpoint` opens.
+    finetuned: the finetune; names may differ as `pair_up` says.
+    out: output folder, new or empty.
+    rank: of every module, and the most that a policy may give.
+    policy: from all Spectra to {path: rank}; None keeps `rank` everywhere.
+    factor: the factoriser.
+    select: `(path, spec) -> bool`, which matrices are factored; others that
+      changed are reported as not representable.
+    vocabulary: what happens to an embedding whose number of rows changed.
+    profile: the consumer, `PEFT` or `VLLM`.
+    dtype: storage dtype of the factors.
+    key: PRNG key; None is `key(0)`.
+    base_model: name of the base in the adapter's configuration; None is the
+      path given.
+    resume: go on with an unfinished run of the same inputs and options in
+      `out`; a finished one gives its report, if its settings are the same.
+    overwrite: allow a folder that is not empty; an adapter, report or journal
+      in it is replaced, other files stay.
+    split_bytes: a matrix that is larger in float32 is factored on all devices
+      together, where they are several and divide an axis of it.
+    log: where progress goes, None is standard error; each process counts its
+      own share.
+
+  Returns:
+    Report, on all processes. The result is the same bytes whether or not the
+    run was interrupted, and on however many processes. Tensors that are split
+    are equal to rounding to what one device computes; a factoriser that starts
+    from random rows starts from others in NumPy, on CPUs, so that there its own
+    tolerance is between the two. Memory: the tensors of up to three modules and
+    their float32 copies, within 512 MiB or of two of the usual size, not the
+    model; disk: the adapter twice while it is written.
+
+  Raises:
+    ValueError: inputs that cannot be read or do not belong together, NaN or
+      infinity in a tensor, a folder that is not empty, a journal of another
+      run, or nothing to extract; processes that differ in versions, options or
+      what they see. Of several processes all raise it.
+    LostProcess: another process ended or was killed. What was finished is kept
+      in the journal for `resume`.
+
+  Example:
+    >>> import io, tempfile
+    >>> import numpy as np
+    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   for name, scale in (("base", 0.0), ("ft", 1.0)):
+    ...     w = np.full((4, 6), scale, np.float32)
+    ...     write_safetensors(f"{tmp}/{name}.safetensors", {"m.q.weight": w})
+    ...   report = extract_checkpoint(
+    ...     f"{tmp}/base.safetensors", f"{tmp}/ft.safetensors", f"{tmp}/out",
+    ...     rank=1, log=io.StringIO())
+    >>> round(report.modules[0]["relative_error"], 4)
+    0.0
+  """
+  out = Path(out)
+  options = {
+    "rank": rank,
+    "dtype": jnp.dtype(dtype).name,
+    "factor": name_of(factor),
+  }
+  settings = {
+    "jlora": metadata.version("jlora"),
+    "base": str(base),
+    "finetuned": str(finetuned),
+    "profile": profile.name,
+    "vocabulary": name_of(vocabulary),
+    **options,
+  }
+  named = {
+    "policy": None if policy is None else name_of(policy),
+    "base_model": base_model,
+    "split_bytes": split_bytes,
+    "resume": resume,
+    "overwrite": overwrite,
+  }
+  _check_options(settings, named)
+  if processes.from_first(
+    lambda: _is_finished(out, settings, resume=resume, overwrite=overwrite)
+  ):
+    return processes.everywhere(lambda: read_report(out))
+  plan = processes.everywhere(
+    lambda: plan_run(base, finetuned, select, vocabulary)
+  )
+  marks = fingerprint(plan, key, options)
+  processes.check_same(marks)
+  journal, watch = share_journal(
+    out, REPORT, marks, resume=resume, overwrite=overwrite
+  )
+  pairs = plan.pairing.pairs
+  missing = processes.from_first(
+    lambda: [at for at, pair in enumerate(pairs) if pair.path not in journal]
+  )
+  with watch:
+    work_off(
+      plan,
+      journal,
+      [pairs[at] for at in missing],
+      Extractor(factor, dtype, key),
+      rank=rank,
+      split_bytes=split_bytes,
+      watch=watch,
+      log=log,
+    )
+    if processes.process_index():
+      watch.done()
+      watch.wait()
+      return wait_for_files(lambda: read_report(out))
+    watch.wait()
+    complete_journal(journal, (pair.path for pair in pairs))
+    report = write_adapter(
+      plan,
+      journal,
+      choose_ranks(journal, policy, jnp.dtype(dtype).itemsize),
+      out,
+      profile=profile,
+      base_model=str(base) if base_model is None else base_model,
+      settings=settings,
+    )
+    watch.done()
+  journal.close()
+  return report
+
+
+def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
+  """Nothing, if all processes have the same options and they make sense."""
+  if processes.process_count() > 1:
+    paths = ("base", "finetuned")  # these may differ; what is there may not
+    options = {k: v for k, v in settings.items() if k not in paths}
+    processes.check_same(processes.versions() | options | others)
+  for name, value in (settings | others).items():
+    if name in ("rank", "split_bytes") and value < 1:
+      raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _is_finished(
+  out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
+) -> bool:
+  """Whether a run to be resumed is one of these settings, and complete."""
+  if resume or overwrite:
+    _remove_leftovers(out)
+  if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
+    return False
+  check_fingerprint(out / REPORT, read_report(out).settings, settings)
+  return True
+
+
+def _remove_leftovers(out: Path) -> None:
+  """Removes what a killed run left half written or half removed."""
+  remove_closed(out)
+  for file in out.glob(".*adapter_*.tmp"):
+    file.unlink()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extraction from pytrees: base and finetune in, Loras out, jit-able.
+
+What streams from disk is built on the same step, a parameter at a time.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jlora.factoring.deltas import difference
+from jlora.factoring.factorisers import Factoriser, krylov
+from jlora.loras import Lora, Loras, exchange, from_factors
+from jlora.messages import name_some
+from jlora.numerics.meshes import constrain, place, run_automatic, sharding_of
+from jlora.pairing.match import pair_up
+from jlora.pairing.pairs import Pair, Pairing, Part, Stack, read, read_region
+from jlora.paths import check_same, flatten, key_for
+from jlora.selection import Select, is_matrix, ranks_of
+from jlora.sharding import Rules, assign, of_adapter, spread
+from jlora.views import (
+  MatrixView,
+  Rule,
+  in_stored_order,
+  table_for,
+  view_of,
+)
+
+
+def extract(
+  base: Any,
+  ft: Any,
+  *,
+  rank: int | Mapping[str, int] = 64,
+  factor: Factoriser = krylov,
+  select: Select = is_matrix,
+  views: Iterable[Rule] | None = None,
+  key: jax.Array | None = None,
+  dtype: Any = jnp.float32,
+  mesh: Any = None,
+  rules: Rules | None = None,
+) -> Loras:
+  """The LoRAs of a finetune: the best low-rank change of every matrix.
+
+      ft[path] - base[path]  ≈  scale aᵀ b        read as (in, out), scale 1
+
+  Args:
+    base: a pytree of arrays of mixed floating dtype (plain dicts, linen
+      variables, NNX state), or an open checkpoint.
+    ft: the same structure; for checkpoints names may differ as `pair_up` says.
+    rank: of every module, or {path: rank}: modules not named are left out.
+      A rank above min(in, out) is clipped and visible in `lora.rank`.
+    factor: a factoriser, `functools.partial` sets its options.
+    select: `(path, leaf) -> bool`, which parameters are factored.
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found (`table_for`).
+    key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`, so
+      neither order nor subset of modules changes a result.
+    dtype: storage dtype of a and b.
+    mesh: devices that every parameter is placed on, with Auto or Explicit axes;
+      of an open checkpoint each shard is read by itself. None leaves
+      parameters where they are.
+    rules: (regex for a whole path of the base, PartitionSpec), the first match
+      decides and without one a parameter is whole on every device. None cuts
+      each module over the mesh by its sides (`jlora.sharding.spread`).
+
+  Returns:
+    {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones. Modules
+    that did not change give zero factors: the structure never depends on
+    values, so the call can be jitted. A change that is not finite gives a
+    scale of NaN. Of an open checkpoint one pair of tensors is in memory at a
+    time, and what has no partner or another shape is left out with a warning;
+    `extract_checkpoint` accounts for it.
+
+    Factors lie as `jlora.sharding.of_adapter` says wherever it is known how
+    their parameter does: placed here, an array with a NamedSharding, or of a
+    type with Explicit axes. A sharded parameter is not gathered, only its thin
+    factors are: of `krylov` along both sides, of `gram` along the long one. A
+    short side that is cut is gathered by `gram` (which `krylov` takes while
+    the whole is little more than its thin factors), and `svd` gathers all.
+
+  Raises:
+    ValueError: structures or shapes that differ, a rank for a path that is not
+      there or below 1, a selection that leaves nothing; rules without a mesh,
+      or that do not fit it (`jlora.sharding.assign`).
+
+  Example:
+    >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
+    >>> ft = jax.tree.map(lambda w: w + 1.0, base)
+    >>> loras = extract(base, ft, rank=1)
+    >>> loras["mlp/kernel"].a.shape, loras["mlp/kernel"].b.shape
+    ((1, 3), (1, 5))
+
+  References:
+    Eckart and Young (1936). Loss of extraction from full finetunes: Biderman
+    et al. (2024), section 4.6.
+  """
+  left, right = _leaves(base), _leaves(ft)
+  if isinstance(left, dict) or isinstance(right, dict):
+    check_same(left, right, "base", "finetuned")
+  sides = getattr(left, "spec", left), getattr(right, "spec", right)
+  pairing = pair_up(*sides)
+  _warn_of_missing(pairing)
+  pairs = {pair.path: pair for pair in pairing.pairs}
+  model_type = getattr(left, "model_type", None)
+  table = tuple(table_for(sides[0], model_type) if views is None else views)
+  modules = {
+    path: view
+    for path, pair in pairs.items()
+    if not pair.whole and select(path, sides[0][pair.base.name])
+    and (view := view_of(path, pair.shape, table))
+  }  # fmt: skip
+  ranks = ranks_of(rank, modules)
+  places = _placed(sides[0], pairs, modules, mesh, rules)
+  loras = {}
+  for path, wanted in ranks.items():
+    pair, view = pairs[path], modules[path]
+    leaves = [
+      _take(tree, side, pair.shape, places.get(path))
+      for tree, side in ((left, pair.base), (right, pair.finetuned))
+    ]
+    own = sharding_of(leaves[0]) or sharding_of(leaves[1]) or places.get(path)
+    loras[path] = extract_parameter(
+      *leaves,
+      key_for(key, path),
+      view=view,
+      rank=wanted,
+      factor=factor,
+      dtype=jnp.dtype(dtype),
+      sharding=of_adapter(own, view, pair.shape) if own else None,
+    )
+  return loras
+
+
+def _placed(
+  spec: Mapping[str, Any],
+  pairs: Mapping[str, Pair],
+  modules: Mapping[str, MatrixView],
+  mesh: Any,
+  rules: Rules | None,
+) -> dict[str, NamedSharding]:
+  """Where parameters are to lie, if anybody said."""
+  if mesh is None and rules is not None:
+    raise ValueError("rules without a mesh: give the devices they are of.")
+  if mesh is None:
+    return {}
+  if rules is not None:
+    shapes = {path: pair.shape for path, pair in pairs.items()}
+    return assign({name: spec[name].shape for name in spec} | shapes, mesh,
+                  rules)  # fmt: skip
+  return {
+    path: NamedSharding(mesh, spread(pairs[path].shape, mesh, view.batch))
+    for path, view in modules.items()
+  }
+
+
+def _take(
+  tree: Mapping[str, Any],
+  side: Part | Stack,
+  shape: tuple[int, ...],
+  sharding: NamedSharding | None,
+) -> Any:
+  """A parameter's values, placed if it is said where."""
+  if sharding is None:
+    return read(tree, side)
+  if isinstance(side, Part) and not hasattr(tree, "spec"):
+    leaf = read(tree, side)
+    if isinstance(leaf, jax.Array):
+      return jax.device_put(leaf, sharding)
+  return place(shape, sharding, functools.partial(read_region, tree, side))
+
+
+@functools.partial(
+  jax.jit, static_argnames=("view", "rank", "factor", "dtype", "sharding")
+)
+def extract_parameter(
+  base: jax.Array,
+  finetuned: jax.Array,
+  key: jax.Array,
+  *,
+  view: MatrixView,
+  rank: int,
+  factor: Factoriser = krylov,
+  dtype: Any = jnp.float32,
+  sharding: Lora | None = None,
+) -> Lora:
+  """The Lora of one parameter's change, read as (..., in, out).
+
+  Args:
+    base: the parameter, any floating dtype, its own layout.
+    finetuned: the same shape.
+    key: PRNG key of the module.
+    view: how the layout is read as a matrix; static, as all below.
+    rank: units to keep.
+    factor: the factoriser. Equal shapes share a compilation.
+    dtype: storage dtype.
+    sharding: where the leaves go, from `of_adapter`; needed for parameters of
+      a type with Explicit axes, else None leaves it to the compiler.
+
+  Returns:
+    Lora with a (..., r, in), b (..., r, out), scale 1; scale NaN if either
+    parameter is not finite.
+
+  Example:
+    >>> w = jnp.zeros((3, 5), jnp.bfloat16)
+    >>> extract_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
+    ...                   rank=1).a.shape
+    (1, 3)
+  """
+
+  def step(base, finetuned, key):
+    delta, is_exchanged = in_stored_order(difference(base, finetuned), view)
+    is_finite = jnp.isfinite(delta).all()
+    delta = jnp.where(is_finite, delta, 0.0)  # LAPACK may not return from NaN
+    lora = from_factors(factor(delta, rank, key), dtype)
+    scale = jnp.where(is_finite, lora.scale, jnp.nan)
+    lora = Lora(lora.a, lora.b, scale)
+    return exchange(lora) if is_exchanged else lora
+
+  if sharding is None:
+    return step(base, finetuned, key)
+  specs = jax.tree.map(lambda own: own.spec, sharding)
+  mesh: Any = jax.tree.leaves(sharding)[0].mesh
+  lora = run_automatic(step, (base, finetuned, key), lambda *_: specs, mesh)
+  return constrain(lora, sharding)
+
+
+def _warn_of_missing(pairing: Pairing) -> None:
+  missing = [f"{name} (only in the base)" for name in pairing.only_base]
+  missing += [f"{name} (only finetuned)" for name in pairing.only_finetuned]
+  missing += [
+    f"{pair.path} ({pair.note})" for pair in pairing.pairs if pair.whole
+  ]
+  if missing:
+    warnings.warn(
+      f"{len(missing)} tensors are left out: {name_some(missing)}", stacklevel=3
+    )
+
+
+def _leaves(tree: Any) -> Mapping[str, Any]:
+  """{path: leaf}; an open checkpoint stays lazy."""
+  return tree if hasattr(tree, "spec") else flatten(tree)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A change of weights becomes factors, with certificates of what they lose.
+
+    delta (..., m, n) -> Factors(u, s, vt),   certificate: exact errors by rank
+
+Factorisers are functions of one signature: `svd`, `gram`, `krylov`; `whitened`
+makes one that weighs the change by what a layer reads.
+"""
+
+from jlora.factoring.certificates import Certificate as Certificate
+from jlora.factoring.certificates import certificate as certificate
+from jlora.factoring.factorisers import cheapest as cheapest
+from jlora.factoring.factorisers import gram as gram
+from jlora.factoring.factorisers import krylov as krylov
+from jlora.factoring.factorisers import recompress as recompress
+from jlora.factoring.factorisers import svd as svd
+from jlora.factoring.moments import Moment as Moment
+from jlora.factoring.moments import dense_inputs as dense_inputs
+from jlora.factoring.moments import second_moments as second_moments
+from jlora.factoring.moments import weighted_error as weighted_error
+from jlora.factoring.whitening import diagonal as diagonal
+from jlora.factoring.whitening import full as full
+from jlora.factoring.whitening import whitened as whitened
+
+__all__ = [
+  "Certificate",
+  "Moment",
+  "certificate",
+  "cheapest",
+  "dense_inputs",
+  "diagonal",
+  "full",
+  "gram",
+  "krylov",
+  "recompress",
+  "second_moments",
+  "svd",
+  "weighted_error",
+  "whitened",
+]

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factorisers: arrays (..., m, n) in, truncated singular triplets out.
+
+All share the call `(delta, rank, key) -> Factors`, work on batches over leading
+axes and go through `jit` and `vmap`. Of `krylov` only matrix products touch the
+delta, so a sharded one is never gathered; eigenvalue and singular value
+problems are small and square. Bases are kept with the rank axis first,
+(rows, m), as in a Lora.
+
+A NumPy array is factored on the host by the same algorithm, and the result is
+NumPy's: nothing is compiled, and no more memory than is filled takes part.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jlora.factoring.krylov_spaces import iterate
+from jlora.loras import Factors
+from jlora.numerics.backends import (
+  library_of,
+  normal,
+  over_leading,
+  scaled,
+  times,
+)
+from jlora.numerics.linalg import (
+  orthonormal_rows,
+  ritz_vectors,
+  rows_gram,
+  triplets,
+)
+from jlora.numerics.sums import Sums, check_single, exponent_of, sums_of
+
+Factoriser = Callable[..., Factors]
+
+# Operations of LAPACK's eigh and svd in units of matrix product operations that
+# take as long, measured on CPU at sizes 80 to 600.
+_EIGH_WEIGHT = 15
+_SVD_WEIGHT = 20
+# Below this many operations nothing is to be saved: take the exact one.
+_SMALL = 10**7
+
+
+def svd(delta: Any, rank: int, key: Any = None) -> Factors:
+  """The best rank-r approximation, from the full decomposition: the oracle.
+
+      delta ≈ u diag(s) vt,   error² = Σ_{i>r} σ_i²   (Eckart and Young, 1936)
+
+  Args:
+    delta: (..., m, n), read as float32.
+    rank: triplets to keep, static; clipped to min(m, n).
+    key: unused; there so that every factoriser has the same call.
+
+  Returns:
+    Factors u (..., m, r), s (..., r), vt (..., r, n), float32. The entry of
+    largest modulus in each column of u is positive. Costs O(m n min(m, n))
+    and gathers a sharded delta: use it to check the others.
+
+  Raises:
+    ValueError: rank below 1, or delta without two axes.
+
+  Example:
+    >>> svd(np.array([[3.0, 0.0], [4.0, 5.0]]), 1).s.round(4)
+    array([6.7082], dtype=float32)
+  """
+  del key
+  rank = _check(delta, rank)
+
+  def core(a, half, _):
+    u, s, vt = library_of(a).linalg.svd(a * half * half, full_matrices=False)
+    return u[:, :rank], s[:rank], vt[:rank]
+
+  return _each(core, delta)
+
+
+def gram(delta: Any, rank: int, key: Any = None) -> Factors:
+  """Leading triplets through the Gram matrix of the short side.
+
+      delta deltaᵀ = u diag(s²) uᵀ,   diag(s) vt = uᵀ delta
+
+  Squaring would lose singular values under 1e-2 of the largest; when there are
+  such among the wanted, the large ones are taken off and the rest is squared
+  again, so that one value 1e4 times the others does no harm.
+
+  Args:
+    delta: (..., m, n), read as float32.
+    rank: triplets to keep, static; clipped to min(m, n).
+    key: unused; there so that every factoriser has the same call.
+
+  Returns:
+    Factors as `svd` gives them, to rounding. Costs one product of
+    `2 min(m, n)² max(m, n)` operations and an eigenproblem of the short side,
+    which is replicated under sharding; the long side stays where it is, the
+    short one is gathered if it is cut.
+
+  Raises:
+    ValueError: rank below 1, or delta without two axes.
+
+  Example:
+    >>> gram(np.diag([1.0, 4.0, 2.0]), 2).s.round(4)
+    array([4., 2.], dtype=float32)
+  """
+  del key
+  rank = _check(delta, rank)
+
+  def core(a, half, _):
+    a = a * half * half
+    vectors = ritz_vectors(rows_gram(a), a, rank)
+    return triplets(vectors, vectors @ a)
+
+  return _each(functools.partial(_short_side_first, core), delta)
+
+
+def krylov(
+  delta: Any,
+  rank: int,
+  key: Any = None,
+  *,
+  oversample: int = 16,
+  passes: int = 6,
+  tol: float = 5e-4,
+  sums: Sums | None = None,
+) -> Factors:
+  """Leading triplets from a block Krylov space, by Rayleigh-Ritz.
+
+  The space is spanned by blocks of `rank + oversample` orthonormal rows,
+
+      q_1 random,   z_j = q_j delta,   q_{j+1} = orth(z_j deltaᵀ  off  q_1..q_j)
+
+  and the triplets are those of delta restricted to it: with q the collected
+  rows and z = q delta, the eigenvectors w of z zᵀ give u = qᵀ w and
+  diag(s) vt = wᵀ z. As the images z are kept, the projected problem needs no
+  further product with delta. Where another factoriser needs fewer operations
+  (`cheapest` counts them) that one is taken.
+
+  Args:
+    delta: (..., m, n), read as float32.
+    rank: triplets to keep, static; clipped to min(m, n).
+    key: PRNG key of the start block; None is `key(0)`. The same key gives the
+      same product u s vt on any mesh, up to rounding.
+    oversample: rows of a block beyond the rank.
+    passes: blocks at the most; `2 passes - 1` products of
+      `2 m n (rank + oversample)` operations.
+    tol: stops after the third or fourth block when it estimates that more would
+      take less than this share off the squared error. Under `vmap` all stop
+      together.
+    sums: `sums_of(delta)` where it is known; of a single matrix alone.
+
+  Returns:
+    Factors u (..., m, r), s (..., r), vt (..., r, n), float32, orthonormal also
+    where delta is zero or of low rank (s is then 0). Single values of a flat
+    spectrum are less exact than the error is: use `svd` to study those.
+
+  Raises:
+    ValueError: rank or passes below 1, delta without two axes, or `sums` for
+      a batch.
+
+  Example:
+    >>> delta = np.outer(np.arange(1.0, 6.0), np.ones(3))
+    >>> u, s, vt = krylov(delta, 1, jax.random.key(0))
+    >>> np.allclose(u @ np.diag(s) @ vt, delta, atol=1e-4)
+    True
+
+  References:
+    Musco and Musco (2015), algorithm 2; Halko, Martinsson, Tropp (2011).
+    Orthonormal rows: shifted Cholesky QR, Fukaya et al. (2020).
+  """
+  rank = _check(delta, rank)
+  check_single(delta, sums)
+  if passes < 1 or oversample < 0:
+    raise ValueError(
+      f"krylov needs passes >= 1 and oversample >= 0, got passes {passes}, "
+      f"oversample {oversample}."
+    )
+  shape = delta.shape[-2:]
+  other = cheapest(shape, rank, oversample=oversample, passes=passes)
+  if other is not krylov:
+    return other(delta, rank, key)
+
+  def core(a, half, energy):
+    start = normal(key, (rank + oversample, a.shape[0]), a)
+    vectors, images = iterate(
+      lambda rows: scaled(times(rows * half, a), half),
+      lambda rows: scaled(times(rows * half, a.T), half),
+      orthonormal_rows(start, 2),
+      energy,
+      length=a.shape[1],
+      rank=rank,
+      passes=passes,
+      tol=tol,
+    )
+    return triplets(vectors, images)
+
+  return _each(functools.partial(_short_side_first, core), delta, sums)
+
+
+def cheapest(
+  shape: tuple[int, ...], rank: int, *, oversample: int = 16, passes: int = 6
+) -> Factoriser:
+  """The factoriser that needs the fewest operations for a shape and rank.
+
+  Args:
+    shape: (m, n).
+    rank: triplets wanted.
+    oversample: as for `krylov`.
+    passes: as for `krylov`.
+
+  Returns:
+    `svd` where it is so small that nothing is to be saved, `gram` where the
+    short side is small or the Krylov space would fill it, else `krylov`.
+
+  Example:
+    >>> cheapest((2048, 5632), 64).__name__, cheapest((192, 576), 64).__name__
+    ('krylov', 'gram')
+  """
+  short, long = sorted(shape)
+  width = min(rank, short) + oversample
+  span = width * passes
+  exact = _SVD_WEIGHT * short**2 * (long + short)
+  if exact < _SMALL:
+    return svd
+  if span >= short:
+    return gram
+  squared = 2 * short**2 * long + _EIGH_WEIGHT * short**3
+  iterated = (
+    2 * short * long * width * (2 * passes - 1)
+    + span**2 * (4 * short + long)
+    + _EIGH_WEIGHT * span**3
+  )
+  return krylov if iterated < squared else gram
+
+
+def recompress(a: Any, b: Any, rank: int) -> Factors:
+  """The best rank-r triplets of `aᵀ b`, from the thin factors alone.
+
+      aᵀ = q_a r_a,  bᵀ = q_b r_b,   aᵀ b = q_a (r_a r_bᵀ) q_bᵀ
+
+  Args:
+    a: (..., k, m).
+    b: (..., k, n).
+    rank: triplets to keep, static; clipped to min(k, m, n).
+
+  Returns:
+    Factors of `aᵀ b`, float32. The product is never formed: O((m + n) k²).
+
+  Raises:
+    ValueError: a and b differ in k or leading axes, or rank below 1.
+
+  Example:
+    >>> a = np.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> recompress(a, np.array([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 1).s
+    array([3.], dtype=float32)
+  """
+  if a.shape[:-1] != b.shape[:-1] or a.ndim < 2:
+    raise ValueError(
+      f"a {a.shape} and b {b.shape} must agree in all axes but the last, "
+      "(..., k, m) and (..., k, n)."
+    )
+  if rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  rank = min(rank, a.shape[-2], a.shape[-1], b.shape[-1])
+
+  def one(a, b):
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    (a_half, a_root), (b_half, b_root) = (
+      _halves(exponent_of(x)) for x in (a, b)
+    )
+    u, s, vt = triplets(a * a_half * a_half, b * b_half * b_half)
+    s = s[:rank] * a_root * b_root * a_root * b_root
+    return _fix_signs(u[:, :rank], s, vt[:rank])
+
+  with jax.default_matmul_precision("highest"):
+    return over_leading(
+      one,
+      a.ndim - 2,
+      a,
+      b,
+      places=lambda a, b: factor_specs(a[:-2], a[-1], b[-1]),
+    )
+
+
+def factor_specs(lead: Any, rows: Any, columns: Any) -> Factors:
+  """The specs of Factors, from where the sides of their matrix lie.
+
+  Args:
+    lead: the mesh axes of each leading axis.
+    rows: those of axis -2, or None.
+    columns: those of axis -1, or None.
+
+  Returns:
+    Factors of PartitionSpecs; the rank is on all devices.
+
+  Example:
+    >>> factor_specs((), "x", None).u
+    P('x', None)
+  """
+  leaves: Any = (
+    PartitionSpec(*lead, rows, None),
+    PartitionSpec(*lead),
+    PartitionSpec(*lead, None, columns),
+  )
+  return Factors(*leaves)
+
+
+def _check(delta: Any, rank: int) -> int:
+  """The rank clipped to what the delta has."""
+  if delta.ndim < 2:
+    raise ValueError(f"delta needs two axes or more, got shape {delta.shape}.")
+  if rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  return min(rank, *delta.shape[-2:])
+
+
+def _each(core, delta: Any, known: Sums | None = None) -> Factors:
+  """`core(a, half, ‖a half²‖²)` on each matrix of a batch, signs fixed.
+
+  It factors `a half²`, which is of modulus 1. The scale goes into thin factors
+  where it can: a scaled copy of a costs as much as a product.
+  """
+
+  def one(a):
+    a = a.astype(np.float32, copy=False)
+    sums = sums_of(a) if known is None else known
+    half, root = _halves(sums.exponent)
+    energy = sums.squares * (sums.unit * half * half) ** 2
+    u, s, vt = core(a, half, energy)
+    return _fix_signs(u, s * root * root, vt)
+
+  with jax.default_matmul_precision("highest"):
+    return over_leading(
+      one, delta.ndim - 2, delta, places=lambda x: factor_specs(x[:-2], *x[-2:])
+    )
+
+
+def _halves(exponent: Any) -> tuple[Any, Any]:
+  """Powers of two whose squares are 2^-e and 2^e, rounded for an odd e."""
+  xp = library_of(exponent)
+  one = xp.float32(1)
+  return xp.ldexp(one, -(exponent // 2)), xp.ldexp(one, exponent // 2)
+
+
+def _fix_signs(u: Any, s: Any, vt: Any) -> Factors:
+  """Triplets with the entry of largest modulus in each column of u positive."""
+  xp = library_of(u)
+  index = xp.argmax(xp.abs(u), axis=-2, keepdims=True)
+  top = xp.take_along_axis(u, index, axis=-2)
+  sign = xp.where(top < 0, xp.float32(-1), xp.float32(1))
+  return Factors(u * sign, s, vt * xp.swapaxes(sign, -1, -2))
+
+
+def _short_side_first(core, a: Any, half: Any, energy: Any):
+  """`core` on the orientation whose rows are the short side."""
+  if a.shape[0] <= a.shape[1]:
+    return core(a, half, energy)
+  u, s, vt = core(a.T, half, energy)
+  return vt.T, s, u.T

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint with an adapter on it, read as if they had been merged."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints.checkpoint import Checkpoint, TensorSpec, open_checkpoint
+from jlora.checkpoints.merged import changed, check_changes
+from jlora.formats.peft.reading import load_peft
+from jlora.views import table_for, view_of
+
+
+class AdaptedCheckpoint(Mapping[str, np.ndarray]):
+  """A base and an adapter folder as one lazy mapping.
+
+  What the adapter changes is float32, not rounded to the base's dtype, and is
+  formed when it is asked for. The adapter is held in memory.
+
+  Args:
+    base: an open checkpoint.
+    adapter: a folder that `load_peft` reads.
+
+  Attributes:
+    base: the base.
+    spec: name -> TensorSpec.
+    path: the base's, with config.json and tokenizer.
+    model_type: the base's.
+  """
+
+  def __init__(self, base: Checkpoint, adapter: str | os.PathLike):
+    model_type = base.model_type
+    self.base, self.path, self.model_type = base, base.path, model_type
+    self.adapter = Path(adapter)
+    found = load_peft(adapter, like=base.spec, model_type=model_type)
+    table = table_for(base.spec, model_type)
+    views = {p: view_of(p, base.spec[p].shape, table) for p in found.loras}
+    check_changes(base, found.loras, views, found.biases, found.full)
+    self._changes = (found.loras, views, found.biases, found.full)
+    self.spec = dict(base.spec)
+    for name in {*found.loras, *found.biases, *found.full}:
+      shape = tuple(found.full.get(name, base.spec[name]).shape)
+      nbytes = 4 * int(np.prod(shape))
+      self.spec[name] = TensorSpec(shape, np.dtype(np.float32), nbytes)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    array = changed(name, self.base, *self._changes)
+    return array.astype(self.spec[name].dtype, copy=False)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.spec)
+
+  def __len__(self) -> int:
+    return len(self.spec)
+
+  def __repr__(self) -> str:
+    return f"AdaptedCheckpoint({self.base!r}, {str(self.adapter)!r})"
+
+
+def open_model(name: str) -> Any:
+  """A checkpoint, or one with an adapter on it.
+
+  Args:
+    name: a path, or `base+adapter`.
+
+  Returns:
+    Checkpoint or AdaptedCheckpoint.
+
+  Raises:
+    ValueError: as `open_checkpoint` and `load_peft`.
+
+  Example:
+    >>> open_model("/nowhere")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere does not exist
+  """
+  base, plus, adapter = name.rpartition("+")
+  if not plus or Path(name).exists():
+    return open_checkpoint(name)
+  return AdaptedCheckpoint(open_checkpoint(base), adapter)
+
+
+def files_of(model: Any) -> list[Checkpoint]:
+  """The checkpoints that a model is read from.
+
+  Args:
+    model: from `open_model`.
+
+  Returns:
+    One, or the base and the adapter's.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
+    ...   len(files_of(open_model(tmp)))
+    1
+  """
+  if isinstance(model, AdaptedCheckpoint):
+    return [model.base, open_checkpoint(model.adapter)]
+  return [model]

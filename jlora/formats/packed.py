@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loras in few bits: more rank for the same bytes.
+
+Every unit has a bit width of its own and one step per side. Units are about
+Gaussian, so what a width loses is known beforehand, and widths can be chosen as
+ranks are: by squared error for each byte.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import read_header, write_safetensors
+from jlora.loras import Lora
+from jlora.messages import name_some
+
+#: Squared error of the best uniform quantiser of a standard normal variable by
+#: bits, and its step (Max, 1960, table II; checked by a test).
+LOST = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 3.04e-4,
+        8.77e-5)  # fmt: skip
+STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569,
+         0.0308)  # fmt: skip
+MAX_BITS = 8
+_UNIT_BYTES = 9  # its width and two steps
+# Steps tried for each unit, as shares of the normal variable's.
+_TRIED = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75)
+
+
+class Packed(NamedTuple):
+  """A Lora of one matrix in few bits, on the host.
+
+  Attributes:
+    shape: (in, out).
+    bits: (r,) uint8, bits an entry of each unit, 1 to 8.
+    steps: (2, r) float32, distance of neighbouring values of a and of b.
+    codes: (bytes,) uint8: the units' codes, a before b, without gaps within
+      units of equal width.
+  """
+
+  shape: tuple[int, int]
+  bits: np.ndarray
+  steps: np.ndarray
+  codes: np.ndarray
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes stored."""
+    return self.bits.nbytes + self.steps.nbytes + self.codes.nbytes
+
+
+def pack(lora: Lora, bits: Any = 4) -> Packed:
+  """A Lora's units rounded to few bits each.
+
+      a_ij ≈ step_i (code_ij - 2^(bits-1) + 1/2),   code in 0..2^bits - 1
+
+  The step of each side of each unit is the one of seven about the Gaussian
+  optimum that loses least. The scale is folded into a.
+
+  Args:
+    lora: a (r, in), b (r, out), scale (), of any floating dtype.
+    bits: an entry, one width or (r,); a unit of 0 bits is dropped.
+
+  Returns:
+    Packed, units in the order of the Lora. It loses about `1 - (1 - LOST)²` of
+    each unit's energy. O(r (in + out)) on the host.
+
+  Raises:
+    ValueError: bits outside 0..8, not one a unit, or a stacked Lora.
+
+  Example:
+    >>> a, b = np.ones((2, 3)), np.array([[1.0, -1.0], [0.5, 0.5]])
+    >>> packed = pack(Lora(a, b, np.float32(1)), 1)
+    >>> packed.codes.nbytes, unpack(packed).b.round(1)
+    (2, array([[ 1. , -1. ],
+           [ 0.5,  0.5]], dtype=float32))
+
+  References:
+    Max (1960), Quantizing for minimum distortion.
+  """
+  a, b, widths = _checked(lora, bits)
+  steps = np.zeros((2, len(widths)), np.float32)
+  streams = []
+  for width in np.unique(widths):
+    units = np.flatnonzero(widths == width)
+    both = [_round(side[units], int(width)) for side in (a, b)]
+    steps[:, units] = [step for step, _ in both]
+    codes = np.concatenate([code for _, code in both], axis=1)
+    streams.append(_join(codes.ravel(), int(width)))
+  joined = np.concatenate(streams) if streams else np.zeros(0, np.uint8)
+  return Packed(
+    (a.shape[1], b.shape[1]), widths.astype(np.uint8), steps, joined
+  )
+
+
+def unpack(packed: Packed) -> Lora:
+  """The Lora that a packed one stands for.
+
+  Args:
+    packed: as `pack` gives it.
+
+  Returns:
+    Lora of NumPy arrays: a (r, in), b (r, out) float32, scale 1.
+
+  Example:
+    >>> lora = Lora(np.eye(2, 3), np.eye(2), np.float32(1))
+    >>> unpack(pack(lora, 8)).a.shape
+    (2, 3)
+  """
+  m, n = packed.shape
+  values = np.zeros((len(packed.bits), m + n), np.float32)
+  start = 0
+  for width in np.unique(packed.bits):
+    units = np.flatnonzero(packed.bits == width)
+    count = len(units) * (m + n)
+    end = start + -(-count * int(width) // 8)
+    codes = _split(packed.codes[start:end], int(width), count)
+    values[units] = codes.reshape(len(units), -1) - (2.0 ** (width - 1.0) - 0.5)
+    start = end
+  a = values[:, :m] * packed.steps[0][:, None]
+  b = values[:, m:] * packed.steps[1][:, None]
+  return Lora(a, b, np.float32(1))  # type: ignore[arg-type]
+
+
+def bits_within(
+  spectra: Mapping[str, Any],
+  shapes: Mapping[str, tuple[int, int]],
+  max_bytes: int,
+) -> dict[str, np.ndarray]:
+  """The bit widths that lower the total squared error most within a budget.
+
+      minimise Σ σ² lost(bits),   lost = 1 - (1 - LOST[bits])²
+
+  Every further bit of a unit gains less than the one before, so bits are bought
+  in the order of gain for each byte: the optimum but for the last unit. What is
+  worth least gets 0 bits: rank and width are chosen at once.
+
+  Args:
+    spectra: path -> (r,) singular values, descending.
+    shapes: path -> (in, out).
+    max_bytes: of all packed factors together.
+
+  Returns:
+    {path: (r,) int}, bits of each unit, 0 to 8.
+
+  Raises:
+    ValueError: paths that differ, or a budget below 1.
+
+  Example:
+    >>> bits_within({"q": [9.0, 3.0, 0.1]}, {"q": (64, 64)}, 120)
+    {'q': array([4, 2, 0])}
+
+  References:
+    Reverse water-filling: Cover and Thomas, Elements of Information Theory,
+    theorem 10.3.3, with a table of a real quantiser for the exponential.
+  """
+  if set(spectra) != set(shapes):
+    odd = sorted(set(spectra) ^ set(shapes))
+    raise ValueError(f"spectra and shapes differ in {name_some(odd)}.")
+  if max_bytes < 1:
+    raise ValueError(f"max_bytes must be at least 1, got {max_bytes}.")
+  gains = -np.diff(1 - (1 - np.array(LOST)) ** 2)
+  sigmas = {path: np.asarray(s, np.float64) for path, s in spectra.items()}
+  worth = np.concatenate(
+    [np.square(s)[:, None] * gains for s in sigmas.values()]
+  )
+  entry = np.repeat(
+    [sum(shapes[path]) / 8 for path in sigmas],
+    [len(s) for s in sigmas.values()],
+  )
+  cost = np.repeat(entry[:, None], MAX_BITS, axis=1)
+  cost[:, 0] += _UNIT_BYTES
+  # The first bit is dear; the second must not come before it.
+  rate = np.minimum.accumulate(worth / cost, axis=1).ravel()
+  order = np.argsort(-rate, kind="stable")
+  order = order[rate[order] > 0]
+  bought = np.zeros(rate.size, int)
+  bought[order[np.cumsum(cost.ravel()[order]) <= max_bytes]] = 1
+  counts = bought.reshape(-1, MAX_BITS).sum(1)
+  ends = np.cumsum([len(s) for s in sigmas.values()])[:-1]
+  return dict(zip(sigmas, np.split(counts, ends), strict=True))
+
+
+def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
+  """A with the scale, b, and the widths of the units that stay."""
+  if lora.a.ndim != 2 or lora.b.ndim != 2:
+    raise ValueError(
+      f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
+      "pack the members of a stack one by one."
+    )
+  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
+  b = np.asarray(lora.b, np.float32)
+  widths = np.asarray(bits)
+  if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
+    raise ValueError(
+      f"bits must be one whole number or {len(a)}, one a unit, got "
+      f"{widths.dtype} of shape {widths.shape}."
+    )
+  if widths.size and not (widths.min() >= 0 and widths.max() <= MAX_BITS):
+    raise ValueError(
+      f"bits must be 0 to {MAX_BITS}, got {widths.min()} to {widths.max()}."
+    )
+  widths = np.broadcast_to(widths, len(a))
+  kept = widths > 0
+  return a[kept], b[kept], widths[kept]
+
+
+def _round(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Steps (k,) and codes (k, n) of rows, by the step that loses least."""
+  deviation = np.sqrt(np.mean(np.square(rows), axis=1))
+  best = np.full(len(rows), np.inf)
+  steps = np.ones(len(rows), np.float32)
+  codes = np.zeros(rows.shape, np.uint8)
+  for share in _TRIED:
+    step = deviation * np.float32(share * STEPS[width])
+    step = np.where(step > 0, step, np.float32(1))[:, None]
+    half = 2 ** (width - 1)
+    found = np.clip(np.floor(rows / step) + half, 0, 2 * half - 1)
+    lost = np.sum(np.square(rows - (found - half + 0.5) * step), axis=1)
+    better = lost < best
+    best[better] = lost[better]
+    steps[better] = step[better, 0]
+    codes[better] = found[better].astype(np.uint8)
+  # A row of zeros has no middle value: its step takes it there.
+  return np.where(deviation > 0, steps, 0.0).astype(np.float32), codes
+
+
+def _join(codes: np.ndarray, width: int) -> np.ndarray:
+  """Codes as a stream of bits, the lowest first, filled up to whole bytes."""
+  places = np.arange(width, dtype=np.uint8)
+  return np.packbits((codes[:, None] >> places) & 1)
+
+
+def _split(stream: np.ndarray, width: int, count: int) -> np.ndarray:
+  """The first codes of a stream of bits."""
+  bits = np.unpackbits(stream, count=count * width).reshape(count, width)
+  weights = 1 << np.arange(width)
+  return bits @ weights
+
+
+_PARTS = ("bits", "steps", "codes")
+_SHAPES = "jlora_packed_shapes"
+
+
+def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
+  """A safetensors file of packed Loras, written whole or not at all.
+
+  Args:
+    path: the file.
+    packed: path -> Packed, in storage `<path>.bits`, `.steps` and `.codes`;
+      the shapes are in the file's metadata.
+
+  Raises:
+    ValueError: nothing is to be written.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.loras import Lora
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   lora = Lora(np.ones((1, 3)), np.ones((1, 2)), np.float32(1))
+    ...   save_packed(f"{folder}/x.safetensors", {"w": pack(lora, 2)})
+    ...   load_packed(f"{folder}/x.safetensors")["w"].shape
+    (3, 2)
+  """
+  if not packed:
+    raise ValueError("There is no packed Lora to save.")
+  tensors = {
+    f"{name}.{part}": getattr(module, part)
+    for name, module in packed.items()
+    for part in _PARTS
+  }
+  shapes = {name: module.shape for name, module in packed.items()}
+  write_safetensors(path, tensors, {_SHAPES: json.dumps(shapes)})
+
+
+def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
+  """The packed Loras of a file.
+
+  `unpack` makes Loras of them, which `save_peft` exports as any others.
+
+  Args:
+    path: a file that `save_packed` wrote.
+
+  Returns:
+    path -> Packed.
+
+  Raises:
+    ValueError: another file, a tensor missing or left over, or codes that do
+      not fit their bits and shape; up to three named.
+
+  Example:
+    >>> load_packed("/nowhere.safetensors")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere.safetensors does not exist
+  """
+  checkpoint = open_checkpoint(path)
+  text = read_header(path).metadata.get(_SHAPES)
+  if text is None:
+    raise ValueError(f"{path} holds no packed Loras: {_SHAPES} is missing.")
+  shapes = {name: tuple(shape) for name, shape in json.loads(text).items()}
+  expected = {f"{name}.{part}" for name in shapes for part in _PARTS}
+  if odd := sorted(expected ^ set(checkpoint)):
+    raise ValueError(f"{path}: missing or left over: {name_some(odd)}.")
+  found = {
+    name: Packed(shape, *(checkpoint[f"{name}.{part}"] for part in _PARTS))
+    for name, shape in shapes.items()
+  }
+  if wrong := [name for name, one in found.items() if not _is_whole(one)]:
+    raise ValueError(
+      f"{path}: the codes of {name_some(wrong)} do not fit their bits and "
+      "shape; the file is damaged."
+    )
+  return found
+
+
+def _is_whole(packed: Packed) -> bool:
+  """Whether the parts belong together."""
+  bits, sides = packed.bits, sum(packed.shape)
+  counts = [np.sum(bits == width) * width for width in range(1, MAX_BITS + 1)]
+  return (
+    bits.ndim == 1
+    and bits.dtype == packed.codes.dtype == np.uint8
+    and bool(np.all((bits >= 1) & (bits <= MAX_BITS)))
+    and packed.steps.shape == (2, len(bits))
+    and packed.codes.shape == (sum(-(-int(n) * sides // 8) for n in counts),)
+  )

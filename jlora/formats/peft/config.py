@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of `adapter_config.json`: ranks, scales, targets, refusals.
+
+A configuration says by patterns which modules of a base are wrapped and at
+which rank and scale. The rules here are PEFT's own, so that a folder is read
+as PEFT reads it, and refused where PEFT would do more than plain LoRA.
+
+References:
+  huggingface/peft 0.21.2, `utils/other.py` (patterns),
+  `tuners/tuners_utils.py` (targets), `tuners/lora/config.py` (entries).
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from jlora.formats.peft.layouts import PARAMETER_ORDER
+
+# Configuration entries with which a module is not base + scale * B @ A, or is
+# so only for another base. Anything but None, False and empty is refused.
+REFUSED = {
+  "alora_invocation_tokens": "the change depends on the position (aLoRA)",
+  "arrow_config": "the change depends on a router",
+  "corda_config": "the adapter is relative to another base (CorDA)",
+  "kasa_config": "the adapter is relative to another base (KaSA)",
+  "layer_replication": "layers are replicated",
+  "megatron_config": "the tensors are split by Megatron",
+  "monteclora_config": "the change is random (MonteCLoRA)",
+  "trainable_token_indices": "rows of the embedding are replaced",
+  "use_bdlora": "the factors are block-diagonal (BD-LoRA)",
+  "use_dora": "columns are normalised (DoRA); merge it with PEFT first",
+  "use_qalora": "inputs are pooled (QALoRA)",
+  "velora_config": "activations are compressed (VeLoRA)",
+}
+# Initial values that move part of the base's weight into the adapter.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq")
+_READ = {
+  "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules",
+  "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias",
+  "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+  "target_parameters", "use_rslora",
+}  # fmt: skip
+# Entries that say how the adapter was trained or made, not what it is.
+_HARMLESS = {
+  "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode",
+  "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+  "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+  "revision", "runtime_config", "task_type",
+}  # fmt: skip
+
+
+def check_config(config: Mapping[str, Any], place: str) -> None:
+  """Nothing, if the configuration describes plain LoRA that can be read.
+
+  Args:
+    config: the contents of `adapter_config.json`.
+    place: where it came from, for the message.
+
+  Raises:
+    ValueError: another method than LoRA, an entry that changes what the
+      tensors mean, an unknown entry that is set, or r missing or below 1.
+
+  Example:
+    >>> check_config({"peft_type": "LORA", "r": 2, "use_dora": True}, "x")
+    Traceback (most recent call last):
+    ...
+    ValueError: x: use_dora: columns are normalised (DoRA); merge it with PEFT
+    first.
+  """
+  if config.get("peft_type") != "LORA":
+    raise ValueError(
+      f"{place}: peft_type is {config.get('peft_type')!r}; only 'LORA' is read."
+    )
+  for key, reason in REFUSED.items():
+    if config.get(key):
+      raise ValueError(f"{place}: {key}: {reason}.")
+  start = config.get("init_lora_weights")
+  if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+    raise ValueError(
+      f"{place}: init_lora_weights is {start!r}, which changes the base;"
+      " save it with PEFT's path_initial_model_for_weight_conversion."
+    )
+  if config.get("bias", "none") != "none":
+    raise ValueError(
+      f"{place}: bias is {config['bias']!r}; only 'none' and lora_bias are"
+      " read."
+    )
+  known = _READ | _HARMLESS | REFUSED.keys()
+  unknown = sorted(key for key in config if config[key] and key not in known)
+  if unknown:
+    raise ValueError(
+      f"{place}: unknown entries {', '.join(unknown[:3])} ({len(unknown)} in"
+      " all); they may change what the tensors mean."
+    )
+  if not isinstance(config.get("r"), int) or config["r"] < 1:
+    raise ValueError(
+      f"{place}: r is {config.get('r')!r}; at least 1 is needed."
+    )
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any):
+  r"""The value of the first pattern that matches a name, by PEFT's own rule.
+
+  A pattern matches as a regex at the end of the name, after a dot or from the
+  beginning: `(.*\.)?(pattern)$`.
+
+  Args:
+    patterns: `rank_pattern` or `alpha_pattern`.
+    name: a module's name, or a parameter's for `target_parameters`.
+    default: what comes out when nothing matches.
+
+  Returns:
+    The value or the default.
+
+  Example:
+    >>> by_pattern({"q_proj": 4, r"^h\.1\.k$": 2}, "h.1.q_proj", 8)
+    4
+  """
+  for pattern, value in (patterns or {}).items():
+    if re.match(rf"(.*\.)?({pattern})$", name):
+      return value
+  return default
+
+
+def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+  """The rank and the effective scale that a configuration gives a module.
+
+      scale = lora_alpha / r,  or  lora_alpha / sqrt(r)  with use_rslora
+
+  Args:
+    config: the contents of `adapter_config.json`.
+    name: the module's name, or the parameter's for `target_parameters`.
+
+  Returns:
+    (rank, scale), both after the patterns.
+
+  Example:
+    >>> rank_and_scale({"r": 4, "lora_alpha": 6, "use_rslora": True}, "q")
+    (4, 3.0)
+  """
+  rank = by_pattern(config.get("rank_pattern"), name, config["r"])
+  alpha = by_pattern(
+    config.get("alpha_pattern"), name, config.get("lora_alpha", 8)
+  )
+  root = math.sqrt(rank) if config.get("use_rslora") else rank
+  return rank, alpha / root
+
+
+def is_targeted(config: Mapping[str, Any], module: str) -> bool:
+  """Whether PEFT puts a LoRA on a module of this name.
+
+  Args:
+    config: the contents of `adapter_config.json`.
+    module: a full module name. With `target_modules` "all-linear" any module
+      that is not excluded counts, since the kinds of modules are not known.
+
+  Returns:
+    The answer, with `exclude_modules` and `modules_to_save` taken out.
+
+  Example:
+    >>> is_targeted({"target_modules": ["q_proj"]}, "h.0.q_proj")
+    True
+  """
+  saved = config.get("modules_to_save") or ()
+  if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+    return False
+  if _matches(config.get("exclude_modules") or (), module):
+    return False
+  targets = config.get("target_modules") or ()
+  return targets == "all-linear" or _matches(targets, module)
+
+
+def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
+  """The parameters of a module that PEFT wraps, the innermost first.
+
+  Args:
+    config: the contents of `adapter_config.json`.
+    module: a full module name.
+
+  Returns:
+    Last parts of names from `target_parameters`; empty if there are none.
+
+  Raises:
+    ValueError: several, of which the nesting is not known.
+
+  Example:
+    >>> entries = {"target_parameters": ["experts.down_proj",
+    ...                                  "experts.gate_up_proj"]}
+    >>> wrapped_parameters(entries, "h.0.experts")
+    ['gate_up_proj', 'down_proj']
+  """
+  names = {
+    target.rpartition(".")[2]
+    for target in config.get("target_parameters") or ()
+    if f".{module}".endswith(f".{target}".rpartition(".")[0])
+  }
+  if len(names) < 2:
+    return list(names)
+  if names <= set(PARAMETER_ORDER):
+    return [name for name in PARAMETER_ORDER if name in names]
+  raise ValueError(
+    f"{module}: PEFT nests {', '.join(sorted(names)[:3])} in an order that is"
+    f" known only for {', '.join(PARAMETER_ORDER)}."
+  )
+
+
+def is_saved(config: Mapping[str, Any], module: str) -> bool:
+  """Whether PEFT replaces the whole module (`modules_to_save`).
+
+  Args:
+    config: the contents of `adapter_config.json`.
+    module: a full module name.
+
+  Returns:
+    The answer, for the module itself or one that holds it.
+
+  Example:
+    >>> is_saved({"modules_to_save": ["norm"]}, "model.norm")
+    True
+  """
+  parts = module.split(".")
+  holders = [".".join(parts[: count + 1]) for count in range(len(parts))]
+  saved = tuple(config.get("modules_to_save") or ())
+  return any(holder.endswith(saved) for holder in holders) if saved else False
+
+
+def shortest_targets(
+  modules: Iterable[str], others: Collection[str]
+) -> list[str] | str:
+  """A `target_modules` entry that wraps exactly the given modules.
+
+  Leaf names (`q_proj`) where every module of that leaf is meant, as people
+  write them; full names elsewhere. vLLM checks the leaf of each tensor's own
+  name, so both serve it alike.
+
+  Args:
+    modules: full names of the modules to wrap.
+    others: full names of all other modules of the base.
+
+  Returns:
+    A sorted list; or one regex where a full name is also the end of another
+    module's name, which no list can tell apart.
+
+  Example:
+    >>> shortest_targets(["h.0.q", "h.1.q", "h.0.k"], ["h.1.k"])
+    ['h.0.k', 'q']
+  """
+  modules = sorted(modules)
+  taken = {other.rpartition(".")[2] for other in others}
+  leaves = {module: module.rpartition(".")[2] for module in modules}
+  targets = {
+    module if leaf in taken else leaf for module, leaf in leaves.items()
+  }
+  if any(_matches(targets, other) for other in others):
+    return "|".join(re.escape(module) for module in modules)
+  return sorted(targets)
+
+
+def _matches(targets: Collection[str] | str, name: str) -> bool:
+  """PEFT's rule: a regex for the whole name, or names and ends of names."""
+  if isinstance(targets, str):
+    return re.fullmatch(targets, name) is not None
+  parts = name.split(".")
+  return any(".".join(parts[i:]) in targets for i in range(len(parts)))

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of an adapter goes where in a PEFT folder, decided before writing.
+
+A plan is made from shapes alone. Whatever the format or the consumer cannot
+carry ends in `left` with its reason, so that nothing is dropped silently.
+"""
+
+import collections
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.formats.peft.layouts import (
+  BIAS,
+  CONVOLUTION,
+  EMBEDDING,
+  PREFIX,
+  Profile,
+)
+from jlora.formats.peft.parts import (
+  EMBEDDINGS,
+  HEAD,
+  INPUT_EMBEDDINGS,
+  Base,
+  Part,
+  parts_of,
+  zero_part,
+)
+from jlora.loras import Lora, check_loras
+from jlora.messages import name_some
+from jlora.views import MatrixView, view_of
+
+
+def plan_loras(
+  loras: Mapping[str, Lora],
+  base: Base,
+  profile: Profile,
+  dtype: Any,
+  left: dict[str, str],
+) -> list[Part]:
+  """The parts that the Loras become, in the Loras' order; each is read once.
+
+  Args:
+    loras: path -> Lora, may be lazy.
+    base: the base model.
+    profile: the consumer.
+    dtype: storage dtype, or None for each Lora's own.
+    left: receives path -> reason.
+
+  Returns:
+    Parts; none of rank 0.
+
+  Raises:
+    ValueError: Loras that are malformed, not in the base, not of its shape, or
+      of too high a rank; two parts of one name.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> from jlora.formats.peft.layouts import PEFT
+    >>> loras = {"q.weight": Lora(jnp.ones((1, 3)), jnp.ones((1, 2)),
+    ...                           jnp.float32(1))}
+    >>> base = describe_base({"q.weight": np.ones((2, 3))}, None, None, None)
+    >>> plan_loras(loras, base, PEFT, None, {})[0].module
+    'q'
+  """
+  unknown = [path for path in loras if path not in base.shapes]
+  if unknown:
+    raise ValueError(
+      f"{len(unknown)} of {len(loras)} Loras are for parameters that `like`"
+      f" does not have: {name_some(unknown)}."
+    )
+  parts: list[Part] = []
+  wrong: list[str] = []
+  for path, lora in loras.items():
+    check_loras({path: lora})
+    shape = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    view = view_of(path, base.shapes[path], base.table)
+    if view is None or view.shape(base.shapes[path]) != shape:
+      wrong.append(f"{path}: Lora {shape}, parameter {base.shapes[path]}")
+      continue
+    new = parts_of(path, lora, view, base, dtype)
+    reason = _refusal(new[0], view, profile)
+    if reason:
+      left[path] = reason
+    else:
+      parts += new
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} Loras do not fit their parameter: {name_some(wrong)}."
+      " Needed: (..., in, out) of the parameter's view; is model_type right?"
+    )
+  _check_parts(parts, profile)
+  return parts
+
+
+def plan_biases(
+  biases: Mapping[str, Any],
+  parts: Sequence[Part],
+  base: Base,
+  profile: Profile,
+  left: dict[str, str],
+) -> tuple[list[Part], dict[str, str]]:
+  """Which module carries which bias, and zero Loras for those without one.
+
+  Args:
+    biases: path of a bias -> its change.
+    parts: the Loras' parts.
+    base: the base model.
+    profile: the consumer.
+    left: receives path -> reason.
+
+  Returns:
+    All parts, and {module: path of its bias}.
+
+  Raises:
+    ValueError: a bias of another length than its module's output.
+
+  Example:
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> from jlora.formats.peft.layouts import PEFT
+    >>> base = describe_base({"q.weight": np.ones((2, 3))}, None, None, None)
+    >>> parts, carried = plan_biases({"q.bias": np.ones(2)}, [], base, PEFT, {})
+    >>> parts[0].module, parts[0].rank, carried
+    ('q', 1, {'q': 'q.bias'})
+  """
+  modules = {part.module: part for part in parts}
+  dtype = parts[0].dtype if parts else np.dtype(np.float32)
+  clash = {
+    part.layout.kind
+    for part in parts
+    if part.layout.wraps_parameter or part.layout is EMBEDDING
+  }
+  carried: dict[str, str] = {}
+  wrong: list[str] = []
+  for path, bias in biases.items():
+    name = str(base.rename(path))
+    module = name.removesuffix(".bias")
+    part = modules.get(module) or zero_part(module, 1, dtype, base)
+    if "bias" in profile.refused:
+      left[path] = profile.refused["bias"]
+    elif clash:
+      left[path] = f"PEFT refuses lora_bias beside LoRA on {min(clash)}"
+    elif module == name or part is None:
+      left[path] = (
+        "not the bias of a linear layer; give its new value in `full`"
+      )
+    elif bias.shape != part.b[-1:]:
+      wrong.append(f"{path}: {bias.shape}, needed {part.b[-1:]}")
+    else:
+      modules[module] = part
+      carried[module] = path
+  if wrong:
+    raise ValueError(f"{len(wrong)} biases do not fit: {name_some(wrong)}.")
+  if not carried:
+    return list(parts), carried
+  return list(modules.values()), carried
+
+
+def plan_full(
+  full: Mapping[str, Any],
+  parts: Sequence[Part],
+  base: Base,
+  profile: Profile,
+  left: dict[str, str],
+) -> dict[str, str]:
+  """Which tensors are kept whole: {Hugging Face name: path}.
+
+  PEFT replaces modules, not parameters, and finds them by the ends of names.
+
+  Args:
+    full: path -> new value.
+    parts: the Loras' parts.
+    base: the base model.
+    profile: the consumer.
+    left: receives path -> reason.
+
+  Returns:
+    Names; of a tied embedding also the head's.
+
+  Raises:
+    ValueError: a parameter that has a Lora as well.
+
+  Example:
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> from jlora.formats.peft.layouts import PEFT
+    >>> base = describe_base({"norm.weight": np.ones(3)}, None, None, None)
+    >>> plan_full({"norm.weight": np.ones(3)}, [], base, PEFT, {})
+    {'norm.weight': 'norm.weight'}
+  """
+  both = sorted({str(part.path) for part in parts if part.path in full})
+  if both:
+    raise ValueError(f"Given as a Lora and in full: {name_some(both)}.")
+  names = {str(base.rename(path)): path for path in full}
+  saved = {name.rpartition(".")[0] for name in names}
+  wrapped = {part.module for part in parts}
+  kept: dict[str, str] = {}
+  for name, path in names.items():
+    reason = profile.refused.get("full") or _obstacle(
+      name, path, names, saved, wrapped, base
+    )
+    if reason:
+      left[path] = reason
+      continue
+    kept[name] = path
+    if base.tied_head and re.fullmatch(INPUT_EMBEDDINGS, name):
+      kept.setdefault(HEAD, path)
+  return kept
+
+
+def _refusal(part: Part, view: MatrixView, profile: Profile) -> str | None:
+  """Why a part cannot be carried, or None."""
+  if part.rank == 0:
+    return "rank 0: nothing to write"
+  if part.layout.kind in profile.refused:
+    return profile.refused[part.layout.kind]
+  if part.layout is CONVOLUTION and view.outputs != (0,):
+    return "a kernel not in PyTorch's layout; transpose it first"
+  if not part.layout.wraps_parameter and not part.name.endswith(".weight"):
+    return f"PEFT wraps modules with a `weight`, not {part.name}"
+  return None
+
+
+def _check_parts(parts: Sequence[Part], profile: Profile) -> None:
+  """Nothing, if ranks are allowed and names differ."""
+  limit = math.inf if profile.max_rank is None else profile.max_rank
+  high = [f"{part.name} ({part.rank})" for part in parts if part.rank > limit]
+  if high:
+    raise ValueError(
+      f"{len(high)} modules have a rank over {limit}, the most that"
+      f" {profile.name} takes: {name_some(high)}. Truncate them."
+    )
+  counts = collections.Counter(part.name for part in parts)
+  twice = [name for name, count in counts.items() if count > 1]
+  if twice:
+    raise ValueError(f"Names given to several Loras: {name_some(twice)}.")
+
+
+def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
+  """Why PEFT cannot replace the module of a tensor, or None."""
+  module = name.rpartition(".")[0]
+  missing = [
+    other
+    for other in sorted(base.names)
+    if other.startswith(f"{module}.") and other not in names
+  ]
+  alike = [
+    other for other in sorted(base.modules - saved) if other.endswith(module)
+  ]
+  if not module:
+    return "a parameter of no module, which PEFT cannot replace"
+  if module not in base.modules and name != HEAD:
+    return "the base has no such module"
+  if module in wrapped:
+    return "its module has a Lora; give its change in `biases`"
+  if missing:
+    return f"PEFT replaces whole modules; give also {name_some(missing)}"
+  if alike:
+    return f"PEFT compares ends of names and would replace {name_some(alike)}"
+  if (
+    "/" in path
+    and len(base.shapes.get(path, ())) > 1
+    and not re.fullmatch(EMBEDDINGS, name)
+  ):
+    return "kept whole only in PyTorch's layout; transpose and rename it first"
+  return None
+
+
+def spec_of(
+  parts: Sequence[Part],
+  carried: Mapping[str, str],
+  full: Mapping[str, Any],
+  kept: Mapping[str, str],
+) -> dict[str, tuple]:
+  """Key -> (shape, dtype) of every tensor that `arrays_of` gives.
+
+  Args:
+    parts: the Loras of the file.
+    carried: module -> path of its bias; if any, every part has one.
+    full: path -> whole tensor.
+    kept: Hugging Face name -> path in `full`.
+
+  Returns:
+    The spec that `stream_safetensors` takes.
+
+  Example:
+    >>> from jlora.formats.peft.layouts import LINEAR
+    >>> f4 = np.dtype("f4")
+    >>> part = Part("q", None, "q.weight", LINEAR, (1, 3), (1, 2), f4)
+    >>> [shape for shape, _ in spec_of([part], {}, {}, {}).values()]
+    [(1, 3), (2, 1)]
+  """
+  spec = {}
+  for part in parts:
+    a = np.broadcast_to(np.empty((), part.dtype), part.a)
+    b = np.broadcast_to(np.empty((), part.dtype), part.b)
+    for key, array in _stored(part, a, b):
+      spec[key] = array.shape, part.dtype
+    if carried:
+      spec[f"{PREFIX}{part.stem}.{BIAS}"] = part.b[-1:], part.dtype
+  leaves = getattr(full, "spec", full)
+  for name, path in kept.items():
+    leaf = leaves[path]
+    spec[PREFIX + name] = leaf.shape, leaf.dtype
+  return spec
+
+
+def arrays_of(
+  parts: Sequence[Part],
+  loras: Mapping[str, Lora],
+  biases: Mapping[str, Any],
+  carried: Mapping[str, str],
+  full: Mapping[str, Any],
+  kept: Mapping[str, str],
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(key, array) of every tensor of the file.
+
+  Scales are multiplied into b, in float32, before the one rounding to the
+  storage dtype.
+
+  Args:
+    parts: the Loras of the file, those of one path side by side.
+    loras: path -> Lora; each is read once, and one is held at a time.
+    biases: path -> change of a bias.
+    carried: module -> path in `biases`.
+    full: path -> whole tensor.
+    kept: Hugging Face name -> path in `full`.
+
+  Yields:
+    Tensors as PEFT stores them.
+
+  Example:
+    >>> from jlora.formats.peft.layouts import LINEAR
+    >>> f4 = np.dtype("f4")
+    >>> part = Part("q", None, "q.weight", LINEAR, (1, 3), (1, 2), f4)
+    >>> lora = Lora(np.ones((1, 3), f4), np.ones((1, 2), f4), np.float32(2))
+    >>> dict(arrays_of([part], {"q": lora}, {}, {}, {}, {}))[
+    ...   "base_model.model.q.lora_B.weight"]
+    array([[2.],
+           [2.]], dtype=float32)
+  """
+  for path, group in itertools.groupby(parts, lambda part: part.path):
+    factors = None if path is None else _folded(loras[path])
+    for part in group:
+      a, b = _factors(part, factors)
+      yield from _stored(part, a.astype(part.dtype), b.astype(part.dtype))
+      if not carried:
+        continue
+      bias = np.zeros(part.b[-1:])
+      if part.module in carried:
+        bias = np.asarray(biases[carried[part.module]])
+      yield f"{PREFIX}{part.stem}.{BIAS}", bias.astype(part.dtype)
+  for name, path in kept.items():
+    yield PREFIX + name, np.asarray(full[path])
+
+
+def _stored(part: Part, a, b) -> Iterator[tuple[str, np.ndarray]]:
+  """The two tensors of a part, under their keys."""
+  a, b = part.layout.store(a, b, part.kernel)
+  yield f"{PREFIX}{part.stem}.{part.layout.a}", a
+  yield f"{PREFIX}{part.stem}.{part.layout.b}", b
+
+
+def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
+  """The factors, the scale multiplied into the second."""
+  scale = np.asarray(lora.scale, np.float32)[..., None, None]
+  b = np.asarray(lora.b)
+  if (scale != 1).any():
+    b = b.astype(np.float32) * scale
+  return np.asarray(lora.a), b
+
+
+def _factors(part: Part, factors) -> tuple[np.ndarray, np.ndarray]:
+  """A part's own factors: of its index, in its order, of its rank."""
+  if factors is None:
+    return np.zeros(part.a, part.dtype), np.zeros(part.b, part.dtype)
+  a, b = factors[::-1] if part.swapped else factors
+  if part.index is not None:
+    a = a.reshape(-1, *a.shape[-2:])[part.index]
+    b = b.reshape(-1, *b.shape[-2:])[part.index]
+  return _padded(a, part.rank), _padded(b, part.rank)
+
+
+def _padded(factor: np.ndarray, rank: int) -> np.ndarray:
+  """A factor (..., r, n) with zero units up to a rank."""
+  missing = rank - factor.shape[-2]
+  if not missing:
+    return factor
+  around = [(0, 0)] * (factor.ndim - 2)
+  return np.pad(factor, [*around, (0, missing), (0, 0)])

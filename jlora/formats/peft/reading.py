@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT adapter folders read back, strictly.
+
+PEFT itself ignores tensors that it has no place for, and fills up missing
+ones with zeros. Here both are errors.
+"""
+
+import collections
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.formats.peft.config import (
+  check_config,
+  is_saved,
+  is_targeted,
+  rank_and_scale,
+  wrapped_parameters,
+)
+from jlora.formats.peft.layouts import (
+  BIAS,
+  CONFIG,
+  CONVOLUTION,
+  EMBEDDING,
+  EXPERTS,
+  LINEAR,
+  PREFIX,
+  TENSORS,
+  Layout,
+)
+from jlora.formats.peft.parts import HEAD
+from jlora.loras import Lora
+from jlora.messages import name_some
+from jlora.views import table_for, view_of
+
+# The endings of keys: a module's wrapper, then what it holds.
+_KEY = re.compile(
+  r"(?P<module>.+?)(?P<nest>(\.base_layer)*)\."
+  r"(?P<role>lora_A\.weight|lora_B\.weight|lora_B\.bias"
+  r"|lora_embedding_A|lora_embedding_B)"
+)
+_ROLES = {
+  "lora_A.weight": "a",
+  "lora_embedding_A": "a",
+  "lora_B.weight": "b",
+  "lora_embedding_B": "b",
+  "lora_B.bias": "bias",
+}
+
+
+class PeftAdapter(NamedTuple):
+  """What an adapter folder says, by Hugging Face parameter names.
+
+  Attributes:
+    loras: parameter -> Lora, as stored, with the effective scale.
+    biases: bias parameter -> its change (out,) float32; zeros are left out.
+    full: parameter -> its new value. The table under an embedding's LoRA,
+      which PEFT stores beside it, is here too: the Lora adds to it.
+  """
+
+  loras: dict[str, Lora]
+  biases: dict[str, jax.Array]
+  full: dict[str, jax.Array]
+
+
+class _Wrapper(NamedTuple):
+  """One LoRA layer of the file."""
+
+  name: str  # the parameter it changes
+  layout: Layout
+  rank: int
+  scale: float
+  keys: dict[str, str]  # role -> key
+
+
+def load_peft(
+  folder: str | os.PathLike,
+  *,
+  like: Mapping[str, Any] | None = None,
+  model_type: str | None = None,
+) -> PeftAdapter:
+  """The Loras, biases and whole tensors of a PEFT adapter folder.
+
+      scale = lora_alpha / r   (/ sqrt(r) with use_rslora), after the patterns
+
+  Args:
+    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+    like: parameter -> anything with `.shape`, every parameter of the base; if
+      given, shapes must fit, every module that the configuration targets must
+      be there, and what a tied head repeats is not returned twice.
+    model_type: `model_type` of the base's config.json, with `like`.
+
+  Returns:
+    PeftAdapter, in the dtypes of the file.
+
+  Raises:
+    ValueError: a method other than plain LoRA, tensors the configuration does
+      not explain, an A without its B, ranks that disagree with each other or
+      with the configuration, and what does not fit `like`.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
+    ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}
+    >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 4,
+    ...           "target_modules": ["q"]}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_safetensors(f"{folder}/adapter_model.safetensors", tensors)
+    ...   _ = Path(folder, CONFIG).write_text(json.dumps(config))
+    ...   load_peft(folder).loras["q.weight"].scale
+    Array(4., dtype=float32)
+  """
+  folder = Path(folder)
+  for name in (CONFIG, TENSORS):
+    if not (folder / name).is_file():
+      raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
+  config = json.loads((folder / CONFIG).read_text())
+  check_config(config, str(folder / CONFIG))
+  if isinstance(config.get("target_modules"), list):
+    config["target_modules"] = frozenset(config["target_modules"])
+  file = open_checkpoint(folder / TENSORS)
+  found, full = _sort_keys(file, config)
+  wrappers = _wrappers(found, file, config)
+  if like is not None:
+    shapes = _shapes(like)
+    wrappers, full = _without_tied_head(wrappers, full, file, shapes)
+    _check_complete(config, wrappers, shapes)
+    _check_shapes(wrappers, file, shapes, table_for(shapes, model_type))
+  biases = {
+    wrapper.name.removesuffix("weight") + "bias": wrapper.scale
+    * file.read_float32(wrapper.keys["bias"])
+    for wrapper in wrappers
+    if "bias" in wrapper.keys
+  }
+  return PeftAdapter(
+    {wrapper.name: _read(wrapper, file) for wrapper in wrappers},
+    {name: jnp.asarray(bias) for name, bias in biases.items() if bias.any()},
+    {name: jnp.asarray(file[key]) for name, key in full.items()},
+  )
+
+
+def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
+  """{(module, nesting): {role: key}} and {parameter: key}, of every key."""
+  found: dict[tuple[str, int], dict[str, str]] = {}
+  full: dict[str, str] = {}
+  unexplained = []
+  for key in file:
+    name = key.removeprefix(PREFIX)
+    if match := _KEY.fullmatch(name):
+      module, role = match["module"], match["role"]
+      roles = found.setdefault((module, match["nest"].count(".")), {})
+      roles[_ROLES[role]] = key
+      explained = is_targeted(config, module) or wrapped_parameters(
+        config, module
+      )
+      explained = explained and (role != BIAS or config.get("lora_bias"))
+    else:
+      module, _, leaf = name.rpartition(".")
+      plain = module.removesuffix(".base_layer")
+      full[f"{plain}.{leaf}"] = key
+      explained = is_saved(config, module) or (
+        plain != module and is_targeted(config, plain)
+      )
+    if not explained or not key.startswith(PREFIX):
+      unexplained.append(key)
+  if unexplained:
+    raise ValueError(
+      f"{len(unexplained)} tensors that {CONFIG} does not explain, so PEFT"
+      f" would ignore them: {name_some(unexplained)}."
+    )
+  return found, full
+
+
+def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
+  """Every LoRA layer, its ranks compared with the configuration."""
+  wrappers, wrong = [], []
+  depths = collections.Counter(module for module, _ in found)
+  for (module, nest), keys in found.items():
+    if not {"a", "b"} <= keys.keys():
+      wrong.append(f"{module}: only {name_some(sorted(keys.values()))}")
+      continue
+    parameters = (
+      [] if is_targeted(config, module) else wrapped_parameters(config, module)
+    )
+    if depths[module] != max(len(parameters), 1):
+      wrong.append(
+        f"{module}: {depths[module]} LoRA layers, configured"
+        f" {name_some(parameters)}"
+      )
+      continue
+    a, b = file.spec[keys["a"]].shape, file.spec[keys["b"]].shape
+    name = f"{module}.{parameters[-1 - nest]}" if parameters else module
+    rank, scale = rank_and_scale(config, name)
+    layout = _layout(keys["a"], a, parameters)
+    units = a[0] % rank + rank if layout is EXPERTS else a[0]
+    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or units != rank:
+      wrong.append(f"{name}: A {a}, B {b}, configured rank {rank}")
+      continue
+    name = name if parameters else f"{module}.weight"
+    wrappers.append(_Wrapper(name, layout, rank, scale, keys))
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} LoRA layers are not whole or contradict {CONFIG}:"
+      f" {name_some(wrong)}."
+    )
+  return wrappers
+
+
+def _layout(key: str, shape: tuple[int, ...], parameters: list[str]) -> Layout:
+  """How the tensors of a LoRA layer lie, by their names and axes."""
+  if parameters:
+    return EXPERTS
+  if key.endswith(EMBEDDING.a):
+    return EMBEDDING
+  return CONVOLUTION if len(shape) > 2 else LINEAR
+
+
+def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:
+  """The Lora of a layer; a single expert is a plain matrix."""
+  a, b = wrapper.layout.load(
+    file[wrapper.keys["a"]], file[wrapper.keys["b"]], wrapper.rank
+  )
+  if wrapper.layout is EXPERTS and len(a) == 1:
+    a, b = a[0], b[0]
+  scale = jnp.full(a.shape[:-2], wrapper.scale, jnp.float32)
+  return Lora(jnp.asarray(a), jnp.asarray(b), scale)
+
+
+def _shapes(like: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter; an open checkpoint is not read."""
+  leaves = getattr(like, "spec", like)
+  return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+
+def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
+  """Wrappers and whole tensors without a head that repeats the embedding."""
+  if HEAD in shapes:
+    return wrappers, full
+  heads = [wrapper for wrapper in wrappers if wrapper.name == HEAD]
+  tables = [wrapper for wrapper in wrappers if wrapper.layout is EMBEDDING]
+  repeats = heads and any(
+    np.array_equal(file[heads[0].keys[one]], file[table.keys[other]].T)
+    for table in tables
+    for one, other in (("a", "b"), ("b", "a"))
+  )
+  same = HEAD in full and any(
+    np.array_equal(file[full[HEAD]], file[key])
+    for name, key in full.items()
+    if name != HEAD and file.spec[key].shape == file.spec[full[HEAD]].shape
+  )
+  if (heads and not repeats) or (HEAD in full and not same):
+    raise ValueError(
+      f"{HEAD} is not a parameter of `like`, and its change is not that of the"
+      " embedding it is tied to; untie the base first."
+    )
+  kept = {name: key for name, key in full.items() if name != HEAD}
+  return [wrapper for wrapper in wrappers if wrapper.name != HEAD], kept
+
+
+def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
+  """Nothing, if the file has every module of an explicit target list."""
+  if (
+    config.get("target_modules") == "all-linear"
+    or config.get("layers_to_transform") is not None
+  ):
+    return
+  present = {wrapper.name for wrapper in wrappers}
+  missing = [
+    name
+    for name, shape in shapes.items()
+    if len(shape) > 1
+    and name.endswith(".weight")
+    and name not in present
+    and is_targeted(config, name.removesuffix(".weight"))
+  ]
+  if missing:
+    raise ValueError(
+      f"{len(missing)} modules that {CONFIG} targets are not in the file:"
+      f" {name_some(missing)}."
+    )
+
+
+def _check_shapes(wrappers: list[_Wrapper], file, shapes, table) -> None:
+  """Nothing, if every Lora fits the parameter it changes."""
+  wrong = []
+  for wrapper in wrappers:
+    view = view_of(wrapper.name, shapes.get(wrapper.name, ()), table)
+    needed = view and view.shape(shapes[wrapper.name])
+    blank = [
+      np.broadcast_to(np.int8(0), file.spec[wrapper.keys[role]].shape)
+      for role in ("a", "b")
+    ]
+    a, b = wrapper.layout.load(*blank, wrapper.rank)
+    shape = (*a.shape[:-2], a.shape[-1], b.shape[-1])
+    if needed not in (shape, shape[1:]):
+      wrong.append(f"{wrapper.name}: {shape}, needed {needed}")
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} Loras do not fit `like`: {name_some(wrong)}."
+    )

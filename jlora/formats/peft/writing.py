@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters as PEFT folders and as merged checkpoints, and PEFT folders back.
+
+    Loras, biases, full         ─► save_peft   ─► adapter folder ─► load_peft
+    base, Loras, biases, full   ─► save_merged ─► checkpoint folder
+
+Scales are folded into the factors and `r == lora_alpha == max rank`, with
+`rank_pattern == alpha_pattern`: a reader that knows the patterns and one that
+only looks at the tensors both come to scale 1.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora.checkpoints.checkpoint import stream_safetensors
+from jlora.checkpoints.merged import save_merged as save_merged
+from jlora.formats.peft.config import shortest_targets
+from jlora.formats.peft.experts import nest_parameters, stack_experts
+from jlora.formats.peft.layouts import CONFIG, PEFT, TENSORS, Profile
+from jlora.formats.peft.layouts import VLLM as VLLM
+from jlora.formats.peft.parts import (
+  HEAD,
+  Base,
+  Part,
+  Rename,
+  describe_base,
+  is_transposed,
+)
+from jlora.formats.peft.plans import (
+  arrays_of,
+  plan_biases,
+  plan_full,
+  plan_loras,
+  spec_of,
+)
+from jlora.formats.peft.reading import PeftAdapter as PeftAdapter
+from jlora.formats.peft.reading import load_peft as load_peft
+from jlora.loras import Lora
+from jlora.messages import name_some
+
+
+def save_peft(
+  folder: str | os.PathLike,
+  loras: Mapping[str, Lora],
+  *,
+  like: Mapping[str, Any],
+  biases: Mapping[str, Any] | None = None,
+  full: Mapping[str, Any] | None = None,
+  profile: Profile = PEFT,
+  dtype: Any = None,
+  base_model: str | None = None,
+  task_type: str | None = "CAUSAL_LM",
+  model_type: str | None = None,
+  rename: Rename | None = None,
+  overwrite: bool = False,
+) -> dict[str, str]:
+  """What could not be carried, by parameter; the rest is in an adapter folder.
+
+  Args:
+    folder: created if needed; `adapter_model.safetensors`, and last
+      `adapter_config.json`, are written whole or not at all, and as the same
+      bytes each time.
+    loras: path -> Lora. May be lazy: one is held at a time, each is read
+      twice, once for its shape.
+    like: path -> anything with `.shape`, every parameter of the base. It names
+      the modules that must stay untouched and gives the axes' roles.
+    biases: path of a bias -> its change (out,). PEFT has one switch for all
+      modules, so every other module gets a zero bias, and PEFT then applies
+      but does not merge the adapter where the base has no bias.
+    full: path -> new value, for what is not low-rank (norms, new vocabulary).
+      May be lazy. All parameters of a module must be there, and the base's
+      vocabulary must have been resized before PEFT loads a longer one.
+    profile: the consumer; `VLLM` carries neither `biases` nor `full`. For
+      `PEFT`, which stacks separate experts when transformers 5 does, each
+      expert of a changed layer is written, with zero units up to rank r.
+    dtype: storage dtype of factors and biases; None keeps each factor's own.
+    base_model: name or path of the base, for the configuration.
+    task_type: PEFT's task name, or None. With "CAUSAL_LM" a base without
+      `lm_head.weight` is taken to have a tied head; both ends then carry the
+      change. PEFT applies it rightly but merges a tied LoRA twice: use
+      `save_merged` there.
+    model_type: `model_type` of the base's config.json.
+    rename: path -> name in the Hugging Face model, for every path of `like`
+      and of the changes. For a parameter with leading axes (scanned layers)
+      a sequence of names, one per index. Some checkpoints need one too: that
+      of GPT-2 lacks the `transformer.` that its causal model puts before.
+    overwrite: whether an adapter in the folder may be replaced.
+
+  Returns:
+    {path: reason} for each entry of `loras`, `biases` and `full` that the
+    format or the profile cannot carry, and for modules of rank 0.
+
+  Raises:
+    ValueError: before anything is written, if the folder holds an adapter, a
+      Lora is malformed or does not fit `like`, a rank exceeds the profile's,
+      two parameters get one name, or no module is left to write.
+
+  Example:
+    >>> import tempfile
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
+    >>> like = {"h.0.q.weight": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   left = save_peft(folder, {"h.0.q.weight": lora}, like=like)
+    ...   left, json.loads(Path(folder, CONFIG).read_text())["target_modules"]
+    ({}, ['q'])
+
+  References:
+    huggingface/peft 0.21.2, docs/source/developer_guides/checkpoint.md.
+  """
+  folder, biases, full = Path(folder), biases or {}, full or {}
+  present = [name for name in (CONFIG, TENSORS) if (folder / name).exists()]
+  if present and not overwrite:
+    raise ValueError(f"{folder} already holds an adapter; use overwrite=True.")
+  base = describe_base(like, model_type, task_type, rename)
+  left: dict[str, str] = {}
+  parts = plan_loras(loras, base, profile, dtype, left)
+  if profile.stacks_experts:
+    parts = stack_experts(parts, base, left)
+  parts = nest_parameters(parts, left)
+  parts, carried = plan_biases(biases, parts, base, profile, left)
+  kept = plan_full(full, parts, base, profile, left)
+  if not parts:
+    reasons = name_some(f"{path}: {reason}" for path, reason in left.items())
+    raise ValueError(f"No module is left to write. {reasons}")
+  config = _configuration(parts, carried, kept, base)
+  named = {"base_model_name_or_path": base_model, "task_type": task_type}
+  spec = spec_of(parts, carried, full, kept)
+  arrays = arrays_of(parts, loras, biases, carried, full, kept)
+  _write_folder(
+    folder,
+    spec,
+    arrays,
+    config | {key: value for key, value in named.items() if value is not None},
+  )
+  return left
+
+
+def _configuration(
+  parts: Sequence[Part],
+  carried: Mapping[str, str],
+  kept: Mapping[str, str],
+  base: Base,
+) -> dict[str, Any]:
+  """`adapter_config.json`, without an entry that says nothing.
+
+  PEFT versions refuse or warn of entries they do not know.
+  """
+  rank = max(part.rank for part in parts)
+  patterns = {
+    f"^{re.escape(part.target)}": part.rank
+    for part in parts
+    if part.rank != rank
+  }
+  modules = {part.module for part in parts if not part.layout.wraps_parameter}
+  saved = {name.rpartition(".")[0] for name in kept}
+  has_head = HEAD in kept and base.rename(kept[HEAD]) == HEAD
+  ours = {part.name for part in parts} | kept.keys()
+  optional = {
+    "alpha_pattern": patterns,
+    "ensure_weight_tying": base.tied_head and HEAD in ours and not has_head,
+    "fan_in_fan_out": any(is_transposed(part, base) for part in parts),
+    "lora_bias": bool(carried),
+    "modules_to_save": sorted(saved),
+    "rank_pattern": patterns,
+    "target_parameters": sorted(
+      part.name for part in parts if part.layout.wraps_parameter
+    ),
+  }
+  return {
+    "lora_alpha": rank,
+    "peft_type": "LORA",
+    "r": rank,
+    "target_modules": shortest_targets(modules, base.modules - modules),
+  } | {key: value for key, value in optional.items() if value}
+
+
+def _write_folder(
+  folder: Path, spec, arrays, config: Mapping[str, Any]
+) -> None:
+  """Both files; an adapter that was there stays until the new one is whole."""
+  folder.mkdir(parents=True, exist_ok=True)
+  suffix = f"{secrets.token_hex(4)}.tmp"
+  tensors, text = (
+    folder / f".{TENSORS}.{suffix}",
+    folder / f".{CONFIG}.{suffix}",
+  )
+  try:
+    stream_safetensors(tensors, spec, arrays, {"format": "pt"})
+    text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).unlink(missing_ok=True)
+    os.replace(tensors, folder / TENSORS)
+    os.replace(text, folder / CONFIG)
+  finally:
+    tensors.unlink(missing_ok=True)
+    text.unlink(missing_ok=True)

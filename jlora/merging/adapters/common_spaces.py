@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges of Loras in a small space that all of their changes lie in.
+
+A method that works entry by entry, as TIES does, needs coordinates that mean
+the same for all adapters. Those of the factors do not: they change with the
+factors' gauge. The spaces here are told by the changes alone, where singular
+values differ; the sign of a coordinate is arbitrary, for all adapters alike.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.factoring.factorisers import factor_specs
+from jlora.loras import Factors, Lora, from_factors
+from jlora.merging.adapters.concatenation import finite, weighted
+from jlora.merging.arrays.inputs import numbers
+from jlora.merging.arrays.task_vectors import ties
+from jlora.numerics.backends import over_leading
+
+Method = Callable[..., Any]
+
+
+def core_space(
+  loras: Sequence[Lora],
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  method: Method,
+  rank: int | None = None,
+  **settings: Any,
+) -> Lora:
+  """Loras merged by a method of arrays in the space that they span together.
+
+      Δ_i = Pᵀ C_i Q,   Δ = Pᵀ method([C_i]) Q
+
+  P (k, in) and Q (l, out) are orthonormal rows, the singular vectors of all
+  changes beside each other and of all above each other: they span what is read
+  and what is written, nothing is lost, and C_i has the size of the ranks.
+
+  Args:
+    loras: of one parameter, n of them; ranks may differ.
+    weights: (n,), the method's.
+    base: unused: the Cs are changes, of a base of zeros.
+    key: the method's.
+    method: `(stack, weights, base, *, key, **settings) -> array`, such as
+      `ties`, `tsv` or `iso_c`.
+    rank: of the result; None is all, min(Σ r_i, in, out).
+    **settings: the method's.
+
+  Returns:
+    Lora of scale 1 in the first's dtype, balanced, units by strength.
+    O((in + out) (Σ r_i)²), and the method on (n, Σ r_i, Σ r_i).
+
+  Raises:
+    ValueError: Loras that do not belong to one parameter, or the method's.
+
+  Example:
+    >>> from jlora.merging.arrays.singular_vectors import iso_c
+    >>> eye, one = jnp.eye(2), jnp.ones(())
+    >>> loras = [Lora(eye[:1], 3 * eye[:1], one), Lora(eye[1:], eye[1:], one)]
+    >>> merged = core_space(loras, [1.0, 1.0], method=iso_c)
+    >>> (merged.a.T @ merged.b).round(4)
+    Array([[2., 0.],
+           [0., 2.]], dtype=float32)
+
+  References:
+    Core Space merging (Panariello et al., 2025). Its P and Q are those of the
+    factors as they are, which depend on their gauge.
+  """
+  del base
+
+  def merged(key, pairs, weights):
+    p, _ = _directions([(b, a) for a, b in pairs])
+    q, _ = _directions(pairs)
+    cores = jnp.stack([(p @ a.T) @ (b @ q.T) for a, b in pairs])
+    core = _applied(method, cores, weights, key, settings)
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    kept = slice(None, rank)
+    return Factors(p.T @ u[:, kept], s[kept], vt[kept] @ q)
+
+  return _over_layers(merged, loras, weights, key, rank)
+
+
+def knots(
+  loras: Sequence[Lora],
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  method: Method = ties,
+  rank: int | None = None,
+  tol: float = 1e-5,
+  **settings: Any,
+) -> Lora:
+  """Loras merged by a method of arrays, aligned by a joint decomposition.
+
+      [Δ_1ᵀ ... Δ_nᵀ] = U S [V_1ᵀ ... V_nᵀ],   Δᵀ = U method([S V_iᵀ])
+
+  U (out, k) holds the directions that the adapters write, together; a method
+  sees what each adapter puts there, (k, in).
+
+  Args:
+    loras: of one parameter, n of them; ranks may differ.
+    weights: (n,), the method's.
+    base: unused: S V_iᵀ are changes, of a base of zeros.
+    key: the method's.
+    method: as for `core_space`; the paper's are `ties` and `dare_ties`.
+    rank: of the result; None is all, min(Σ r_i, in, out).
+    tol: share of the largest σ under which a direction is none. The authors'
+      code has 1e-5 itself, not a share.
+    **settings: the method's.
+
+  Returns:
+    Lora of scale 1 in the first's dtype, balanced, units by strength. No
+    change is formed: O((in + out) (Σ r_i)²), and the method on (n, Σ r_i, in).
+
+  Raises:
+    ValueError: Loras that do not belong to one parameter, or the method's.
+
+  Example:
+    >>> eye, one = jnp.eye(2), jnp.ones(())
+    >>> loras = [Lora(eye[:1], 3 * eye[:1], one), Lora(eye[1:], eye[1:], one)]
+    >>> merged = knots(loras, [1.0, 1.0], density=1.0)
+    >>> (merged.a.T @ merged.b).round(4)
+    Array([[3., 0.],
+           [0., 1.]], dtype=float32)
+
+  References:
+    KnOTS (Stoica et al., 2024).
+  """
+  del base
+
+  def merged(key, pairs, weights):
+    q, s = _directions(pairs)
+    q = q * (s > tol * s[0]).astype(s.dtype)[:, None]
+    tasks = jnp.stack([(q @ b.T) @ a for a, b in pairs])
+    task = _applied(method, tasks, weights, key, settings)
+    # Rows of q are orthonormal, so taskᵀ q has the singular values of task.
+    v, r = jnp.linalg.qr(task.T)
+    u, s, vt = jnp.linalg.svd(r, full_matrices=False)
+    kept = slice(None, rank)
+    return Factors(v @ u[:, kept], s[kept], vt[kept] @ q)
+
+  return _over_layers(merged, loras, weights, key, rank)
+
+
+def _applied(method, changes, weights, key, settings):
+  """A method of arrays on changes of no base."""
+  none = jnp.zeros_like(changes[0])
+  return method(changes, weights, none, key=key, **settings)
+
+
+def _directions(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+  """The directions that changes aᵀ b write, together, and how strongly.
+
+  Right singular vectors of all changes above each other, as rows; by thin QRs,
+  as aᵀ b = q_a (r_a b) and the orthonormal q_a does not matter.
+  """
+  rows = [jnp.linalg.qr(a.T)[1] @ b for a, b in pairs]
+  q, r = jnp.linalg.qr(jnp.concatenate(rows).T)
+  u, s, _ = jnp.linalg.svd(r, full_matrices=False)
+  return (q @ u).T, s
+
+
+def _over_layers(
+  merged, loras: Sequence[Lora], weights: Any, key: Any, rank: Any
+) -> Lora:
+  """A merge `(key, pairs, weights) -> Factors`, for each layer of a Lora."""
+  if rank is not None and rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  pairs = [
+    (jnp.asarray(a), jnp.asarray(b))
+    for a, b in weighted(loras, np.ones(len(loras)))
+  ]
+  weights = numbers("weights", weights, len(loras))
+  scales = []
+  for i, (a, b) in enumerate(pairs):
+    pairs[i], scale = finite(a, b)
+    scales.append(scale)
+  leading = loras[0].a.shape[:-2]
+  key = jax.random.key(0) if key is None else key
+  keys = jax.random.split(key, leading) if leading else key
+
+  def one(key, *flat):
+    return merged(key, list(zip(flat[::2], flat[1::2], strict=True)), weights)
+
+  flat = [x for pair in pairs for x in pair]
+  with jax.default_matmul_precision("highest"):
+    found = over_leading(
+      one,
+      len(leading),
+      keys,
+      *flat,
+      places=lambda _, a, b, *rest: factor_specs(a[:-2], a[-1], b[-1]),
+    )
+  result = from_factors(Factors(*found), loras[0].a.dtype)
+  scale = jnp.prod(jnp.stack(scales), axis=0)
+  return Lora(result.a, result.b, scale)

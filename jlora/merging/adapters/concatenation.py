@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact sums of Loras by concatenation of their rank axes, and back to a rank.
+
+No change of the layer's size is formed, and all depends on the changes alone:
+not on which of the equal factors (R a, R⁻ᵀ b) describe them. Sums of the
+factors themselves, as in PEFT's `linear`, have cross terms a_iᵀ b_j that do.
+NumPy's Loras are worked on by the host, where nothing is compiled.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.factoring.factorisers import recompress
+from jlora.loras import Lora, Loras, check_loras, from_factors
+from jlora.merging.arrays.inputs import numbers
+from jlora.messages import name_some
+from jlora.numerics.backends import library_of
+
+
+def concat(
+  loras: Sequence[Lora], weights: Any, base: Any = None, *, key: Any = None
+) -> Lora:
+  """The weighted sum of Loras: their units side by side.
+
+      Σ w_i s_i a_iᵀ b_i = aᵀ b,   a = [a_1; ...],   b = [w_1 s_1 b_1; ...]
+
+  Weights (1, -1) are a difference, (-1,) is the negation.
+
+  Args:
+    loras: of one parameter, n of them; ranks may differ.
+    weights: (n,), may be negative or zero.
+    base: unused; there so that every method has the same call.
+    key: unused, likewise.
+
+  Returns:
+    Lora of the ranks' sum and scale 1, in the first's dtype: exact in float32,
+    b rounded once in less. What is not finite comes through. Moves no more than
+    the factors; keeps the sharding of in and out.
+
+  Raises:
+    ValueError: Loras that do not belong to one parameter, or weights that are
+      not one for each.
+
+  Example:
+    >>> one = np.ones((1, 2), np.float32)
+    >>> both = concat([Lora(one, one, np.float32(2))] * 2, [1.0, -0.5])
+    >>> both.rank, both.b
+    (2, array([[ 2.,  2.],
+               [-1., -1.]], dtype=float32))
+  """
+  del base, key
+  whole, dtype = _joined(loras, weights), loras[0].a.dtype
+  return Lora(whole.a.astype(dtype), whole.b.astype(dtype), whole.scale)
+
+
+def svd_merge(
+  loras: Sequence[Lora],
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  rank: int,
+) -> Lora:
+  """The Lora of a rank that is nearest to a weighted sum of Loras.
+
+      error² = Σ_{k > rank} σ_k²,   σ the singular values of Σ w_i s_i a_iᵀ b_i
+
+  Args:
+    loras: of one parameter, n of them; ranks may differ.
+    weights: (n,), may be negative or zero.
+    base: unused.
+    key: unused.
+    rank: at least 1; clipped to min(Σ r_i, in, out).
+
+  Returns:
+    Lora of scale 1 in the first's dtype, balanced, its units by strength: the
+    first are the best Lora of any smaller rank. Two thin QRs and the svd of a
+    Σ r_i square: O((in + out) (Σ r_i)²), where PEFT's `svd` decomposes the
+    dense change. A scale of NaN where something is not finite.
+
+  Raises:
+    ValueError: a rank below 1, or as `concat`.
+
+  Example:
+    >>> one = np.ones((1, 2), np.float32)
+    >>> lora = Lora(one, one, np.float32(2))
+    >>> svd_merge([lora, lora], [0.5, 0.5], rank=1).b.shape
+    (1, 2)
+  """
+  del base, key
+  whole = _joined(loras, weights)
+  (a, b), scale = finite(whole.a, whole.b)
+  kept = from_factors(recompress(a, b, rank), loras[0].a.dtype)
+  return Lora(kept.a, kept.b, scale)
+
+
+def truncate(lora: Lora, rank: int) -> Lora:
+  """The nearest Lora of a smaller rank, balanced, its units by strength.
+
+  Args:
+    lora: a (..., r, in), b (..., r, out), scale (...).
+    rank: as for `svd_merge`, of which this is the case of one.
+
+  Returns:
+    Lora likewise.
+
+  Raises:
+    ValueError: a rank below 1, or a malformed Lora.
+
+  Example:
+    >>> eye = np.eye(3, dtype=np.float32)
+    >>> cut = truncate(Lora(eye, eye * np.float32([1, 3, 2]), np.float32(1)), 1)
+    >>> (cut.a.T @ cut.b).round(4)[1]
+    array([0., 3., 0.], dtype=float32)
+  """
+  return svd_merge([lora], [1.0], rank=rank)
+
+
+def fill_missing(adapters: Sequence[Mapping[str, Lora]]) -> list[Loras]:
+  """Adapters that all name the same modules, Loras of zeros where one had none.
+
+  `merge` wants names to match; this says that what is missing is no change.
+
+  Args:
+    adapters: path -> Lora each.
+
+  Returns:
+    As many, each with all paths, in the order they are first met; zeros have
+    rank 1.
+
+  Example:
+    >>> one = Lora(jnp.ones((2, 3)), jnp.ones((2, 5)), jnp.float32(2))
+    >>> fill_missing([{"q": one}, {"k": one}])[0]["k"].b.shape
+    (1, 5)
+  """
+  there = {path: x for own in reversed(adapters) for path, x in own.items()}
+  paths = list(dict.fromkeys(path for own in adapters for path in own))
+
+  def none(like):
+    unit = Lora(like.a[..., :1, :], like.b[..., :1, :], like.scale)
+    return jax.tree.map(lambda x: library_of(x).zeros_like(x), unit)
+
+  return [
+    {path: own[path] if path in own else none(there[path]) for path in paths}
+    for own in adapters
+  ]
+
+
+def weighted(loras: Sequence[Lora], weights: Any) -> list[tuple[Any, Any]]:
+  """The factors of Loras with weights and scales taken into b.
+
+  Args:
+    loras: of one parameter, n of them.
+    weights: (n,).
+
+  Returns:
+    n pairs a (..., r_i, in) and w_i scale_i b (..., r_i, out), float32, of
+    NumPy where all are.
+
+  Raises:
+    ValueError: as `concat`.
+
+  Example:
+    >>> one = Lora(np.ones((1, 2)), np.ones((1, 1)), np.float32(2))
+    >>> weighted([one], [3.0])[0][1]
+    array([[6.]], dtype=float32)
+  """
+  _check(loras)
+  weights = numbers("weights", weights, len(loras))
+  leaves = [weights, *jax.tree.leaves(list(loras))]
+  xp = np if all(library_of(leaf) is np for leaf in leaves) else jnp
+  pairs = []
+  for i, lora in enumerate(loras):
+    a, b, scale = (
+      xp.asarray(x).astype(np.float32) for x in (lora.a, lora.b, lora.scale)
+    )
+    pairs.append((a, (weights[i] * scale)[..., None, None] * b))
+  return pairs
+
+
+def finite(a: Any, b: Any) -> tuple[tuple[Any, Any], Any]:
+  """Factors to be decomposed, and a scale that is NaN where they may not be.
+
+  LAPACK may not return from NaN.
+
+  Args:
+    a: (..., r, in) float32.
+    b: (..., r, out) float32.
+
+  Returns:
+    Both, zeros where either is not finite throughout, and (...) of 1 or NaN.
+
+  Example:
+    >>> one = np.ones((1, 2), np.float32)
+    >>> finite(one, one * np.float32(np.nan))[1]
+    array(nan, dtype=float32)
+  """
+  xp = library_of(a)
+  both = xp.isfinite(a).all(axis=(-2, -1)) & xp.isfinite(b).all(axis=(-2, -1))
+  zero, one, nan = np.float32(0), np.float32(1), np.float32(np.nan)
+  a, b = (xp.where(both[..., None, None], x, zero) for x in (a, b))
+  return (a, b), xp.where(both, one, nan)
+
+
+def _joined(loras: Sequence[Lora], weights: Any) -> Lora:
+  """The weighted sum in float32."""
+  pairs = weighted(loras, weights)
+  xp = library_of(pairs[0][0])
+  a, b = (xp.concatenate(x, axis=-2) for x in zip(*pairs, strict=True))
+  # Ones made of the scales: newer JAX forgets where `ones_like` is to lie.
+  scale = loras[0].scale
+  ones = xp.logical_or(scale == scale, True).astype(np.float32)
+  return Lora(a, b, ones)
+
+
+def _check(loras: Sequence[Lora]) -> None:
+  """The door of all methods of Loras."""
+  if not isinstance(loras, list | tuple) or not all(
+    isinstance(lora, Lora) for lora in loras
+  ):
+    raise ValueError(
+      "This merges a sequence of Loras of one parameter. For arrays use linear,"
+      " ties and others, for models and adapters merge."
+    )
+  if not loras:
+    raise ValueError("There are no Loras to merge; give at least one.")
+  check_loras({f"Lora {i}": lora for i, lora in enumerate(loras)})
+  shapes = {
+    (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1]) for lora in loras
+  }
+  if len(shapes) > 1:
+    raise ValueError(
+      f"Loras of {name_some(sorted(shapes))} (..., in, out) do not belong to "
+      "one parameter."
+    )

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted means of models, entry by entry."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.merging.arrays.inputs import (
+  divided,
+  inner,
+  is_known,
+  norm,
+  over_models,
+  read,
+  shares,
+  weighted_sum,
+)
+
+
+def linear(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  normalize: bool = True,
+) -> Any:
+  """The weighted mean of models.
+
+      θ = Σ w_i θ_i / Σ w_i
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,).
+    base: unused; there so that every method has the same call. A mean of
+      models is the base plus the mean of their changes.
+    key: unused, likewise.
+    normalize: False leaves out the division.
+
+  Returns:
+    (...) in the stack's dtype. Elementwise: keeps the sharding.
+
+  Raises:
+    ValueError: weights of sum zero, or as `read`.
+
+  Example:
+    >>> linear(jnp.array([[1.0], [5.0]]), jnp.array([3.0, 1.0]))
+    Array([2.], dtype=float32)
+
+  References:
+    Model soups (Wortsman et al., 2022).
+  """
+  del base, key
+  given = read("linear", stack, weights)
+  weights = shares(given.weights) if normalize else given.weights
+  return weighted_sum(weights, given.models).astype(stack.dtype)
+
+
+def passthrough(
+  stack: Any, weights: Any, base: Any = None, *, key: Any = None
+) -> Any:
+  """A single model's own parameter, times its weight.
+
+  Args:
+    stack: (1, ...) floating.
+    weights: (1,); 1 gives it back exactly.
+    base: unused.
+    key: unused.
+
+  Returns:
+    (...) in the stack's dtype.
+
+  Raises:
+    ValueError: more than one model, or as `read`.
+
+  Example:
+    >>> passthrough(jnp.array([[2.0, 4.0]]), jnp.array([0.5]))
+    Array([1., 2.], dtype=float32)
+  """
+  del base, key
+  given = read("passthrough", stack, weights, counts=(1, 1))
+  return weighted_sum(given.weights, given.models).astype(stack.dtype)
+
+
+def nearswap(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  t: Any,
+) -> Any:
+  """The base, with a model's entries taken over where they are near to its own.
+
+      θ = θ_0 + c (θ_1 - θ_0),   c = clip(w t / max(|θ_1 - θ_0|, 1e-6), 0, 1)
+
+  Args:
+    stack: (1, ...) floating.
+    weights: (1,), multiplies t.
+    base: (...), the model that is changed.
+    key: unused.
+    t: how far entries may move, in units of the weights themselves: whatever
+      differs by less is taken over, and no entry moves further.
+
+  Returns:
+    (...) in the stack's dtype. Elementwise: keeps the sharding.
+
+  Raises:
+    ValueError: more than one model, no base, or as `read`.
+
+  Example:
+    >>> stack, base = jnp.array([[1.01, 1.5, 3.0]]), jnp.ones(3)
+    >>> nearswap(stack, jnp.ones(1), base, t=0.1).round(4)
+    Array([1.01, 1.1 , 1.1 ], dtype=float32)
+
+  References:
+    mergekit's method of this name, which has no paper.
+  """
+  del key
+  given = read("nearswap", stack, weights, base, needs_base=True, counts=(1, 1))
+  change = given.deltas[0]
+  t = given.weights[0] * jnp.asarray(t).astype(jnp.float32)
+  share = jnp.clip(t / jnp.maximum(jnp.abs(change), 1e-6), 0, 1)
+  merged = jnp.where(share == 1, given.models[0], given.base + share * change)
+  return merged.astype(stack.dtype)
+
+
+def model_stock(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  axis: int | None = None,
+) -> Any:
+  """A point between the base and the mean of its finetunes.
+
+      θ = t mean(θ_i) + (1 - t) θ_0,   t = n c / (1 + (n - 1) c)
+
+  with c the mean cosine of all pairs of changes: what finetunes share is
+  learnt, where they differ is chance, and the more of them the less it counts.
+
+  Args:
+    stack: (n, ...) floating, two models or more.
+    weights: (n,), all equal: the paper's mean is plain.
+    base: (...).
+    key: unused.
+    axis: that of a single model along which vectors lie, for an angle each, as
+      mergekit's `filter_wise`; None is one angle for the tensor.
+
+  Returns:
+    (...) in the stack's dtype. The base where changes are at right angles or
+    obtuse, for which the formula gives t below 0. `n (n - 1) / 2` inner
+    products, of which only sums travel under sharding.
+
+  Raises:
+    ValueError: a single model, no base, weights known to differ, or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[1.0, 0.0], [0.5, 3**0.5 / 2]])   # 60 degrees
+    >>> model_stock(stack, jnp.ones(2), jnp.zeros(2)).round(4)
+    Array([0.5       , 0.28869998], dtype=float32)
+
+  References:
+    Jang et al. (2024).
+  """
+  del key
+  given = read(
+    "model_stock", stack, weights, base, needs_base=True, counts=(2, math.inf)
+  )
+  if is_known(given.weights) and np.ptp(given.weights):
+    raise ValueError(
+      f"model_stock takes equal weights, got {given.weights.tolist()}."
+    )
+  deltas = given.deltas
+  count = deltas.shape[0]
+  units = divided(deltas, jax.vmap(lambda x: norm(x, axis))(deltas))
+  cosines = [
+    inner(units[i], units[j], axis) for j in range(count) for i in range(j)
+  ]
+  cosine = jnp.clip(sum(cosines) / len(cosines), 0, 1)
+  share = count * cosine / (1 + (count - 1) * cosine)
+  merged = given.base + share * over_models(deltas) / len(deltas)
+  return merged.astype(stack.dtype)

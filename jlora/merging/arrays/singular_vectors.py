@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes put together by their singular vectors: TSV-M and Iso-C.
+
+Both decompose matrices of a layer's size. For Loras use them inside
+`core_space`, where the same is computed on matrices of the ranks' size.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jlora.merging.arrays.inputs import along_models, read, weighted_sum
+from jlora.numerics.meshes import run_automatic
+
+# A singular value below this share of the largest is rounding.
+_NONE = 1e-5
+
+
+def tsv(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  keep: int | None = None,
+  scale: Any = 1.0,
+  tol: float = 1e-3,
+) -> Any:
+  """The base plus leading singular triplets of all changes, made orthogonal.
+
+      θ = θ_0 + λ polar([U_i]) diag(w_i S_i) polar([V_i])ᵀ,   δ_i ≈ U_i S_i V_iᵀ
+
+  polar(X) = P Qᵀ for X = P Σ Qᵀ is the orthonormal matrix nearest to X: task
+  directions that lie over each other are pushed apart before they are added.
+
+  Warning: where tasks share singular vectors, X depends on itself and the polar
+  factor is not unique; the authors' code then adds arbitrary directions.
+  Directions with σ < tol are dropped here (pseudo-polar), so two equal changes
+  give one of them, their mean and not their sum.
+
+  Args:
+    stack: (n, ..., i, o) floating matrices; leading axes repeat the layer.
+    weights: (n,), multiply the singular values; the paper has ones.
+    base: (..., i, o).
+    key: unused.
+    keep: triplets of each change; None is all where together they are no more
+      than min(i, o), as of adapters, else ⌊min(i, o) / n⌋, the paper's. Those
+      of σ = 0 never count.
+    scale: λ.
+    tol: σ of unit vectors put side by side, in [0, √n].
+
+  Returns:
+    (..., i, o) in the stack's dtype. Of vectors Σ w_i δ_i / n. What is not
+    finite makes its whole matrix NaN. Costs an svd of each matrix and gathers
+    sharded ones.
+
+  Raises:
+    ValueError: no base, keep below 1, or as `read`.
+
+  Example:
+    >>> both = jnp.float32([[3, 0], [0, 1]])
+    >>> stack = jax.vmap(jnp.diag)(both)
+    >>> tsv(stack, jnp.ones(2), jnp.zeros((2, 2))).round(4)
+    Array([[3., 0.],
+           [0., 1.]], dtype=float32)
+
+  References:
+    Gargiulo et al. (2025), task_singular_vectors.
+  """
+  del key
+  given = read("tsv", stack, weights, base, needs_base=True)
+  if keep is not None and keep < 1:
+    raise ValueError(f"tsv: keep must be at least 1, got {keep}.")
+
+  def merged(deltas, weights):
+    u, s, vt = jnp.linalg.svd(deltas, full_matrices=False)
+    s = (along_models(weights, s) * s)[:, :keep]
+    there = _counted(s, min(deltas.shape[1:]), keep).astype(s.dtype)
+    left = jnp.concatenate(u[:, :, :keep] * there[:, None, :], axis=1)
+    right = jnp.concatenate(vt[:, :keep] * there[:, :, None], axis=0)
+    middle = s.reshape(1, -1)
+    return (_polar(left, tol) * middle) @ _polar(right.T, tol).T
+
+  return _of_matrices(merged, given, scale, stack.dtype)
+
+
+def iso_c(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  scale: Any = 1.0,
+  tol: float = 1e-5,
+) -> Any:
+  """The base plus the sum of changes with all singular values made equal.
+
+      Σ w_i δ_i = U S Vᵀ,   θ = θ_0 + λ mean(S) U Vᵀ
+
+  Args:
+    stack: (n, ..., i, o) floating matrices; leading axes repeat the layer.
+    weights: (n,); the paper has ones.
+    base: (..., i, o).
+    key: unused.
+    scale: λ; the authors search 0 to 3.
+    tol: share of the largest value under which one is none: neither counted in
+      the mean nor raised to it. The authors' code takes all; of a sum of low
+      rank that lowers the mean by rank / min(i, o) and fills the rest of the
+      space with arbitrary directions.
+
+  Returns:
+    (..., i, o) in the stack's dtype. Not the model itself for a single one. Of
+    vectors Σ w_i δ_i / n. What is not finite makes its whole matrix NaN. Costs
+    one svd and gathers a sharded matrix.
+
+  Raises:
+    ValueError: no base, or as `read`.
+
+  Example:
+    >>> both = jnp.float32([[3, 0], [0, 1]])
+    >>> stack = jax.vmap(jnp.diag)(both)
+    >>> iso_c(stack, jnp.ones(2), jnp.zeros((2, 2))).round(4)
+    Array([[2., 0.],
+           [0., 2.]], dtype=float32)
+
+  References:
+    Marczak et al. (2025), iso-merging.
+  """
+  del key
+  given = read("iso_c", stack, weights, base, needs_base=True)
+
+  def merged(deltas, weights):
+    total = weighted_sum(weights, deltas)
+    u, s, vt = jnp.linalg.svd(total, full_matrices=False)
+    there = (s > tol * s[0]).astype(s.dtype)
+    mean = jnp.sum(s * there) / jnp.maximum(jnp.sum(there), 1)
+    return mean * (u * there[None]) @ vt
+
+  return _of_matrices(merged, given, scale, stack.dtype)
+
+
+def _counted(s: Any, room: int, keep: int | None) -> Any:
+  """Which triplets (n, k) take part: the vectors of σ = 0 are arbitrary."""
+  sizes = jnp.abs(s)
+  there = sizes > _NONE * jnp.max(sizes, axis=1, keepdims=True)
+  if keep is not None:
+    return there
+  leading = jnp.arange(s.shape[1]) < max(room // len(s), 1)
+  return there & (leading[None] | (jnp.sum(there) <= room))
+
+
+def _of_matrices(merged, given, scale, dtype):
+  """The base plus λ of a merge of matrices, over leading axes."""
+  deltas = given.deltas
+  if deltas.ndim < 3:
+    change = weighted_sum(given.weights, deltas) / deltas.shape[0]
+  else:
+
+    def one(deltas, weights):
+      # LAPACK may not return from NaN.
+      is_finite = jnp.isfinite(deltas).all()
+      found = merged(jnp.where(is_finite, deltas, 0.0), weights)
+      return jnp.where(is_finite, found, jnp.nan)
+
+    for _ in range(deltas.ndim - 3):
+      one = jax.vmap(one, in_axes=(1, None))
+    with jax.default_matmul_precision("highest"):
+      change = run_automatic(
+        one, (deltas, given.weights), lambda x, _: PartitionSpec(*x[1:])
+      )
+  scale = jnp.asarray(scale).astype(jnp.float32)
+  return (given.base + scale * change).astype(dtype)
+
+
+def _polar(columns: Any, tol: float) -> Any:
+  """The orthonormal columns nearest to given ones, without what depends."""
+  q, r = jnp.linalg.qr(columns)
+  p, s, qt = jnp.linalg.svd(r, full_matrices=False)
+  return q @ (p * (s > tol).astype(s.dtype)[None] @ qt)

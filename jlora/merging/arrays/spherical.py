@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means along arcs: directions are averaged on a sphere, lengths on a line."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.merging.arrays.inputs import (
+  Inputs,
+  divided,
+  inner,
+  norm,
+  read,
+  shares,
+  weighted_sum,
+)
+
+# A mean direction shorter than this is rounding: directions cancel.
+_CANCELLED = 1e-6
+
+
+def slerp(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  t: Any = None,
+  colinear: float = 0.9995,
+  products: Any = None,
+) -> Any:
+  """A point on the arc between two models, each read as one long vector.
+
+      θ = (sin((1-t) α) θ_1 + sin(t α) θ_2) / sin α,   α their angle
+
+  Args:
+    stack: (2, ...) floating; t = 0 gives the first.
+    weights: (2,).
+    base: unused: the arc is that of the models themselves. `nuslerp` takes it
+      between their changes.
+    key: unused.
+    t: in [0, 1]; None is w_2 / (w_1 + w_2).
+    colinear: above this |cos α| the straight line is taken. Opposite vectors
+      have no shortest arc and so fall under it too.
+    products: (3,) of `products_of`; None takes the stack's. With those of a
+      whole tensor, a stack of its entries gives the same entries of the result.
+
+  Returns:
+    (...) in the stack's dtype. Two inner products of the whole tensor; only
+    their sums travel under sharding.
+
+  Raises:
+    ValueError: not two models, weights of sum zero where t is None, or as
+      `read`.
+
+  Example:
+    >>> stack = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> slerp(stack, jnp.ones(2)).round(4)
+    Array([0.7071, 1.4142], dtype=float32)
+
+  References:
+    Shoemake (1985); on models, as mergekit does.
+  """
+  del base, key
+  given = read("slerp", stack, weights, counts=(2, 2))
+  t = shares(given.weights)[1] if t is None else t
+  products = _products(given.models) if products is None else products
+  merged = _arc(given.models, _cosine(*products), t, colinear)
+  return merged.astype(stack.dtype)
+
+
+def nuslerp(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  axis: int | None = None,
+) -> Any:
+  """`slerp` of models or of their changes, whole or vector by vector.
+
+      θ = θ_0 + slerp(θ_1 - θ_0, θ_2 - θ_0),   t = w_2 / (w_1 + w_2)
+
+  Args:
+    stack: (2, ...) floating.
+    weights: (2,); t is 1/2 where they sum to zero.
+    base: (...), or None for zeros.
+    key: unused.
+    axis: that of a single model along which vectors lie, -1 or 0 for rows or
+      columns; None is the whole tensor.
+
+  Returns:
+    (...) in the stack's dtype. The line is taken where 1 - |cos α| is below
+    1e-6, rounding of float32: mergekit asks whether |sin α| is below 1e-8,
+    which opposite vectors escape, and divides by it.
+
+  Raises:
+    ValueError: not two models, or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> nuslerp(stack, jnp.array([0.0, 1.0]))
+    Array([0., 1.], dtype=float32)
+
+  References:
+    mergekit's method of this name.
+  """
+  del key
+  given = read("nuslerp", stack, weights, base, counts=(2, 2))
+  total = jnp.sum(given.weights)
+  is_none = jnp.abs(total) < 1e-6
+  t = jnp.where(is_none, 0.5, divided(given.weights[1], total))
+  cosine = _cosine(*_products(given.deltas, axis))
+  change = _arc(given.deltas, cosine, t, 1 - 1e-6)
+  return (given.base + change).astype(stack.dtype)
+
+
+def multislerp(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+) -> Any:
+  """The mean direction of models or of their changes, at their mean length.
+
+      θ = θ_0 + (Σ w_i ‖δ_i‖) m / ‖m‖,   m = Σ w_i u_i,   u_i = δ_i / ‖δ_i‖
+
+  mergekit takes a step from m along the tangent Σ w_i (u_i - ⟨u_i, m⟩ m) and
+  back to the sphere; for this m that tangent is zero, so there is none here.
+  `karcher` takes the steps that move.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,), divided by their sum.
+    base: (...), or None for zeros.
+    key: unused.
+
+  Returns:
+    (...) in the stack's dtype; the straight mean where directions cancel (there
+    mergekit refuses three models or more). Only sums travel under sharding.
+
+  Raises:
+    ValueError: weights of sum zero, or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> multislerp(stack, jnp.ones(2)).round(4)
+    Array([1.4142, 1.4142], dtype=float32)
+
+  References:
+    mergekit's method of this name.
+  """
+  del key
+  given = read("multislerp", stack, weights, base)
+  weights, units, length = _polar(given)
+  mean = weighted_sum(weights, units)
+  size = norm(mean)
+  straight = weighted_sum(weights, given.deltas)
+  change = jnp.where(size > _CANCELLED, length * divided(mean, size), straight)
+  return (given.base + change).astype(stack.dtype)
+
+
+def karcher(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  steps: int = 10,
+  tol: float = 1e-5,
+) -> Any:
+  """The Karcher mean of directions, at the mean length.
+
+      m = argmin Σ w_i angle(m, u_i)²,   by   m ← exp_m(Σ w_i log_m u_i)
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,), divided by their sum.
+    base: (...), or None for zeros: the mean is then of the models themselves,
+      as mergekit's.
+    key: unused.
+    steps: at the most.
+    tol: radians; stops after a step that is smaller.
+
+  Returns:
+    (...) in the stack's dtype. It starts at the direction of the mean, or of
+    the first model where directions cancel. A tensor of zeros has no direction
+    and adds none. A step reads all models once; only sums travel under
+    sharding.
+
+  Raises:
+    ValueError: weights of sum zero, or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> karcher(stack, jnp.ones(2)).round(4)
+    Array([1.4142, 1.4142], dtype=float32)
+
+  References:
+    Karcher (1977); on models, as mergekit does.
+  """
+  del key
+  given = read("karcher", stack, weights, base)
+  weights, units, length = _polar(given)
+  change = length * _mean_direction(weights, units, steps, tol)
+  return (given.base + change).astype(stack.dtype)
+
+
+@jax.jit
+def _mean_direction(weights: Any, units: Any, steps: Any, tol: Any) -> Any:
+  """The Karcher mean of unit vectors."""
+
+  def step(state):
+    count, mean, _ = state
+    cosine = jnp.clip(jax.vmap(lambda u: inner(u, mean))(units), -1, 1)
+    angle = jnp.arccos(cosine)
+    sine = jnp.sin(angle)
+    ratio = jnp.where(sine > 1e-6, divided(angle, sine), 1.0)
+    tangent = weighted_sum(weights, ratio * (units - cosine * mean[None]))
+    size = norm(tangent)
+    mean = jnp.cos(size) * mean + jnp.sin(size) * divided(tangent, size)
+    return count + 1, divided(mean, norm(mean)), jnp.max(size)
+
+  mean = weighted_sum(weights, units)
+  size = norm(mean)
+  mean = jnp.where(size > _CANCELLED, divided(mean, size), units[0])
+  _, mean, _ = jax.lax.while_loop(
+    lambda state: (state[0] < steps) & (state[2] > tol),
+    step,
+    (jnp.int32(0), mean, jnp.float32(jnp.inf)),
+  )
+  return mean
+
+
+def _polar(given: Inputs) -> tuple[Any, Any, Any]:
+  """Shares (n,), unit vectors (n, ...), and the mean length."""
+  weights = shares(given.weights)
+  deltas = given.deltas
+  norms = jax.vmap(norm)(deltas)
+  return weights, divided(deltas, norms), weighted_sum(weights, norms)
+
+
+def products_of(stack: Any) -> Any:
+  """What the angle of two models is known by.
+
+      ⟨θ_1, θ_1⟩, ⟨θ_1, θ_2⟩, ⟨θ_2, θ_2⟩
+
+  Args:
+    stack: (2, ...) float32.
+
+  Returns:
+    (3,) float32; those of parts add up. Only sums travel under sharding.
+
+  Example:
+    >>> products_of(jnp.array([[1.0, 0.0], [1.0, 2.0]]))
+    Array([1., 1., 5.], dtype=float32)
+  """
+  return jnp.stack([product.reshape(()) for product in _products(stack)])
+
+
+def _products(pair: Any, axis: int | None = None) -> tuple[Any, Any, Any]:
+  left, right = pair
+  return (
+    inner(left, left, axis),
+    inner(left, right, axis),
+    inner(right, right, axis),
+  )
+
+
+def _cosine(first: Any, between: Any, second: Any) -> Any:
+  cosine = divided(between, jnp.sqrt(first) * jnp.sqrt(second))
+  return jnp.clip(cosine, -1, 1)
+
+
+def _arc(pair: Any, cosine: Any, t: Any, colinear: float) -> Any:
+  """The point t of the arc between vectors, or of the line if nearly none."""
+  left, right = pair
+  t = jnp.asarray(t).astype(jnp.float32)
+  angle = jnp.arccos(cosine)
+  straight = jnp.abs(cosine) > colinear
+  sine = jnp.where(straight, 1.0, jnp.sin(angle))
+  first = jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / sine)
+  second = jnp.where(straight, t, jnp.sin(t * angle) / sine)
+  return first * left + second * right

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of task vectors, and their mean by sign consensus: TIES and SCE.
+
+A task vector is what a model changes of the base, δ_i = θ_i - θ_0, taken in
+float32 whatever the models' dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jlora.merging.arrays.inputs import (
+  Inputs,
+  along_models,
+  divided,
+  inner,
+  numbers,
+  over_models,
+  read,
+)
+from jlora.merging.arrays.sparsifiers import (
+  Sparsifier,
+  by_magnitude,
+  check_range,
+  from_threshold,
+)
+from jlora.numerics.kth_largest import count_of, kth_magnitude
+from jlora.numerics.meshes import run_automatic
+
+Election = Callable[[Any], Any]
+
+
+def by_mass(weighted: Any) -> Any:
+  """The sign of each entry's sum; where that is 0 the sign of the majority.
+
+  The paper's election. Its majority is that of the whole model, here of the
+  tensor: it decides only where changes cancel exactly.
+
+  Args:
+    weighted: (n, ...) float32.
+
+  Returns:
+    (...) float32, +1 or -1, NaN where the sum is.
+
+  Example:
+    >>> by_mass(jnp.array([[2.0, -1.0, 1.0], [-1.0, -1.0, -1.0]]))
+    Array([ 1., -1.,  1.], dtype=float32)
+
+  References:
+    TIES (Yadav et al., 2023).
+  """
+  sign = jnp.sign(over_models(weighted))
+  majority = jnp.where(jnp.nansum(sign) >= 0, 1.0, -1.0)
+  return jnp.where(sign == 0, majority, sign)
+
+
+def by_mass_or_plus(weighted: Any) -> Any:
+  """The sign of each entry's sum; + where that is 0, as in mergekit.
+
+  Args:
+    weighted: (n, ...) float32.
+
+  Returns:
+    (...) float32, +1 or -1.
+
+  Example:
+    >>> by_mass_or_plus(jnp.array([[2.0, -1.0], [-2.0, -1.0]]))
+    Array([ 1., -1.], dtype=float32)
+  """
+  return jnp.where(over_models(weighted) >= 0, jnp.float32(1), -1)
+
+
+def by_count(weighted: Any) -> Any:
+  """The sign that more models have, whatever their strength; + if as many.
+
+  mergekit's "count".
+
+  Args:
+    weighted: (n, ...) float32.
+
+  Returns:
+    (...) float32, +1 or -1.
+
+  Example:
+    >>> by_count(jnp.array([[9.0], [-1.0], [-1.0]]))
+    Array([-1.], dtype=float32)
+  """
+  return by_mass_or_plus(jnp.sign(weighted))
+
+
+def combine(
+  deltas: Any,
+  weights: Any,
+  *,
+  elect: Election | None = None,
+  normalize: bool = False,
+) -> Any:
+  """The weighted sum of changes, or mean, over those of the elected sign.
+
+      δ = Σ_{i agrees} w_i δ_i   ( / Σ_{i agrees} |w_i| )
+
+  A model agrees where w_i δ_i has the elected sign, so where it is 0 it does
+  not: the mean is over those that say something.
+
+  Args:
+    deltas: (n, ...) float32, or n of (...), which are then held once.
+    weights: (n,) float32.
+    elect: which sign; None: all count.
+    normalize: divides, where that is not by 0. Moduli, as a negative weight
+      turns its change about and counts for it none the less; mergekit divides
+      by Σ w_i, which then may vanish.
+
+  Returns:
+    (...) float32. What is NaN always agrees.
+
+  Example:
+    >>> deltas = jnp.array([[2.0, -1.0], [1.0, 3.0]])
+    >>> combine(deltas, jnp.ones(2), elect=by_mass, normalize=True)
+    Array([1.5, 3. ], dtype=float32)
+  """
+  weighted = [weights[i] * deltas[i] for i in range(len(deltas))]
+  sign = None if elect is None else elect(jnp.stack(weighted))
+  kept, counted = [], []
+  for at, one in enumerate(weighted):
+    agrees = (
+      jnp.ones(one.shape, bool) if sign is None else jnp.sign(one) == sign
+    )
+    kept.append(jnp.where(agrees | jnp.isnan(one), one, 0.0))
+    counted.append(jnp.where(agrees, jnp.abs(weights[at]), 0.0))
+  total = over_models(kept)
+  return divided(total, over_models(counted)) if normalize else total
+
+
+def merge_task_vectors(
+  given: Inputs,
+  *,
+  sparsify: Sparsifier | Sequence[Sparsifier] | None = None,
+  amounts: Any = 1.0,
+  elect: Election | None = None,
+  normalize: bool = False,
+  scale: Any = 1.0,
+  key: Any = None,
+) -> Any:
+  """The base plus a combination of what is kept of all changes.
+
+      θ = θ_0 + λ combine(sparsify(θ_i - θ_0)),   `combine` with the weights
+
+  All methods of this file and of `pruning` are this with settings.
+
+  Args:
+    given: from `read`.
+    sparsify: what is kept of each change, one for all or one a model; None is
+      all.
+    amounts: its second argument, one for all models or (n,).
+    elect: as for `combine`.
+    normalize: as for `combine`.
+    scale: λ.
+    key: PRNG key; None is `key(0)`. Model i uses `fold_in(key, i)`: another
+      model more changes no mask.
+
+  Returns:
+    (...) float32.
+
+  Example:
+    >>> given = read("mine", jnp.array([[3.0, 1.0]]), [1.0], jnp.ones(2))
+    >>> merge_task_vectors(given, scale=2.0)
+    Array([5., 1.], dtype=float32)
+  """
+  if sparsify is None:
+    deltas = given.deltas
+  else:
+    thinned = thin_out(given, sparsify, amounts, key)
+    deltas = [kept for _, kept in thinned]
+  change = combine(deltas, given.weights, elect=elect, normalize=normalize)
+  return given.base + jnp.asarray(scale).astype(jnp.float32) * change
+
+
+def thin_out(
+  given: Inputs,
+  sparsify: Sparsifier | Sequence[Sparsifier],
+  amounts: Any,
+  key: Any = None,
+) -> list[tuple[Any, Any]]:
+  """Changes, and what is kept of them, of one model after the other.
+
+  Args:
+    given: from `read`.
+    sparsify: as for `merge_task_vectors`.
+    amounts: likewise.
+    key: likewise.
+
+  Returns:
+    n times (...) and (...) float32. Not by `vmap`, which holds what one model
+    needs for all of them at a time.
+
+  Raises:
+    ValueError: amounts that are not one a model, or known not to be finite.
+
+  Example:
+    >>> given = read("mine", jnp.array([[3.0, 1.0]]), [1.0], jnp.ones(2))
+    >>> thin_out(given, from_threshold, 1.0)
+    [(Array([2., 0.], dtype=float32), Array([2., 0.], dtype=float32))]
+  """
+  count = len(given.models)
+  key = jax.random.key(0) if key is None else key
+  amounts = numbers("density", amounts, count)
+  each = [sparsify] * count if callable(sparsify) else sparsify
+  found = []
+  for at, sparsify_one in enumerate(each):
+    delta = given.models[at] - given.base
+    kept = run_automatic(
+      sparsify_one,
+      (delta, amounts[at], jax.random.fold_in(key, at)),
+      lambda x, *_: PartitionSpec(*x),
+    )
+    found.append((delta, kept))
+  return found
+
+
+def task_arithmetic(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  normalize: bool = False,
+  scale: Any = 1.0,
+) -> Any:
+  """The base plus the weighted sum of changes.
+
+      θ = θ_0 + λ Σ w_i (θ_i - θ_0)
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,); a negative one takes what a model learnt away.
+    base: (...).
+    key: unused.
+    normalize: divides by Σ |w_i|.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype. Elementwise: keeps the sharding.
+
+  Raises:
+    ValueError: no base, or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[3.0], [0.0]])
+    >>> task_arithmetic(stack, jnp.ones(2), jnp.ones(1))
+    Array([2.], dtype=float32)
+
+  References:
+    Ilharco et al. (2023).
+  """
+  given = read("task_arithmetic", stack, weights, base, needs_base=True)
+  merged = merge_task_vectors(given, normalize=normalize, scale=scale, key=key)
+  return merged.astype(stack.dtype)
+
+
+def ties(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any = 0.2,
+  threshold: Any = None,
+  elect: Election = by_mass,
+  normalize: bool = True,
+  scale: Any = 1.0,
+) -> Any:
+  """The mean of the large changes that agree in sign: trim, elect, merge.
+
+      θ = θ_0 + λ Σ_{i agrees} w_i τ_i / Σ_{i agrees} |w_i|
+
+  with τ_i the largest entries of δ_i and the sign that of Σ w_i τ_i.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,); the paper has ones.
+    base: (...).
+    key: unused.
+    density: share of the entries kept, one for all or (n,); 0.2 is the paper's.
+    threshold: magnitudes from which entries are kept, one for all or (n,),
+      instead of the density. The paper trims a model as a whole, mergekit and
+      PEFT each tensor: `magnitude_thresholds` gives the paper's, and from disk
+      `trim_wholes`.
+    elect: `by_mass` as in the paper, `by_mass_or_plus` or `by_count` as in
+      mergekit.
+    normalize: False gives the sum.
+    scale: λ; 1 in the paper, which also searches 0.8 to 2.5.
+
+  Returns:
+    (...) in the stack's dtype. Only counts travel under sharding.
+
+  Raises:
+    ValueError: no base, a density outside [0, 1], or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
+    >>> ties(stack, jnp.ones(2), jnp.zeros(4), density=0.5)
+    Array([1.5, 3. , 0. , 0. ], dtype=float32)
+
+  References:
+    Yadav et al. (2023), prateeky2806/ties-merging.
+  """
+  given = read("ties", stack, weights, base, needs_base=True)
+  check_range(density)
+  merged = merge_task_vectors(
+    given,
+    sparsify=by_magnitude if threshold is None else from_threshold,
+    amounts=density if threshold is None else threshold,
+    elect=elect,
+    normalize=normalize,
+    scale=scale,
+    key=key,
+  )
+  return merged.astype(stack.dtype)
+
+
+def sce(
+  stack: Any,
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  density: Any = 1.0,
+  scale: Any = 1.0,
+) -> Any:
+  """The mean of changes where models differ most: select, calculate, erase.
+
+      θ = θ_0 + λ Σ_{i agrees} s_i τ_i / Σ_{i agrees} |s_i|,   s_i = w_i ‖τ_i‖²
+
+  τ_i has the entries whose variance over the models is largest; a model agrees
+  where τ_i has the sign of Σ w_i τ_i.
+
+  Args:
+    stack: (n, ...) floating.
+    weights: (n,), multiply the strengths; the paper has ones.
+    base: (...).
+    key: unused.
+    density: share of the entries selected, mergekit's `select_topk`.
+    scale: λ.
+
+  Returns:
+    (...) in the stack's dtype; the base where no model changes anything. Only
+    counts and sums travel under sharding.
+
+  Raises:
+    ValueError: no base, a density outside [0, 1], or as `read`.
+
+  Example:
+    >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
+    >>> sce(stack, jnp.ones(2), jnp.zeros(4), density=0.5).round(4)
+    Array([1.3333, 3.    , 0.    , 0.    ], dtype=float32)
+
+  References:
+    FuseChat (Wan et al., 2024).
+  """
+  del key
+  given = read("sce", stack, weights, base, needs_base=True)
+  check_range(density)
+  deltas = given.deltas
+  mean = over_models(deltas) / len(deltas)
+  spread = over_models((deltas - mean[None]) ** 2) / len(deltas)
+  least = kth_magnitude(spread, count_of(density, spread.size))
+  selected = (spread >= least) | jnp.isnan(spread)
+  taken = jnp.where(selected[None], deltas, 0.0)
+  strengths = jax.vmap(inner)(taken, taken).reshape(-1) / spread.size
+  votes = along_models(given.weights, taken) * taken
+  change = combine(
+    taken,
+    given.weights * strengths,
+    elect=lambda _: by_mass(votes),
+    normalize=True,
+  )
+  scale = jnp.asarray(scale).astype(jnp.float32)
+  return (given.base + scale * change).astype(stack.dtype)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tensor of a merge at a time: its inputs read, its method run."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.merging.arrays.averages import passthrough
+from jlora.merging.arrays.draws import place_of
+from jlora.merging.arrays.task_vectors import ties
+from jlora.merging.checkpoints.piecewise import (
+  DRAWN,
+  is_piecewise,
+  parts_of,
+  sums_of,
+)
+from jlora.merging.checkpoints.planning import Job
+from jlora.merging.checkpoints.reading import (
+  Piece,
+  Rooms,
+  find_stored,
+  open_input,
+  pieces_of,
+)
+from jlora.numerics.kth_largest import count_of
+from jlora.paths import key_for
+from jlora.selection import is_floating
+
+_PIECE = 2**20  # entries: inputs and result of a piece stay in the cache
+_SMALL = 2**12  # that of biases and norms
+_ROW = 2**10
+_ONE = (("weights", (1.0,)),)
+
+
+class Merger:
+  """Makes tensors of a merge; safe to call from several threads.
+
+  Programs are compiled once for each shape. Numbers are their arguments, so
+  that gradients over layers compile nothing more.
+
+  Args:
+    method: `(stack, weights, base, *, key, **settings) -> array`.
+    models: name -> checkpoint.
+    key: PRNG key; each tensor uses its own, from its name.
+
+  Example:
+    >>> from jlora.merging.checkpoints.planning import Source
+    >>> from jlora.merging.arrays.averages import linear
+    >>> from jlora.pairing.pairs import Part
+    >>> sources = (Source("a", Part("w")), Source("b", Part("w")))
+    >>> job = Job("w", (2,), np.dtype(np.float32), sources, None,
+    ...           (("weights", (1.0, 3.0)),))
+    >>> left, right = np.float32([0, 4]), np.float32([4, 0])
+    >>> Merger(linear, {"a": {"w": left}, "b": {"w": right}}, None)(job)
+    array([3., 1.], dtype=float32)
+  """
+
+  def __init__(
+    self,
+    method: Callable[..., Any],
+    models: Mapping[str, Any],
+    key: jax.Array | None,
+  ):
+    self._method, self._models, self._key = method, models, key
+    self._plain, self._defaults = parts_of(method)
+    self._sums = sums_of(method)
+    self._rooms = Rooms()
+    self._compiled: dict[Any, Any] = {}
+    self._lock = threading.Lock()
+    self._locks: dict[Any, threading.Lock] = {}
+
+  def pieces(self, job: Job) -> list[Piece] | list[None]:
+    """The pieces that a tensor can be made by.
+
+    Args:
+      job: what it is made of.
+
+    Returns:
+      Pieces, in the order of its entries; [None] where it is made as a whole.
+    """
+    given = [*job.sources, *([] if job.base is None else [job.base])]
+    stored = [find_stored(self._models, job, one) for one in given]
+    is_cut = self._is_kept(job) or is_piecewise(self._method)
+    if is_cut and all(one and is_floating(one.dtype) for one in stored):
+      return pieces_of(job.shape, _PIECE)
+    return [None]
+
+  def is_measured(self, job: Job) -> bool:
+    """Whether pieces need what `measure` finds in all of them.
+
+    Args:
+      job: what a tensor is made of.
+
+    Returns:
+      bool.
+    """
+    if self._sums is None or self._is_kept(job):
+      return False
+    return not self._is_told(job, self._sums.setting)
+
+  def measure(self, job: Job, piece: Piece) -> np.ndarray:
+    """A piece's share of what the method must be told of the whole tensor.
+
+    Args:
+      job: what it is made of.
+      piece: of it.
+
+    Returns:
+      float32, of one shape for all pieces; they are added up.
+
+    Raises:
+      ValueError: the tensor is not `is_measured`.
+    """
+    if self._sums is None:
+      raise ValueError(f"{job.name}: its method needs no sums.")
+    fixed = (self._sums.of, np.dtype(np.float32))
+    return self._called(fixed, job, self._open(job), _numbers(job), piece)
+
+  def __call__(
+    self,
+    job: Job,
+    piece: Piece | None = None,
+    measured: Sequence[np.ndarray] = (),
+  ) -> np.ndarray:
+    """The tensor, or a piece of it.
+
+    Args:
+      job: what it is made of.
+      piece: which, of `pieces`; None is all.
+      measured: where `is_measured`, of all pieces.
+
+    Returns:
+      The array, in the job's dtype and shape; a piece's as it comes.
+
+    Raises:
+      ValueError: the method's, or tensors that are not floating and differ;
+        with the tensor's name.
+    """
+    leaves = self._open(job)
+    if self._is_kept(job):
+      kept = leaves[0][() if piece is None else piece.index]
+      return kept.astype(job.dtype, copy=False)
+    if not is_floating(leaves[0].dtype):
+      return _same(job, [leaf[()] for leaf in leaves[: len(job.sources)]])
+    numbers = _numbers(job)
+    if measured and self._sums is not None:
+      total = np.sum(measured, axis=0, dtype=np.float64)
+      numbers[self._sums.setting] = total.astype(np.float32)
+    try:
+      fixed = (self._method, job.dtype)
+      merged = self._called(fixed, job, leaves, numbers, piece)
+    except ValueError as error:
+      raise ValueError(f"{job.name}: {error}") from error
+    return merged if piece is None else merged.reshape(-1)[: piece.size]
+
+  def _open(self, job: Job) -> list[Any]:
+    """A tensor's inputs, and the last its base if it has one."""
+    given = [*job.sources, *([] if job.base is None else [job.base])]
+    return [open_input(self._models, job, one) for one in given]
+
+  def _called(self, fixed, job, leaves, numbers, piece) -> np.ndarray:
+    """What a function, called as methods are, gives for `_open` inputs."""
+    count = len(job.sources)
+    shape = None if piece is None else _layout(piece)
+    is_drawn = self._plain in DRAWN
+    is_keyed = piece is None or is_drawn
+    key = key_for(self._key, job.name) if is_keyed else None
+    if piece is not None and is_drawn:
+      numbers["start"] = place_of(piece.start)
+    with contextlib.ExitStack() as rooms:
+      stack, *base = (
+        rooms.enter_context(self._rooms.stacked(some, piece, shape))
+        for some in (leaves[:count], leaves[count:])
+        if some
+      )
+      base = base[0][0] if base else None
+      if base is not None and self._is_trimmed(job):
+        numbers["threshold"] = self._thresholds(stack, base, numbers)
+      return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
+
+  def check(self, job: Job) -> None:
+    """Nothing, if the method takes a job's settings; traced, not compiled.
+
+    Args:
+      job: what a tensor is made of.
+
+    Raises:
+      ValueError: the method's, with the tensor's name.
+    """
+    if job.settings is None:
+      return
+    settings = {name: np.float32(value) for name, value in job.settings}
+    one = jax.ShapeDtypeStruct((1, 1), np.float32)
+    stack = jax.ShapeDtypeStruct((len(job.sources), 1, 1), np.float32)
+    base = None if job.base is None else one
+    call = functools.partial(_merge, (self._method, np.dtype(np.float32)))
+    try:
+      jax.eval_shape(
+        lambda stack, base, key: call(stack, base, settings, key),
+        stack,
+        base,
+        jax.random.key(0),
+      )
+    except ValueError as error:
+      raise ValueError(f"{job.name}: {error}") from error
+
+  def _is_told(self, job: Job, setting: str) -> bool:
+    return setting in self._defaults or setting in dict(job.settings or ())
+
+  def _is_trimmed(self, job: Job) -> bool:
+    """Whether NumPy's selection does for TIES what takes XLA 31 passes."""
+    is_open = self._plain is ties and not self._is_told(job, "threshold")
+    return is_open and jax.default_backend() == "cpu"
+
+  def _thresholds(self, leaves, base, numbers) -> np.ndarray:
+    """The magnitude that the density of each model's changes reaches."""
+    density = numbers.pop("density", self._defaults.get("density", 0.2))
+    found = []
+    shares = np.broadcast_to(np.float32(density), (len(leaves),))
+    for leaf, share in zip(leaves, shares, strict=True):
+      sizes = np.array(_magnitudes(leaf, base)).reshape(-1)
+      count = int(count_of(share, sizes.size))
+      at = sizes.size - count
+      if count:
+        sizes.partition(at)
+      found.append(sizes[at] if count else np.nan)
+    return np.asarray(found, np.float32)
+
+  def _is_kept(self, job: Job) -> bool:
+    """Whether the only source is the result, but for its dtype."""
+    is_one = self._method is passthrough and job.settings == _ONE
+    return is_one or job.settings is None
+
+  def _run(self, function, fixed, *given):
+    """A function's result by a compiled program; the first to ask compiles."""
+    leaves, structure = jax.tree.flatten(given)
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    signature = (function, fixed, structure, kinds)
+    with self._lock:
+      lock = self._locks.setdefault(signature, threading.Lock())
+    with lock:
+      if signature not in self._compiled:
+        step = jax.jit(functools.partial(function, fixed))
+        self._compiled[signature] = step.lower(*given).compile()
+    return self._compiled[signature](*given)
+
+
+def _numbers(job: Job) -> dict[str, Any]:
+  return {name: np.float32(value) for name, value in job.settings or ()}
+
+
+def _layout(piece: Piece) -> tuple[int, int]:
+  """The shape of a piece with zeros after it: few, to compile few programs."""
+  return (_SMALL if piece.size <= _SMALL else _PIECE) // _ROW, _ROW
+
+
+def _same(job: Job, arrays: Sequence[np.ndarray]) -> np.ndarray:
+  if all(np.array_equal(arrays[0], other) for other in arrays):
+    return arrays[0]
+  raise ValueError(f"{job.name}: not floating, and models differ.")
+
+
+@jax.jit
+def _magnitudes(leaf, base):
+  return jnp.abs(leaf.astype(jnp.float32) - base.astype(jnp.float32))
+
+
+def _merge(fixed, stack, base, numbers, key):
+  """A method's result, in float32 and rounded once."""
+  method, dtype = fixed
+  numbers = dict(numbers)
+  stack = stack.astype(jnp.float32)
+  below = None if base is None else base.astype(jnp.float32)
+  merged = method(stack, numbers.pop("weights"), below, key=key, **numbers)
+  return merged.astype(dtype)

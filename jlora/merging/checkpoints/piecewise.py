@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which merges can be made piece by piece, and what they are told for it."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jlora.merging.arrays.averages import linear, nearswap, passthrough
+from jlora.merging.arrays.pruning import dare, dare_lengths
+from jlora.merging.arrays.sparsifiers import inverse_keep, match_l1, unscaled
+from jlora.merging.arrays.spherical import products_of, slerp
+from jlora.merging.arrays.task_vectors import (
+  by_count,
+  by_mass_or_plus,
+  task_arithmetic,
+)
+
+Method = Callable[..., Any]
+
+
+class Sums(NamedTuple):
+  """Numbers of a whole tensor, added up from those of its pieces.
+
+  Attributes:
+    setting: the method's argument that takes them.
+    of: called as the method is, with its options and a piece -> float32 of one
+      shape for all pieces. Zeros in all models and the base add none.
+    where: options of the method with which alone it needs them.
+  """
+
+  setting: str
+  of: Method
+  where: Mapping[str, Any] = {}
+
+
+# An entry of the result depends on nothing but that entry of the models and of
+# the base, on its place where entries are drawn, and on the sums where there
+# are some; whatever the method's options, or with these values of them. The
+# defaults are among those.
+PIECEWISE: Mapping[Method, Mapping[str, frozenset[Any]]] = {
+  linear: {},
+  nearswap: {},
+  passthrough: {},
+  slerp: {},
+  task_arithmetic: {},
+  dare: {
+    "elect": frozenset([None, by_count, by_mass_or_plus]),
+    "rescale": frozenset([inverse_keep, match_l1, unscaled]),
+  },
+}
+SUMS: Mapping[Method, Sums] = {
+  slerp: Sums("products", lambda stack, *_, **__: products_of(stack)),
+  dare: Sums("lengths", dare_lengths, {"rescale": match_l1}),
+}
+# Told the key of the whole tensor, and where in it a piece starts.
+DRAWN = frozenset([dare])
+
+
+def is_piecewise(method: Method) -> bool:
+  """Whether a method can be given a tensor piece by piece.
+
+  Args:
+    method: a function, or options bound to one by `functools.partial`.
+
+  Returns:
+    bool.
+
+  Example:
+    >>> import functools
+    >>> from jlora.merging.arrays.task_vectors import by_mass
+    >>> is_piecewise(dare), is_piecewise(functools.partial(dare, elect=by_mass))
+    (True, False)
+  """
+  plain, options = parts_of(method)
+  if plain not in PIECEWISE:
+    return False
+  allowed = PIECEWISE[plain]
+  return all(
+    options[name] in allowed[name] for name in allowed.keys() & options
+  )
+
+
+def sums_of(method: Method) -> Sums | None:
+  """The sums that a method needs to be given a tensor piece by piece.
+
+  Args:
+    method: as for `is_piecewise`.
+
+  Returns:
+    Sums, with the method's options bound, or None.
+
+  Example:
+    >>> sums_of(slerp).setting, sums_of(dare)
+    ('products', None)
+  """
+  plain, options = parts_of(method)
+  sums = SUMS.get(plain)
+  if sums is None or sums.setting in options:
+    return None
+  if any(options.get(name) is not own for name, own in sums.where.items()):
+    return None
+  return sums._replace(of=functools.partial(sums.of, **options))
+
+
+def parts_of(method: Method) -> tuple[Method, Mapping[str, Any]]:
+  """A method without its options, and these.
+
+  Args:
+    method: as for `is_piecewise`.
+
+  Returns:
+    The function, and its options.
+
+  Example:
+    >>> parts_of(linear)[1]
+    {}
+  """
+  return getattr(method, "func", method), getattr(method, "keywords", {})

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of a merge: opened, cut into pieces, stacked in memory used before."""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.checkpoints.float8 import FLOAT8
+from jlora.merging.checkpoints.planning import Job, Source
+from jlora.pairing.pairs import Part, read
+
+_ALIGNED = 64  # XLA takes such memory as it is; it copies other memory first
+_READ = 2**18  # entries that are read at a time: they stay in the cache
+
+
+class Piece(NamedTuple):
+  """A part of an array whose entries follow each other.
+
+  Attributes:
+    index: of the leading axes.
+    size: how many entries.
+    start: which entry of the array is its first.
+  """
+
+  index: tuple[Any, ...]
+  size: int
+  start: int = 0
+
+
+class Stored(NamedTuple):
+  """A whole tensor of a file: `[index]` reads a part of it.
+
+  Attributes:
+    checkpoint: an open one.
+    name: the tensor's.
+    shape: its shape.
+    dtype: as it is stored.
+  """
+
+  checkpoint: Any
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    return self.checkpoint.read(self.name, index)
+
+
+def find_stored(
+  models: Mapping[str, Any], job: Job, source: Source
+) -> Stored | None:
+  """An input of a tensor, where it is a whole tensor of a file.
+
+  Args:
+    models: name -> checkpoint.
+    job: of the tensor.
+    source: one of its inputs.
+
+  Returns:
+    Stored. None for what is not read as it lies there: parts of tensors, fused
+    experts, float8, what an adapter changes, leaves of orbax.
+
+  Example:
+    >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
+    >>> find_stored({"a": {"w": np.ones(2)}}, job, Source("a", Part("w")))
+  """
+  model, side = models[source.model], source.side
+  if not hasattr(model, "read") or not isinstance(side, Part):
+    return None
+  spec = model.spec[side.name]
+  is_whole = side == Part(side.name) and tuple(spec.shape) == job.shape
+  if not is_whole or spec.start is None or spec.dtype in FLOAT8:
+    return None
+  return Stored(model, side.name, job.shape, spec.dtype)
+
+
+def open_input(
+  models: Mapping[str, Any], job: Job, source: Source
+) -> Stored | np.ndarray:
+  """An input of a tensor.
+
+  Args:
+    models: name -> checkpoint, the reference first.
+    job: of the tensor.
+    source: one of its inputs.
+
+  Returns:
+    Stored where there is one, else the array, in the job's shape: rows that it
+    lacks are the reference's.
+
+  Example:
+    >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
+    >>> open_input({"a": {"w": np.ones(2)}}, job, Source("a", Part("w")))
+    array([1., 1.])
+  """
+  if stored := find_stored(models, job, source):
+    return stored
+  array = read(models[source.model], source.side)
+  if array.shape[:1] < job.shape[:1]:
+    first = next(iter(models.values()))
+    rest = read(first, Part(job.name, (slice(len(array), None),)))
+    array = np.concatenate([array, rest.astype(array.dtype)])
+  return array
+
+
+def pieces_of(shape: Sequence[int], limit: int) -> list[Piece]:
+  """The pieces that an array is cut into, in the order of its entries.
+
+  Args:
+    shape: its shape.
+    limit: entries of a piece, at the most.
+
+  Returns:
+    Pieces; one of index `()` if the array is no larger than that.
+
+  Example:
+    >>> pieces_of((3, 2), 4)
+    [Piece(index=(slice(0, 2, None),), size=4, start=0),
+     Piece(index=(slice(2, 3, None),), size=2, start=4)]
+    >>> [piece.index for piece in pieces_of((1, 3), 2)]
+    [(0, slice(0, 2, None)), (0, slice(2, 3, None))]
+  """
+  size = math.prod(shape)
+  if size <= limit:
+    return [Piece((), size)]
+  count, row = shape[0], size // shape[0]
+  if row > limit:
+    inner = pieces_of(shape[1:], limit)
+    return [
+      Piece((at, *piece.index), piece.size, at * row + piece.start)
+      for at in range(count)
+      for piece in inner
+    ]
+  step = limit // row
+  ends = [(at, min(at + step, count)) for at in range(0, count, step)]
+  return [Piece((slice(a, b),), (b - a) * row, a * row) for a, b in ends]
+
+
+class Rooms:
+  """Memory for inputs, given back and used again; of several threads at once.
+
+  New memory is cleared by the kernel, page by page, which takes longer than
+  most merges.
+
+  Example:
+    >>> with Rooms().stacked([np.ones(3), np.zeros(3)]) as stack:
+    ...   stack
+    array([[1., 1., 1.],
+           [0., 0., 0.]], dtype=float32)
+  """
+
+  def __init__(self):
+    self._free: list[np.ndarray] = []
+    self._lock = threading.Lock()
+
+  @contextlib.contextmanager
+  def stacked(
+    self,
+    inputs: Sequence[Stored | np.ndarray],
+    piece: Piece | None = None,
+    shape: tuple[int, ...] | None = None,
+  ) -> Iterator[np.ndarray]:
+    """Inputs, or the same piece of each, stacked; valid until it is left.
+
+    Args:
+      inputs: n of one shape, floating.
+      piece: of each; None is all.
+      shape: that a piece is laid out in, with zeros after its last entry.
+
+    Yields:
+      (n, ...) in the inputs' dtype; float32 where they differ or it is wider.
+    """
+    kinds = {one.dtype for one in inputs}
+    kind = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    kind = kind if kind.itemsize <= 4 else np.dtype(np.float32)
+    own = inputs[0].shape if shape is None else shape
+    with self._taken((len(inputs), *own), kind) as stack:
+      for at, one in enumerate(inputs):
+        _fill(stack[at, ...], one, piece)
+      yield stack
+
+  @contextlib.contextmanager
+  def _taken(
+    self, shape: tuple[int, ...], dtype: np.dtype
+  ) -> Iterator[np.ndarray]:
+    nbytes = math.prod(shape) * dtype.itemsize
+    with self._lock:
+      fits = [at for at, room in enumerate(self._free) if len(room) >= nbytes]
+      at = min(fits, key=lambda at: len(self._free[at]), default=None)
+      room = None if at is None else self._free.pop(at)
+    if room is None:
+      room = np.empty(nbytes + _ALIGNED, np.uint8)
+      room = room[-room.ctypes.data % _ALIGNED :][:nbytes]
+    try:
+      yield room[:nbytes].view(dtype).reshape(shape)
+    finally:
+      with self._lock:
+        self._free.append(room)
+
+
+def _fill(
+  out: np.ndarray, one: Stored | np.ndarray, piece: Piece | None
+) -> None:
+  if piece is None:
+    for part in pieces_of(one.shape, _READ):
+      out[part.index] = one[part.index]
+    return
+  flat = out.reshape(-1)
+  flat[: piece.size] = one[piece.index].reshape(-1)
+  flat[piece.size :] = 0

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge of checkpoints as plain data, and what it says of one tensor.
+
+A setting is a number, a flag, a gradient (numbers along the layers), or a list
+of conditions {filter, value}, of which the first whose filter is part of the
+tensor's name counts. mergekit's recipes say the same in YAML: `read_recipe`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jlora.pairing.match import Vocabulary, refuse
+
+Setting = Any  # a number, a flag, a gradient, or conditions
+Settings = Mapping[str, Setting]
+
+
+class Input(NamedTuple):
+  """A model in a merge.
+
+  Attributes:
+    model: a checkpoint's path, or `base+adapter`, of a folder that `load_peft`
+      reads.
+    layers: which of its layers, end exclusive; None is all.
+    settings: for its tensors alone.
+  """
+
+  model: str
+  layers: tuple[int, int] | None = None
+  settings: Settings = {}
+
+
+class Slice(NamedTuple):
+  """Layers that come from the same inputs, as many of each.
+
+  Attributes:
+    inputs: what is merged.
+    settings: for these layers alone.
+  """
+
+  inputs: tuple[Input, ...]
+  settings: Settings = {}
+
+
+class Recipe(NamedTuple):
+  """A merge of checkpoints.
+
+  Attributes:
+    method: of `jlora.merging`, its options bound by `functools.partial`.
+    slices: one of whole models, or several whose layers follow each other.
+    settings: numbers of the method and `weight`, for all. The method is given
+      one for each input where any input has its own, and of `weight`.
+    base: what the method subtracts; not merged where it is among the inputs.
+    reference: whose names, configuration and tokenizer the result has; None is
+      the base, or the first input.
+    dtype: of the result's floating tensors; None keeps the reference's.
+    vocabulary: what happens to an embedding whose number of rows is not the
+      reference's: `refuse`, `common_rows` (those that a model lacks are the
+      reference's, so the smallest model as the reference crops all tables) or
+      `keep_whole` (the reference's table, not merged).
+  """
+
+  method: Callable[..., Any]
+  slices: tuple[Slice, ...]
+  settings: Settings = {}
+  base: str | None = None
+  reference: str | None = None
+  dtype: str | None = None
+  vocabulary: Vocabulary = refuse
+
+  @property
+  def models(self) -> list[str]:
+    """Every model, the reference first."""
+    inputs = [one.model for part in self.slices for one in part.inputs]
+    named = [self.reference or self.base, self.base, *inputs]
+    return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def setting_at(setting: Setting, name: str, place: float) -> Any:
+  """What a setting says of a tensor.
+
+  Args:
+    setting: a number, a flag, a gradient or conditions.
+    name: the tensor's.
+    place: of its layer, 0 the first and 1 the last; 0 for what is in none.
+
+  Returns:
+    A number or a flag; None if no condition holds.
+
+  Example:
+    >>> setting_at([0.0, 1.0, 0.0], "layers.1.q", 0.25)
+    0.5
+    >>> setting_at([{"filter": "mlp", "value": 2}, {"value": 1}], "norm", 0)
+    1
+  """
+  if not isinstance(setting, Sequence) or isinstance(setting, str):
+    return setting
+  if not isinstance(setting[0], Mapping):
+    at = place * (len(setting) - 1)
+    low = min(int(at), len(setting) - 1)
+    high = min(low + 1, len(setting) - 1)
+    if isinstance(setting[0], bool) or low == high:
+      return setting[low]
+    return (1 - (at - low)) * setting[low] + (at - low) * setting[high]
+  for condition in setting:
+    wanted = condition.get("filter")
+    if wanted in (None, "*") or wanted in name:
+      return setting_at(condition["value"], name, place)
+  return None
+
+
+def first_setting(
+  levels: Sequence[Settings], key: str, name: str, place: float
+) -> Any:
+  """What the first level that speaks of a key says of a tensor.
+
+  Args:
+    levels: the most particular first.
+    key: of the setting.
+    name: the tensor's.
+    place: as for `setting_at`.
+
+  Returns:
+    A number or a flag; None if none says anything.
+
+  Example:
+    >>> first_setting([{}, {"weight": 2}, {"weight": 3}], "weight", "w", 0)
+    2
+  """
+  for level in levels:
+    if key in level:
+      found = setting_at(level[key], name, place)
+      if found is not None:
+        return found
+  return None

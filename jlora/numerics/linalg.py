@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decompositions of small and of thin matrices, whole on every device.
+
+XLA would cut even a problem of 64 x 64 over the devices of a mesh, and exchange
+more than it saves. Where the mesh is known while JAX traces (`jax.set_mesh`),
+all of them are told to hold the matrix whole; a thin one is gathered for that.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from jlora.numerics.backends import branch, library_of, repeat
+
+
+def alike(decompose: Callable[[Any], Any], x: Any) -> Any:
+  """A decomposition that every device makes of the whole of a matrix.
+
+  Args:
+    decompose: array -> arrays.
+    x: small or thin, of NumPy or of JAX.
+
+  Returns:
+    The arrays, replicated where a mesh of Auto axes is known.
+
+  Example:
+    >>> alike(np.linalg.inv, np.array([[2.0]]))
+    array([[0.5]])
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = mesh.axis_types
+  is_known = not mesh.empty and all(kind is AxisType.Auto for kind in kinds)
+  if library_of(x) is np or not is_known:
+    return decompose(x)
+  whole = functools.partial(
+    jax.lax.with_sharding_constraint, shardings=PartitionSpec()
+  )
+  return jax.tree.map(whole, decompose(whole(x)))
+
+
+def thin_qr(x: Any) -> tuple[Any, Any]:
+  """Orthonormal columns and a triangle, `x = q r`, by Householder's method.
+
+  Args:
+    x: (m, k).
+
+  Returns:
+    q (m, min(m, k)) and r (min(m, k), k).
+
+  Example:
+    >>> q, r = thin_qr(np.array([[3.0], [4.0]]))
+    >>> abs(r).round(6)
+    array([[5.]])
+  """
+  q, r = alike(library_of(x).linalg.qr, x)
+  return q, r
+
+
+def thin_svd(x: Any) -> tuple[Any, Any, Any]:
+  """The singular value decomposition of a small matrix.
+
+  Args:
+    x: (m, n).
+
+  Returns:
+    u, s descending, vt, thin.
+
+  Example:
+    >>> thin_svd(np.diag([1.0, 2.0]))[1]
+    array([2., 1.])
+  """
+  svd = functools.partial(library_of(x).linalg.svd, full_matrices=False)
+  u, s, vt = alike(svd, x)
+  return u, s, vt
+
+
+def descending_eigh(symmetric: Any) -> tuple[Any, Any]:
+  """Eigenvalues of a symmetric matrix, largest first, and eigenvectors.
+
+  Args:
+    symmetric: (k, k) float32.
+
+  Returns:
+    (k,) and (k, k), eigenvectors as columns. On TPUs by Jacobi's method
+    whatever the size: above 256 XLA's own choice there takes more than a minute
+    to compile and 40 MiB of program for each call.
+
+  Example:
+    >>> descending_eigh(np.diag([1.0, 2.0]))[0]
+    array([2., 1.])
+  """
+  values, vectors = alike(_eigh, symmetric)
+  return values[::-1], vectors[:, ::-1]
+
+
+def _eigh(symmetric):
+  if library_of(symmetric) is np:
+    return np.linalg.eigh(symmetric)
+  return jax.lax.platform_dependent(symmetric, tpu=_jacobi, default=_usual)
+
+
+def _usual(symmetric):
+  values, vectors = jnp.linalg.eigh(symmetric)
+  return values, vectors
+
+
+def _jacobi(symmetric):
+  vectors, values = jax.lax.linalg.eigh(
+    symmetric, implementation=jax.lax.linalg.EighImplementation.JACOBI
+  )
+  return values, vectors
+
+
+def shifted_cholesky(gram: Any, share: Any = 1e-6) -> Any:
+  """The lower factor of inner products, shifted by a share of their trace.
+
+  Args:
+    gram: (k, k), positive semidefinite.
+    share: of the trace.
+
+  Returns:
+    (k, k), finite also for dependent and for zero rows.
+
+  Example:
+    >>> shifted_cholesky(np.float32([[4]])).round(3)
+    array([[2.]], dtype=float32)
+  """
+  xp = library_of(gram)
+  shift = share * xp.trace(gram) + np.float32(1e-30)
+  gram = gram + shift * xp.eye(gram.shape[0], dtype=gram.dtype)
+  if xp is np:
+    return np.linalg.cholesky(gram)
+  return alike(
+    lambda gram: jax.lax.linalg.cholesky(gram, symmetrize_input=False), gram
+  )
+
+
+def inverse_of(lower: Any) -> Any:
+  """The inverse of a lower triangular matrix.
+
+  Args:
+    lower: (k, k).
+
+  Returns:
+    (k, k).
+
+  Example:
+    >>> inverse_of(np.array([[2.0, 0.0], [1.0, 1.0]]))
+    array([[ 0.5,  0. ],
+           [-0.5,  1. ]])
+  """
+  if library_of(lower) is np:
+    return np.linalg.inv(lower)
+  eye = jnp.eye(lower.shape[0], dtype=lower.dtype)
+  solve = functools.partial(
+    jax.lax.linalg.triangular_solve, left_side=True, lower=True
+  )
+  return alike(lambda lower: solve(lower, eye), lower)
+
+
+# Rows whose directions differ by less than this in energy need no conditioning.
+_EVEN = 1e-3
+
+# Eigenvalues below this share of the largest are lost in float32 products.
+_GRADED = 1e-4
+
+
+def rows_gram(x: Any) -> Any:
+  """The inner products of all rows, `x xᵀ`.
+
+  Args:
+    x: (r, n).
+
+  Returns:
+    (r, r).
+
+  Example:
+    >>> rows_gram(np.array([[3.0, 4.0]]))
+    array([[25.]])
+  """
+  return x @ x.T
+
+
+def orthonormal_rows(x: Any, rounds: int) -> Any:
+  """Orthonormal rows of the same span, zero for a row that depends on others.
+
+      x ← c⁻¹ x,   c cᵀ = x xᵀ + shift
+
+  The shift keeps the Cholesky factor finite for dependent and zero rows, where
+  the unshifted scheme gives NaN. The last round is run on nearly orthonormal
+  rows and takes a smaller one. What is still short then was rounding noise.
+
+  Args:
+    x: (r, n) float32.
+    rounds: 2 for rows spread over four decades, 3 for seven; static.
+
+  Returns:
+    (r, n) float32. Under sharding only r x r products are reduced.
+
+  Example:
+    >>> q = orthonormal_rows(np.float32([[3.0, 0.0], [1.0, 1.0]]), 2)
+    >>> np.allclose(q @ q.T, np.eye(2), atol=1e-5)
+    True
+  """
+  xp = library_of(x)
+
+  def condition(turn, x):
+    share = xp.where(turn < rounds - 1, 1e-6, 1e-6 / x.shape[0])
+    return inverse_of(shifted_cholesky(rows_gram(x), share.astype(x.dtype))) @ x
+
+  x = repeat(rounds, condition, x)
+  return _rows_where(xp.sum(x * x, axis=1) > 0.5, x)
+
+
+def _rows_where(kept, x):
+  """The rows that are kept, and zeros; on the host no copy if all are."""
+  if library_of(x) is np and kept.all():
+    return x
+  return library_of(x).where(kept[:, None], x, 0.0)
+
+
+def row_space(x: Any) -> tuple[Any, Any]:
+  """Orthonormal rows that span those of x, and x in terms of them: `x = r q`.
+
+  Args:
+    x: (r, n) float32, r at most n.
+
+  Returns:
+    q (r, n) and r (r, r), to rounding. By Householder's QR, or where NumPy's
+    rows are far from dependent by Cholesky's, twice, for a tenth of the time.
+
+  Example:
+    >>> q, r = row_space(np.float32([[3, 4], [0, 5]]))
+    >>> np.allclose(r @ q, [[3, 4], [0, 5]], atol=1e-5)
+    True
+  """
+  if library_of(x) is not np or not is_even(rows_gram(x)):
+    q, r = thin_qr(x.T)
+    return q.T, r.T
+  r = np.eye(len(x), dtype=x.dtype)
+  for _ in range(2):
+    lower = np.linalg.cholesky(rows_gram(x))
+    x, r = np.linalg.inv(lower) @ x, r @ lower
+  return x, r
+
+
+def is_even(gram: Any) -> Any:
+  """Whether no direction of rows is drowned when they are squared.
+
+  Args:
+    gram: (k, k), their inner products.
+
+  Returns:
+    Bool scalar.
+
+  Example:
+    >>> is_even(np.eye(2, dtype=np.float32))
+    np.True_
+  """
+  xp = library_of(gram)
+  squares = xp.square(xp.diagonal(shifted_cholesky(gram)))
+  return xp.min(squares) > _EVEN * xp.max(squares) + np.float32(1e-25)
+
+
+def ritz_vectors(
+  projected: Any,
+  images: Any,
+  rank: int,
+  eigenpairs: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
+  """Leading eigenvectors, as rows, of `projected = images imagesᵀ`.
+
+  Where eigenvalues under 1e-4 of the largest are wanted, which float32 has
+  lost, the large ones are taken off the images and the rest is squared again.
+
+  Args:
+    projected: (k, k) float32.
+    images: (k, n) float32.
+    rank: rows wanted; static.
+    eigenpairs: (k, k) -> its eigenvalues, largest first, and eigenvectors; for
+      a caller that has found some before.
+
+  Returns:
+    (rank, k) orthonormal rows, largest eigenvalue first.
+
+  Example:
+    >>> images = np.diag(np.float32([1.0, 2.0]))
+    >>> np.abs(ritz_vectors(rows_gram(images), images, 1))
+    array([[0., 1.]], dtype=float32)
+  """
+  xp = library_of(projected)
+  values, vectors = (eigenpairs or descending_eigh)(projected)
+  leading = vectors[:, :rank]
+
+  def deflate():
+    large = values > _GRADED * values[0]
+    count = xp.minimum(large.sum(), rank)
+    taken = xp.where(large, vectors, 0.0)
+    rest = images - taken @ (taken.T @ images)
+    small = descending_eigh(rows_gram(rest))[1]
+    index = xp.arange(rank)
+    mixed = xp.where(
+      index < count,
+      leading,
+      xp.take(small, index - count, axis=1, mode="clip"),
+    )
+    return thin_qr(mixed)[0]
+
+  graded = values[rank - 1] < _GRADED * values[0]
+  return branch(graded, deflate, lambda: leading).T
+
+
+def triplets(rows: Any, images: Any) -> tuple[Any, Any, Any]:
+  """The singular triplets of `rowsᵀ images`, the product never formed.
+
+      rowsᵀ = q_a r_a,  imagesᵀ = q_b r_b,   rowsᵀ images = q_a (r_a r_bᵀ) q_bᵀ
+
+  Args:
+    rows: (k, m), k at most m.
+    images: (k, n), k at most n.
+
+  Returns:
+    u (m, k), s (k,), vt (k, n); u and vt orthonormal also where s is 0, which
+    is why the QR is Householder's.
+
+  Example:
+    >>> triplets(np.eye(2), np.array([[3.0, 0.0], [0.0, 0.0]]))[1].round(4)
+    array([3., 0.])
+  """
+  xp = library_of(rows)
+
+  def plain():
+    """Rows that are orthonormal, images spread over three decades at most."""
+    qb = orthonormal_rows(images, 2)
+    u, s, vt = thin_svd(images @ qb.T)
+    return rows.T @ u, s, vt @ qb
+
+  def careful():
+    qa, ra = thin_qr(rows.T)
+    qb, rb = thin_qr(images.T)
+    u, s, vt = thin_svd(ra @ rb.T)
+    return qa @ u, s, vt @ qb.T
+
+  if len(rows) > min(rows.shape[1], images.shape[1]):
+    return careful()
+  off = xp.max(xp.abs(rows_gram(rows) - xp.eye(len(rows), dtype=rows.dtype)))
+  return branch(is_even(rows_gram(images)) & (off < 3e-6), plain, careful)

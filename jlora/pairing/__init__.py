@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two checkpoints: which tensor belongs to which.
+
+Names may differ by a prefix, heads may be tied on one side, experts fused,
+vocabularies grown: `pair_up` matches what it can and notes how.
+"""
+
+from jlora.pairing.match import common_rows as common_rows
+from jlora.pairing.match import keep_whole as keep_whole
+from jlora.pairing.match import pair_up as pair_up
+from jlora.pairing.match import refuse as refuse
+
+__all__ = [
+  "common_rows",
+  "keep_whole",
+  "pair_up",
+  "refuse",
+]

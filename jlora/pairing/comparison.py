@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both tensors of a pair read from disk, and compared before they are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.numerics.backends import library_of
+from jlora.pairing.pairs import Pair, Part, Stack, names_of, read
+
+_COMPARED = 2**18  # bytes of a tensor that are compared at a time
+
+
+def read_pair(
+  pair: Pair,
+  base: Mapping[str, Any],
+  finetuned: Mapping[str, Any],
+  rooms: Sequence[Callable[[int], np.ndarray]] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Both tensors of a pair, of the base's shape unless the pair is kept whole.
+
+  Args:
+    pair: which tensors.
+    base: the base, name -> array.
+    finetuned: the finetune. Rows it lacks (a smaller vocabulary) are filled
+      with the base's: their change is zero.
+    rooms: as for `read`, one for either side.
+
+  Returns:
+    (base, finetuned).
+
+  Example:
+    >>> from jlora.pairing.pairs import Part
+    >>> pair = Pair("w", (2,), Part("w"), Part("w", (slice(0, 1),)))
+    >>> read_pair(pair, {"w": np.zeros(2)}, {"w": np.ones(1)})[1]
+    array([1., 0.])
+  """
+  one, two = rooms or (None, None)
+  left, right = read(base, pair.base, one), read(finetuned, pair.finetuned, two)
+  if not pair.whole and right.shape[:1] < left.shape[:1]:
+    rest = left[right.shape[0] :].astype(right.dtype)
+    right = np.concatenate([right, rest])
+  return left, right
+
+
+def is_same(
+  pair: Pair,
+  base: Mapping[str, Any],
+  finetuned: Mapping[str, Any],
+  part: tuple[int, int] = (0, 1),
+) -> bool:
+  """Whether both tensors of a pair hold the same bytes (so NaN equals itself).
+
+  Read a few rows at a time, up to the first that differ.
+
+  Args:
+    pair: which tensors.
+    base: the base, name -> array.
+    finetuned: the finetune.
+    part: (which, of how many) parts of the rows to look at.
+
+  Returns:
+    bool. False for what is kept whole, for stacks and for parts of tensors.
+
+  Example:
+    >>> from jlora.pairing.pairs import Part
+    >>> pair = Pair("w", (2,), Part("w"), Part("w"))
+    >>> is_same(pair, {"w": np.zeros(2)}, {"w": np.zeros(2)})
+    True
+  """
+  sides = pair.base, pair.finetuned
+  if pair.whole or any(
+    isinstance(side, Stack) or side.index or side.swap for side in sides
+  ):
+    return False
+  left, right = (
+    getattr(checkpoint, "spec", checkpoint)[names_of(side)[0]]
+    for checkpoint, side in zip((base, finetuned), sides, strict=True)
+  )
+  if left.dtype != right.dtype or left.shape != right.shape:
+    return False
+  return all(
+    np.array_equal(_words(one), _words(two))
+    for one, two in _rows_of(pair, left, base, finetuned, part)
+  )
+
+
+def _rows_of(pair, spec, base, finetuned, part):
+  """Both tensors of a pair, a few rows at a time where files have rows."""
+  rows = spec.shape[0] if spec.shape else 1
+  which, parts = part
+  first, last = rows * which // parts, rows * (which + 1) // parts
+  step = rows
+  if getattr(spec, "start", None) is not None and rows:
+    step = max(1, rows * _COMPARED // max(spec.nbytes, 1))
+  for start in range(first, last, step):
+    end = min(start + step, last)
+    index = (slice(start, end),) if end - start < rows else ()
+    yield tuple(
+      read(checkpoint, side._replace(index=index))
+      for checkpoint, side in ((base, pair.base), (finetuned, pair.finetuned))
+    )
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+  """The bits of an array, in the longest words that they fill."""
+  bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return bits.view(np.uint64) if bits.size % 8 == 0 else bits
+
+
+def is_equal(left: np.ndarray, right: np.ndarray) -> bool:
+  """Whether two tensors hold the same values, whatever their dtypes.
+
+  Args:
+    left: any floating dtype.
+    right: any floating dtype.
+
+  Returns:
+    bool.
+
+  Example:
+    >>> is_equal(np.ones(2, np.float16), np.ones(2, np.float32))
+    True
+  """
+  return np.array_equal(left.astype(np.float32), right.astype(np.float32))
+
+
+def stored_dtype(checkpoint: Mapping[str, Any], side: Part | Stack) -> np.dtype:
+  """The dtype of a side's file, float8 too.
+
+  Args:
+    checkpoint: open, or any mapping from names to arrays.
+    side: of a pair.
+
+  Returns:
+    A dtype; of the first of several tensors.
+
+  Example:
+    >>> stored_dtype({"w": np.ones(2)}, Part("w"))
+    dtype('float64')
+  """
+  specs = getattr(checkpoint, "spec", checkpoint)
+  return np.dtype(specs[names_of(side)[0]].dtype)
+
+
+def check_finite(path: str, *arrays: Any) -> None:
+  """Nothing, if a parameter's values are numbers.
+
+  Args:
+    path: the parameter's name.
+    arrays: the base's and the finetuned tensor, or the finetuned one; of NumPy,
+      or of JAX and sharded: then all processes must call it.
+
+  Raises:
+    ValueError: how many are not, and of which side.
+
+  Example:
+    >>> check_finite("w", np.ones(2))
+  """
+  for side, array in zip(
+    ("base", "finetuned")[-len(arrays) :], arrays, strict=True
+  ):
+    is_finite = library_of(array).isfinite(array.astype(np.float32))
+    bad = array.size - int(is_finite.sum())
+    if bad:
+      raise ValueError(
+        f"{path}: {bad} of {array.size} values of the {side} tensor are NaN or "
+        "infinite; the checkpoint is damaged or training diverged."
+      )

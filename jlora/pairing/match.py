@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensor of a finetuned checkpoint belongs to which one of its base.
+
+Names first, then what users really have: a wrapper's prefix, a head tied on one
+side, a vocabulary grown, experts fused on one side. Whatever is not matched by
+its own name says so in a note, which the ledger carries.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jlora.messages import name_some
+from jlora.pairing.fused_experts import fused_in_base, fused_in_finetuned
+from jlora.pairing.pairs import Pair, Pairing, Part, Stack
+
+# Wrappers around a language model, longest first.
+_PREFIXES = (
+  "base_model.model.",
+  "model.language_model.model.",
+  "language_model.model.",
+  "model.language_model.",
+  "language_model.",
+  "_orig_mod.",
+  "module.",
+  "transformer.",
+  "model.",
+)
+_EMBEDDING = (
+  r"(.*\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight"
+)
+_HEAD = r"(lm_head|embed_out|output|(.*\.)lm_head)\.weight"
+
+Vocabulary = Callable[[str, tuple[int, ...], tuple[int, ...]], slice | None]
+
+
+def keep_whole(
+  path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
+) -> slice | None:
+  """None: a table whose vocabulary changed is kept as the finetuned tensor.
+
+  Args:
+    path: the table's name.
+    base: its shape in the base.
+    finetuned: its shape in the finetune.
+
+  Returns:
+    None, which means no rows are compared.
+
+  Example:
+    >>> keep_whole("lm_head.weight", (10, 4), (12, 4)) is None
+    True
+  """
+  del path, base, finetuned
+
+
+def common_rows(
+  path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
+) -> slice | None:
+  """The rows both tables have; rows the finetune added are not represented.
+
+  Args:
+    path: the table's name.
+    base: its shape in the base.
+    finetuned: its shape in the finetune.
+
+  Returns:
+    The slice of rows to compare.
+
+  Example:
+    >>> common_rows("lm_head.weight", (10, 4), (12, 4))
+    slice(0, 10, None)
+  """
+  del path
+  return slice(0, min(base[0], finetuned[0]))
+
+
+def refuse(
+  path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
+) -> slice | None:
+  """Nothing: a changed vocabulary is an error.
+
+  Args:
+    path: the table's name.
+    base: its shape in the base.
+    finetuned: its shape in the finetune.
+
+  Raises:
+    ValueError: always, naming the table, both shapes and the other policies.
+
+  Example:
+    >>> refuse("lm_head.weight", (10, 4), (12, 4))
+    Traceback (most recent call last):
+    ...
+    ValueError: lm_head.weight: vocabulary (10, 4) in the base, (12, 4) in the
+    finetune. Pass keep_whole or common_rows to extract all the same.
+  """
+  raise ValueError(
+    f"{path}: vocabulary {base} in the base, {finetuned} in the finetune. "
+    "Pass keep_whole or common_rows to extract all the same."
+  )
+
+
+def is_table(path: str) -> bool:
+  """Whether a parameter has a row for each token: an embedding or a head.
+
+  Args:
+    path: its name in a checkpoint.
+
+  Returns:
+    bool.
+
+  Example:
+    >>> is_table("model.embed_tokens.weight"), is_table("wpe.weight")
+    (True, False)
+  """
+  return any(re.fullmatch(rule, path) for rule in (_EMBEDDING, _HEAD))
+
+
+def pair_up(
+  base: Mapping[str, Any],
+  finetuned: Mapping[str, Any],
+  *,
+  vocabulary: Vocabulary = keep_whole,
+) -> Pairing:
+  """The pairs of two checkpoints, each tensor of both accounted for once.
+
+  Args:
+    base: name -> anything with a `.shape` (a checkpoint's `.spec`).
+    finetuned: the same for the finetune.
+    vocabulary: what happens to an embedding or head whose number of rows
+      differs: `keep_whole`, `common_rows`, `refuse`, or a function like them.
+
+  Returns:
+    Pairing, pairs in the order of the base.
+
+  Raises:
+    ValueError: shapes that differ otherwise, up to three named with both.
+
+  Example:
+    >>> import numpy as np
+    >>> shape = np.empty((4, 4))
+    >>> pairing = pair_up({"model.q.weight": shape},
+    ...                   {"language_model.model.q.weight": shape})
+    >>> pairing.pairs[0].note
+    'prefix differs: language_model.model.q.weight'
+  """
+  left, right = dict.fromkeys(base), dict.fromkeys(finetuned)
+  pairs = [
+    *_by_name(base, left, right),
+    *_by_prefix(base, left, right),
+    *fused_in_finetuned(base, finetuned, left, right, _bare),
+    *fused_in_base(base, finetuned, left, right, _bare),
+    *_by_tie(base, finetuned, left, right),
+  ]
+  pairs = [_settle_shape(pair, finetuned, vocabulary) for pair in pairs]
+  wrong = [
+    f"{pair.path} {pair.shape} against {finetuned[pair.finetuned.name].shape}"
+    for pair in pairs
+    if isinstance(pair.finetuned, Part)
+    and not pair.whole
+    and not pair.finetuned.index
+    and pair.shape != tuple(finetuned[pair.finetuned.name].shape)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} tensors differ in shape: {name_some(wrong)}. "
+      "Give the base this finetune was made from."
+    )
+  order = {name: place for place, name in enumerate(base)}
+  pairs.sort(key=lambda pair: order[pair.base.name])
+  return Pairing(pairs, list(left), list(right))
+
+
+def _by_name(base, left, right):
+  for name in [name for name in left if name in right]:
+    del left[name], right[name]
+    yield Pair(name, tuple(base[name].shape), Part(name), Part(name))
+
+
+def _by_prefix(base, left, right):
+  """Names that agree once the wrappers' prefixes are off, if only one does."""
+  partners: dict[str, list[str]] = {}
+  for name in right:
+    partners.setdefault(_bare(name), []).append(name)
+  own = [_bare(name) for name in left]
+  for name in list(left):
+    bare = _bare(name)
+    if len(partners.get(bare, [])) == 1 and own.count(bare) == 1:
+      partner = partners[bare][0]
+      del left[name], right[partner]
+      yield Pair(
+        name,
+        tuple(base[name].shape),
+        Part(name),
+        Part(partner),
+        f"prefix differs: {partner}",
+      )
+
+
+def _bare(name: str) -> str:
+  for prefix in _PREFIXES:
+    if name.startswith(prefix):
+      return _bare(name.removeprefix(prefix))
+  return name
+
+
+def _by_tie(base, finetuned, left, right):
+  """A head stored on one side, tied to the embedding on the other."""
+  base_head, base_table = (_only(base, rule) for rule in (_HEAD, _EMBEDDING))
+  head, table = (_only(finetuned, rule) for rule in (_HEAD, _EMBEDDING))
+  if base_head and base_head in left and table and not head:
+    del left[base_head]
+    right.pop(table, None)
+    yield Pair(
+      base_head,
+      tuple(base[base_head].shape),
+      Part(base_head),
+      Part(table),
+      f"tied in the finetune: compared with {table}",
+    )
+  elif head and head in right and base_table and not base_head:
+    del right[head]
+    left.pop(base_table, None)
+    yield Pair(
+      _bare(head),
+      tuple(base[base_table].shape),
+      Part(base_table),
+      Part(head),
+      f"tied in the base: compared with {base_table}",
+    )
+
+
+def _only(names, rule: str) -> str | None:
+  found = [name for name in names if re.fullmatch(rule, name)]
+  return found[0] if len(found) == 1 else None
+
+
+def _settle_shape(pair: Pair, finetuned, vocabulary: Vocabulary) -> Pair:
+  """The pair with its rows settled, where only the vocabulary differs."""
+  side = pair.finetuned
+  if isinstance(side, Stack) or side.index:
+    return pair
+  there = tuple(finetuned[side.name].shape)
+  if there == pair.shape or there[1:] != pair.shape[1:]:
+    return pair
+  if not is_table(pair.path):
+    return pair
+  rows = vocabulary(pair.path, pair.shape, there)
+  said = f"vocabulary {pair.shape[0]} in the base, {there[0]} in the finetune"
+  if rows is None:
+    note = _and(pair.note, f"{said}: kept whole")
+    return pair._replace(note=note, whole=True)
+  note = _and(pair.note, f"{said}: {rows.stop} common rows compared")
+  return pair._replace(finetuned=side._replace(index=(rows,)), note=note)
+
+
+def _and(*notes: str) -> str:
+  return "; ".join(note for note in notes if note)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Mixtral checkpoint whose experts are the MLPs of finetunes of one base.
+
+Attention, embeddings and norms are the base's.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
+from jlora.checkpoints.merged import copy_companions, read_config
+from jlora.loras import Lora, dense
+from jlora.messages import name_some
+from jlora.routing.mixtures import check_chosen
+from jlora.views import LINEAR, as_parameter
+
+Expert = Checkpoint | Mapping[str, Lora]
+
+# Base's name -> Mixtral's, of layer {0} and expert {1}.
+_PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_MLP = "model.layers.{0}.mlp.{1}.weight"
+_EXPERT = "model.layers.{0}.block_sparse_moe.experts.{1}.{2}.weight"
+_ROUTER = "model.layers.{0}.block_sparse_moe.gate.weight"
+_FAMILIES = ("llama", "mistral")
+
+
+def save_mixture(
+  folder: str | os.PathLike,
+  base: Checkpoint,
+  experts: Sequence[Expert],
+  routers: Any,
+  *,
+  chosen: int = 2,
+  max_shard_bytes: int = 5 * 2**30,
+) -> None:
+  """A Mixtral checkpoint whose experts are the MLPs of finetunes of one base.
+
+  One tensor is in memory at a time. The folder appears under its name when it
+  is complete; transformers, vLLM and `jlora.models` load it.
+
+  Args:
+    folder: must not exist.
+    base: an open folder of a Llama or Mistral without biases: all but the MLPs
+      is from it, tokenizer and configuration too.
+    experts: of each expert an open checkpoint of the base's shapes, or an
+      adapter {name: Lora} whose MLP changes are added to the base's.
+    routers: (experts, d) for every layer, or {layer: (experts, d)}, as
+      `router_rows` gives them.
+    chosen: experts that a token goes through.
+    max_shard_bytes: a new file begins before this size is passed.
+
+  Raises:
+    ValueError: before anything is written, if the folder exists, the base is of
+      another family, shapes differ, or routers or `chosen` do not fit. A
+      warning names changes of an adapter that are not of the MLPs: they are
+      left out.
+
+  Example:
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from jlora.checkpoints.checkpoint import open_checkpoint
+    >>> from jlora.checkpoints.safetensors import write_safetensors
+    >>> names = [_MLP.format(0, part) for part in _PARTS]
+    >>> mlp = {name: np.ones((2, 2), np.float32) for name in names}
+    >>> law = {names[0]: Lora(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones(()))}
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...   os.mkdir(f"{root}/base")
+    ...   write_safetensors(f"{root}/base/model.safetensors", mlp)
+    ...   _ = Path(f"{root}/base/config.json").write_text(json.dumps(
+    ...     {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 2}))
+    ...   base = open_checkpoint(f"{root}/base")
+    ...   save_mixture(f"{root}/moe", base, [base, law], np.eye(2))
+    ...   moe = open_checkpoint(f"{root}/moe")
+    ...   len(moe), moe[_EXPERT.format(0, 1, "w1")].tolist()
+    (7, [[2.0, 2.0], [2.0, 2.0]])
+
+  References:
+    Jiang et al. (2024), Mixtral of Experts; mergekit-moe.
+  """
+  folder = Path(folder)
+  if folder.exists():
+    raise ValueError(f"{folder} exists; give a new name.")
+  config = read_config(base.path)
+  layers = _check_base(base, config)
+  _check_experts(base, experts, layers)
+  rows = _rows_of(routers, len(layers), len(experts), config["hidden_size"])
+  check_chosen(chosen, len(experts))
+  spec = _spec_of(base, layers, len(experts))
+  arrays = _arrays_of(base, experts, rows, layers)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+  try:
+    partial.mkdir()
+    copy_companions(base.path, partial)
+    text = json.dumps(_mixed(config, len(experts), chosen), indent=2)
+    (partial / "config.json").write_text(text + "\n")
+    stream_checkpoint(partial, spec, arrays, max_shard_bytes=max_shard_bytes)
+    os.replace(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_base(base: Checkpoint, config: Mapping[str, Any]) -> list[int]:
+  """The base's layers; an error if it is not of the family."""
+  kind = config.get("model_type")
+  if kind not in _FAMILIES:
+    raise ValueError(
+      f"{base.path} is of type {kind}; a Mixtral is made of a {_FAMILIES[0]} "
+      f"or {_FAMILIES[1]}."
+    )
+  layers = list(range(int(config["num_hidden_layers"])))
+  needed = [_MLP.format(i, part) for i in layers for part in _PARTS]
+  missing = [name for name in needed if name not in base]
+  biases = [name for name in base if name.endswith("_proj.bias")]
+  if missing or biases:
+    raise ValueError(
+      f"{base.path} does not fit a Mixtral: missing are "
+      f"{name_some(missing) or 'none'}, biases {name_some(biases) or 'none'}."
+    )
+  return layers
+
+
+def _check_experts(base, experts, layers) -> None:
+  """Nothing, if every expert has MLPs of the base's shapes."""
+  mlps = {_MLP.format(i, part) for i in layers for part in _PARTS}
+  if not experts:
+    raise ValueError("A mixture needs at least one expert.")
+  for i, expert in enumerate(experts):
+    is_whole = isinstance(expert, Checkpoint)
+    shapes = {
+      name: expert.spec[name].shape if is_whole else _shape(expert[name])
+      for name in mlps
+      if name in expert
+    }
+    wrong = [
+      f"{name}: {shapes.get(name)}, base {base.spec[name].shape}"
+      for name in sorted(mlps if is_whole else shapes)
+      if shapes.get(name) != base.spec[name].shape
+    ]
+    if wrong or not shapes:
+      raise ValueError(
+        f"expert {i} does not fit the base: "
+        f"{name_some(wrong) or 'it has no change of an MLP'}."
+      )
+    others = [] if is_whole else sorted(set(expert) - mlps)
+    if others:
+      warnings.warn(
+        f"expert {i} changes {len(others)} modules that are no MLPs, which are "
+        f"the base's in a mixture: {name_some(others)}.",
+        stacklevel=3,
+      )
+
+
+def _shape(lora: Lora) -> tuple[int, ...]:
+  return (*lora.a.shape[:-2], lora.b.shape[-1], lora.a.shape[-1])
+
+
+def _rows_of(routers, layers, experts, d) -> dict[int, np.ndarray]:
+  """Layer -> router."""
+  is_each = isinstance(routers, Mapping)
+  found = {
+    i: np.asarray(routers[i] if is_each else routers, np.float32)
+    for i in range(layers)
+    if not is_each or i in routers
+  }
+  wrong = [
+    f"layer {i}: {x.shape}"
+    for i, x in found.items()
+    if x.shape != (experts, d) or not np.all(np.isfinite(x))
+  ]
+  wrong += [f"layer {i}: none" for i in range(layers) if i not in found]
+  if wrong:
+    raise ValueError(
+      f"Routers must be finite and ({experts}, {d}), one for each of {layers} "
+      f"layers: {name_some(wrong)}."
+    )
+  return found
+
+
+def _renamed(base: Checkpoint, layers: Sequence[int]) -> dict[str, tuple]:
+  """MLP name -> (layer, part)."""
+  return {
+    _MLP.format(i, part): (i, part)
+    for i in layers
+    for part in _PARTS
+    if _MLP.format(i, part) in base
+  }
+
+
+def _spec_of(base, layers, experts) -> dict[str, Any]:
+  """Name -> (shape, dtype) of the mixture, a layer's experts together."""
+  places, spec = _renamed(base, layers), {}
+  for name, stored in base.spec.items():
+    if name not in places:
+      spec[name] = (stored.shape, stored.dtype)
+      continue
+    layer, part = places[name]
+    for expert in range(experts):
+      spec[_EXPERT.format(layer, expert, _PARTS[part])] = (
+        stored.shape,
+        stored.dtype,
+      )
+    if part == "gate_proj":
+      d = stored.shape[1]
+      spec[_ROUTER.format(layer)] = ((experts, d), stored.dtype)
+  return spec
+
+
+def _arrays_of(base, experts, rows, layers) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, array) of the mixture, one at a time."""
+  places = _renamed(base, layers)
+  for name, stored in base.spec.items():
+    if name not in places:
+      yield name, base[name]
+      continue
+    layer, part = places[name]
+    for i, expert in enumerate(experts):
+      array = _tensor_of(expert, base, name).astype(stored.dtype)
+      yield _EXPERT.format(layer, i, _PARTS[part]), array
+    if part == "gate_proj":
+      yield _ROUTER.format(layer), rows[layer].astype(stored.dtype)
+
+
+def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
+  """An expert's tensor: its own, or the base's with the change added."""
+  if isinstance(expert, Checkpoint):
+    return expert[name]
+  if name not in expert:
+    return base[name]
+  array = base[name].astype(np.float32)
+  change = np.asarray(dense(expert[name]))
+  return array + as_parameter(change, LINEAR, array.shape)
+
+
+def _mixed(config, experts: int, chosen: int) -> dict[str, Any]:
+  """config.json of the mixture."""
+  taken = {
+    k: v for k, v in config.items() if k not in ("mlp_bias", "attention_bias")
+  }
+  return {
+    **taken,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": experts,
+    "num_experts_per_tok": chosen,
+    "sliding_window": config.get("sliding_window"),
+  }

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a long run has finished, on disk, so that it can be killed and go on.
+
+One file a module, put in place whole: its arrays, and its record as JSON in the
+header. A run that is resumed must be the same run, which a fingerprint of its
+inputs and options settles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.messages import name_some
+
+FOLDER = ".journal"
+_DONE = ".journal-done"
+_HEADER = "run.json"
+
+
+class Journal(Mapping[str, dict[str, Any]]):
+  """Finished modules: {path: record}, with arrays read when asked for.
+
+  Args:
+    folder: where the entries lie.
+    is_new: whether to look at none that are there, as one of several processes
+      that only adds its own.
+
+  Attributes:
+    folder: where the entries lie.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   journal = open_journal(out, {"rank": 64})
+    ...   journal.put("q", {"a": np.ones(2)}, {"rank": 1})
+    ...   again = open_journal(out, {"rank": 64}, resume=True)
+    ...   again["q"], again.arrays("q")["a"].tolist()
+    ({'rank': 1}, [1.0, 1.0])
+  """
+
+  def __init__(self, folder: Path, *, is_new: bool = False):
+    self.folder = folder
+    self._records: dict[str, dict[str, Any]] = {}
+    for file in [] if is_new else _entries(folder):
+      self._take(file)
+
+  def _take(self, file: Path) -> None:
+    try:
+      entry = json.loads(open_checkpoint(file).metadata["entry"])
+      self._records[entry["path"]] = entry["record"]
+    except (ValueError, KeyError) as error:
+      raise ValueError(
+        f"{file} is no entry of a journal ({error}). Remove it to do its "
+        "module again."
+      ) from error
+
+  def __getitem__(self, path: str) -> dict[str, Any]:
+    return self._records[path]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._records)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def put(
+    self, path: str, arrays: Mapping[str, np.ndarray], record: dict[str, Any]
+  ) -> None:
+    """Adds a finished module; it is there whole or not at all.
+
+    Args:
+      path: the module.
+      arrays: what it produced.
+      record: anything that JSON can hold.
+    """
+    entry = json.dumps({"path": path, "record": record}, sort_keys=True)
+    write_safetensors(self._file(path), arrays, {"entry": entry})
+    self._records[path] = record
+
+  def find(self, path: str) -> bool:
+    """Whether a module is finished, maybe by another process meanwhile.
+
+    Args:
+      path: the module.
+
+    Returns:
+      bool; if so its record is here from now on.
+    """
+    if path not in self._records and self._file(path).exists():
+      self._take(self._file(path))
+    return path in self._records
+
+  def arrays(self, path: str) -> Mapping[str, np.ndarray]:
+    """The arrays of a finished module, read when asked for.
+
+    Args:
+      path: the module.
+
+    Returns:
+      A lazy mapping from name to array.
+    """
+    return open_checkpoint(self._file(path))
+
+  def close(self) -> None:
+    """Removes the journal: the run's results are in their place."""
+    done = self.folder.with_name(_DONE)
+    os.replace(self.folder, done)
+    shutil.rmtree(done)
+
+  def _file(self, path: str) -> Path:
+    return (
+      self.folder / f"{hashlib.sha256(path.encode()).hexdigest()}.safetensors"
+    )
+
+
+def open_journal(
+  out: str | os.PathLike,
+  fingerprint: Mapping[str, Any],
+  *,
+  resume: bool = False,
+) -> Journal:
+  """The journal of a run that writes into a folder, new or taken up again.
+
+  Args:
+    out: the run's output folder; the journal lies inside.
+    fingerprint: inputs and options of the run, for JSON; runs with the same
+      fingerprint give the same bytes.
+    resume: whether to take up a journal that is there.
+
+  Returns:
+    Journal.
+
+  Raises:
+    ValueError: a journal is there and `resume` is False, it is damaged, or it
+      belongs to another run; up to three differing options are named with both
+      values.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   len(open_journal(out, {"rank": 64}))
+    0
+  """
+  return Journal(begin_journal(out, fingerprint, resume=resume))
+
+
+def begin_journal(
+  out: str | os.PathLike,
+  fingerprint: Mapping[str, Any],
+  *,
+  resume: bool = False,
+) -> Path:
+  """The folder of a run's journal, new or taken up again; entries are not read.
+
+  Args:
+    out: as for `open_journal`.
+    fingerprint: as for `open_journal`.
+    resume: as for `open_journal`.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: as `open_journal`, but for damaged entries.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   begin_journal(out, {"rank": 64}).name
+    '.journal'
+  """
+  folder = Path(out) / FOLDER
+  wanted = json.loads(json.dumps(fingerprint))
+  header = folder / _HEADER
+  if header.exists():
+    if not resume:
+      raise ValueError(
+        f"{out} holds the journal of an unfinished run; resume it or remove "
+        f"{folder}."
+      )
+    check_fingerprint(folder, _read_header(header), wanted)
+  elif entries := _entries(folder):
+    raise ValueError(
+      f"{folder} has {len(entries)} entries but no {_HEADER}: nothing tells "
+      "which run they are of. Remove it."
+    )
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = header.with_suffix(".partial")
+    partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
+    os.replace(partial, header)
+  return folder
+
+
+def remove_closed(out: str | os.PathLike) -> None:
+  """Removes what is left of a journal whose `close` was killed.
+
+  Args:
+    out: the run's output folder; all results were in place by then.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...   remove_closed(out)
+  """
+  shutil.rmtree(Path(out) / _DONE, ignore_errors=True)
+
+
+def check_folder(
+  out: Path, finished: str, *, resume: bool, overwrite: bool
+) -> None:
+  """Nothing, if a run may write into a folder.
+
+  Args:
+    out: the folder.
+    finished: the file without which nothing in it counts as a finished run; it
+      is removed where all is to be replaced.
+    resume: whether to go on with a run whose journal is there.
+    overwrite: whether files may be replaced.
+
+  Raises:
+    ValueError: a file, or a folder that is not empty.
+
+  Example:
+    >>> check_folder(Path("/nowhere"), "x", resume=False, overwrite=False)
+  """
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"{out} is a file; give a folder.")
+  if not out.exists() or (resume and (out / FOLDER).exists()):
+    return
+  if overwrite:
+    (out / finished).unlink(missing_ok=True)
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    return
+  found = sorted(file.name for file in out.iterdir())
+  if found:
+    way = "It has no journal to resume" if resume else "Resume its own run"
+    raise ValueError(
+      f"{out} is not empty ({name_some(found)}). {way}; allow overwriting, or "
+      "give another folder."
+    )
+
+
+def check_fingerprint(
+  folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+  """Nothing, if a journal belongs to the run that wants it.
+
+  Args:
+    folder: the journal, for the error.
+    found: the fingerprint it was begun with.
+    wanted: the fingerprint of the run.
+
+  Raises:
+    ValueError: naming up to three options with both values.
+
+  Example:
+    >>> check_fingerprint(Path("out"), {"rank": 8}, {"rank": 64})
+    Traceback (most recent call last):
+    ...
+    ValueError: out belongs to another run: rank was 8, is 64. Use the same
+    options, or another output folder.
+  """
+  differing = [
+    f"{name} was {found.get(name)}, is {wanted.get(name)}"
+    for name in sorted({*found, *wanted})
+    if found.get(name) != wanted.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"{folder} belongs to another run: {name_some(differing)}. "
+      "Use the same options, or another output folder."
+    )
+
+
+def _entries(folder: Path) -> list[Path]:
+  return sorted(folder.glob("*.safetensors"))
+
+
+def _read_header(header: Path) -> dict[str, Any]:
+  try:
+    return json.loads(header.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{header} is no JSON: {error}. Remove {header.parent} and begin again."
+    ) from error

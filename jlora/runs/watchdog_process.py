@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small process beside each process of a run on several: is all well?
+
+  python -I -S guards.py INDEX COUNT FOLDER SECONDS
+
+It needs the standard library alone, so that it starts in no time and JAX's
+runtime cannot take it along. Its standard input is a pipe from the process it
+guards: the lines are states, and the end is that process's own. Every few
+seconds it writes the state into a file of the shared folder and reads others':
+the first process those of all, all others that of the first. What it finds goes
+to its standard output, as lines of JSON.
+
+Files are written in place: on network file systems a file is looked at anew
+when it is opened, while a name may be taken from a cache for a minute.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+TURN = 1.0  # seconds
+# So many turns of one's own without a sign of life: a file system that stops
+# for all stops these too, and nobody is called lost.
+_SILENT = 30
+_PATIENCE = 8  # turns in which a lost process's guard finds out why
+_SIZE = 4096  # bytes of a file: one write
+_WORKING, _DONE, _LEFT = "working", "done", "left"
+_FAILED, _LOST = "failed", "lost"
+HINT = "Run the same command with --resume (resume=True)"
+
+
+def file_of(folder: str, index: int) -> str:
+  """Where a process's state lies.
+
+  Args:
+    folder: of the run's states.
+    index: of the process.
+
+  Returns:
+    A path.
+
+  Example:
+    >>> file_of("states", 3)
+    'states/3.json'
+  """
+  return os.path.join(folder, f"{index}.json")
+
+
+def write_state(file: str, state: dict[str, Any], flags: int = 0) -> None:
+  """Writes a state in place, in one go.
+
+  Args:
+    file: where; made by `flags=os.O_CREAT` alone.
+    state: for JSON; a text that is too long is cut.
+    flags: for `os.open`.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_state(folder + "/0.json", {"is": "working"}, os.O_CREAT)
+    ...   read_state(folder + "/0.json")
+    {'is': 'working'}
+  """
+  text = str(state.get("text", ""))
+  while len(line := json.dumps(state).encode()) > _SIZE:
+    text = text[: len(text) // 2]
+    state = {**state, "text": text + "..."}
+  handle = os.open(file, os.O_WRONLY | flags, 0o644)
+  try:
+    os.pwrite(handle, line.ljust(_SIZE), 0)
+  finally:
+    os.close(handle)
+
+
+def read_state(file: str) -> dict[str, Any]:
+  """A state, empty where there is none or it is half written.
+
+  Args:
+    file: of `file_of`.
+
+  Returns:
+    `is`, "working", "done" (its share), "left", "failed" or "lost"; `beats`, a
+    number that grows; `text` and `kind` of an error.
+
+  Example:
+    >>> read_state("/nowhere/0.json")
+    {}
+  """
+  try:
+    with open(file, "rb") as stream:
+      return json.loads(stream.read())
+  except (OSError, ValueError):
+    return {}
+
+
+class Lookout:
+  """What the states of other processes come to.
+
+  Args:
+    folder: of the run's states.
+    watched: whose.
+
+  Example:
+    >>> Lookout("/nowhere", [0]).look()["present"]
+    1
+  """
+
+  def __init__(self, folder: str, watched: Iterable[int]):
+    self._files = {index: file_of(folder, index) for index in watched}
+    self._states = dict.fromkeys(self._files, {"is": _WORKING, "beats": -1})
+    self._silent = dict.fromkeys(self._files, 0)
+
+  def look(self) -> dict[str, Any]:
+    """One turn.
+
+    Returns:
+      `error`, the first failed process's {text, kind}, or of lost ones; None.
+      `done`, whether all have done their share. `present`, how many may still
+      be waiting for something.
+    """
+    for index, file in self._files.items():
+      state = read_state(file) or self._states[index]
+      is_new = state.get("beats") != self._states[index].get("beats")
+      self._silent[index] = 0 if is_new else self._silent[index] + 1
+      self._states[index] = state
+    of = {index: self._state_of(index) for index in self._files}
+    here = [index for index in of if of[index] in (_WORKING, _DONE)]
+    return {
+      "error": self._error(of),
+      "done": all(state in (_DONE, _LEFT) for state in of.values()),
+      "present": len(here),
+    }
+
+  def _state_of(self, index: int) -> str:
+    state = str(self._states[index]["is"])
+    if self._silent[index] < _SILENT:
+      return state
+    return {_WORKING: _LOST, _DONE: _LEFT}.get(state, state)
+
+  def _error(self, of: dict[int, str]) -> dict[str, Any] | None:
+    for index, state in of.items():
+      if state == _FAILED:
+        return {key: self._states[index][key] for key in ("text", "kind")}
+    lost = [index for index in of if of[index] == _LOST]
+    return {"text": tell_lost(lost), "kind": _LOST} if lost else None
+
+
+def tell_lost(lost: list[int]) -> str:
+  """The sentence about processes that are no more.
+
+  Args:
+    lost: their indices, at least one.
+
+  Returns:
+    What happened and what to do.
+
+  Example:
+    >>> tell_lost([2])
+    'process 2 ended or was killed before its share was done. Run the same \
+command with --resume (resume=True): what is finished is kept.'
+  """
+  few = ", ".join(map(str, lost[:3])) + (", ..." if len(lost) > 3 else "")
+  who = f"process {few}" if len(lost) == 1 else f"processes {few}"
+  whose = "its share was" if len(lost) == 1 else "their shares were"
+  return (
+    f"{who} ended or {'was' if len(lost) == 1 else 'were'} killed before "
+    f"{whose} done. {HINT}: what is finished is kept."
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Guards until the pipe ends or the folder is gone.
+
+  Args:
+    argv: index, count, folder and seconds of a turn.
+  """
+  index, count, folder, turn = int(argv[0]), int(argv[1]), argv[2], argv[3]
+  for number in (signal.SIGINT, signal.SIGTERM):  # the pipe tells the end
+    signal.signal(number, signal.SIG_IGN)
+  watched = range(1, count) if index == 0 else [0]
+  try:
+    _guard(index, folder, Lookout(folder, watched), float(turn))
+  except OSError:
+    return  # the folder is gone, or nobody listens
+
+
+def _guard(index: int, folder: str, lookout: Lookout, turn: float) -> None:
+  file, state, beats, said = file_of(folder, index), {"is": _WORKING}, 0, None
+  while True:
+    found = lookout.look()
+    if found != said:
+      said = found
+      os.write(1, json.dumps(found).encode() + b"\n")
+    lines, is_over = _listen(turn)
+    if is_over:
+      break
+    state = json.loads(lines[-1]) if lines else state
+    beats += 1
+    write_state(file, {**state, "beats": beats})
+  # Over without a word: killed, or ended by JAX's runtime.
+  is_lost = state["is"] == _WORKING
+  if is_lost:
+    state = {"is": _LOST}
+  elif state["is"] == _DONE:
+    state = {"is": _LEFT}
+  else:
+    return  # all is said, and the folder may be removed
+  write_state(file, {**state, "beats": beats + 1})
+  if is_lost:
+    _tell(index, lookout, turn)
+
+
+def _tell(index: int, lookout: Lookout, turn: float) -> None:
+  """Says on standard error why the guarded process is no more."""
+  error = None
+  for _ in range(_PATIENCE if index else 0):
+    error = lookout.look()["error"]
+    if error:
+      break
+    time.sleep(turn)
+  text = tell_lost([index])
+  if error and error["text"] != text:
+    text = f"{error['text']} Process {index} was ended with it."
+  print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _listen(seconds: float) -> tuple[list[bytes], bool]:
+  """The lines that came within a time, and whether the pipe has ended."""
+  if not select.select([0], [], [], seconds)[0]:
+    return [], False
+  came = os.read(0, 2**16)
+  return came.splitlines(), not came
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

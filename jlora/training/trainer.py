@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs trained on a frozen base: pure pairs of init and update.
+
+Only the programs have gradients and optimiser state. The loop, its batches and
+its schedule are the caller's; any optax transformation is an optimiser, and
+gradients are accumulated by `optax.MultiSteps` around one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epy
+
+from jlora.adapting.binding import Program, bind
+from jlora.adapting.programs import Branch, Rows, Shift
+from jlora.adapting.transforms import adapt, apply
+from jlora.loras import Lora
+
+with epy.lazy_imports():  # only where something is trained
+  import optax
+
+Loss = Callable[..., jax.Array]
+Programs = Mapping[str, Program]
+Dropout = tuple[float, jax.Array] | None
+
+# What is trained of a program: scales and weights stay.
+_TRAINED = {
+  Lora: ("a", "b"),
+  Rows: ("rows",),
+  Shift: ("delta",),
+  Branch: ("params",),
+}
+
+
+class Trainer(NamedTuple):
+  """An `init` and an `update`, pure, in the manner of optax.
+
+  Attributes:
+    init: programs -> state.
+    update: (programs, state, params, *batch, key=None) -> (programs, state,
+      loss), the loss being that before the step. The key is of this step's
+      dropout.
+  """
+
+  init: Callable[[Programs], Any]
+  update: Callable[..., tuple[dict[str, Any], Any, jax.Array]]
+
+
+def beside(
+  loss: Loss,
+  params: Any,
+  programs: Programs,
+  batch: tuple[Any, ...],
+  dropout: Dropout = None,
+) -> jax.Array:
+  """A loss with the programs beside the weights, as `adapt` computes it.
+
+      y = x w + ((drop(x) aᵀ) g) b
+
+  The gradient of a weight is never formed.
+
+  Args:
+    loss: `(params, *batch) -> ()`.
+    params: its parameters.
+    programs: path -> program.
+    batch: the loss's other arguments.
+    dropout: as for `bind`.
+
+  Returns:
+    ().
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> loss = lambda params, x: (x @ params["w"]).sum()
+    >>> beside(loss, {"w": jnp.zeros((3, 2))}, {"w": lora}, (jnp.ones((1, 3)),))
+    Array(3., dtype=float32)
+  """
+  return adapt(loss)(bind(params, programs, dropout=dropout), *batch)
+
+
+def summed(
+  loss: Loss,
+  params: Any,
+  programs: Programs,
+  batch: tuple[Any, ...],
+  dropout: Dropout = None,
+) -> jax.Array:
+  """A loss with the programs in the weights, as `apply` sums them.
+
+  For functions that look at their weights, not only multiply by them. Forms
+  every change and every gradient of a weight.
+
+  Args:
+    loss: `(params, *batch) -> ()`.
+    params: its parameters.
+    programs: path -> Lora or Shift.
+    batch: the loss's other arguments.
+    dropout: must be None: a sum has no input of its own.
+
+  Returns:
+    ().
+
+  Raises:
+    ValueError: with dropout.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> loss = lambda params, x: (x @ params["w"]).sum()
+    >>> summed(loss, {"w": jnp.zeros((3, 2))}, {"w": lora}, (jnp.ones((1, 3)),))
+    Array(3., dtype=float32)
+  """
+  if dropout is not None:
+    raise ValueError("summed weights have no dropout; take through=beside.")
+  return loss(apply(params, programs), *batch)
+
+
+def train(
+  loss: Loss,
+  optimiser: "optax.GradientTransformation",
+  *,
+  through: Callable[..., jax.Array] = beside,
+  dtype: Any = None,
+  dropout: float = 0.0,
+) -> Trainer:
+  """The trainer of programs: a step of them down a loss, the base frozen.
+
+      a, b  ←  optimiser(∇ loss(params with scale aᵀ b, batch))
+
+  Args:
+    loss: `(params, *batch) -> ()`, any pure function of the parameters.
+    optimiser: an optax transformation of the gradient of what is trained,
+      {path: {"a": ..., "b": ...}}.
+    through: how programs meet the parameters, `beside` or `summed`.
+    dtype: what the programs compute in, as bfloat16 beside a bfloat16 base;
+      None is their own. What is stored and updated keeps its dtype: make it
+      float32.
+    dropout: share of the numbers that a Lora's branch reads that are zero in a
+      step; the base's own product is whole.
+
+  Returns:
+    Trainer. Trained are a and b of a Lora, the rows of Rows, the delta of a
+    Shift, the params of a Branch; scales and weights stay. Jit `update`, donate
+    programs and state. Beside the base a step holds 1 gradient of the programs
+    and what the optimiser has (2 for Adam).
+
+  Raises:
+    ValueError: a dropout out of [0, 1), or one without a key at the step.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
+    >>> loss = lambda params, x: jnp.sum((x @ params["w"] - 1) ** 2)
+    >>> init, update = train(loss, optax.sgd(0.1))
+    >>> programs, params = {"w": lora}, {"w": jnp.zeros((2, 1))}
+    >>> programs, state, value = update(
+    ...   programs, init(programs), params, jnp.ones((1, 2)))
+    >>> float(value), round(float(programs["w"].b[0, 0]), 4)
+    (1.0, 0.4)
+
+  References:
+    Hu et al. (2021); dropout on the branch's input as in microsoft/LoRA.
+  """
+  if not 0 <= dropout < 1:
+    raise ValueError(f"dropout is a share in [0, 1), got {dropout}.")
+
+  def init(programs):
+    return optimiser.init(trained_part(programs))
+
+  def update(programs, state, params, *batch, key=None):
+    if dropout and key is None:
+      raise ValueError(
+        f"dropout {dropout} needs key=; give each step its own, as "
+        "jax.random.fold_in(key, step)."
+      )
+
+    def value_of(part):
+      own = with_part(programs, _cast(part, dtype))
+      drop = (dropout, key) if dropout else None
+      return through(loss, params, own, batch, drop).astype(jnp.float32)
+
+    part = trained_part(programs)
+    value, gradient = jax.value_and_grad(value_of)(part)
+    change, state = optimiser.update(gradient, state, part)
+    moved: Any = optax.apply_updates(part, change)
+    return with_part(programs, moved), state, value
+
+  return Trainer(init, update)
+
+
+def trained_part(programs: Programs) -> dict[str, dict[str, Any]]:
+  """What of programs is trained, as a tree for an optimiser.
+
+  Args:
+    programs: path -> program.
+
+  Returns:
+    {path: {field: arrays}}, the very arrays.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
+    >>> [*trained_part({"w": lora})["w"]]
+    ['a', 'b']
+  """
+  return {
+    path: {name: getattr(program, name) for name in _TRAINED[type(program)]}
+    for path, program in programs.items()
+  }
+
+
+def with_part(
+  programs: Programs, part: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """Programs with other values of what is trained.
+
+  Args:
+    programs: path -> program.
+    part: as `trained_part` gives it.
+
+  Returns:
+    {path: program}.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
+    >>> with_part({"w": lora}, {"w": {"b": jnp.ones((1, 1))}})["w"].b
+    Array([[1.]], dtype=float32)
+  """
+  return {
+    path: dataclasses.replace(program, **part[path])
+    for path, program in programs.items()
+  }
+
+
+def lora_plus(ratio: float) -> "optax.GradientTransformation":
+  """The last link of an optimiser: b learns so many times faster than a.
+
+      update of b  ←  ratio · update of b
+
+  After an optimiser whose step is proportional to its learning rate, as all of
+  optax's are, this is a learning rate of `ratio` times that of a; weight decay
+  is part of it, as in the paper's code.
+
+  Args:
+    ratio: of b's learning rate to a's, at least 1. No value is right
+      everywhere.
+
+  Returns:
+    A transformation without state, for `optax.chain(optax.adam(1e-4),
+    lora_plus(16))`. What is neither a nor b stays.
+
+  Raises:
+    ValueError: a ratio below 1.
+
+  Example:
+    >>> part = {"w": {"a": jnp.ones(1), "b": jnp.ones(1)}}
+    >>> optimiser = optax.chain(optax.sgd(0.1), lora_plus(4))
+    >>> change, _ = optimiser.update(part, optimiser.init(part), part)
+    >>> float(change["w"]["b"][0] / change["w"]["a"][0])
+    4.0
+
+  References:
+    Hayou et al. (2024), LoRA+; PEFT's code.
+  """
+  if ratio < 1:
+    raise ValueError(f"LoRA+ needs a ratio of at least 1, got {ratio}.")
+
+  def scaled(keys, update):
+    name = jax.tree_util.keystr(keys[-1:], simple=True)
+    return update * jnp.asarray(ratio, update.dtype) if name == "b" else update
+
+  return optax.stateless(
+    lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)
+  )
+
+
+def _cast(part: Any, dtype: Any) -> Any:
+  if dtype is None:
+    return part
+  return jax.tree.map(lambda x: x.astype(dtype), part)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""float8 values against plain loops and torch, for every kind of scale."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jlora.checkpoints.float8 import FLOAT8, dequantise, pair_scales
+
+E4M3, E5M2 = FLOAT8
+SHAPES = {
+  "tensor": ((5, 7), ()),
+  "tensor of one": ((5, 7), (1,)),
+  "vector": ((7,), (7,)),
+  "rows": ((300, 7), (300, 1)),
+  "rows without axis": ((300, 7), (300,)),
+  "columns": ((5, 7), (1, 7)),
+  "blocks": ((256, 384), (2, 3)),
+  "blocks with edges": ((300, 130), (3, 2)),
+  "one row of blocks": ((100, 130), (1, 2)),
+  "experts by blocks": ((2, 130, 5), (2, 2, 1)),
+  "experts": ((3, 4, 5), (3,)),
+}
+
+
+def expand(scale, shape):
+  """Every scale repeated over its block, then cut to the shape."""
+  scale = scale.reshape(scale.shape + (1,) * (len(shape) - scale.ndim))
+  for axis, n in enumerate(shape):
+    if scale.shape[axis] not in (1, n):
+      scale = np.repeat(scale, 128, axis).take(range(n), axis)
+  return np.broadcast_to(scale, shape)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+@pytest.mark.parametrize("case", SHAPES)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_region_of_codes_times_scales(dtype, case, data):
+  shape, scale_shape = SHAPES[case]
+  rng = np.random.default_rng(0)
+  codes = rng.standard_normal(shape).astype(dtype)
+  scale = rng.uniform(0.5, 2, scale_shape).astype(np.float32)
+  expected = codes.astype(np.float32) * expand(scale, shape)
+  region = []
+  for n in shape:
+    start = data.draw(st.integers(0, n))
+    region.append(range(n)[start : data.draw(st.integers(start, n))])
+  pick = np.ix_(*region)
+  read = dequantise(codes[pick], scale, shape, region)
+  assert read.dtype == np.float32
+  np.testing.assert_array_equal(read, expected[pick])
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_every_code_is_torchs(dtype):
+  codes = np.arange(256, dtype=np.uint8)
+  kind = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}[dtype]
+  expected = torch.tensor(codes).view(kind).float().numpy()
+  ones = np.ones((), np.float32)
+  read = dequantise(codes.view(dtype), ones, (256,), (range(256),))
+  np.testing.assert_array_equal(read, expected)
+
+
+@pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])
+def test_scales_are_paired_and_others_left(suffix):
+  tensors = {
+    "q.weight": ((200, 300), E4M3),
+    f"q.weight{suffix}": ((2, 3), "bfloat16"),
+    "q.input_scale": ((), "float32"),
+    "q.k_scale": ((), "float32"),
+    "int8.weight": ((2, 2), np.dtype(np.int8)),
+    "int8.weight_scale": ((2, 1), "float32"),
+  }
+  assert pair_scales(tensors) == {f"q.weight{suffix}": "q.weight"}
+
+
+@pytest.mark.parametrize(
+  ("scales", "words"),
+  [
+    ({}, "'w' is float8_e4m3fn with 0 scales"),
+    ({"w_scale": ((), "f4"), "w_scale_inv": ((), "f4")}, "with 2 scales"),
+    ({"w_scale": ((2, 2), "f4")}, r"\(2, 2\) fits 'w' of shape \(300, 7\)"),
+    ({"w_scale": ((1, 1, 3), "f4")}, "neither"),
+    ({"w_scale": ((3,), "f4")}, "neither"),
+    ({"w_scale": ((), "i4")}, "not floating"),
+  ],
+)
+def test_unfit_scales_are_refused_by_name(scales, words):
+  with pytest.raises(ValueError, match=words):
+    pair_scales({"w": ((300, 7), E4M3)} | scales)
+
+
+def test_dequantise_checks_the_scale():
+  with pytest.raises(ValueError, match="do not fit"):
+    dequantise(np.ones(3, E4M3), np.ones(2, "f4"), (3,), (range(3),))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merged checkpoints: one rounding, the rest unchanged, whole or not there."""
+
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.merged import save_merged
+from jlora.loras import Lora, dense
+
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture
+def base(tmp_path):
+  """A folder in bfloat16 with a companion file and an index's worth of rest."""
+  rng = np.random.default_rng(0)
+  folder = tmp_path / "base"
+  folder.mkdir()
+  tensors = {
+    "model.embed_tokens.weight": rng.normal(size=(7, 4)).astype(BF16),
+    "model.layers.0.q_proj.weight": rng.normal(size=(6, 4)).astype(BF16),
+    "model.layers.0.q_proj.bias": rng.normal(size=6).astype(BF16),
+    "model.norm.weight": np.ones(4, BF16),
+    "counter": np.arange(3),
+  }
+  write_safetensors(folder / "model.safetensors", tensors)
+  config = {"model_type": "llama", "vocab_size": 7, "torch_dtype": "bfloat16"}
+  (folder / "config.json").write_text(json.dumps(config))
+  (folder / "tokenizer.json").write_text("{}")
+  (folder / "optimizer.pt").write_bytes(b"")
+  return open_checkpoint(folder / "model.safetensors"), folder
+
+
+def lora_of(in_, out, rank=2):
+  rng = np.random.default_rng(1)
+  a, b = rng.normal(size=(rank, in_)), rng.normal(size=(rank, out))
+  return Lora(jnp.float32(a), jnp.float32(b), jnp.float32(0.5))
+
+
+def test_changes_are_added_in_float32_and_rounded_once(base, tmp_path):
+  base, folder = open_checkpoint(base[1]), tmp_path / "merged"
+  name = "model.layers.0.q_proj.weight"
+  table = "model.embed_tokens.weight"
+  loras = {name: lora_of(4, 6), table: lora_of(7, 4)}
+  bias = {"model.layers.0.q_proj.bias": np.full(6, 0.1, np.float32)}
+  norm = {"model.norm.weight": np.full(4, 3, BF16)}
+  save_merged(folder, base, loras, biases=bias, full=norm, max_shard_bytes=80)
+  merged = open_checkpoint(folder)
+  assert list(folder.glob("model-*.safetensors"))
+  changes = {
+    name: np.asarray(dense(loras[name])).T,
+    table: np.asarray(dense(loras[table])),
+    **bias,
+    "model.norm.weight": np.full(4, 2, np.float32),
+    "counter": 0,
+  }
+  assert merged.keys() == base.keys()
+  for path, change in changes.items():
+    expected = (base[path].astype(np.float32) + change).astype(base[path].dtype)
+    np.testing.assert_array_equal(merged[path], expected)
+    assert merged[path].dtype == base[path].dtype
+
+
+def test_companions_come_along_and_pickles_do_not(base, tmp_path):
+  save_merged(tmp_path / "merged", open_checkpoint(base[1]), {})
+  names = {file.name for file in (tmp_path / "merged").iterdir()}
+  assert {"config.json", "tokenizer.json"} < names
+  assert "optimizer.pt" not in names
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_another_dtype_and_a_longer_vocabulary_reach_the_config(base, tmp_path):
+  table = {"model.embed_tokens.weight": np.ones((9, 4), np.float32)}
+  save_merged(
+    tmp_path / "merged",
+    open_checkpoint(base[1]),
+    {},
+    full=table,
+    dtype=np.float32,
+  )
+  config = json.loads((tmp_path / "merged" / "config.json").read_text())
+  assert config["vocab_size"] == 9
+  assert config["torch_dtype"] == "float32"
+  merged = open_checkpoint(tmp_path / "merged")
+  assert merged["model.embed_tokens.weight"].shape == (9, 4)
+  assert merged["counter"].dtype == np.int64
+
+
+def test_float8_weights_become_bfloat16(tmp_path):
+  codes = np.ones((4, 4), ml_dtypes.float8_e4m3fn)
+  scale = np.full((1, 1), 0.5, np.float32)
+  (tmp_path / "base").mkdir()
+  write_safetensors(
+    tmp_path / "base" / "model.safetensors",
+    {"h.q.weight": codes, "h.q.weight_scale_inv": scale},
+  )
+  config = {"quantization_config": {"quant_method": "fp8"}}
+  (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+  base = open_checkpoint(tmp_path / "base")
+  lora = lora_of(4, 4)
+  save_merged(tmp_path / "merged", base, {"h.q.weight": lora})
+  merged = open_checkpoint(tmp_path / "merged")
+  expected = (0.5 + np.asarray(dense(lora)).T).astype(BF16)
+  np.testing.assert_array_equal(merged["h.q.weight"], expected)
+  assert list(merged) == ["h.q.weight"]
+  assert json.loads((tmp_path / "merged" / "config.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"loras": {"nowhere.weight": lora_of(4, 6)}}, "does not have: nowhere"),
+    ({"loras": {"model.layers.0.q_proj.weight": lora_of(6, 4)}}, "do not fit"),
+    ({"biases": {"model.layers.0.q_proj.bias": np.ones(5)}}, "do not fit"),
+    ({"full": {"nowhere": np.ones(5)}}, "does not have: nowhere"),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_writing(
+  changes, message, base, tmp_path
+):
+  changes = {"loras": {}} | changes
+  with pytest.raises(ValueError, match=message):
+    save_merged(tmp_path / "merged", open_checkpoint(base[1]), **changes)
+  assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+def test_nothing_is_left_of_a_merge_that_failed(base, tmp_path):
+  class Breaks(dict):
+    reads = 0
+
+    def __getitem__(self, key):
+      self.reads += 1
+      if self.reads > 1:
+        raise OSError("gone")
+      return super().__getitem__(key)
+
+    def items(self):
+      return ((key, self[key]) for key in self)
+
+  loras = Breaks({"model.layers.0.q_proj.weight": lora_of(4, 6)})
+  with pytest.raises(OSError, match="gone"):
+    save_merged(tmp_path / "merged", open_checkpoint(base[1]), loras)
+  assert [file.name for file in tmp_path.iterdir()] == ["base"]
+  with pytest.raises(ValueError, match="exists"):
+    save_merged(base[1], open_checkpoint(base[1]), {})

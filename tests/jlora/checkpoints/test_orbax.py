@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees written by orbax itself, in the ways that people write them."""
+
+import shutil
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from orbax.checkpoint import v1
+
+from jlora.checkpoints.checkpoint import (
+  open_checkpoint,
+  save_orbax,
+  write_safetensors,
+)
+
+
+def tree():
+  return {
+    "params": {
+      "layers": {  # scanned: the layer axis leads
+        "q": {"kernel": jnp.arange(24.0).reshape(2, 3, 4).astype(jnp.bfloat16)},
+        "norm": np.arange(6, dtype=np.float32).reshape(2, 3),
+      },
+      "a.b": jnp.ones(2, jnp.int32),
+      "list": [jnp.zeros(3), jnp.full((), 2.0)],
+    },
+    "step": 3,
+    "none": None,
+    "name": "text",
+  }
+
+
+NAMES = {
+  "params/layers/q/kernel",
+  "params/layers/norm",
+  "params/a.b",
+  "params/list/0",
+  "params/list/1",
+  "step",
+}
+
+
+def save_standard(path):
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, {k: v for k, v in tree().items() if k != "name"})
+
+
+def save_pytree(path):
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(path, tree())
+
+
+def save_zarr3(path):
+  handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_ocdbt=True)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path, tree())
+
+
+def save_files(path):
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path, tree())
+
+
+def save_v1(path):
+  v1.save(path, {k: v for k, v in tree().items() if k != "name"})
+
+
+def save_steps(path):
+  with ocp.CheckpointManager(path) as manager:
+    for step in (2, 10):
+      manager.save(step, args=ocp.args.PyTreeSave(tree() | {"step": step - 7}))
+
+
+def save_named(path, item="model_params"):
+  with ocp.CheckpointManager(path, item_names=(item, "config")) as manager:
+    args = {item: ocp.args.PyTreeSave(tree())}
+    config = ocp.args.JsonSave({"a": 1})
+    manager.save(0, args=ocp.args.Composite(config=config, **args))
+
+
+@pytest.mark.parametrize(
+  "save",
+  [
+    save_standard,
+    save_pytree,
+    save_zarr3,
+    save_files,
+    save_v1,
+    save_steps,
+    save_named,
+  ],
+)
+def test_reads_what_orbax_writes(tmp_path, save):
+  path = tmp_path / "a folder #1%20"
+  save(path)
+  checkpoint = open_checkpoint(path)
+  assert checkpoint.format == "orbax"
+  assert checkpoint.keys() == NAMES
+  assert checkpoint.bytes_read == 0
+  kernel = checkpoint["params/layers/q/kernel"]
+  assert kernel.dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(
+    kernel, tree()["params"]["layers"]["q"]["kernel"]
+  )
+  assert checkpoint["step"] == 3
+  assert checkpoint.spec["params/layers/q/kernel"].shape == (2, 3, 4)
+  assert checkpoint.spec["params/layers/q/kernel"].nbytes == 48
+  assert checkpoint.spec["params/list/1"].shape == ()
+  assert checkpoint.bytes_read == 48 + 8
+  np.testing.assert_array_equal(checkpoint["params/a.b"], [1, 1])
+  np.testing.assert_array_equal(checkpoint["params/list/0"], [0, 0, 0])
+
+
+def test_slices_are_numpys(tmp_path):
+  array = np.arange(120.0).reshape(5, 4, 6)
+  save_orbax(tmp_path / "c", {"w": array})
+  checkpoint = open_checkpoint(tmp_path / "c")
+  for index in (
+    1,
+    -1,
+    np.s_[1:3],
+    np.s_[::2, 1],
+    np.s_[..., 2:5:2],
+    np.s_[4:9],
+  ):
+    read = checkpoint.read("w", index)
+    np.testing.assert_array_equal(read, array[index])
+    assert read.shape == array[index].shape
+  assert checkpoint.read("w", np.s_[3:3]).shape == (0, 4, 6)
+
+
+def test_sharded_array(tmp_path):
+  mesh = jax.make_mesh((8,), ("x",))
+  sharding = jax.NamedSharding(mesh, jax.P("x"))
+  array = np.arange(64.0, dtype=np.float32).reshape(16, 4)
+  save_orbax(tmp_path / "c", {"w": jax.device_put(array, sharding)})
+  checkpoint = open_checkpoint(tmp_path / "c")
+  np.testing.assert_array_equal(checkpoint["w"], array)
+  np.testing.assert_array_equal(checkpoint.read("w", np.s_[3:5]), array[3:5])
+
+
+def test_linen_variables(tmp_path):
+  variables = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+  save_orbax(tmp_path / "c", variables)
+  checkpoint = open_checkpoint(tmp_path / "c")
+  kernel = variables["params"]["kernel"]
+  np.testing.assert_array_equal(checkpoint["params/kernel"], kernel)
+
+
+def test_flat_mapping_is_nested_and_read_back(tmp_path):
+  flat = {"a/b/c": np.ones(2), "a/b/d": np.zeros(3, np.int8), "e": np.ones(())}
+  save_orbax(tmp_path / "c", flat)
+  with ocp.StandardCheckpointer() as checkpointer:
+    nested = checkpointer.restore(tmp_path / "c")
+  assert jax.tree.structure(nested) == jax.tree.structure(
+    {"a": {"b": {"c": 0, "d": 0}}, "e": 0}
+  )
+  checkpoint = open_checkpoint(tmp_path / "c")
+  assert checkpoint.keys() == flat.keys()
+  for name, array in flat.items():
+    np.testing.assert_array_equal(checkpoint[name], array)
+
+
+def test_safetensors_to_orbax(tmp_path):
+  write_safetensors(tmp_path / "x.safetensors", {"l/w": np.eye(2, dtype="f4")})
+  save_orbax(tmp_path / "c", open_checkpoint(tmp_path / "x.safetensors"))
+  np.testing.assert_array_equal(
+    open_checkpoint(tmp_path / "c")["l/w"], np.eye(2)
+  )
+
+
+def test_save_leaves_no_thread_and_overwrites_nothing(tmp_path):
+  before = set(threading.enumerate())
+  save_orbax(tmp_path / "c", {"w": np.ones(2)})
+  for thread in set(threading.enumerate()) - before:
+    thread.join(timeout=5)  # asyncio's workers may still be winding down
+    assert not thread.is_alive()
+  with pytest.raises(ValueError, match="exists"):
+    save_orbax(tmp_path / "c", {"w": np.zeros(2)})
+  assert open_checkpoint(tmp_path / "c")["w"][0] == 1
+
+
+def test_path_within_a_path_is_refused(tmp_path):
+  flat = {"a": np.ones(2), "a/b": np.ones(2)}
+  with pytest.raises(ValueError, match="a/b"):
+    save_orbax(tmp_path / "c", flat)
+  assert not (tmp_path / "c").exists()
+
+
+def test_several_items_are_named(tmp_path):
+  names = ("params", "ema")
+  with ocp.CheckpointManager(tmp_path, item_names=names) as manager:
+    items = {name: ocp.args.StandardSave({"w": np.ones(2)}) for name in names}
+    manager.save(1, args=ocp.args.Composite(**items))
+  with pytest.raises(ValueError, match="ema, params"):
+    open_checkpoint(tmp_path)
+  assert list(open_checkpoint(tmp_path / "1" / "ema")) == ["w"]
+
+
+def test_unfinished_steps_are_passed_over(tmp_path):
+  for step in (1, 2):
+    save_orbax(tmp_path / "run" / str(step), {"w": np.full(2, step * 1.0)})
+  run = tmp_path / "run"
+  (run / "2").rename(run / "2.orbax-checkpoint-tmp-9")
+  assert open_checkpoint(run)["w"][0] == 1
+  with pytest.raises(ValueError, match="never finished"):
+    open_checkpoint(run / "2.orbax-checkpoint-tmp-9")
+  shutil.rmtree(run / "1")
+  with pytest.raises(ValueError, match="neither"):
+    open_checkpoint(run)
+
+
+def test_two_series_of_steps_are_named(tmp_path):
+  for name in ("eval_1", "train_2"):
+    save_orbax(tmp_path / name, {"w": np.ones(2)})
+  with pytest.raises(ValueError, match="eval_, train_"):
+    open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["metadata", "manifest", "data"])
+def test_damage_is_a_value_error(tmp_path, damage):
+  path = tmp_path / "c"
+  save_orbax(path, {"w": np.random.default_rng(0).standard_normal((64, 64))})
+  if damage == "metadata":
+    (path / "_METADATA").write_text("{")
+  elif damage == "manifest":
+    (path / "manifest.ocdbt").write_bytes(b"x")
+  else:
+    for file in (*path.glob("d/*"), *path.glob("ocdbt.process_0/d/*")):
+      file.write_bytes(file.read_bytes()[:-40])
+  with pytest.raises(ValueError, match="c"):
+    dict(open_checkpoint(path))

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows are merged where they are the same tokens, in every size of a table."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+import jlora
+from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.merging.checkpoints.mergekit import read_recipe
+from jlora.merging.checkpoints.planning import plan_merge
+from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
+from jlora.merging.checkpoints.run import merge_checkpoints
+from jlora.pairing.vocabularies import differing_rows, read_tokens
+
+TABLE = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def write(folder, tokens, value, rows=None):
+  """A model of constant tables, a row for each token, and its tokenizer."""
+  folder.mkdir()
+  rows = len(tokens) if rows is None else rows
+  column = np.arange(rows, dtype=np.float32)[:, None] + value
+  tables = {TABLE: np.tile(column, 3), HEAD: np.tile(column, 3)}
+  write_safetensors(folder / "model.safetensors", tables)
+  (folder / "config.json").write_text(json.dumps({"vocab_size": rows}))
+  vocabulary = {token: number for number, token in enumerate(tokens)}
+  text = json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []})
+  (folder / "tokenizer.json").write_text(text)
+  return str(folder)
+
+
+def merged(out, recipe):
+  report = merge_checkpoints(recipe, out, log=io.StringIO())
+  found = open_checkpoint(out)
+  np.testing.assert_array_equal(found[TABLE], found[HEAD])
+  config = json.loads((out / "config.json").read_text())
+  assert config["vocab_size"] == len(found[TABLE])
+  return found[TABLE][:, 0].tolist(), report.notes
+
+
+def recipe_of(*paths, **more):
+  inputs = tuple(Input(path) for path in paths)
+  return Recipe(jlora.merging.linear, (Slice(inputs),), **more)
+
+
+# The reference has four rows 0 1 2 3, the others' begin with 10 and with 20.
+SIZES = {
+  "more": ([6, 4], [10.0, 11.0, 12.0, 13.0]),
+  "fewer": ([3, 4], [10.0, 11.0, 12.0, (3 + 3 + 23) / 3]),
+  "both": ([2, 6], [10.0, 11.0, (2 + 2 + 22) / 3, (3 + 3 + 23) / 3]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_result_has_the_rows_of_the_reference(name, tmp_path):
+  """What a model has besides is left out, what it lacks is the reference's."""
+  sizes, expected = SIZES[name]
+  paths = [write(tmp_path / "base", list("abcd"), 0)]
+  for i, size in enumerate(sizes):
+    paths.append(write(tmp_path / f"m{i}", list("abcdef")[:size], 10 + 10 * i))
+  with pytest.raises(ValueError, match=r"vocabulary \(4, 3\) in the base, \("):
+    plan_merge(recipe_of(*paths))
+  recipe = recipe_of(*paths, vocabulary=jlora.pairing.common_rows)
+  found, notes = merged(tmp_path / "out", recipe)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  changed = [size for size in sizes if size != 4]
+  said = [note for note in notes if TABLE in note]
+  assert len(said) == 1
+  for size in changed:
+    assert f"vocabulary 4 in the base, {size} in the finetune" in said[0]
+  kept, _ = merged(
+    tmp_path / "kept", recipe._replace(vocabulary=jlora.pairing.keep_whole)
+  )
+  assert kept == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_changes_of_rows_that_a_finetune_lacks_are_none(tmp_path):
+  """Of task vectors too: the base's row less the base's row."""
+  base = write(tmp_path / "base", list("abcd"), 0)
+  tuned = write(tmp_path / "tuned", list("abc"), 10)
+  file = tmp_path / "recipe.yml"
+  file.write_text(json.dumps({
+    "merge_method": "task_arithmetic", "base_model": base,
+    "models": [{"model": tuned, "parameters": {"weight": 0.5}}],
+    "tokenizer_source": "base",
+  }))  # fmt: skip
+  found, _ = merged(tmp_path / "out", read_recipe(file))
+  assert found == [5.0, 6.0, 7.0, 3.0]
+
+
+def test_other_tokens_of_the_same_rows_are_named(tmp_path):
+  base = write(tmp_path / "base", list("abcdef"), 0)
+  tuned = write(tmp_path / "tuned", list("aBCDEf"), 10)
+  recipe = recipe_of(base, tuned, vocabulary=jlora.pairing.common_rows)
+  expected = (
+    r"tuned: 4 rows are other tokens than in .*base: row 1 is 'B', not 'b', "
+    r"row 2 is 'C', not 'c', row 3 is 'D', not 'd' and 1 more"
+  )
+  with pytest.raises(ValueError, match=expected):
+    plan_merge(recipe)
+  # Without a word about tokens rows are added up by number, and it is said.
+  notes = plan_merge(
+    recipe._replace(vocabulary=jlora.pairing.match.refuse)
+  ).notes
+  assert len(notes) == 1
+  assert "row 1 is 'B', not 'b'" in notes[0]
+  # A table that is not merged may have any.
+  plan = plan_merge(recipe_of(base, vocabulary=jlora.pairing.common_rows))
+  assert plan.notes == []
+
+
+def test_a_base_with_other_tokens_counts_and_rows_of_padding_do_not(tmp_path):
+  base = write(tmp_path / "base", ["a", "b"], 0, rows=4)
+  tuned = write(tmp_path / "tuned", list("abc"), 10, rows=4)
+  other = write(tmp_path / "other", ["b", "a"], 10, rows=4)
+  rows = {"vocabulary": jlora.pairing.common_rows, "reference": tuned}
+  inputs = (Slice((Input(tuned),)),)
+  assert plan_merge(
+    Recipe(jlora.merging.task_arithmetic, inputs, base=base, **rows)
+  )
+  with pytest.raises(ValueError, match="other: 2 rows are other tokens than"):
+    plan_merge(
+      Recipe(jlora.merging.task_arithmetic, inputs, base=other, **rows)
+    )
+
+
+@pytest.mark.parametrize(
+  ("files", "expected"),
+  [
+    ({"tokenizer.json": {"model": {"vocab": [["a", -1.0], ["b", -2.0]]},
+                         "added_tokens": [{"id": 1, "content": "<b>"}]}},
+     {0: "a", 1: "<b>"}),
+    ({"vocab.json": {"a": 0, "b": 1}, "added_tokens.json": {"<c>": 2}},
+     {0: "a", 1: "b", 2: "<c>"}),
+    ({"vocab.txt": "[PAD]\na\n"}, {0: "[PAD]", 1: "a"}),
+    ({"tokenizer.json": {"of": "another form"}}, None),
+    ({}, None),
+  ],
+)  # fmt: skip
+def test_tokens_of_every_form(files, expected, tmp_path):
+  for name, content in files.items():
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / name).write_text(text)
+  assert read_tokens(tmp_path) == expected
+  assert read_tokens(tmp_path / "model.safetensors") == expected
+
+
+def test_a_broken_tokenizer_is_named(tmp_path):
+  (tmp_path / "tokenizer.json").write_text("{")
+  with pytest.raises(ValueError, match=r"tokenizer.json is no JSON"):
+    read_tokens(tmp_path)
+
+
+def test_only_rows_of_both_count():
+  assert differing_rows({0: "a", 5: "x"}, {1: "b", 5: "y"}, 5) == []
+  assert differing_rows({5: "x"}, {5: "y"}, 6) == ["row 5 is 'y', not 'x'"]
