@@ -10,16 +10,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora_dot.checks import check_shapes
-from pallas_kernels.lora_dot.gpu import gpu_dot, refuse_gpu
-from pallas_kernels.lora_dot.hopper import count_blocks
-from pallas_kernels.lora_dot.mosaic import (
+from pallas_kernels.lora_dot.hopper.call import gpu_dot, refuse_gpu
+from pallas_kernels.lora_dot.hopper.kernel import count_blocks
+from pallas_kernels.lora_dot.partitioning import is_local, plan
+from pallas_kernels.lora_dot.tpu.call import (
   chip_here,
   kind_here,
   refuse_tpu,
   tpu_dot,
 )
-from pallas_kernels.lora_dot.partitioning import is_local, plan
-from pallas_kernels.lora_dot.tilings import problem_of, tiling_for
+from pallas_kernels.lora_dot.tpu.tilings import problem_of, tiling_for
 from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight, codes_of
 from pallas_kernels.lora_dot.xla import xla_dot
 

@@ -10,9 +10,9 @@ import numpy as np
 from products import STREAMED, exact
 
 from pallas_kernels.lora_dot import tpu_dot, xla_dot
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.laned import laned_dot
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
 
 KERNEL = functools.partial(tpu_dot, interpret=True, tiling=STREAMED)
 ROUTES = {

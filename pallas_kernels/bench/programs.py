@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot import Nf4, Scaled, tpu_dot, xla_dot
-from pallas_kernels.lora_dot.weights import BLOCK
+from pallas_kernels.lora_dot.tpu.call import tpu_dot
+from pallas_kernels.lora_dot.weights import BLOCK, Nf4, Scaled
+from pallas_kernels.lora_dot.xla import xla_dot
 
 
 def base(x, w):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a low-rank change takes on the Hopper card that is here, by the clock.
 
-  python -m pallas_kernels.bench_gpu                    every table
-  python -m pallas_kernels.bench_gpu --tables forward   one of them
+  python -m pallas_kernels.bench.gpu                    every table
+  python -m pallas_kernels.bench.gpu --tables forward   one of them
 
 Tables: forward, step (forward and backward, w frozen), decode, many (adapters
 in one batch), quantised, tilings. bfloat16, random numbers. Each row's programs
@@ -18,16 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench import print_table
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.gpu import gpu_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.hopper import HopperTiling, hopper_matmul
-from pallas_kernels.lora_dot.laned import laned_dot
-from pallas_kernels.lora_dot.quantised import quantise_int8, quantise_nf4
-from pallas_kernels.lora_dot.routes import choose_route, sizes_of
-from pallas_kernels.lora_dot.xla import xla_dot
-from pallas_kernels.programs import (
+from pallas_kernels.bench.programs import (
   Sizes,
   arguments,
   base,
@@ -37,12 +28,21 @@ from pallas_kernels.programs import (
   unfused,
   unfused_step,
 )
-from pallas_kernels.timings import (
+from pallas_kernels.bench.tables import print_table
+from pallas_kernels.bench.timings import (
   Time,
   find_card,
   temporary_bytes,
   time_programs,
 )
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
+from pallas_kernels.lora_dot.banks.routes import choose_route, sizes_of
+from pallas_kernels.lora_dot.hopper.call import gpu_dot
+from pallas_kernels.lora_dot.hopper.kernel import HopperTiling, hopper_matmul
+from pallas_kernels.lora_dot.quantised import quantise_int8, quantise_nf4
+from pallas_kernels.lora_dot.xla import xla_dot
 
 LAYERS = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 FORWARD = (
@@ -267,7 +267,7 @@ def main(arguments_: Sequence[str] | None = None) -> None:
   try:
     card = find_card()
   except ValueError as error:
-    raise SystemExit(f"bench_gpu: {error}") from None
+    raise SystemExit(f"pallas_kernels.bench.gpu: {error}") from None
   sets = drawn(arguments("base", False, CEILING))
   ceiling = time_programs({"base": base}, {"base": sets})["base"]
   rate = _rate("base", False, CEILING, ceiling)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot.tilings import Tiling
+from pallas_kernels.lora_dot.tpu.tilings import Tiling
 from pallas_kernels.lora_dot.weights import BLOCK, NF4, Nf4
 
 _LANES = 128

@@ -14,12 +14,13 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pallas_kernels.aot.chips import CHIPS, MIB, TPUS, bound
-from pallas_kernels.measurements import Row, measure_cpu, measure_program
-from pallas_kernels.programs import FORWARD, STEP, Sizes, operations
-from pallas_kernels.shapes import MATRICES, ROWS
+from pallas_kernels.bench.measurements import Row, measure_cpu, measure_program
+from pallas_kernels.bench.programs import FORWARD, STEP, Sizes, operations
+from pallas_kernels.bench.shapes import MATRICES, ROWS
+from pallas_kernels.bench.tables import print_table
 
 GOAL = Sizes(8192, 4096, 4096, 16)
 DECODE = Sizes(64, 4096, 4096, 16)
@@ -44,14 +45,6 @@ _HEAD = (
   "temporaries MB",
   "VMEM MiB",
 )
-
-
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-  """Prints a Markdown table, each row as soon as it is known."""
-  print("| " + " | ".join(head) + " |", flush=True)
-  print("|" + " --- |" * len(head), flush=True)
-  for row in rows:
-    print("| " + " | ".join(row) + " |", flush=True)
 
 
 def _cells(label: str, rows: Sequence[Row]) -> list[str]:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot.tilings import Tiling
-from pallas_kernels.lora_dot.tpu_block import Static, lora_block
-from pallas_kernels.lora_dot.tpu_nf4 import VALUES, whole_pieces
+from pallas_kernels.lora_dot.tpu.block import Static, lora_block
+from pallas_kernels.lora_dot.tpu.nf4 import VALUES, whole_pieces
+from pallas_kernels.lora_dot.tpu.tilings import Tiling
 from pallas_kernels.lora_dot.weights import (
   BLOCK,
   Nf4,

@@ -20,7 +20,8 @@ from pallas_kernels.lora_dot.partitioning import (
   placed,
   vary_alike,
 )
-from pallas_kernels.lora_dot.tilings import (
+from pallas_kernels.lora_dot.tpu.kernel import lora_matmul
+from pallas_kernels.lora_dot.tpu.tilings import (
   CHIP_OF_KIND,
   Tiling,
   cut_to,
@@ -28,7 +29,6 @@ from pallas_kernels.lora_dot.tilings import (
   refuse_tiling,
   tiling_for,
 )
-from pallas_kernels.lora_dot.tpu import lora_matmul
 from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight, shape_of
 
 _FLOATS = (jnp.bfloat16, jnp.float32)

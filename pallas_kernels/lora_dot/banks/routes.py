@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-from pallas_kernels.lora_dot.banks import check_ids, check_many
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.laned import laned_dot
-from pallas_kernels.lora_dot.mosaic import chip_here
+from pallas_kernels.lora_dot.banks.bank import check_ids, check_many
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
 from pallas_kernels.lora_dot.partitioning import is_local
+from pallas_kernels.lora_dot.tpu.call import chip_here
 from pallas_kernels.lora_dot.weights import Weight
 
 Route = Callable[..., jax.Array]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lora_dot.api import lora_dot
-from pallas_kernels.lora_dot.banks import Slots, check_many, slots_of
+from pallas_kernels.lora_dot.banks.bank import Slots, check_many, slots_of
 from pallas_kernels.lora_dot.weights import Weight
 
 

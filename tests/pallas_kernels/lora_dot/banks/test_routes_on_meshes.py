@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from many_products import QUANTITIES, ROUTES, Case, measure, operands, truth
 from products import error
 
-from pallas_kernels.lora_dot.routes import lora_dot_many
+from pallas_kernels.lora_dot.banks.routes import lora_dot_many
 
 CASE = Case((32,), 12, 16, 4, 3, gate=(32, 3))
 every_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)

@@ -15,9 +15,13 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.gradients import differentiable, shrink
-from pallas_kernels.lora_dot.hopper import UNIT, HopperTiling, hopper_matmul
-from pallas_kernels.lora_dot.mosaic import as_rows, broadcast_gate
+from pallas_kernels.lora_dot.hopper.kernel import (
+  UNIT,
+  HopperTiling,
+  hopper_matmul,
+)
 from pallas_kernels.lora_dot.partitioning import vary_alike
+from pallas_kernels.lora_dot.tpu.call import as_rows, broadcast_gate
 from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight
 
 _DTYPES = (jnp.bfloat16, jnp.float16)

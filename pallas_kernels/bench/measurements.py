@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.aot.chips import CHIPS, Chip, bound, memory_cycles
 from pallas_kernels.aot.compiling import Compiled, compile_apart
 from pallas_kernels.aot.schedules import moves
-from pallas_kernels.programs import (
+from pallas_kernels.bench.programs import (
   FORWARD,
   STEP,
   Sizes,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.lora_dot.banks import check_many, slots_of
+from pallas_kernels.lora_dot.banks.bank import check_many, slots_of
 from pallas_kernels.lora_dot.partitioning import vary_alike
 from pallas_kernels.lora_dot.weights import Weight, times_base
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts this folder on the path: the tests below it import `products`."""
