@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as the benches print them."""
+"""Prints the benches' tables."""
 
 from collections.abc import Iterable, Sequence
 

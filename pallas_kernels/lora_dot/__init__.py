@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product with a low-rank change: y = x w + ((x aᵀ) g) b."""
+"""The product with a low-rank change: y = x w + ((x aᵀ) g) b.
+
+These names are the door for all who are not part of the package; its own files
+import from each other's files.
+"""
 
 from pallas_kernels.lora_dot.api import lora_dot as lora_dot
 from pallas_kernels.lora_dot.banks.bank import Bank as Bank
