@@ -196,10 +196,12 @@ def show_cpu(options: argparse.Namespace) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   """Reads the flags; their help says what each does."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m pallas_kernels.bench",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--goals", action="store_true", help="the issue's goals")
+  add("--goals", action="store_true", help="what the fused kernel should reach")
   add("--cpu", action="store_true", help="real times on this CPU")
   add("--rooflines", action="store_true", help="no compiler, every chip")
   add("--step", action="store_true", help="forward and backward too")

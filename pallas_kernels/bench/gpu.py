@@ -273,7 +273,9 @@ TABLES: dict[str, tuple[str, Callable[[], None]]] = {
 def main(arguments_: Sequence[str] | None = None) -> None:
   """Prints the tables asked for; stops where there is no card."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m pallas_kernels.bench.gpu",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=TABLES)
   asked = parser.parse_args(arguments_)
