@@ -50,7 +50,7 @@ test-gpu: $(GPU)/.done
 	  tests/pallas_kernels/lora_dot/test_lora_dot_on_cards.py
 
 bench-gpu: $(GPU)/.done
-	JAX_PLATFORMS=cuda,cpu $(GPU)/bin/python -m pallas_kernels.bench_gpu $(ARGS)
+	JAX_PLATFORMS=cuda,cpu $(GPU)/bin/python -m pallas_kernels.bench.gpu $(ARGS)
 
 format: .venv/.test
 	$(BIN)/ruff format .

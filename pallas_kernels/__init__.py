@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels on arrays. Imports jax and nothing of jlora."""
+"""Kernels on arrays; imports jax and nothing of jlora."""

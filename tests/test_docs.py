@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users call says what goes in and out, and shows it; the rest says a line.
+"""What users call is described in full and shown, the rest in a line.
 
 Public is what `jlora` and its packages export, and what the files directly in
 `jlora/` define. That the examples run is pytest's doctest collection, not this

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling for accelerators that are not there, and reading the result."""
+"""Compiles for accelerators that are not here, and reads the result."""

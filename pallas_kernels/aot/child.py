@@ -19,6 +19,7 @@ from pallas_kernels.aot.pipelines import pipelines_of
 
 
 def _device(chip):
+  """Returns a device of the chip's topology, to compile for."""
   if chip in TPUS:
     topology = topologies.get_topology_desc(
       platform="tpu", topology_name=CHIPS[chip].topology
@@ -34,7 +35,7 @@ def _device(chip):
 
 
 def cycles_in(folder: pathlib.Path) -> dict[str, int] | None:
-  """{instruction: estimated cycles} of a folder of profiles; None if empty."""
+  """Reads {instruction: estimated cycles} from profiles; None if empty."""
   found = {}
   for file in sorted(folder.glob("*.textproto")):
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -46,12 +47,13 @@ def cycles_in(folder: pathlib.Path) -> dict[str, int] | None:
 
 
 def _ptxas_in(folder):
+  """Reads each kernel's registers and spills from a folder of dumps."""
   files = sorted(folder.glob("*.ptxas"))
   return resources("\n".join(f.read_text(errors="replace") for f in files))
 
 
 def compile_here(request: Request, folder: pathlib.Path) -> Compiled:
-  """The request compiled in this process, or the reason it was refused."""
+  """Compiles the request in this process, or says why it was refused."""
   device = _device(request.chip)
   sharding = SingleDeviceSharding(device)
   arguments = [
@@ -90,7 +92,7 @@ def compile_here(request: Request, folder: pathlib.Path) -> Compiled:
 
 
 def main() -> None:
-  """Reads `asked` in the folder that is named, writes `answer`."""
+  """Reads the request in the folder that is named, writes its answer."""
   folder = pathlib.Path(sys.argv[1])
   (folder / "profile").mkdir()
   (folder / "mosaic").mkdir()

@@ -76,7 +76,7 @@ class Bound(NamedTuple):
 
 
 def bound(chip: Chip, flops: float, bytes_moved: float) -> Bound:
-  """The roofline: no program on one JAX device takes less time than this.
+  """Computes the roofline: the least time a program takes on one device.
 
       max(flops / peak, bytes / bandwidth)
 
@@ -101,7 +101,7 @@ def bound(chip: Chip, flops: float, bytes_moved: float) -> Bound:
 
 
 def excess_vmem(chip: Chip, limit: int | None) -> str | None:
-  """Why a kernel may not claim so much on-chip memory, or None.
+  """Returns why a kernel may not claim so much on-chip memory, or None.
 
   The TPU compiler takes any `vmem_limit_bytes` in silence, five times the
   chip's memory too, so this has to be asked before.
@@ -126,7 +126,7 @@ def excess_vmem(chip: Chip, limit: int | None) -> str | None:
 
 
 def memory_cycles(chip: Chip, bytes_moved: float) -> float:
-  """Cycles of the chip in which HBM moves so many bytes.
+  """Computes in how many cycles of the chip HBM moves so many bytes.
 
   Example:
     >>> round(memory_cycles(CHIPS["v5e"], 819e9) / 1e9, 2)

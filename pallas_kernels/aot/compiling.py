@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
 
 @contextlib.contextmanager
 def _alone(chip):
-  """One TPU compilation at a time on this machine, whoever asks."""
+  """Holds a lock while compiling for a TPU: one at a time on a machine."""
   if chip not in TPUS:
     yield
     return
@@ -82,7 +82,7 @@ def _alone(chip):
 
 
 def _environment(request, folder):
-  """The child's variables; the compilers write their reports to the folder."""
+  """Returns the child's variables; compilers report into the folder."""
   found = os.environ | ENVIRONMENT
   found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
   found["MOSAIC_GPU_DUMP_PTXAS"] = "1"
@@ -95,7 +95,7 @@ def _environment(request, folder):
 
 
 def _run(request, folder, limit):
-  """Runs a child; says why it left no result, or None."""
+  """Runs a child; returns why it left no result, or None."""
   asked, answer = folder / "asked", folder / "answer"
   asked.write_bytes(pickle.dumps(request))
   command = [sys.executable, "-m", "pallas_kernels.aot.child", str(folder)]
@@ -126,7 +126,7 @@ def compile_apart(
   profile: bool = False,
   limit: float = 300.0,
 ) -> Compiled:
-  """A program compiled for one device of a chip, in a child process.
+  """Compiles a program for one device of a chip, in a child process.
 
   Args:
     function: of arrays; it is pickled, so a function at the top of a module

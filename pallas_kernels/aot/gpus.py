@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA compiler's idea of a Hopper card, and its report on a kernel."""
+"""A Hopper card as the CUDA compiler sees it, and its report on a kernel."""
 
 import re
 from typing import NamedTuple
@@ -49,7 +49,7 @@ _KERNEL = re.compile(
 
 
 def resources(report: str) -> dict[str, Resources]:
-  """{kernel: Resources} of what `ptxas -v` prints.
+  """Reads {kernel: Resources} from what `ptxas -v` prints.
 
   Args:
     report: the printed text, of any number of kernels.

@@ -30,7 +30,7 @@ class Pipeline(NamedTuple):
 
 
 def _inner(value) -> Iterator[Any]:
-  """The jaxprs in an equation's parameter."""
+  """Yields the jaxprs in an equation's parameter."""
   if isinstance(value, core.ClosedJaxpr):
     yield value.jaxpr
   elif isinstance(value, core.Jaxpr):
@@ -41,6 +41,7 @@ def _inner(value) -> Iterator[Any]:
 
 
 def _calls(jaxpr) -> Iterator[Any]:
+  """Yields the equations that are Pallas calls, at any depth."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "pallas_call":
       yield equation
@@ -51,7 +52,7 @@ def _calls(jaxpr) -> Iterator[Any]:
 
 
 def _sides(mapping):
-  """A block's shape; a squeezed axis has no size of its own."""
+  """Returns a block's shape; a squeezed axis has no size of its own."""
   return tuple(
     int(getattr(side, "block_size", 1) if not isinstance(side, int) else side)
     for side in mapping.block_shape
@@ -59,18 +60,20 @@ def _sides(mapping):
 
 
 def _steps(grid):
-  """All points of the grid, the last axis fastest: (steps, axes)."""
+  """Lists all points of the grid, the last axis fastest: (steps, axes)."""
   return np.indices(grid).reshape(len(grid), -1).T.astype(np.int32)
 
 
 def _piped(mapping):
-  """Whether blocks go through the pipeline; else the kernel copies itself."""
+  """Returns whether the pipeline moves the blocks, not the kernel itself."""
   space = str(getattr(mapping.transformed_block_aval, "memory_space", ""))
   return "any" not in space.lower()
 
 
 def _passes(mapping, grid, scalars):
-  """Elements moved over elements there are.
+  """Computes how many times over an array is moved.
+
+  That is elements moved over elements there are.
 
   A block moves when its index differs from the step before; at an edge only
   what lies inside the array moves.
@@ -93,6 +96,7 @@ def _passes(mapping, grid, scalars):
 
 
 def _buffers(mapping):
+  """Counts the bytes of a block's buffers, two unless it says otherwise."""
   if not _piped(mapping):
     return 0
   count = getattr(mapping.pipeline_mode, "buffer_count", None) or 2
@@ -100,18 +104,20 @@ def _buffers(mapping):
 
 
 def _scratch(aval):
+  """Counts the bytes of one scratch memory; semaphores have none."""
   dtype = getattr(aval, "dtype", None)
   return math.prod(aval.shape) * getattr(dtype, "itemsize", 0)
 
 
 def _limit(parameters):
-  """`vmem_limit_bytes`, from a dict of backends or the parameters alone."""
+  """Finds `vmem_limit_bytes` in a dict of backends or in the parameters."""
   if isinstance(parameters, dict):
     parameters = next(iter(parameters.values()), None)
   return getattr(parameters, "vmem_limit_bytes", None)
 
 
 def _pipeline(equation):
+  """Counts what one Pallas call moves."""
   mapping = equation.params["grid_mapping"]
   scalars, grid = mapping.num_index_operands, mapping.grid
   if mapping.num_dynamic_grid_bounds:
@@ -134,7 +140,7 @@ def _pipeline(equation):
 
 
 def pipelines_of(function: Callable, *arguments) -> list[Pipeline]:
-  """What every Pallas call in a function moves between HBM and the chip.
+  """Counts what every Pallas call of a function moves to and from HBM.
 
   The pipeline fetches a block when its index differs from the last step's, so
   a matrix whose block changes with the innermost axis is read as many times as

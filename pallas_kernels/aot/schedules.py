@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HBM bytes of a compiled TPU program, from the text of its schedule.
+"""Counts the HBM bytes of a compiled TPU program in its schedule's text.
 
 `cost_analysis()` counts accesses of on-chip memory as well, and asynchronous
 copies twice. The text of the schedule says where every array lies: one whose
@@ -44,7 +44,7 @@ class Array(NamedTuple):
 
 
 class Move(NamedTuple):
-  """HBM bytes of one instruction."""
+  """The HBM bytes that one instruction reads and writes."""
 
   name: str
   operation: str
@@ -53,7 +53,7 @@ class Move(NamedTuple):
 
 
 def _padded(shape, layout):
-  """The shape as stored: minor axes rounded up to the first tile."""
+  """Returns the shape as stored: minor axes rounded up to the first tile."""
   order = [int(i) for i in re.findall(r"\d+", layout.split(":")[0])]
   tile = re.search(r":T\(([\d,]+)\)", layout)
   shape = list(shape)
@@ -65,7 +65,7 @@ def _padded(shape, layout):
 
 
 def arrays(text: str) -> list[Array]:
-  """The arrays of a type as HLO text writes it, tuples flattened.
+  """Reads the arrays of a type as HLO text writes it, tuples flattened.
 
   Args:
     text: such as `(bf16[8,16]{1,0:T(8,128)(2,1)}, f32[]{:S(2)})`.
@@ -97,11 +97,12 @@ def arrays(text: str) -> list[Array]:
 
 
 def _hbm(found):
+  """Counts the bytes of the arrays that lie in HBM."""
   return sum(array.nbytes for array in found if array.in_hbm)
 
 
 def _elements(text):
-  """The top-level elements of a tuple's text."""
+  """Splits a tuple's text into its top-level elements."""
   parts, depth, start = [], 0, 1
   for i, letter in enumerate(text):
     depth += (letter in "({[") - (letter in ")}]")
@@ -112,7 +113,7 @@ def _elements(text):
 
 
 def _operands(rest):
-  """The names of an instruction's operands; `rest` follows its bracket."""
+  """Finds an instruction's operands by name; `rest` follows its bracket."""
   depth = 1
   for i, letter in enumerate(rest):
     depth += (letter in "({[") - (letter in ")}]")
@@ -122,7 +123,7 @@ def _operands(rest):
 
 
 def _started(name, operation, result, read):
-  """An asynchronous copy: ((source), destination, context)."""
+  """Counts an asynchronous copy: ((source), destination, context)."""
   parts = _elements(result)
   # A copy names its destination first, a slice names it after its source.
   target = arrays(parts[0 if operation == "copy-start" else 1])
@@ -134,7 +135,7 @@ def _started(name, operation, result, read):
 
 
 def _fetched(name, operation, result, read, waiting):
-  """A Pallas call: every array as often as its pipeline fetches it."""
+  """Counts a Pallas call: each array as often as its pipeline fetches it."""
   key = tuple(a.shape for a in read), tuple(a.shape for a in result)
   if not waiting[key]:
     raise ValueError(
@@ -153,7 +154,7 @@ def _fetched(name, operation, result, read, waiting):
 
 
 def moves(text: str, pipelines: Sequence[Pipeline] = ()) -> list[Move]:
-  """HBM bytes that every instruction of a schedule moves.
+  """Counts the HBM bytes that every instruction of a schedule moves.
 
   An operand or a result counts when its layout names no memory space, with
   the padding of its tiles, once for each instruction; an asynchronous copy
@@ -204,5 +205,5 @@ def moves(text: str, pipelines: Sequence[Pipeline] = ()) -> list[Move]:
 
 
 def hbm_bytes(text: str, pipelines: Sequence[Pipeline] = ()) -> int:
-  """HBM bytes a scheduled program moves: the sum over `moves`."""
+  """Counts the HBM bytes a scheduled program moves: the sum of `moves`."""
   return sum(m.read + m.written for m in moves(text, pipelines))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to all implementations."""
+"""`lora_dot`, the door to all implementations, and how it chooses one."""
 
 import functools
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora_dot.checks import check_shapes
-from pallas_kernels.lora_dot.gpu import gpu_dot, refuse_gpu
-from pallas_kernels.lora_dot.hopper import count_blocks
-from pallas_kernels.lora_dot.mosaic import (
+from pallas_kernels.lora_dot.hopper.call import gpu_dot, refuse_gpu
+from pallas_kernels.lora_dot.hopper.kernel import count_blocks
+from pallas_kernels.lora_dot.partitioning import is_local, plan
+from pallas_kernels.lora_dot.tpu.call import (
   chip_here,
   kind_here,
   refuse_tpu,
   tpu_dot,
 )
-from pallas_kernels.lora_dot.partitioning import is_local, plan
-from pallas_kernels.lora_dot.tilings import problem_of, tiling_for
+from pallas_kernels.lora_dot.tpu.tilings import problem_of, tiling_for
 from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight, codes_of
 from pallas_kernels.lora_dot.xla import xla_dot
 
 
 class Ahead(NamedTuple):
-  """From which sizes on the Hopper kernel is ahead of XLA.
+  """The sizes from which on the Hopper kernel is ahead of XLA.
 
   rows: of x. longer: the longer side of w.
   blocks: of y and of dx, of how many multiprocessors each take one at once;
@@ -47,7 +47,7 @@ AHEAD = {"v5e": (8192, 4096, 4096), "v6e": (8192, 4096, 4096)}
 _RANK = 64  # up to which that was counted
 
 # Where the Hopper kernel was measured ahead of XLA on the card itself, forward
-# and backward, in bfloat16; BUILD.md has the times.
+# and backward, in bfloat16; pallas_kernels/README.md has the times.
 AHEAD_ON_CARDS = {
   "NVIDIA H100 80GB HBM3": Ahead(
     rows=2048, longer=4096, blocks=256, filled=0.9, rank=1024
@@ -65,7 +65,7 @@ def lora_dot(
   transpose_w: bool = False,
   implementation: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-  """Rows times a matrix with a low-rank change, (..., K) -> (..., N).
+  """Multiplies rows by a matrix with a low-rank change added to it.
 
       y = x w + ((x aᵀ) g) b
 
@@ -113,7 +113,7 @@ def lora_dot(
 def choose(
   x: jax.Array, w: Weight, a: jax.Array, *, transpose_w: bool
 ) -> Callable[..., jax.Array]:
-  """The implementation that `lora_dot` takes where none is named.
+  """Returns the implementation that `lora_dot` takes if none is named.
 
   Args:
     x: (..., K), or its ShapeDtypeStruct.
@@ -151,6 +151,7 @@ def choose(
 
 
 def _choose_on_card(kind, problem, x, w, a):
+  """Returns `gpu_dot` where the card's table has it ahead, or `xla_dot`."""
   ahead, longer = AHEAD_ON_CARDS[kind], max(problem.k, problem.n)
   large = problem.m >= ahead.rows and longer >= ahead.longer
   fits = problem.r <= ahead.rank and refuse_gpu(x, w, a) is None

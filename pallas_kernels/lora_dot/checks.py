@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of the arguments, at every door."""
+"""Checks of the arguments, the same for every implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ def check_shapes(
 
 
 def _check_scale(w: Scaled) -> None:
+  """Raises ValueError unless codes and scales fit each other."""
   rows, columns = w.codes.shape
   if w.scale.shape not in ((1, columns), (rows, 1)):
     raise ValueError(
@@ -61,6 +62,7 @@ def _check_scale(w: Scaled) -> None:
 
 
 def _check_nf4(w: Nf4) -> None:
+  """Raises ValueError unless codes, magnitudes and rows fit together."""
   blocks, n = -(-w.k // BLOCK), w.codes.shape[-1]
   wanted = (BLOCK // 2 * blocks, n), (blocks, n)
   if (w.codes.shape, w.absmax.shape) != wanted or w.codes.dtype != jnp.uint8:

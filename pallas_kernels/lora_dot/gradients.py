@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the product, whatever computes it forward.
+"""Gradients of the product, whichever implementation computes it forward.
 
     v  = dy bᵀ                    dx = dy wᵀ + (v g) a
     da = (v g)ᵀ x                 db = (u g)ᵀ dy
@@ -23,7 +23,7 @@ from pallas_kernels.lora_dot.weights import Nf4, Scaled
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def differentiable(forward: Callable, transpose_w: bool, x, w, a, b, gate):
-  """The y of `forward`, with the gradients above.
+  """Computes y by `forward`, and gives it the gradients above.
 
   Args:
     forward: (x, w, a, b, gate, transpose_w, return_u) -> y or (y, u), for x
@@ -43,6 +43,7 @@ def differentiable(forward: Callable, transpose_w: bool, x, w, a, b, gate):
 
 
 def _forward(forward, transpose_w, x, w, a, b, gate):
+  """Computes y; keeps u, the operands and which gradients are wanted."""
   operands = (x, w, a, b, gate)
   is_primal = lambda t: isinstance(t, CustomVJPPrimal)  # noqa: E731
   x, w, a, b, gate = jax.tree.map(
@@ -67,20 +68,20 @@ class _Flags(tuple):
 
 
 def _weighed(u, gate):
-  """The product u g in float32; g (r,) or (..., r)."""
+  """Multiplies u by g in float32; g is (r,) or (..., r)."""
   if gate is None:
     return u
   return u * jnp.broadcast_to(gate.astype(jnp.float32), u.shape)
 
 
 def _sum_to(value, like):
-  """The sum of a gradient over the leading axes that `like` lacks."""
+  """Sums a gradient over the leading axes that `like` lacks."""
   lead = tuple(range(value.ndim - like.ndim))
   return jnp.sum(value, axis=lead).astype(like.dtype)
 
 
 def _over_rows(left, right, dtype):
-  """leftᵀ right over all leading axes, summed in float32."""
+  """Computes leftᵀ right over all leading axes, summed in float32."""
   rows = tuple(range(left.ndim - 1))
   return lax.dot_general(
     left, right, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
@@ -88,6 +89,7 @@ def _over_rows(left, right, dtype):
 
 
 def _backward(forward, transpose_w, kept, dy):
+  """Computes the gradients that are wanted; the others are None."""
   (wants_x, wants_w, wants_a, wants_b, wants_gate), x, w, a, b, gate, u = kept
   dx = dw = da = db = dgate = None
   dy = dy.astype(x.dtype)
@@ -107,7 +109,7 @@ def _backward(forward, transpose_w, kept, dy):
 
 
 def shrink(x, a):
-  """The product x aᵀ in float32, (..., r)."""
+  """Computes x aᵀ in float32, (..., r)."""
   axis = x.ndim - 1
   return lax.dot_general(
     x,

@@ -25,7 +25,7 @@ Entry = None | str | tuple[str, ...]
 
 
 class Place(NamedTuple):
-  """Where the operands of a product lie, said beforehand.
+  """Where the operands of a product lie, said by the caller.
 
   mesh: the devices.
   x: the PartitionSpec of x (..., K); its last entry is taken from w.
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 
 def is_local() -> bool:
-  """Whether the shapes seen here are those of one device.
+  """Returns whether the shapes seen here are those of one device.
 
   Example:
     >>> isinstance(is_local(), bool)
@@ -52,7 +52,7 @@ def is_local() -> bool:
 
 
 def axes_of(entry: Entry) -> tuple[str, ...]:
-  """The mesh axes of one entry of a PartitionSpec.
+  """Returns the mesh axes of one entry of a PartitionSpec.
 
   Example:
     >>> axes_of(None), axes_of("data"), axes_of(("a", "b"))
@@ -62,7 +62,7 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
 
 
 def vary_alike(operands: Any) -> Any:
-  """The operands, marked to differ along every axis where one of them does.
+  """Marks all operands to differ along every axis where one of them does.
 
   Inside shard_map with check_vma that is what a gradient rule is held to; the
   transpose of the mark adds the gradient of what was alike up over the devices.
@@ -85,7 +85,7 @@ def vary_alike(operands: Any) -> Any:
 def plan(
   mesh: Mesh | AbstractMesh, x: Any, w: Any, transpose_w: bool
 ) -> tuple[tuple, tuple[str, ...], tuple[str, ...]]:
-  """Where the product's axes lie: (lead entries, axes of K, axes of N).
+  """Says where the product's axes lie: (lead, axes of K, axes of N).
 
   Args:
     mesh: the devices.
@@ -96,7 +96,7 @@ def plan(
   taken = set()
 
   def keep(entry, size):
-    """The entry's axes that are still free and divide the size."""
+    """Returns the entry's axes that are still free and divide the size."""
     kept = []
     for axis in axes_of(entry):
       part = math.prod(mesh.shape[a] for a in kept) * mesh.shape[axis]
@@ -118,11 +118,12 @@ def plan(
 
 
 def _filled(spec: P, ndim: int) -> tuple[Entry, ...]:
+  """Fills a PartitionSpec with None up to so many axes."""
   return (*spec, *((None,) * (ndim - len(spec))))
 
 
 def specs_of(operands, lead, k, n, transpose_w):
-  """The PartitionSpecs of x, w, a, b and gate; the rank is on all devices."""
+  """Returns the PartitionSpecs of x, w, a, b, gate; the rank is not cut."""
   x, w, a, b, gate = operands
   matrix: Any = P(n, k) if transpose_w else P(k, n)
   if isinstance(w, Scaled):
@@ -135,7 +136,7 @@ def specs_of(operands, lead, k, n, transpose_w):
 
 
 def _rule(operands, transpose_w, return_u):
-  """The product in Shardy's notation, and its factors."""
+  """Writes the product in Shardy's notation, and names factors left whole."""
   x, w, a, b, gate = operands
   lead = " ".join(f"b{axis}" for axis in range(x.ndim - 1))
   sides = ("n", "k") if transpose_w else ("k", "n")
@@ -158,7 +159,7 @@ def partitioned(
   transpose_w: bool,
   return_u: bool,
 ):
-  """`local` on every device's part, wherever jit has put the operands.
+  """Runs `local` on every device's part, wherever jit put the operands.
 
   Args:
     local: (operands, k_axes) -> y or (y, u): the product of one device, with
@@ -212,7 +213,7 @@ def placed(
   return_u: bool,
   place: Place,
 ):
-  """`local` on every device's part, by shard_map, where the place is known.
+  """Runs `local` on every device's part, by shard_map, as `place` says.
 
   Args:
     local: as `partitioned` takes it.

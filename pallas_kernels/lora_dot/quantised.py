@@ -20,7 +20,7 @@ _HALVES = 4, 2, 8  # of a block: a byte's row, its half, the eight rows
 
 
 def quantise_int8(w: jax.Array) -> Scaled:
-  """A matrix in int8, with a float32 scale for each column.
+  """Quantises a matrix to int8, with a float32 scale for each column.
 
       codes = round(w / s),  s_j = max_i |w_ij| / 127
 
@@ -46,7 +46,7 @@ def quantise_int8(w: jax.Array) -> Scaled:
 
 
 def quantise_nf4(w: jax.Array) -> Nf4:
-  """A matrix in 4 bits a weight, with a float32 magnitude a block of 64.
+  """Quantises a matrix to 4 bits a weight, with a scale for each 64.
 
       code = argmin_c |w / absmax - NF4_c|
 
@@ -89,7 +89,7 @@ def quantise_nf4(w: jax.Array) -> Nf4:
 
 
 def dequantise(held: Quantised, dtype: Any = jnp.float32) -> jax.Array:
-  """The matrix (K, N), computed in float32 and rounded once.
+  """Brings a quantised matrix back, rounded once from float32: (K, N).
 
   Args:
     held: Scaled or Nf4.
@@ -120,7 +120,7 @@ def quantise_tree(
   select: Callable[[str, jax.Array], bool],
   how: Callable[[jax.Array], Quantised],
 ) -> tuple[dict[str, Any], dict[str, Cost]]:
-  """The tree with some of its matrices quantised, and what that cost.
+  """Quantises some matrices of a tree, and says what that cost.
 
   Args:
     params: nested dicts of arrays; matrices (in, out).
@@ -167,17 +167,20 @@ def quantise_tree(
 
 @jax.jit
 def _norms(w, held):
+  """Computes the norm of w and that of the error, in float32."""
   w = w.astype(jnp.float32)
   return jnp.linalg.norm(w), jnp.linalg.norm(dequantise(held) - w)
 
 
 def _cost(w, held):
+  """Measures what quantising one matrix cost and saved."""
   norm, off = map(float, _norms(w, held))
   stored = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
   return Cost(off / norm if norm else 0.0, stored, w.nbytes)
 
 
 def _check_matrix(w):
+  """Raises ValueError unless w is a matrix of floating numbers."""
   if w.ndim != 2 or not jnp.issubdtype(w.dtype, jnp.floating):
     raise ValueError(
       f"w is {w.dtype} {w.shape}: needed is a floating matrix (K, N)."

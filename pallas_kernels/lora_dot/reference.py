@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the product means, in float32 throughout."""
+"""The product by its definition, in float32 throughout."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def reference_dot(
   *,
   transpose_w: bool = False,
 ) -> jax.Array:
-  """The product in float32 at the highest precision, rounded once to x.dtype.
+  """Computes the product in float32 at highest precision, rounded once.
 
   y = x w + ((x aᵀ) g) b
   """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stand for w: an array, codes with a scale, or 4 bits a weight."""
+"""The forms of w: an array, codes with a scale, or 4 bits a weight."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ class Nf4:
 
   @property
   def dtype(self) -> Any:
-    """What it is brought back to if nothing else is asked: float32."""
+    """The dtype it is brought back to if none is asked for: float32."""
     return self.absmax.dtype
 
 
@@ -64,22 +64,22 @@ Weight = jax.Array | Scaled | Nf4
 
 
 def codes_of(w: Weight) -> jax.Array:
-  """The stored matrix: w itself, or its codes."""
+  """Returns the stored matrix: w itself, or its codes."""
   return w.codes if isinstance(w, Scaled | Nf4) else w
 
 
 def shape_of(w: Weight) -> tuple[int, ...]:
-  """The matrix's shape as it is stored, whatever its codes' is."""
+  """Returns the matrix's shape as stored, whatever its codes' shape."""
   return w.codes.shape if isinstance(w, Scaled) else w.shape
 
 
 def bytes_of(w: Weight) -> float:
-  """Bytes of a weight, without scales."""
+  """Returns the bytes of one weight, without scales."""
   return 0.5 if isinstance(w, Nf4) else codes_of(w).dtype.itemsize
 
 
 def dense_weight(w: Weight, dtype: Any) -> jax.Array:
-  """The matrix in `dtype`; codes are scaled in float32 and rounded once."""
+  """Returns the matrix in `dtype`; codes are scaled, then rounded once."""
   if isinstance(w, Scaled):
     return (w.codes.astype("float32") * w.scale).astype(dtype)
   if isinstance(w, Nf4):
@@ -88,6 +88,7 @@ def dense_weight(w: Weight, dtype: Any) -> jax.Array:
 
 
 def _dense_nf4(w):
+  """Decodes an nf4 matrix to (K, N) float32."""
   n = w.codes.shape[-1]
   codes = w.codes.reshape(-1, 8, 4, n).swapaxes(1, 2)
   codes = jnp.stack([codes & 15, codes >> 4], axis=2).reshape(-1, BLOCK, n)
@@ -96,6 +97,6 @@ def _dense_nf4(w):
 
 
 def times_base(x: jax.Array, w: Weight, transpose_w: bool) -> jax.Array:
-  """The product x w, its operands in x's dtype, as XLA compiles it."""
+  """Computes x w, its operands in x's dtype, as XLA compiles it."""
   dense = dense_weight(w, x.dtype)
   return x @ (dense.T if transpose_w else dense)

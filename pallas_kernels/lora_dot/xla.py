@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product as XLA compiles it: three matrix products, runs everywhere."""
+"""The product as XLA compiles it: three matrix products, anywhere."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def xla_dot(
   *,
   transpose_w: bool = False,
 ) -> jax.Array:
-  """The product with operands in x.dtype, differentiable to any order.
+  """Computes the product in x's dtype, differentiable to any order.
 
   y = x w + ((x aᵀ) g) b
   """
@@ -28,7 +28,7 @@ def xla_dot(
 
 
 def _times(x, thin):
-  """The product x thin, as one of two matrices wherever no data moves for it.
+  """Multiplies x by `thin`, as two matrices where no data moves for it.
 
   Its gradient in `thin` contracts x's rows. Where they are several axes XLA
   copies dy on CPUs first, which took seven times as long as the product.

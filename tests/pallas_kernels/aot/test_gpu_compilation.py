@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.aot.compiling import compile_apart
-from pallas_kernels.lora_dot.gpu import gpu_dot
-from pallas_kernels.lora_dot.hopper import HopperTiling
+from pallas_kernels.lora_dot.hopper.call import gpu_dot
+from pallas_kernels.lora_dot.hopper.kernel import HopperTiling
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,

@@ -4,8 +4,8 @@
 import pytest
 
 from pallas_kernels.aot.chips import CHIPS, MIB, TPUS, excess_vmem
-from pallas_kernels.lora_dot import tilings
-from pallas_kernels.lora_dot.tilings import (
+from pallas_kernels.lora_dot.tpu import tilings
+from pallas_kernels.lora_dot.tpu.tilings import (
   TILINGS,
   Problem,
   Tiling,

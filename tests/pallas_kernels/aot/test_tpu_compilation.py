@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import programs
 from pallas_kernels.aot.chips import CHIPS, MIB, TPUS, excess_vmem
 from pallas_kernels.aot.compiling import compile_apart
 from pallas_kernels.aot.schedules import hbm_bytes
-from pallas_kernels.lora_dot.mosaic import tpu_dot
-from pallas_kernels.lora_dot.tilings import TILINGS, Tiling
-from pallas_kernels.lora_dot.tpu import lora_matmul
+from pallas_kernels.bench import programs
+from pallas_kernels.lora_dot.tpu.call import tpu_dot
+from pallas_kernels.lora_dot.tpu.kernel import lora_matmul
+from pallas_kernels.lora_dot.tpu.tilings import TILINGS, Tiling
 from pallas_kernels.lora_dot.weights import Nf4
 
 pytestmark = pytest.mark.skipif(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lora_dot import tpu_dot, xla_dot
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.laned import laned_dot
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
 from tests.pallas_kernels.lora_dot.products import STREAMED, exact
 
 KERNEL = functools.partial(tpu_dot, interpret=True, tiling=STREAMED)

@@ -15,7 +15,7 @@ from pallas_kernels.lora_dot import (
   tpu_dot,
   xla_dot,
 )
-from pallas_kernels.lora_dot.tilings import MIB, Tiling
+from pallas_kernels.lora_dot.tpu.tilings import MIB, Tiling
 from pallas_kernels.lora_dot.weights import dense_weight
 
 STREAMED = Tiling(128, 128, 128, 16 * MIB)

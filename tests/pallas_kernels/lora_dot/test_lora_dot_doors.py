@@ -3,13 +3,11 @@
 
 import functools
 
-import hypothesis
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.lora_dot import (
@@ -18,25 +16,14 @@ from pallas_kernels.lora_dot import (
   Scaled,
   api,
   lora_dot,
-  mosaic,
   tpu_dot,
   xla_dot,
 )
-from pallas_kernels.lora_dot.gpu import gpu_dot
+from pallas_kernels.lora_dot.hopper.call import gpu_dot
 from pallas_kernels.lora_dot.quantised import quantise_nf4
-from pallas_kernels.lora_dot.tilings import (
-  CHIPS,
-  MIB,
-  TILINGS,
-  Problem,
-  Tiling,
-  cut_to,
-  moved_bytes,
-  refuse_tiling,
-  tiling_for,
-  vmem_bytes,
-)
-from tests.pallas_kernels.lora_dot.products import STREAMED, Case, operands
+from pallas_kernels.lora_dot.tpu import call
+from pallas_kernels.lora_dot.tpu.tilings import CHIPS, MIB, Tiling
+from tests.pallas_kernels.lora_dot.products import Case, operands
 
 KERNEL = functools.partial(tpu_dot, interpret=True)
 
@@ -228,40 +215,6 @@ def test_a_rank_of_a_thousand():
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)
 
 
-@hypothesis.given(
-  chip=st.sampled_from(sorted(CHIPS)),
-  m=st.integers(1, 20000),
-  k=st.integers(1, 30000),
-  n=st.integers(1, 30000),
-  r=st.integers(1, 1024),
-  x_bytes=st.sampled_from([2, 4]),
-  w_bytes=st.sampled_from([0.5, 1, 2, 4]),
-)
-@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
-def test_every_tiling_fits(chip, m, k, n, r, x_bytes, w_bytes):
-  problem = Problem(m, k, n, r, x_bytes, w_bytes, x_bytes)
-  tiling = tiling_for(chip, problem)
-  assert refuse_tiling(tiling, chip, problem) is None
-  assert vmem_bytes(tiling, problem) <= tiling.vmem_limit_bytes
-
-
-def test_the_table_stays_within_each_chip():
-  assert TILINGS.keys() == CHIPS.keys()
-  for chip, table in TILINGS.items():
-    for tiling in table.values():
-      assert tiling.vmem_limit_bytes < CHIPS[chip].vmem_bytes
-    assert ("resident" in table) <= (CHIPS[chip].cores == 1)
-
-
-def test_a_large_w_is_streamed_and_depth_is_cut_evenly():
-  small = tiling_for("v6e", Problem(8192, 4096, 4096, 16))
-  large = tiling_for("v6e", Problem(8192, 28672, 8192, 16))
-  assert small.resident
-  assert not large.resident
-  assert 28672 % large.bk == 0
-  assert cut_to(STREAMED, Problem(5, 7, 9, 1))[:3] == (5, 9, 7)
-
-
 def test_four_bits_lie_on_one_device():
   (x, w, a, b, _), _ = operands(Case((8,), 64, 8, 2), jnp.float32)
   w = quantise_nf4(w)
@@ -276,19 +229,8 @@ def test_four_bits_lie_on_one_device():
 
 
 def test_chips_are_told_by_their_kind():
-  assert mosaic.chip_here() is None
-  assert set(mosaic.CHIP_OF_KIND.values()) == set(CHIPS)
-
-
-def test_a_large_w_is_read_once_for_as_many_rows_as_fit():
-  wide = Problem(8192, 4096, 14336, 16)
-  assert tiling_for("v6e", wide)[:3] == (2048, 512, 4096)
-  # A block of the whole depth would leave room for few rows.
-  assert tiling_for("v6e", Problem(8192, 28672, 8192, 16)).bk < 28672
-  rows, columns = (Tiling(*block, MIB) for block in ((8, 2, 2), (2, 4, 4)))
-  problem = Problem(8, 4, 8, 1)
-  assert moved_bytes(rows, problem) == 2 * (8 * 4 * 4 + 4 * 8 + 8 * 8)
-  assert moved_bytes(columns, problem) == 2 * (8 * 4 + 4 * 8 * 4 + 8 * 8)
+  assert call.chip_here() is None
+  assert set(call.CHIP_OF_KIND.values()) == set(CHIPS)
 
 
 def test_a_mesh_whose_devices_are_not_here_is_refused_with_a_way_out():

@@ -2,7 +2,7 @@
 """The product on a Hopper card: `make test-gpu`; skipped elsewhere.
 
 Against float64, bound by twice what XLA errs on the same card. Elsewhere the
-kernel is compiled (`make test-aot`) and interpreted (test_gpu.py).
+kernel is compiled (`make test-aot`) and interpreted (test_hopper_call.py).
 """
 
 import functools
@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.lora_dot import api, lora_dot, lora_dot_many, xla_dot
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.gpu import gpu_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.hopper import HopperTiling
-from pallas_kernels.lora_dot.laned import laned_dot
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
+from pallas_kernels.lora_dot.hopper.call import gpu_dot
+from pallas_kernels.lora_dot.hopper.kernel import HopperTiling
 from pallas_kernels.lora_dot.quantised import quantise_int8, quantise_nf4
 from tests.pallas_kernels.lora_dot import many_products
 from tests.pallas_kernels.lora_dot.products import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What programs take on the card that is here, in turns, by the clock."""
+"""Times programs on the card that is here, in turns, by the clock."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ class Time(NamedTuple):
 
 
 def find_card() -> Any:
-  """The CUDA card of this process.
+  """Returns the CUDA card of this process.
 
   Raises:
     ValueError: there is none, or it is not the default device.
@@ -44,7 +44,7 @@ def find_card() -> Any:
 def time_programs(
   programs: Mapping[str, Callable], arguments: Mapping[str, Sequence[Any]]
 ) -> dict[str, Time]:
-  """Time of each program, all in turns, so that a hot card is hot for all.
+  """Times each program, all in turns, so that a hot card is hot for all.
 
   A program is compiled for all of its argument sets at once and runs on one
   after the other: together they are to be larger than the card's cache. Calls
@@ -83,6 +83,7 @@ def time_programs(
 
 
 def _compile(function, sets):
+  """Compiles one program that runs the function on every set."""
   one = jax.jit(function)  # so that it is lowered once for all sets
   return (
     jax.jit(lambda sets: [one(*arrays) for arrays in sets])
@@ -92,13 +93,13 @@ def _compile(function, sets):
 
 
 def temporary_bytes(function: Callable, arrays: Sequence[Any]) -> int:
-  """Bytes that one call keeps beside its arguments and results."""
+  """Counts the bytes one call keeps beside its arguments and results."""
   memory = jax.jit(function).lower(*arrays).compile().memory_analysis()
   return memory.temp_size_in_bytes if memory else 0
 
 
 def _seconds(program, sets, loops):
-  """Of one call on one set, when `loops` calls on all of them are queued."""
+  """Times one call on one set, while `loops` calls on all are queued."""
   start = time.perf_counter()
   for _ in range(loops):
     out = program(sets)
@@ -107,7 +108,7 @@ def _seconds(program, sets, loops):
 
 
 def _loops(program, sets):
-  """Calls of all sets that fill a turn; warms up."""
+  """Counts how many calls of all sets fill a turn; warms up."""
   _seconds(program, sets, 2)
   once = _seconds(program, sets, 2) * len(sets)
   return max(2, min(100, round(_SECONDS / once)))

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench_gpu, timings
-from pallas_kernels.programs import Sizes
+from pallas_kernels.bench import gpu as bench_gpu
+from pallas_kernels.bench import timings
+from pallas_kernels.bench.programs import Sizes
 
 
 def test_without_a_card_it_says_so_and_stops():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to many adapters in a batch, and what each way to go costs."""
+"""`lora_dot_many`, the door to many adapters, and what each route costs."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-from pallas_kernels.lora_dot.banks import check_ids, check_many
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.laned import laned_dot
-from pallas_kernels.lora_dot.mosaic import chip_here
+from pallas_kernels.lora_dot.banks.bank import check_ids, check_many
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
 from pallas_kernels.lora_dot.partitioning import is_local
+from pallas_kernels.lora_dot.tpu.call import chip_here
 from pallas_kernels.lora_dot.weights import Weight
 
 Route = Callable[..., jax.Array]
@@ -24,7 +24,7 @@ RIDGE = 240
 
 
 class Work(NamedTuple):
-  """What a route moves and computes beside the product x w itself.
+  """What a route moves and computes beside the product x w.
 
   bytes_moved: between HBM and the chip.
   operations: multiplications and additions.
@@ -35,7 +35,7 @@ class Work(NamedTuple):
 
 
 class Many(NamedTuple):
-  """Sizes of a product with a bank.
+  """The sizes of a product with a bank.
 
   rows, k, n: of x, and of its product with w.
   adapters, r: of the bank.
@@ -63,7 +63,7 @@ def lora_dot_many(
   transpose_w: bool = False,
   route: Route | None = None,
 ) -> jax.Array:
-  """Rows times a matrix, each with its own adapters, (..., K) -> (..., N).
+  """Multiplies each row by a matrix that the row's own adapters change.
 
       y_i = x_i w + Σ_s ((x_i a_cᵀ) g_is) b_c,    c = ids_is
 
@@ -110,7 +110,7 @@ def lora_dot_many(
 
 
 class Choice(NamedTuple):
-  """A route, and the work of all of them by name."""
+  """The route that was chosen, and the work of all routes by name."""
 
   route: Route
   work: dict[str, Work]
@@ -123,7 +123,7 @@ def choose_route(
   local: bool | None = None,
   ridge: float = RIDGE,
 ) -> Choice:
-  """The route that adds the least work, by counts, never by a clock.
+  """Chooses the route that adds the least work, by counts, not a clock.
 
       argmin max(bytes, operations / ridge)
 
@@ -139,8 +139,8 @@ def choose_route(
     not.
 
   Approximation: what is not counted costs nothing: the sort of the ids, the
-  start of a kernel. On one H100 (BUILD.md) the route chosen was the fastest of
-  4096 rows, and within 9% of it for 64.
+  start of a kernel. On one H100 (pallas_kernels/README.md) the route chosen was
+  the fastest of 4096 rows, and within 9% of it for 64.
 
   Example:
     >>> decode = Many(64, 4096, 4096, 8, 16, 1, 2)
@@ -160,7 +160,7 @@ def choose_route(
 
 
 def count_work(many: Many, *, ragged: bool) -> dict[str, Work]:
-  """Bytes and operations that each route adds to x w, {name: Work}.
+  """Counts bytes and operations that each route adds: {name: Work}.
 
   Of the forward pass. Each array counts where a program of XLA writes it out
   and reads it again: x for the change, the sum with x w, the sorted rows, the
@@ -201,7 +201,7 @@ def count_work(many: Many, *, ragged: bool) -> dict[str, Work]:
 
 
 def sizes_of(x: Any, a: Any, b: Any, ids: Any) -> Many:
-  """The sizes of a call; the arrays may be ShapeDtypeStructs.
+  """Reads the sizes of a call; the arrays may be ShapeDtypeStructs.
 
   Example:
     >>> import jax.numpy as jnp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters on one rank axis, those of other rows masked: no sorting.
+"""Many adapters on one rank axis, those of other rows masked; no sorting.
 
     y = x w + ((x Aᵀ) m) B        A (n r, K), B (n r, N), m (..., n r)
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lora_dot.api import lora_dot
-from pallas_kernels.lora_dot.banks import Slots, check_many, slots_of
+from pallas_kernels.lora_dot.banks.bank import Slots, check_many, slots_of
 from pallas_kernels.lora_dot.weights import Weight
 
 
@@ -27,7 +27,7 @@ def laned_dot(
   transpose_w: bool = False,
   implementation: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-  """Rows times a matrix, each with its adapters, (..., K) -> (..., N).
+  """Computes `lora_dot_many` by applying every adapter, masked by row.
 
       y = x w + ((x Aᵀ) m) B
 
@@ -69,7 +69,7 @@ def laned_dot(
 
 
 def mask_lanes(slots: Slots, n: int, r: int) -> jax.Array:
-  """The gate on the rank axis of all n adapters, (..., n r) float32.
+  """Builds each row's gate on all n r ranks, zero off its own adapters.
 
       m[i r + j] = Σ_s weights[s, j] [ids[s] = i]
 
@@ -77,6 +77,9 @@ def mask_lanes(slots: Slots, n: int, r: int) -> jax.Array:
     slots: what every row takes.
     n: how many adapters there are.
     r: their rank.
+
+  Returns:
+    (..., n r) float32.
 
   Example:
     >>> slots = Slots(jnp.array([[1]]), jnp.array([[[2.0, 3.0]]]))

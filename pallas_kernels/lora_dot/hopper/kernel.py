@@ -29,7 +29,7 @@ UNIT = 64  # what depth, columns and rank are multiples of
 
 
 class HopperTiling(NamedTuple):
-  """How y is cut.
+  """How y is cut into blocks, and how many are computed at once.
 
   bm, bn, bk: rows, columns and depth of a block; each of two warpgroups
     multiplies half of the rows.
@@ -54,7 +54,9 @@ def count_blocks(
   columns: int,
   tiling: HopperTiling = HopperTiling(),  # noqa: B008
 ) -> tuple[int, float]:
-  """Blocks of y, and the share of the multiprocessors' turns that they fill.
+  """Counts the blocks of y, and how full they keep the card.
+
+  Full is the share of the multiprocessors' turns in which one has a block.
 
   Example:
     >>> blocks, filled = count_blocks(2048, 4096)
@@ -77,7 +79,7 @@ def hopper_matmul(
   tiling: HopperTiling,
   interpret: Any = None,
 ) -> jax.Array:
-  """One kernel call, (M, N) in x's dtype: y = x w + u b.
+  """Computes y = x w + u b in one kernel call, (M, N) in x's dtype.
 
   Args:
     x: (M, K) bfloat16 or float16; M a multiple of 8, K of 64.
@@ -113,6 +115,7 @@ def hopper_matmul(
 
 
 def _transforms(dtype):
+  """Returns how blocks are tiled and swizzled in shared memory."""
   lanes = _SWIZZLE // jnp.dtype(dtype).itemsize
   return (
     plgpu.TilingTransform((_TILE, lanes)),
@@ -121,7 +124,7 @@ def _transforms(dtype):
 
 
 def _kernel(x, w, u, b, y, *, tiling, transpose_w):
-  """Shared memory and barriers; then each warpgroup does what it is for."""
+  """Allots shared memory and barriers, then gives each warpgroup its role."""
   t = tiling
   smem = functools.partial(
     plgpu.SMEM, dtype=x.dtype, transforms=_transforms(x.dtype)
@@ -164,13 +167,13 @@ def _every_block(shape, t, body):
 
 
 def _steps(x, u, t):
-  """Blocks of depth, and those of rank after them."""
+  """Counts the blocks of depth, and those of depth and rank together."""
   deep = x.shape[1] // t.bk
   return deep, deep + u.shape[1] // t.bk
 
 
 def _copy(arrays, memory, t, transpose_w):
-  """The warpgroup that fills the ring."""
+  """Fills the ring: what the copying warpgroup does."""
   x, w, u, b, y = arrays
   x_smem, w_smem, _, full, empty = memory
   plgpu.set_max_registers(_REGISTERS["copy"], action="decrease")
@@ -220,7 +223,10 @@ def _leave_last(blocks, steps, empty, stages):
 
 
 def _multiply(arrays, memory, t, transpose_w):
-  """The two warpgroups that empty the ring, each half of a block's rows."""
+  """Empties the ring: what the two multiplying warpgroups do.
+
+  Each takes half of a block's rows.
+  """
   x, _, u, _, y = arrays
   x_smem, w_smem, y_smem, full, empty = memory
   plgpu.set_max_registers(_REGISTERS["multiply"], action="increase")
@@ -262,7 +268,7 @@ def _multiply(arrays, memory, t, transpose_w):
 
 
 def _store(block, y, staging, columns):
-  """A warpgroup's rows to memory, some columns at a time, two on their way.
+  """Writes a warpgroup's rows, some columns at a time, two on their way.
 
   What lies over an edge of y is cut off by the copy itself, unless y is no
   wider than what is copied at once: then the place would be ignored. So no

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lora_dot.banks import (
+from pallas_kernels.lora_dot.banks.bank import (
   check_ids,
   empty_bank,
   put_adapter,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters, each row's fetched for it: few rows of a large bank."""
+"""Many adapters, copied for each row: for few rows of a large bank."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot.banks import check_many, slots_of
+from pallas_kernels.lora_dot.banks.bank import check_many, slots_of
 from pallas_kernels.lora_dot.partitioning import vary_alike
 from pallas_kernels.lora_dot.weights import Weight, times_base
 
@@ -19,7 +19,7 @@ def gathered_dot(
   *,
   transpose_w: bool = False,
 ) -> jax.Array:
-  """Rows times a matrix, each with its adapters, (..., K) -> (..., N).
+  """Computes `lora_dot_many` by copying every row's adapters for it.
 
       y_i = x_i w + ((x_i a_cᵀ) g_i) b_c,    c = ids_i
 
@@ -64,15 +64,17 @@ def gathered_dot(
 
 @jax.custom_vjp
 def _take(bank, ids):
-  """The adapters of the ids; gradients are added up in float32."""
+  """Copies the adapters of the ids; gradients are added up in float32."""
   return bank[ids]
 
 
 def _keep(bank, ids):
+  """Runs `_take` forward and keeps what its gradient needs."""
   return bank[ids], (bank, ids)
 
 
 def _add_up(kept, dy):
+  """Adds up the gradients of all copies of an adapter."""
   bank, ids = kept
   total = jnp.zeros_like(bank, jnp.float32).at[ids].add(dy.astype("float32"))
   return total.astype(bank.dtype), None

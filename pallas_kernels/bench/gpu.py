@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a low-rank change takes on the Hopper card that is here, by the clock.
+"""Times a low-rank change on the Hopper card that is here.
 
-  python -m pallas_kernels.bench_gpu                    every table
-  python -m pallas_kernels.bench_gpu --tables forward   one of them
+  python -m pallas_kernels.bench.gpu                    every table
+  python -m pallas_kernels.bench.gpu --tables forward   one of them
 
 Tables: forward, step (forward and backward, w frozen), decode, many (adapters
 in one batch), quantised, tilings. bfloat16, random numbers. Each row's programs
@@ -18,16 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench import print_table
-from pallas_kernels.lora_dot.gathered import gathered_dot
-from pallas_kernels.lora_dot.gpu import gpu_dot
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.hopper import HopperTiling, hopper_matmul
-from pallas_kernels.lora_dot.laned import laned_dot
-from pallas_kernels.lora_dot.quantised import quantise_int8, quantise_nf4
-from pallas_kernels.lora_dot.routes import choose_route, sizes_of
-from pallas_kernels.lora_dot.xla import xla_dot
-from pallas_kernels.programs import (
+from pallas_kernels.bench.programs import (
   Sizes,
   arguments,
   base,
@@ -37,12 +28,21 @@ from pallas_kernels.programs import (
   unfused,
   unfused_step,
 )
-from pallas_kernels.timings import (
+from pallas_kernels.bench.tables import print_table
+from pallas_kernels.bench.timings import (
   Time,
   find_card,
   temporary_bytes,
   time_programs,
 )
+from pallas_kernels.lora_dot.banks.gathered import gathered_dot
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.laned import laned_dot
+from pallas_kernels.lora_dot.banks.routes import choose_route, sizes_of
+from pallas_kernels.lora_dot.hopper.call import gpu_dot
+from pallas_kernels.lora_dot.hopper.kernel import HopperTiling, hopper_matmul
+from pallas_kernels.lora_dot.quantised import quantise_int8, quantise_nf4
+from pallas_kernels.lora_dot.xla import xla_dot
 
 LAYERS = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 FORWARD = (
@@ -72,12 +72,12 @@ _CACHE = 300e6  # bytes: several times an H100's
 
 
 def kernel_step(x, w, a, b, dy):
-  """Forward and backward through the Hopper kernel."""
+  """Runs forward and backward through the Hopper kernel."""
   return step_of(gpu_dot, x, w, a, b, dy)
 
 
 def drawn(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[tuple]:
-  """Sets of random arrays, N(0, 1 / their last axis), 2 to 12 of them."""
+  """Draws 2 to 12 sets of random arrays, N(0, 1 / their last axis)."""
   size = sum(s.size * s.dtype.itemsize for s in shapes)
   count = int(min(12, max(2, _CACHE // size)))
 
@@ -93,21 +93,24 @@ def drawn(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[tuple]:
 
 
 def _said(time: Time) -> str:
+  """Writes the median, in microseconds."""
   return f"{time.median:.1f}"
 
 
 def _megabytes(calls: Iterable[tuple[Callable, Sequence[Any]]]) -> str:
+  """Writes the megabytes that each call keeps beside its arguments."""
   return " / ".join(f"{temporary_bytes(*call) / 1e6:.0f}" for call in calls)
 
 
 def _rate(name: str, step: bool, sizes: Sizes, time: Time) -> str:
+  """Writes how many TFLOP/s a program reached."""
   return f"{operations(name, step, sizes) / time.median / 1e6:.0f}"
 
 
 def _compare(
   sizes: Sizes, step: bool, programs: dict[str, Callable], plain: str
 ) -> list[str]:
-  """One line: the base twice, the others, each over the three products."""
+  """Times one line: base twice, the others, each over three products."""
   whole = drawn(arguments("unfused", step, sizes))
   bare = [(s[0], s[1], *s[4:]) for s in whole]
   sets = {name: bare if name.startswith("base") else whole for name in programs}
@@ -130,7 +133,7 @@ def _compare(
 
 
 def show_forward() -> None:
-  """The forward pass of a layer."""
+  """Prints the times of the forward pass of a layer."""
   programs = {
     "base": base,
     "three": unfused,
@@ -143,7 +146,7 @@ def show_forward() -> None:
 
 
 def show_step() -> None:
-  """Forward and backward, the matrix frozen."""
+  """Prints the times of forward and backward, the matrix frozen."""
   programs = {
     "base": base_step,
     "three": unfused_step,
@@ -156,13 +159,14 @@ def show_step() -> None:
 
 
 def show_decode() -> None:
-  """Few rows, as XLA compiles them."""
+  """Prints the times of few rows, as XLA compiles them."""
   programs = {"base": base, "three": unfused, "base again": base}
   head = ("M x K x N", "rank", "base us, twice", "TFLOP/s", "three products us")
   print_table(head, (_compare(s, False, programs, "three") for s in DECODE))
 
 
 def _many_line(rows: int, adapters: int) -> list[str]:
+  """Times every route for so many rows and adapters, as one line."""
   k = n = 4096
   kind = jnp.bfloat16
   shapes = [
@@ -195,7 +199,7 @@ def _many_line(rows: int, adapters: int) -> list[str]:
 
 
 def show_many() -> None:
-  """Many adapters of rank 16 in a batch, 4096 x 4096."""
+  """Prints the times of many adapters in a batch, by each route."""
   head = ("rows", "adapters", "one us", "laned", "laned, kernel", "gathered")
   head += ("grouped", "temporaries MB", "chosen by counts")
   sizes = ((64, 8), (64, 64), (4096, 8), (4096, 64))
@@ -203,6 +207,7 @@ def show_many() -> None:
 
 
 def _quantised_line(rows: int) -> list[str]:
+  """Times bfloat16, int8 and nf4 matrices for so many rows, as one line."""
   sizes = Sizes(rows, 4096, 4096, 16)
   sets = drawn(arguments("unfused", False, sizes))
   held: dict[str, Any] = {"bfloat16": sets}
@@ -218,12 +223,13 @@ def _quantised_line(rows: int) -> list[str]:
 
 
 def show_quantised() -> None:
-  """Quantised matrices, brought back by XLA: 4096 x 4096, rank 16."""
+  """Prints the times of quantised matrices, brought back by XLA."""
   head = ("rows", "bfloat16 us", "int8 us", "nf4 us", "temporaries MB")
   print_table(head, (_quantised_line(rows) for rows in (64, 2048, 8192)))
 
 
 def _tiling_lines() -> Iterator[list[str]]:
+  """Times the kernel in every tiling, and yields a line for each shape."""
   for m, k, n, _ in (*FORWARD[:2], FORWARD[7], FORWARD[10]):
     shapes = [
       jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -240,41 +246,51 @@ def _tiling_lines() -> Iterator[list[str]]:
 
 
 def show_tilings() -> None:
-  """The kernel alone, u given, rank 64, in several tilings."""
+  """Prints the times of the kernel alone, u given, in several tilings."""
   for i, tiling in enumerate(TILINGS):
     print(f"{i}: {tiling}")
   head = ("M x K x N", "base us", *(str(i) for i in range(len(TILINGS))))
   print_table(head, _tiling_lines())
 
 
-TABLES: dict[str, Callable[[], None]] = {
-  "forward": show_forward,
-  "step": show_step,
-  "decode": show_decode,
-  "many": show_many,
-  "quantised": show_quantised,
-  "tilings": show_tilings,
+# {name: (its title, what prints it)}
+TABLES: dict[str, tuple[str, Callable[[], None]]] = {
+  "forward": ("The forward pass of a layer.", show_forward),
+  "step": ("Forward and backward, the matrix frozen.", show_step),
+  "decode": ("Few rows, as XLA compiles them.", show_decode),
+  "many": ("Many adapters of rank 16 in a batch, 4096 x 4096.", show_many),
+  "quantised": (
+    "Quantised matrices, brought back by XLA: 4096 x 4096, rank 16.",
+    show_quantised,
+  ),
+  "tilings": (
+    "The kernel alone, u given, rank 64, in several tilings.",
+    show_tilings,
+  ),
 }
 
 
 def main(arguments_: Sequence[str] | None = None) -> None:
-  """Prints the tables."""
+  """Prints the tables asked for; stops where there is no card."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m pallas_kernels.bench.gpu",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=TABLES)
   asked = parser.parse_args(arguments_)
   try:
     card = find_card()
   except ValueError as error:
-    raise SystemExit(f"bench_gpu: {error}") from None
+    raise SystemExit(f"pallas_kernels.bench.gpu: {error}") from None
   sets = drawn(arguments("base", False, CEILING))
   ceiling = time_programs({"base": base}, {"base": sets})["base"]
   rate = _rate("base", False, CEILING, ceiling)
   print(f"{card.device_kind}, jax {jax.__version__}; 8192^3: {rate} TFLOP/s")
   for name in asked.tables:
-    print(f"\n{name}: {TABLES[name].__doc__}\n", flush=True)
-    TABLES[name]()
+    title, show = TABLES[name]
+    print(f"\n{name}: {title}\n", flush=True)
+    show()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs that are compiled and compared: one layer each.
+"""The programs that are compiled and compared, one layer each.
 
 All are at the top of a module, so that a child process can be told of them.
 """
@@ -11,69 +11,70 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lora_dot import Nf4, Scaled, tpu_dot, xla_dot
-from pallas_kernels.lora_dot.weights import BLOCK
+from pallas_kernels.lora_dot.tpu.call import tpu_dot
+from pallas_kernels.lora_dot.weights import BLOCK, Nf4, Scaled
+from pallas_kernels.lora_dot.xla import xla_dot
 
 
 def base(x, w):
-  """The matrix alone: also what weights merged beforehand cost."""
+  """Multiplies by the matrix alone, which merged weights cost as well."""
   return x @ w
 
 
 def unfused(x, w, a, b):
-  """Three products, as XLA compiles them."""
+  """Computes the layer by three products, as XLA compiles them."""
   return xla_dot(x, w, a, b)
 
 
 def fused(x, w, a, b):
-  """One TPU kernel, its blocks from the table."""
+  """Computes the layer by one TPU kernel, its blocks from the table."""
   return tpu_dot(x, w, a, b)
 
 
 def merging(x, w, a, b):
-  """The change is added to the matrix in the same program, for this x alone."""
+  """Adds the change to the matrix in the same program, for this x alone."""
   return x @ (w + a.T @ b)
 
 
 def int8(x, codes, scale, a, b):
-  """The TPU kernel on int8 codes, one scale a column."""
+  """Runs the TPU kernel on int8 codes, one scale a column."""
   return tpu_dot(x, Scaled(codes, scale), a, b)
 
 
 def int8_unfused(x, codes, scale, a, b):
-  """Three products after the codes are brought back."""
+  """Brings int8 codes back to floats, then computes three products."""
   return xla_dot(x, Scaled(codes, scale), a, b)
 
 
 def nf4(x, codes, absmax, a, b):
-  """The TPU kernel on 4-bit codes, decoded piece by piece."""
+  """Runs the TPU kernel on 4-bit codes, decoded piece by piece."""
   return tpu_dot(x, Nf4(codes, absmax, x.shape[-1]), a, b)
 
 
 def nf4_unfused(x, codes, absmax, a, b):
-  """Three products after the 4-bit codes are brought back."""
+  """Brings 4-bit codes back to floats, then computes three products."""
   return xla_dot(x, Nf4(codes, absmax, x.shape[-1]), a, b)
 
 
 def step_of(layer, x, w, a, b, dy):
-  """The step (y, dx, da, db) of a layer whose matrix is frozen."""
+  """Computes a step (y, dx, da, db) of a layer whose matrix is frozen."""
   y, pull = jax.vjp(lambda x, a, b: layer(x, w, a, b), x, a, b)
   return y, *pull(dy)
 
 
 def base_step(x, w, dy):
-  """(y, dx) of the frozen matrix alone."""
+  """Computes (y, dx) of the frozen matrix alone."""
   y, pull = jax.vjp(lambda x: base(x, w), x)
   return y, *pull(dy)
 
 
 def unfused_step(x, w, a, b, dy):
-  """Forward and backward through the three products."""
+  """Runs forward and backward through the three products."""
   return step_of(unfused, x, w, a, b, dy)
 
 
 def fused_step(x, w, a, b, dy):
-  """Forward and backward through the TPU kernel."""
+  """Runs forward and backward through the TPU kernel."""
   return step_of(fused, x, w, a, b, dy)
 
 
@@ -95,7 +96,7 @@ STEP: dict[str, Callable] = {
 
 
 class Sizes(NamedTuple):
-  """Rows, depth, columns and rank of a layer; bytes of its numbers are 2."""
+  """Rows, depth, columns and rank of a layer; its numbers have 2 bytes."""
 
   m: int
   k: int
@@ -104,7 +105,7 @@ class Sizes(NamedTuple):
 
 
 def arguments(name: str, step: bool, sizes: Sizes) -> list:
-  """The arguments of a program as `jax.ShapeDtypeStruct`, bfloat16 or codes.
+  """Returns a program's arguments as ShapeDtypeStructs, no data in them.
 
   Example:
     >>> [a.shape for a in arguments("base", False, Sizes(8, 4, 2, 1))]
@@ -121,7 +122,7 @@ def arguments(name: str, step: bool, sizes: Sizes) -> list:
 
 
 def _stored(name, k, n):
-  """(shape, dtype) of the arrays that are the matrix."""
+  """Lists (shape, dtype) of the arrays that are the matrix."""
   if name.startswith("int8"):
     return [((k, n), jnp.int8), ((1, n), jnp.float32)]
   if name.startswith("nf4"):
@@ -132,7 +133,7 @@ def _stored(name, k, n):
 
 
 def operations(name: str, step: bool, sizes: Sizes) -> int:
-  """Multiplications and additions of a program, counted from its formula.
+  """Counts a program's multiplications and additions by its formula.
 
   Example:
     >>> operations("base", False, Sizes(8, 4, 2, 1))
@@ -149,7 +150,7 @@ def operations(name: str, step: bool, sizes: Sizes) -> int:
 
 
 def least_bytes(name: str, step: bool, sizes: Sizes) -> int:
-  """Bytes of every array of a program once: no program moves fewer.
+  """Counts the bytes of every array once: no program moves fewer.
 
   Of a step: forward and backward each read their operands and write their
   results once; what the forward pass keeps is x alone.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product on Hopper cards: shapes, batches and gradients round the kernel.
 
-BUILD.md has what it was measured to take on an H100, beside XLA's product.
+pallas_kernels/README.md has its times on an H100, beside XLA's product.
 """
 
 import functools
@@ -15,9 +15,13 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels.lora_dot.checks import check_shapes
 from pallas_kernels.lora_dot.gradients import differentiable, shrink
-from pallas_kernels.lora_dot.hopper import UNIT, HopperTiling, hopper_matmul
-from pallas_kernels.lora_dot.mosaic import as_rows, broadcast_gate
+from pallas_kernels.lora_dot.hopper.kernel import (
+  UNIT,
+  HopperTiling,
+  hopper_matmul,
+)
 from pallas_kernels.lora_dot.partitioning import vary_alike
+from pallas_kernels.lora_dot.tpu.call import as_rows, broadcast_gate
 from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -25,7 +29,7 @@ _ROWS = 8  # what rows are a multiple of
 
 
 def refuse_gpu(x: jax.Array, w: Weight, a: jax.Array) -> str | None:
-  """Why the Hopper kernel does not take these arguments, or None.
+  """Returns why the Hopper kernel refuses these arguments, or None.
 
   Args:
     x: (..., K), or its ShapeDtypeStruct.
@@ -68,7 +72,7 @@ def gpu_dot(
   tiling: HopperTiling | None = None,
   interpret: Any = None,
 ) -> jax.Array:
-  """The product by the Hopper kernel, (..., K) -> (..., N) in x's dtype.
+  """Computes the product by the Hopper kernel, (..., K) -> (..., N).
 
       y = x w + u b,   u = (x aᵀ) g
 
@@ -89,7 +93,7 @@ def gpu_dot(
       Hopper card only.
 
   Returns:
-    (..., N); u is rounded to x's dtype, sums are float32. Reverse-mode
+    (..., N) in x's dtype; u is rounded to it, sums are float32. Reverse-mode
     differentiable once, in x, w, a, b, gate: dx is the same kernel. Under
     `jax.vmap` a batch of x becomes rows; batches of w, a or b go one by one.
     On a mesh call it inside shard_map.
@@ -108,7 +112,7 @@ def gpu_dot(
 
 @functools.cache
 def _forward_with(tiling: HopperTiling, interpret: Any) -> Callable:
-  """The product as `differentiable` wants it; one function for one setting."""
+  """Returns the product as `differentiable` takes it; one for a setting."""
 
   def forward(x, w, a, b, gate, transpose_w, return_u):
     run = _batched(tiling, interpret, transpose_w, return_u)
@@ -119,7 +123,7 @@ def _forward_with(tiling: HopperTiling, interpret: Any) -> Callable:
 
 @functools.cache
 def _batched(tiling, interpret, transpose_w, return_u) -> Callable:
-  """The product with a rule for vmap: a batch of x is rows, w is read once."""
+  """Returns the product with a rule for vmap: a batch of x becomes rows."""
   local = functools.partial(_local, tiling, interpret, transpose_w, return_u)
   call = custom_vmap(local)
 
@@ -141,7 +145,7 @@ def _batched(tiling, interpret, transpose_w, return_u) -> Callable:
 
 
 def _local(tiling, interpret, transpose_w, return_u, x, w, a, b, gate):
-  """The product of one device; u is float32, (..., r)."""
+  """Computes the product of one device; u is float32, (..., r)."""
   lead, r = x.shape[:-1], a.shape[0]
   padding = ((0, -r % UNIT), (0, 0))
   a, b = (jnp.pad(t.astype(x.dtype), padding) for t in (a, b))

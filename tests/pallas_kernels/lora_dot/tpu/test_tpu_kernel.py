@@ -17,9 +17,10 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot import Scaled, tpu, tpu_block
+from pallas_kernels.lora_dot import Scaled
 from pallas_kernels.lora_dot.quantised import quantise_nf4
-from pallas_kernels.lora_dot.tilings import Tiling
+from pallas_kernels.lora_dot.tpu import block, kernel
+from pallas_kernels.lora_dot.tpu.tilings import Tiling
 from tests.pallas_kernels.lora_dot.products import (
   MIB,
   Case,
@@ -73,7 +74,7 @@ def truth_of_u(x, a):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_right_and_without_races(case, tiling, transpose_w, seed):
   off, raced = run(
-    tpu.lora_matmul, case, tiling, interpreter(seed), transpose_w
+    kernel.lora_matmul, case, tiling, interpreter(seed), transpose_w
   )
   assert off < 2e-6
   assert not raced
@@ -83,7 +84,7 @@ def test_right_and_without_races(case, tiling, transpose_w, seed):
 def test_codes_and_a_known_u(seed):
   (x, w, a, b, _), _ = operands(RAGGED, jnp.float32)
   w = Scaled(jnp.round(w * 20).astype(jnp.int8), jnp.full((RAGGED.k, 1), 0.05))
-  y, u = tpu.lora_matmul(
+  y, u = kernel.lora_matmul(
     *(x, w, None, b, None),
     transpose_w=False,
     tiling=STREAMED,
@@ -99,7 +100,7 @@ def test_codes_and_a_known_u(seed):
 def test_four_bits_that_stay(seed):
   (x, w, a, b, _), _ = operands(TALL, jnp.float32)
   w = quantise_nf4(w)
-  y, _ = tpu.lora_matmul(
+  y, _ = kernel.lora_matmul(
     *(x, w, a, b, None),
     transpose_w=False,
     tiling=RESIDENT,
@@ -112,49 +113,49 @@ def test_four_bits_that_stay(seed):
 # what is wrong: (file, source, in its place, case, tiling, seen by plain mode)
 MISTAKES = {
   "accumulator never zeroed": (
-    tpu_block,
+    block,
     "jnp.where(k == 0, 0.0, acc[...])",
     "acc[...]",
     *(RAGGED, STREAMED, True),
   ),
   "u never zeroed": (
-    tpu_block,
+    block,
     "jnp.where(k == 0, 0.0, u[...])",
     "u[...]",
     *(RAGGED, STREAMED, True),
   ),
   "padding of the edge summed": (
-    tpu_block,
+    block,
     "if not s.depth:",
     "if True:",
     *(RAGGED, STREAMED, True),
   ),
   "u carried over a parallel axis": (
-    tpu,
+    kernel,
     '(rows, "arbitrary", "arbitrary")',
     '(rows, "parallel", "arbitrary")',
     *(RAGGED, STREAMED, False),
   ),
   "w carried over a parallel axis": (
-    tpu,
+    kernel,
     '"arbitrary" if s.resident else "parallel"',
     '"parallel"',
     *(TALL, RESIDENT, False),
   ),
   "w read before it arrives": (
-    tpu_block,
+    block,
     "fetch(j).wait()",
     "pass",
     *(EVEN, RESIDENT, False),
   ),
   "w fetched from beyond its end": (
-    tpu_block,
+    block,
     "pl.multiple_of(c * bn, bn)",
     "pl.multiple_of(c * bn + bn, bn)",
     *(EVEN, RESIDENT, True),
   ),
   "blocks of y visited again later": (
-    tpu,
+    kernel,
     '"y": pl.BlockSpec((bm, bn), lambda i, j, k: (i, j))',
     '"y": pl.BlockSpec((bm, bn), lambda i, j, k: (0, j))',
     *(RAGGED, STREAMED, True),
@@ -172,10 +173,10 @@ def planted(module, old, new, monkeypatch):
   exec(
     compile(source.replace(old, new), module.__file__, "exec"), vars(changed)
   )
-  if module is tpu:
+  if module is kernel:
     return changed.lora_matmul
-  monkeypatch.setattr(tpu, "lora_block", changed.lora_block)
-  return tpu.lora_matmul
+  monkeypatch.setattr(kernel, "lora_block", changed.lora_block)
+  return kernel.lora_matmul
 
 
 def seen(lora_matmul, case, tiling, interpret):

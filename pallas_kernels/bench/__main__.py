@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fusing a low-rank change costs and saves, compiled or timed.
+"""Prints what fusing a low-rank change costs and saves, compiled or timed.
 
   python -m pallas_kernels.bench              bytes and rooflines, v5e and v6e
   python -m pallas_kernels.bench --goals      the goals, with static cycles
@@ -14,12 +14,13 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pallas_kernels.aot.chips import CHIPS, MIB, TPUS, bound
-from pallas_kernels.measurements import Row, measure_cpu, measure_program
-from pallas_kernels.programs import FORWARD, STEP, Sizes, operations
-from pallas_kernels.shapes import MATRICES, ROWS
+from pallas_kernels.bench.measurements import Row, measure_cpu, measure_program
+from pallas_kernels.bench.programs import FORWARD, STEP, Sizes, operations
+from pallas_kernels.bench.shapes import MATRICES, ROWS
+from pallas_kernels.bench.tables import print_table
 
 GOAL = Sizes(8192, 4096, 4096, 16)
 DECODE = Sizes(64, 4096, 4096, 16)
@@ -46,16 +47,8 @@ _HEAD = (
 )
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-  """Prints a Markdown table, each row as soon as it is known."""
-  print("| " + " | ".join(head) + " |", flush=True)
-  print("|" + " --- |" * len(head), flush=True)
-  for row in rows:
-    print("| " + " | ".join(row) + " |", flush=True)
-
-
 def _cells(label: str, rows: Sequence[Row]) -> list[str]:
-  """One line for several programs of the same sizes, in the same order."""
+  """Makes one line of several programs of the same sizes, in that order."""
   m, k, n, r = rows[0].sizes
 
   def each(text):
@@ -76,6 +69,7 @@ def _cells(label: str, rows: Sequence[Row]) -> list[str]:
 
 
 def _keep(row: Row, out: pathlib.Path | None) -> Row:
+  """Returns the row, after writing it to the file if there is one."""
   if out is not None:
     with out.open("a", encoding="utf-8") as file:
       line = row._asdict() | {"sizes": row.sizes._asdict()}
@@ -84,7 +78,7 @@ def _keep(row: Row, out: pathlib.Path | None) -> Row:
 
 
 def show_programs(options: argparse.Namespace) -> None:
-  """A line for every matrix, number of rows, rank and chip asked for."""
+  """Prints a line for each matrix, number of rows, rank and chip."""
   chosen = [
     (matrix, regime)
     for matrix in MATRICES
@@ -111,7 +105,7 @@ def show_programs(options: argparse.Namespace) -> None:
 
 
 def verdict(value: float | None, most: float) -> str:
-  """A value beside its goal, and on which side of it.
+  """Writes a value, on which side of its goal it lies, and the goal.
 
   Example:
     >>> verdict(1.2, 1.1)
@@ -123,11 +117,12 @@ def verdict(value: float | None, most: float) -> str:
 
 
 def _divided(a: float | None, b: float | None) -> float | None:
+  """Divides two numbers; None where one is missing or zero."""
   return a / b if a and b else None
 
 
 def _goals_of(chip: str, rank: int, out: pathlib.Path | None):
-  """(rows, goal, value or None, limit) of one chip and rank."""
+  """Yields (rows, goal, value or None, limit) of one chip and rank."""
 
   def get(name, step, sizes, cycles=False):
     row = measure_program(name, step, chip, sizes, cycles=cycles)
@@ -153,7 +148,7 @@ def _goals_of(chip: str, rank: int, out: pathlib.Path | None):
 
 
 def show_goals(options: argparse.Namespace) -> None:
-  """The goals of the fused kernel, one line each, and whether they hold."""
+  """Prints the goals of the fused kernel, and whether they hold."""
 
   def rows():
     for chip in options.chips:
@@ -165,7 +160,7 @@ def show_goals(options: argparse.Namespace) -> None:
 
 
 def show_rooflines(options: argparse.Namespace) -> None:
-  """The least time of the base product on every chip, and what bounds it."""
+  """Prints the base product's least time on each chip, and its bound."""
 
   def rows():
     for name, chip in CHIPS.items():
@@ -180,7 +175,7 @@ def show_rooflines(options: argparse.Namespace) -> None:
 
 
 def show_cpu(options: argparse.Namespace) -> None:
-  """Times on this CPU as ratios to the base product, in one run."""
+  """Prints times on this CPU as ratios to the base product, in one run."""
 
   def rows():
     for sizes in CPU_SIZES:
@@ -199,12 +194,14 @@ def show_cpu(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-  """The flags; their help says what each does."""
+  """Reads the flags; their help says what each does."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m pallas_kernels.bench",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--goals", action="store_true", help="the issue's goals")
+  add("--goals", action="store_true", help="what the fused kernel should reach")
   add("--cpu", action="store_true", help="real times on this CPU")
   add("--rooflines", action="store_true", help="no compiler, every chip")
   add("--step", action="store_true", help="forward and backward too")
@@ -220,7 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Prints one table."""
+  """Prints the table that the flags ask for."""
   options = parse(arguments)
   if options.cpu:
     show_cpu(options)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.lora_dot.routes import lora_dot_many
+from pallas_kernels.lora_dot.banks.routes import lora_dot_many
 from tests.pallas_kernels.lora_dot.many_products import (
   QUANTITIES,
   ROUTES,

@@ -20,7 +20,8 @@ from pallas_kernels.lora_dot.partitioning import (
   placed,
   vary_alike,
 )
-from pallas_kernels.lora_dot.tilings import (
+from pallas_kernels.lora_dot.tpu.kernel import lora_matmul
+from pallas_kernels.lora_dot.tpu.tilings import (
   CHIP_OF_KIND,
   Tiling,
   cut_to,
@@ -28,7 +29,6 @@ from pallas_kernels.lora_dot.tilings import (
   refuse_tiling,
   tiling_for,
 )
-from pallas_kernels.lora_dot.tpu import lora_matmul
 from pallas_kernels.lora_dot.weights import Nf4, Scaled, Weight, shape_of
 
 _FLOATS = (jnp.bfloat16, jnp.float32)
@@ -45,7 +45,7 @@ class Settings(NamedTuple):
 
 
 def kind_here() -> str:
-  """What jax calls the device that programs are compiled for.
+  """Returns jax's name of the device that programs are compiled for.
 
   The mesh of `jax.sharding.use_abstract_mesh` says so where there is no device.
 
@@ -58,7 +58,9 @@ def kind_here() -> str:
 
 
 def chip_here() -> str | None:
-  """The TPU that programs are compiled for, a name of `CHIPS`, or None.
+  """Returns the TPU that programs are compiled for, or None.
+
+  Its name is one of `CHIPS`.
 
   Example:
     >>> chip_here()  # on a CPU
@@ -75,7 +77,7 @@ def refuse_tpu(
   chip: str | None,
   tiling: Tiling | None = None,
 ) -> str | None:
-  """Why the TPU kernel cannot compute a product, or None if it can.
+  """Returns why the TPU kernel refuses these arguments, or None.
 
   Args:
     x: (..., K), or its ShapeDtypeStruct.
@@ -119,7 +121,7 @@ def tpu_dot(
   interpret: Any = False,
   place: Place | None = None,
 ) -> jax.Array:
-  """The product by one Mosaic kernel on a TPU, (..., K) -> (..., N).
+  """Computes the product by one TPU kernel, (..., K) -> (..., N).
 
       y = x w + ((x aᵀ) g) b
 
@@ -173,7 +175,7 @@ def tpu_dot(
 
 
 def _is_mesh_elsewhere() -> bool:
-  """Whether this is compiled for several devices of a kind that is not here.
+  """Returns whether programs are for several devices that are not here.
 
   Then the compiler has no partitioner to ask: "Custom emitter for
   CustomSPMDPartitioning not found".
@@ -186,7 +188,7 @@ def _is_mesh_elsewhere() -> bool:
 def broadcast_gate(
   gate: jax.Array | None, x: jax.Array, r: int
 ) -> jax.Array | None:
-  """The gate in float32, (r,) if it is one for all rows, else (..., r).
+  """Returns the gate in float32, (r,) if all rows share one, or (..., r).
 
   Example:
     >>> broadcast_gate(jnp.ones((4, 1)), jnp.ones((4, 8)), 2).shape
@@ -203,7 +205,7 @@ def broadcast_gate(
 
 @functools.cache
 def _forward_with(settings: Settings) -> Callable:
-  """The product as `differentiable` wants it; one function for one setting."""
+  """Returns the product as `differentiable` takes it; one for a setting."""
 
   def forward(x, w, a, b, gate, transpose_w, return_u):
     return _batched(settings, transpose_w, return_u)(x, w, a, b, gate)
@@ -213,7 +215,7 @@ def _forward_with(settings: Settings) -> Callable:
 
 @functools.cache
 def _batched(settings: Settings, transpose_w: bool, return_u: bool) -> Callable:
-  """The product with a rule for vmap: a batch of x is rows, w is read once."""
+  """Returns the product with a rule for vmap: a batch of x becomes rows."""
 
   def local(operands, k_axes):
     return _local(settings, transpose_w, return_u, operands, k_axes)
@@ -246,7 +248,7 @@ def _batched(settings: Settings, transpose_w: bool, return_u: bool) -> Callable:
 
 
 def _moved(settings: Settings) -> Settings:
-  """The settings for an x with one more axis in front."""
+  """Returns the settings for an x with one more axis in front."""
   if settings.place is None:
     return settings
   place = settings.place
@@ -254,7 +256,7 @@ def _moved(settings: Settings) -> Settings:
 
 
 def as_rows(size, many_x, many_gates, x, gate):
-  """(x, gate) with the batch as the first of x's leading axes."""
+  """Returns (x, gate) with the batch as the first of x's leading axes."""
   if not many_x:
     x = jnp.broadcast_to(x, (size, *x.shape))
   if gate is not None and (many_gates or gate.ndim > 1):
@@ -267,7 +269,7 @@ def as_rows(size, many_x, many_gates, x, gate):
 
 
 def _local(settings, transpose_w, return_u, operands, k_axes):
-  """The product of one device, added up over `k_axes`."""
+  """Computes the product of one device, added up over `k_axes`."""
   x, w, a, b, gate = operands
   lead, r = x.shape[:-1], a.shape[0]
   if gate is not None:

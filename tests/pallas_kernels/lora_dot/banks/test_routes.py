@@ -11,9 +11,9 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels.lora_dot import Scaled
-from pallas_kernels.lora_dot.banks import empty_bank, put_adapter
-from pallas_kernels.lora_dot.grouped import grouped_dot
-from pallas_kernels.lora_dot.routes import (
+from pallas_kernels.lora_dot.banks.bank import empty_bank, put_adapter
+from pallas_kernels.lora_dot.banks.grouped import grouped_dot
+from pallas_kernels.lora_dot.banks.routes import (
   Many,
   choose_route,
   count_work,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One block of the product, in Mosaic.
+"""The body of the TPU kernel: one block of the product, in Mosaic.
 
 The grid is (row blocks, column blocks, depth blocks), depth innermost. At the
 first column block u = a xᵀ is summed over the depth; it stays in vector memory,
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot.tpu_nf4 import decode
+from pallas_kernels.lora_dot.tpu.nf4 import decode
 
 _NN = (((1,), (0,)), ((), ()))
 _NT = (((1,), (1,)), ((), ()))
@@ -26,7 +26,7 @@ _TN = (((0,), (0,)), ((), ()))
 
 
 class Static(NamedTuple):
-  """What the kernel's program depends on."""
+  """What the kernel's program depends on, beside its arrays."""
 
   nj: int  # column blocks
   nk: int  # depth blocks
@@ -38,11 +38,12 @@ class Static(NamedTuple):
 
 
 def _dot(left, right, dims):
+  """Multiplies two blocks, summed in float32."""
   return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
 
 def _within(block, axis, k, s):
-  """The block with zeros where it passes the end of the depth."""
+  """Returns the block with zeros where it passes the end of the depth."""
   if not s.depth:
     return block
   left = s.depth - k * block.shape[axis]
@@ -51,7 +52,7 @@ def _within(block, axis, k, s):
 
 
 def _arrived(w, held, arrivals, s):
-  """The column block of a resident w; all are fetched at the first step."""
+  """Returns the column block of a resident w, fetched at the first step."""
   i, j = pl.program_id(0), pl.program_id(1)
   bn = held.shape[1 if s.transpose_w else 2]
 
@@ -85,7 +86,7 @@ def _in_pieces(ins, x, s, use):
 
 
 def _decoded(ins, x, held, s):
-  """The column block of a resident nf4 matrix, decoded at the first row."""
+  """Returns a column block of a resident nf4 w, decoded at the first row."""
   i, j = pl.program_id(0), pl.program_id(1)
 
   def keep(rows, piece):
@@ -113,7 +114,7 @@ def _add_pieces(ins, x, acc, k, s):
 
 
 def _product(ins, x, w, k, s):
-  """The block of x times the block of w."""
+  """Multiplies the block of x by the block of w."""
   left = x[...]
   if s.scaled == "in":
     left = left.astype(jnp.float32) * ins["scale"][...]
@@ -126,7 +127,7 @@ def _product(ins, x, w, k, s):
 
 
 def lora_block(ins, outs, scratch, *, s: Static):
-  """One block of the grid; the references are in dicts by name."""
+  """Computes one block of the grid; the references are in dicts by name."""
   j, k = pl.program_id(1), pl.program_id(2)
   x, a, b, y = ins["x"], ins["a"], ins["b"], outs["y"]
   u = outs.get("u", scratch.get("u", ins.get("u")))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A matrix in nf4 in the Mosaic kernel: pieces of it, brought back in memory.
+"""Decodes an nf4 matrix piece by piece, inside the TPU kernel.
 
 A 32-bit word holds eight weights, those of rows eight apart in one column. Half
 of them choose their value by gathering it along the lanes of a row of 16
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot.tilings import Tiling
+from pallas_kernels.lora_dot.tpu.tilings import Tiling
 from pallas_kernels.lora_dot.weights import BLOCK, NF4, Nf4
 
 _LANES = 128
@@ -37,7 +37,7 @@ def whole_pieces(
   transpose_w: bool,
   tiling: Tiling,
 ) -> tuple[jax.Array, Nf4, jax.Array | None, jax.Array, Tiling, int]:
-  """The operands with zeros to whole pieces of w: (x, w, a, b, tiling, rows).
+  """Pads the operands with zeros until w has whole pieces.
 
   Args:
     x: (M, K), or (M, N) by w's own names if `transpose_w`.
@@ -81,7 +81,7 @@ def whole_pieces(
 def decode(
   codes: jax.Array, absmax: jax.Array, values: jax.Array, dtype: Any
 ) -> jax.Array:
-  """The weights of a piece, inside the kernel: (64 c, n) in `dtype`.
+  """Decodes the weights of a piece, in the kernel: (64 c, n) in `dtype`.
 
   Args:
     codes: (32 c, n) uint8, as `Nf4` lays them out.
@@ -102,7 +102,7 @@ def decode(
 
 
 def _gather(words, place, values):
-  """The values of the codes at a place of every word, by a lane shuffle."""
+  """Looks up the values at a place of every word, by a lane shuffle."""
   index = lax.shift_right_logical(words, 4 * place) & 15
   row = jnp.broadcast_to(values, (words.shape[0], _LANES))
   parts = [
@@ -115,7 +115,7 @@ def _gather(words, place, values):
 
 
 def _select(words, place, values):
-  """The same by selects: pairs by the lowest bit, then pairs of those."""
+  """Does the same by selects: pairs by the lowest bit, then pairs of those."""
   del values
   found: list[Any] = [jnp.float32(value) for value in NF4]
   for bit in range(4):

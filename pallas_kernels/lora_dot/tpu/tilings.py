@@ -30,7 +30,7 @@ class Tiling(NamedTuple):
 
 
 class Chip(NamedTuple):
-  """What is asked of a chip: vector memory of a core, cores, matrix unit."""
+  """A chip's limits: vector memory of a core, cores, matrix unit's side."""
 
   vmem_bytes: int
   cores: int
@@ -38,7 +38,7 @@ class Chip(NamedTuple):
 
 
 class Problem(NamedTuple):
-  """Sizes of a product and bytes of a number of x, w and y."""
+  """The sizes of a product, and bytes of a number of x, w and y."""
 
   m: int
   k: int
@@ -109,7 +109,7 @@ _ORDERS = {
 
 
 def tiling_for(chip: str, problem: Problem) -> Tiling:
-  """The tiling of the chip's table that moves fewest bytes.
+  """Returns the tiling of the chip's table that moves fewest bytes.
 
   One that does not fit the vector memory is halved, depth first, then columns
   and rows, down to 128; of few rows columns first; a whole depth is kept.
@@ -147,7 +147,7 @@ def tiling_for(chip: str, problem: Problem) -> Tiling:
 
 
 def moved_bytes(tiling: Tiling, problem: Problem) -> float:
-  """Bytes of x, w and y that blocks move between HBM and the chip.
+  """Counts the bytes of x, w and y that blocks move to and from HBM.
 
   x is read once where its depth is one block, else for every column block; w
   once where it stays or is one block, else for every row block.
@@ -168,7 +168,7 @@ def moved_bytes(tiling: Tiling, problem: Problem) -> float:
 
 
 def _first_that_fits(chip, regime, problem) -> list[Tiling]:
-  """The largest of ever smaller tilings that fits, or nothing."""
+  """Lists the largest of ever smaller tilings that fits, or nothing."""
   tiling = cut_to(TILINGS[chip][regime], problem)
   for cut in _smaller(tiling, _ORDERS[regime]):
     small = cut.bm * cut.bn * cut.bk <= _UNROLLED
@@ -181,7 +181,10 @@ def _first_that_fits(chip, regime, problem) -> list[Tiling]:
 
 
 def _resident(tiling: Tiling, problem: Problem) -> Tiling | None:
-  """The tiling with all of w in memory, if w can be cut evenly and fits."""
+  """Returns the tiling that keeps all of w in memory, or None.
+
+  None where w cannot be cut evenly or does not fit.
+  """
   if problem.k % _LANES or problem.n % _LANES:
     return None
   columns = (tiling.bn, 512, 384, 256, 128)
@@ -194,7 +197,7 @@ def _resident(tiling: Tiling, problem: Problem) -> Tiling | None:
 
 
 def cut_to(tiling: Tiling, problem: Problem) -> Tiling:
-  """Blocks no larger than the product, the depth cut evenly where possible."""
+  """Cuts blocks to the product's size, the depth evenly where possible."""
   bk = min(tiling.bk, problem.k)
   if problem.k % _LANES == 0:
     while problem.k % bk:
@@ -205,7 +208,7 @@ def cut_to(tiling: Tiling, problem: Problem) -> Tiling:
 
 
 def _smaller(tiling: Tiling, order: tuple[str, ...]) -> Iterator[Tiling]:
-  """The tiling, then ever smaller ones, each side halved in its turn."""
+  """Yields the tiling, then ever smaller ones, a side halved at a time."""
   yield tiling
   for name in order:
     size = getattr(tiling, name)
@@ -216,7 +219,7 @@ def _smaller(tiling: Tiling, order: tuple[str, ...]) -> Iterator[Tiling]:
 
 
 def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
-  """Vector memory that the kernel fills, in bytes.
+  """Counts the bytes of vector memory that the kernel fills.
 
   Blocks that come and go are held twice; rows are padded to 128 numbers and
   columns to a tile's height, as the chip stores them. What the compiler keeps
@@ -254,13 +257,14 @@ def vmem_bytes(tiling: Tiling, problem: Problem) -> int:
 
 
 def _tile(rows: int, columns: int, itemsize: float) -> int:
+  """Counts the bytes of a block as the chip stores it, padded to tiles."""
   height = int(32 / itemsize)
   up = lambda size, unit: -(-size // unit) * unit  # noqa: E731
   return int(up(rows, height) * up(columns, _LANES) * itemsize)
 
 
 def refuse_tiling(tiling: Tiling, chip: str, problem: Problem) -> str | None:
-  """Why a tiling cannot run on a chip, or None.
+  """Returns why a tiling cannot run on a chip, or None.
 
   The compiler takes a limit above the chip's memory without a word, and blocks
   that overflow a lower one only fail after minutes: both are counted here.
@@ -290,7 +294,7 @@ def refuse_tiling(tiling: Tiling, chip: str, problem: Problem) -> str | None:
 def problem_of(
   x: Any, w: Weight, r: int, transpose_w: bool, y_dtype: Any = None
 ) -> Problem:
-  """The Problem of a call; the arrays may be ShapeDtypeStructs."""
+  """Reads the Problem of a call; arrays may be ShapeDtypeStructs."""
   k, n = shape_of(w)[::-1] if transpose_w else shape_of(w)
   m = 1
   for size in x.shape[:-1]:

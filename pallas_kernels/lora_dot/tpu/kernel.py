@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The call of the Mosaic kernel: which blocks come and go, and when."""
+"""Calls the TPU kernel: which blocks come and go, and when."""
 
 import functools
 from typing import Any
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lora_dot.tilings import Tiling
-from pallas_kernels.lora_dot.tpu_block import Static, lora_block
-from pallas_kernels.lora_dot.tpu_nf4 import VALUES, whole_pieces
+from pallas_kernels.lora_dot.tpu.block import Static, lora_block
+from pallas_kernels.lora_dot.tpu.nf4 import VALUES, whole_pieces
+from pallas_kernels.lora_dot.tpu.tilings import Tiling
 from pallas_kernels.lora_dot.weights import (
   BLOCK,
   Nf4,
@@ -38,7 +38,7 @@ def lora_matmul(
   return_u: bool = False,
   y_dtype: Any = None,
 ) -> tuple[jax.Array, Any]:
-  """The product of matrices in one kernel: (y, u).
+  """Computes the product of matrices in one kernel: (y, u).
 
       u = a xᵀ,   y = x w + (g u)ᵀ b
 
@@ -98,14 +98,14 @@ def lora_matmul(
 
 
 def _padded(t, axis):
-  """The array with zeros to 8 along an axis of 1."""
+  """Pads an axis of 1 with zeros to 8."""
   pads = [(0, 0), (0, 0)]
   pads[axis] = (0, _ROWS - 1)
   return jnp.pad(t, pads)
 
 
 def _scale_of(w: Weight, transpose_w: bool):
-  """(scales as a row or None, the axis of the product they lie on)."""
+  """Returns (scales as a row or None, the product's axis they lie on)."""
   if not isinstance(w, Scaled):
     return None, ""
   by_column = w.scale.shape[0] == 1
@@ -113,7 +113,7 @@ def _scale_of(w: Weight, transpose_w: bool):
 
 
 def _type(ins, dtype, shape):
-  """A result's type; inside shard_map it varies where any operand does."""
+  """Returns a result's type: in shard_map it varies if an operand does."""
 
   def made(leaves):
     total = sum(leaf.sum().astype(jnp.float32) for leaf in leaves)
@@ -123,7 +123,7 @@ def _type(ins, dtype, shape):
 
 
 def _call(ins, outs, how, tiling, interpret):
-  """The kernel over its grid: row, column and depth blocks, depth innermost."""
+  """Runs the kernel over row, column and depth blocks, depth innermost."""
   (m, k), (r, n) = ins["x"].shape, ins["b"].shape
   bm, bn, bk = min(tiling.bm, m), min(tiling.bn, n), min(tiling.bk, k)
   grid = pl.cdiv(m, bm), pl.cdiv(n, bn), pl.cdiv(k, bk)
@@ -164,7 +164,7 @@ def _call(ins, outs, how, tiling, interpret):
 
 
 def _specs(bm, bn, bk, r, s):
-  """How the block of each operand follows the grid."""
+  """Says how the block of each operand follows the grid."""
   last, absmax = s.nk - 1, None
   w = pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))
   if s.transpose_w:
@@ -194,7 +194,7 @@ def _specs(bm, bn, bk, r, s):
 
 
 def _nf4_specs(w, s):
-  """Those of an nf4 matrix's codes and magnitudes, from its block's own."""
+  """Says how codes and magnitudes of an nf4 matrix follow the grid."""
   rows, columns = w.block_shape
   last = s.nj - 1
 
@@ -212,7 +212,7 @@ def _nf4_specs(w, s):
 
 
 def _scratch(ins, outs, bm, bn, bk, s):
-  """Memory that lasts through the grid."""
+  """Lists the memory that lasts through the grid."""
   shapes = {}
   if s.nk > 1 or (s.piece and not s.resident):
     shapes["acc"] = pltpu.VMEM((bm, bn), jnp.float32)
@@ -228,7 +228,7 @@ def _scratch(ins, outs, bm, bn, bk, s):
 
 
 def _cost(ins, outs, grid, tiling):
-  """Operations, and bytes with what is read again."""
+  """Counts operations, and bytes with what is read again."""
   (m, k), (r, n) = ins["x"].shape, ins["b"].shape
   times = {
     "x": 1 if grid[2] == 1 else grid[1],

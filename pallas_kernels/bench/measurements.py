@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One compiled program in numbers, and the time of programs on this CPU."""
+"""Puts one compiled program into numbers, and times programs on this CPU."""
 
 import functools
 import statistics
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.aot.chips import CHIPS, Chip, bound, memory_cycles
 from pallas_kernels.aot.compiling import Compiled, compile_apart
 from pallas_kernels.aot.schedules import moves
-from pallas_kernels.programs import (
+from pallas_kernels.bench.programs import (
   FORWARD,
   STEP,
   Sizes,
@@ -26,7 +26,7 @@ from pallas_kernels.programs import (
 
 
 class Row(NamedTuple):
-  """A program compiled for one device of a chip; nothing in it was timed.
+  """The numbers of a program compiled for a chip; nothing was timed.
 
   moved: HBM bytes counted from the schedule; least: of every array once.
   vmem: bytes the kernel's blocks fill, 0 without a kernel.
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def _paced(found: Compiled, chip: Chip) -> float | None:
-  """Cycles, each instruction at least as long as its bytes take.
+  """Sums the cycles, each instruction at least as long as its bytes take.
 
   Asynchronous copies have no cycles of their own: they count as hidden.
   """
@@ -69,6 +69,7 @@ def _paced(found: Compiled, chip: Chip) -> float | None:
 
 
 def _moves_of(found):
+  """Returns what a program's instructions move; none if it was refused."""
   return [] if found.refused else moves(found.text, found.pipelines)
 
 
@@ -76,7 +77,7 @@ def _moves_of(found):
 def measure_program(
   name: str, step: bool, chip: str, sizes: Sizes, *, cycles: bool = False
 ) -> Row:
-  """A program compiled in its own process, and what its schedule says.
+  """Compiles a program in a process of its own and reads its schedule.
 
   Args:
     name: a key of `FORWARD`, or of `STEP`.
@@ -120,12 +121,12 @@ class Ratio(NamedTuple):
 
   @property
   def allowed(self) -> float:
-    """The goal: 1.1 times the share of the operations."""
+    """The most that keeps the goal: 1.1 times the share of operations."""
     return 1.1 * self.share
 
 
 def _times(functions: Sequence[Callable], repeats: int) -> list[list[float]]:
-  """Seconds of each, in turns, so that a busy machine is busy for all."""
+  """Times each function in turns, so that a busy machine is busy for all."""
   times: list[list[float]] = [[] for _ in functions]
   for _ in range(repeats):
     for function, kept in zip(functions, times, strict=True):
@@ -136,7 +137,7 @@ def _times(functions: Sequence[Callable], repeats: int) -> list[list[float]]:
 
 
 def measure_cpu(sizes: Sizes, repeats: int = 21) -> Ratio:
-  """Time of the XLA implementation over the base product's, float32.
+  """Times XLA's implementation and the base product in turns, float32.
 
   Args:
     sizes: of the layer.

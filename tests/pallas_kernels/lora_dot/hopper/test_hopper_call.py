@@ -16,8 +16,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.lora_dot import Scaled, gpu
-from pallas_kernels.lora_dot.hopper import HopperTiling
+from pallas_kernels.lora_dot import Scaled
+from pallas_kernels.lora_dot.hopper import call
+from pallas_kernels.lora_dot.hopper.kernel import HopperTiling
 from pallas_kernels.lora_dot.xla import xla_dot
 from tests.pallas_kernels.lora_dot.products import (
   Case,
@@ -30,7 +31,7 @@ from tests.pallas_kernels.lora_dot.products import error as relative
 
 PARAMETERS = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 TWO = HopperTiling(stages=3, paired=False, multiprocessors=2)
-interpreted = functools.partial(gpu.gpu_dot, tiling=TWO, interpret=PARAMETERS)
+interpreted = functools.partial(call.gpu_dot, tiling=TWO, interpret=PARAMETERS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +48,10 @@ def _plain_kernel(monkeypatch):
     y = jnp.matmul(x, w, **wide) + jnp.matmul(u, b, **wide)
     return y.astype(x.dtype)
 
-  monkeypatch.setattr(gpu, "hopper_matmul", product)
-  gpu._batched.cache_clear()
+  monkeypatch.setattr(call, "hopper_matmul", product)
+  call._batched.cache_clear()
   yield
-  gpu._batched.cache_clear()
+  call._batched.cache_clear()
 
 
 def draw(key, m, k, n, r, dtype=jnp.bfloat16, lead=()):
@@ -111,7 +112,7 @@ def test_value_and_gradients_round_the_kernel(case):
   arrays, dy = operands(case, jnp.bfloat16)
   wanted = truth(arrays, dy, case.transpose_w)
   plain = measure(xla_dot, arrays, dy, case.transpose_w)
-  found = measure(gpu.gpu_dot, arrays, dy, case.transpose_w)
+  found = measure(call.gpu_dot, arrays, dy, case.transpose_w)
   assert found.keys() == wanted.keys()
   for name in wanted:
     off = relative(found[name], wanted[name])
@@ -128,7 +129,7 @@ def test_batches(axes):
     sets[0][i] if axis is None else jnp.stack([s[i] for s in sets])
     for i, axis in enumerate(axes)
   ]
-  found = jax.vmap(gpu.gpu_dot, in_axes=axes)(*batch)
+  found = jax.vmap(call.gpu_dot, in_axes=axes)(*batch)
   wanted = jax.vmap(xla_dot, in_axes=axes)(*batch)
   np.testing.assert_allclose(
     found.astype("float32"), wanted.astype("float32"), rtol=0.02, atol=0.5
@@ -156,10 +157,10 @@ def test_what_it_does_not_take_is_refused_with_the_reason(
   arguments, options, reason
 ):
   if not options:
-    assert re.search(reason, gpu.refuse_gpu(*arguments[:3]) or "")
+    assert re.search(reason, call.refuse_gpu(*arguments[:3]) or "")
   with pytest.raises(ValueError, match=reason):
-    gpu.gpu_dot(*arguments, **options)
+    call.gpu_dot(*arguments, **options)
 
 
 def test_what_it_takes_is_not_refused():
-  assert gpu.refuse_gpu(X, W, A) is None
+  assert call.refuse_gpu(X, W, A) is None

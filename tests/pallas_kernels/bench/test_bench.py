@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, measurements, programs, shapes
 from pallas_kernels.aot.compiling import Compiled
-from pallas_kernels.programs import FORWARD, STEP, Sizes
+from pallas_kernels.bench import __main__ as bench
+from pallas_kernels.bench import measurements, programs, shapes
+from pallas_kernels.bench.programs import FORWARD, STEP, Sizes
 
 SIZES = Sizes(64, 256, 128, 8)
 TILE = "{1,0:T(8,128)(2,1)}"

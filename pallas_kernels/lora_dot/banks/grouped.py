@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters, rows sorted by adapter, so that each row meets its own alone.
+"""Many adapters, rows sorted by adapter: for many rows and many adapters.
 
     y_i = x_i w + ((x_i a_cᵀ) g_i) b_c,    c = ids_i
 
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.lora_dot.banks import check_many, slots_of
+from pallas_kernels.lora_dot.banks.bank import check_many, slots_of
 from pallas_kernels.lora_dot.partitioning import vary_alike
 from pallas_kernels.lora_dot.weights import Weight, times_base
 
 
 def _ragged(left, right, grouped):
-  """How rows, sorted by group, meet the group's matrix or each other."""
+  """Says along which axes sorted rows meet their group's matrix."""
   return lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((left,), (right,)), ((), ())),
     lhs_ragged_dimensions=[0],
@@ -45,7 +45,7 @@ def grouped_dot(
   transpose_w: bool = False,
   ascending: bool = False,
 ) -> jax.Array:
-  """Rows times a matrix, each with its adapters, (..., K) -> (..., N).
+  """Computes `lora_dot_many` by sorting the rows by adapter.
 
       y_i = x_i w + ((x_i a_cᵀ) g_i) b_c,    c = ids_i
 
@@ -97,12 +97,15 @@ def grouped_dot(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _change(ascending, x, a, b, ids, weights):
-  """Σ_s ((x aᵀ) g) b of each row, (m, N); ids (m, s), weights (m, s, r)."""
+  """Sums ((x aᵀ) g) b over the s adapters of each row, (m, N).
+
+  The ids are (m, s), the weights (m, s, r).
+  """
   return _batched(_forward, ascending)(x, a, b, ids, weights)[0]
 
 
 class _Order(NamedTuple):
-  """Rows by adapter: their places, the way back, and how many each has."""
+  """The order of rows by adapter, the way back, and rows of each adapter."""
 
   places: jax.Array | None
   back: jax.Array | None
@@ -110,6 +113,7 @@ class _Order(NamedTuple):
 
 
 def _sort(ids, adapters, ascending):
+  """Sorts the rows by adapter, unless they are, and counts those of each."""
   ids = ids.reshape(-1)
   sizes = jnp.bincount(ids, length=adapters).astype(jnp.int32)
   if ascending:
@@ -119,12 +123,12 @@ def _sort(ids, adapters, ascending):
 
 
 def _spread(rows, order, several):
-  """Each row as often as it has adapters, by adapter."""
+  """Repeats each row as often as it has adapters, in order of adapters."""
   return rows if order.places is None else rows[order.places // several]
 
 
 def _collect(rows, order, several):
-  """The sum over the adapters of each row, in the first order."""
+  """Sums over the adapters of each row, back in the first order."""
   if order.back is None:
     return rows
   rows = rows[order.back]
@@ -132,22 +136,27 @@ def _collect(rows, order, several):
 
 
 def _product(left, right, order, dimensions):
+  """Multiplies sorted rows by their group's matrix, summed in float32."""
   return lax.ragged_dot_general(
     left, right, order.sizes, dimensions, preferred_element_type=jnp.float32
   )
 
 
 def _flat(weights):
+  """Joins all axes but the last."""
   return weights.reshape(-1, weights.shape[-1])
 
 
 def _weighed(u, g, dtype):
-  """The product u g; exactly zero where g is, whatever u."""
+  """Multiplies u by g, exactly zero where g is, whatever u."""
   return jnp.where(g == 0, 0.0, u * g).astype(dtype)
 
 
 def _forward(ascending, x, a, b, ids, weights):
-  """(change, u) in the rows' first order; u has a row for each adapter."""
+  """Computes (change, u) in the rows' first order.
+
+  u has a row for each adapter of a row.
+  """
   several = ids.shape[1]
   order = _sort(ids, a.shape[0], ascending)
   rows = _spread(x, order, several)
@@ -161,7 +170,7 @@ def _forward(ascending, x, a, b, ids, weights):
 
 
 def _backward(ascending, x, a, b, ids, weights, u, dy):
-  """(dx, da, db, dweights): those of gradients.py, adapter by adapter."""
+  """Computes (dx, da, db, dweights) as gradients.py does, by adapter."""
   several = ids.shape[1]
   order = _sort(ids, a.shape[0], ascending)
   rows, dy = _spread(x, order, several), _spread(dy, order, several)
@@ -182,7 +191,7 @@ def _backward(ascending, x, a, b, ids, weights, u, dy):
 
 @functools.cache
 def _batched(run: Callable, ascending: bool) -> Callable:
-  """`run` with a rule for vmap, which the ragged product lacks."""
+  """Returns `run` with a rule for vmap, which the ragged product lacks."""
   alone = functools.partial(run, ascending)
   call = custom_vmap(alone)
 
@@ -200,12 +209,13 @@ def _batched(run: Callable, ascending: bool) -> Callable:
 
 
 def _one_of(i, batched, operands):
+  """Takes element i of the operands that have a batch."""
   pairs = zip(batched, operands, strict=True)
   return [t[i] if many else t for many, t in pairs]
 
 
 def _as_rows(call, size, batched, operands):
-  """The forward pass with the batch as rows: each adapter is read once."""
+  """Runs forward with the batch as rows, so each adapter is read once."""
   x, a, b, ids, weights = (
     t if many or i in (1, 2) else jnp.broadcast_to(t, (size, *t.shape))
     for i, (many, t) in enumerate(zip(batched, operands, strict=True))
@@ -216,11 +226,13 @@ def _as_rows(call, size, batched, operands):
 
 
 def _keep(ascending, x, a, b, ids, weights):
+  """Runs forward and keeps what the gradients need."""
   change, u = _batched(_forward, ascending)(x, a, b, ids, weights)
   return change, (x, a, b, ids, weights, u)
 
 
 def _pull(ascending, kept, dy):
+  """Computes the gradients from what was kept; ids have none."""
   dx, da, db, dweights = _batched(_backward, ascending)(*kept, dy)
   return dx, da, db, None, dweights
 

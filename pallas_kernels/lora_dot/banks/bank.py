@@ -19,7 +19,7 @@ from pallas_kernels.lora_dot.weights import Weight
 
 
 class Bank(NamedTuple):
-  """Adapters of one weight, side by side.
+  """The adapters of one weight, stacked.
 
   a: (n, r, K), the rows with which each reads x.
   b: (n, r, N), the rows that each writes, its scale multiplied in.
@@ -30,7 +30,7 @@ class Bank(NamedTuple):
 
 
 def empty_bank(adapters: int, r: int, k: int, n: int, dtype: Any) -> Bank:
-  """A bank of adapters that change nothing.
+  """Makes a bank of adapters that change nothing.
 
   Args:
     adapters: how many places it has.
@@ -54,7 +54,7 @@ def empty_bank(adapters: int, r: int, k: int, n: int, dtype: Any) -> Bank:
 def put_adapter(
   bank: Bank, place: int, a: jax.Array, b: jax.Array, scale: float = 1.0
 ) -> Bank:
-  """The bank with one adapter in the place of another.
+  """Returns the bank with one adapter in the place of another.
 
   Args:
     bank: of n adapters.
@@ -94,7 +94,7 @@ def put_adapter(
 
 
 def check_ids(ids: Any, adapters: int) -> jax.Array:
-  """The ids as int32, each of them -1 or an adapter's; on the host.
+  """Returns the ids as int32; raises unless each is -1 or an adapter's.
 
   Args:
     ids: integers of any shape, known here and now.
@@ -171,7 +171,7 @@ def check_many(
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-  """Whether a shape broadcasts to another."""
+  """Returns whether a shape broadcasts to another."""
   if len(shape) > len(wanted):
     return False
   tail = wanted[len(wanted) - len(shape) :]
@@ -179,7 +179,7 @@ def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
 
 
 class Slots(NamedTuple):
-  """What every row takes.
+  """The adapters that every row takes, and how much of each.
 
   ids: (..., s) int32, each an adapter's: those of no adapter are turned into
     some adapter's, and weigh nothing.
@@ -194,7 +194,7 @@ class Slots(NamedTuple):
 def slots_of(
   ids: jax.Array, gate: jax.Array | None, lead: tuple[int, ...], adapters: int
 ) -> Slots:
-  """Ids and gate with one shape whatever was given.
+  """Brings ids and gate, in whatever form given, to one shape.
 
   Args:
     ids: (...) or (..., s), -1 for none; sizes may be 1.

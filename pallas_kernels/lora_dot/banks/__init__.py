@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters in one batch: each row takes its own."""
