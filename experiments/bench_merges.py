@@ -17,7 +17,7 @@ import yaml
 from experiments import pairs
 from experiments.processes import measure
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.merging.arrays.inputs import read
+from jlora.merging.arrays.inputs import read_inputs
 from jlora.merging.arrays.sparsifiers import match_l1
 from jlora.merging.arrays.task_vectors import merge_task_vectors
 
@@ -227,7 +227,7 @@ class Bench:
       change = own[name] - under[name]
       assert not change.any() or 0.3 < kept[change != 0].mean() < 0.5, name
       stack = jnp.asarray(own[name])[None]
-      given = read("dare", stack, [0.7], under[name])
+      given = read_inputs("dare", stack, [0.7], under[name])
       ours[name] = np.asarray(
         merge_task_vectors(
           given,

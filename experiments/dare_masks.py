@@ -26,7 +26,7 @@ from experiments import pairs
 from experiments.bench_merges import difference_of
 from experiments.processes import measure
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.merging.arrays.inputs import read
+from jlora.merging.arrays.inputs import read_inputs
 from jlora.merging.arrays.task_vectors import merge_task_vectors
 from jlora.merging.checkpoints.mergekit import FORMS
 
@@ -82,7 +82,7 @@ def merge_masked(
     del key
     return rescale(delta, jnp.where(kept[index.astype(int)], delta, 0.0), None)
 
-  given = read(method, jnp.asarray(np.stack(tuned)), WEIGHTS, base)
+  given = read_inputs(method, jnp.asarray(np.stack(tuned)), WEIGHTS, base)
   numbered = np.arange(len(tuned))  # a model's amount says which mask
   merged = merge_task_vectors(
     given, sparsify=sparsify, amounts=numbered, **options

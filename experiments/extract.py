@@ -106,7 +106,7 @@ _FACTORS = {
 _VOCABULARIES = {
   "whole": jlora.pairing.keep_whole,
   "common": jlora.pairing.common_rows,
-  "error": jlora.pairing.refuse,
+  "error": jlora.pairing.same_rows,
 }
 _POLICIES: dict[str, Callable[[jlora.ranks.Spectra], dict[str, int]] | None] = {
   "fixed": None,
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
 def _run(argv: list[str]) -> None:
   keep_compilations(_CACHE.value)
   process = clusters.join()
-  processes.check_same({flag.name: flag.value for flag in _SHARED})
+  processes.check_same_facts({flag.name: flag.value for flag in _SHARED})
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
   report = jlora.extract_checkpoint(

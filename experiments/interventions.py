@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jlora.models import Model
 from jlora.models.attention import WHOLE, turns
 from jlora.models.decoder import Layer
-from jlora.models.layers import norm
+from jlora.models.layers import rms_norm
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -69,7 +69,7 @@ def go_on(model: Model, layer: int, params: Any, stream: jax.Array) -> Any:
   for i in range(layer + 1, shape.layers):
     variables = {"params": params["layers"][str(i)]}
     stream = Layer(shape).apply(variables, stream, angles, WHOLE)  # pyright: ignore
-  return norm(shape, "norm").apply({"params": params["norm"]}, stream)
+  return rms_norm(shape, "norm").apply({"params": params["norm"]}, stream)
 
 
 def to_logits(model: Model, params: Any, normed: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ _CACHE = flags.DEFINE_string(
 )
 
 _VOCABULARIES = {
-  "error": jlora.pairing.refuse,
+  "error": jlora.pairing.same_rows,
   "common": jlora.pairing.common_rows,
   "whole": jlora.pairing.keep_whole,
 }

@@ -28,7 +28,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from jlora.adapting.banks import stack as stack
+  from jlora.adapting.banks import make_bank as make_bank
   from jlora.adapting.binding import bind as bind
   from jlora.adapting.programs import Branch as Branch
   from jlora.adapting.programs import Rows as Rows
@@ -83,7 +83,7 @@ _HOMES = {
   "save_merged": "checkpoints.merged",
   "save_peft": "formats.peft.writing",
   "score": "evaluation.outputs",
-  "stack": "adapting.banks",
+  "make_bank": "adapting.banks",
   "train": "training.trainer",
 }
 
@@ -136,7 +136,7 @@ __all__ = [
   "save_merged",
   "save_peft",
   "score",
-  "stack",
+  "make_bank",
   "train",
 ]
 

@@ -72,11 +72,11 @@ def unflatten(
   """
   paths, tree = jax.tree_util.tree_flatten_with_path(like, is_leaf)
   names = [_name(path) for path, _ in paths]
-  check_same(names, flat, "the tree", "the given leaves")
+  check_same_paths(names, flat, "the tree", "the given leaves")
   return jax.tree_util.tree_unflatten(tree, [flat[name] for name in names])
 
 
-def check_same(
+def check_same_paths(
   left: Iterable[str], right: Iterable[str], left_name: str, right_name: str
 ) -> None:
   """Nothing, if two collections of paths are the same.
@@ -91,7 +91,7 @@ def check_same(
     ValueError: which paths only one side has, up to three of each.
 
   Example:
-    >>> check_same(["w"], ["w", "v"], "base", "finetuned")
+    >>> check_same_paths(["w"], ["w", "v"], "base", "finetuned")
     Traceback (most recent call last):
     ...
     ValueError: Paths differ: only in finetuned: v.

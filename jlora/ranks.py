@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.messages import name_some
-from jlora.paths import check_same
+from jlora.paths import check_same_paths
 
 
 def fixed(
@@ -238,7 +238,7 @@ def _numbers(
   spectra: Mapping[str, Any], values: Mapping[str, Any], name: str
 ) -> dict[str, np.ndarray]:
   """The values that go with the spectra, float64, if they do."""
-  check_same(spectra, values, "spectra", name)
+  check_same_paths(spectra, values, "spectra", name)
   numbers = {path: np.asarray(values[path], np.float64) for path in spectra}
   wrong = [
     f"{path}: {number}"

@@ -16,7 +16,7 @@ from jlora.loras import Lora
 from jlora.messages import name_some
 from jlora.numerics.meshes import entries_of, sharding_of
 from jlora.paths import first_match, flatten
-from jlora.views import MatrixView, Rule, table_for, view_of
+from jlora.views import MatrixView, ViewRule, table_for, view_of
 
 Rules = Iterable[tuple[str, PartitionSpec]]
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -186,7 +186,7 @@ def adapter_shardings(
   params: Any,
   loras: Mapping[str, Lora],
   *,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
 ) -> dict[str, Lora]:
   """Where adapters lie, from where the parameters they belong to lie.
 

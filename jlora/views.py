@@ -51,7 +51,7 @@ class MatrixView:
     return self.outputs < self.inputs
 
 
-Rule = tuple[str, int, MatrixView]
+ViewRule = tuple[str, int, MatrixView]
 
 KERNEL = MatrixView()
 LINEAR = MatrixView(inputs=(1,), outputs=(0,))
@@ -61,7 +61,7 @@ EXPERTS_OUT_IN = MatrixView(batch=(0,), inputs=(2,), outputs=(1,))
 STACKED = MatrixView(batch=(0,), inputs=(1,), outputs=(2,))
 
 # Flax, Haiku, NNX and plain JAX: kernels are (in, out). First match wins.
-FLAX_VIEWS: tuple[Rule, ...] = (
+FLAX_VIEWS: tuple[ViewRule, ...] = (
   (r"(.*/)?(bias|scale|b|g|mean|var|gamma|beta)", 2,
    MatrixView((0, 1), (), ())),
   (r".*conv[^/]*/kernel", 3, MatrixView(inputs=(0, 1), outputs=(2,))),
@@ -85,7 +85,7 @@ FLAX_VIEWS: tuple[Rule, ...] = (
 
 # PyTorch checkpoints: weights are (out, in). Tables of rows by token are read
 # as (token, feature), PEFT's own convention for embeddings.
-TORCH_VIEWS: tuple[Rule, ...] = (
+TORCH_VIEWS: tuple[ViewRule, ...] = (
   (r".*(embed_tokens|wte|wpe|word_embeddings|position_embeddings"
    r"|token_type_embeddings|embeddings|embedding|tok_embeddings|embed"
    r"|embed_positions|shared)\.weight", 2, KERNEL),
@@ -98,19 +98,19 @@ TORCH_VIEWS: tuple[Rule, ...] = (
 )  # fmt: skip
 
 # GPT-2's Conv1D keeps (in, out).
-GPT2_VIEWS: tuple[Rule, ...] = (
+GPT2_VIEWS: tuple[ViewRule, ...] = (
   (r".*\.(c_attn|c_proj|c_fc|q_attn)\.weight", 2, KERNEL),
   *TORCH_VIEWS,
 )
 
 # Fused experts that keep (expert, in, out).
-EXPERTS_IN_OUT_VIEWS: tuple[Rule, ...] = (
+EXPERTS_IN_OUT_VIEWS: tuple[ViewRule, ...] = (
   (r".*experts\.(gate_up_proj|down_proj)", 3, STACKED),
   *TORCH_VIEWS,
 )
 
 # Which table a checkpoint's config.json asks for, by `model_type`.
-VIEWS_OF_MODEL: dict[str, tuple[Rule, ...]] = {
+VIEWS_OF_MODEL: dict[str, tuple[ViewRule, ...]] = {
   "gpt2": GPT2_VIEWS,
   "openai-gpt": GPT2_VIEWS,
   "gpt_oss": EXPERTS_IN_OUT_VIEWS,
@@ -120,7 +120,7 @@ VIEWS_OF_MODEL: dict[str, tuple[Rule, ...]] = {
 
 
 def view_of(
-  path: str, shape: tuple[int, ...], table: Iterable[Rule]
+  path: str, shape: tuple[int, ...], table: Iterable[ViewRule]
 ) -> MatrixView | None:
   """The view of a parameter by the first rule that fits, or None.
 

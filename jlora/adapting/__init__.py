@@ -8,7 +8,7 @@
 """
 
 from jlora.adapting.adapted import Adapted as Adapted
-from jlora.adapting.banks import stack as stack
+from jlora.adapting.banks import make_bank as make_bank
 from jlora.adapting.binding import bind as bind
 from jlora.adapting.programs import Branch as Branch
 from jlora.adapting.programs import Rows as Rows
@@ -30,5 +30,5 @@ __all__ = [
   "bind",
   "lora_dot",
   "prepend",
-  "stack",
+  "make_bank",
 ]

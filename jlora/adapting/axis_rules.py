@@ -17,7 +17,7 @@ from jax import lax
 
 from jlora.adapting.adapted import Adapted, Change, is_adapted, over_lead
 
-Rule = Callable[[Sequence[Any], dict[str, Any]], Any]
+PrimitiveRule = Callable[[Sequence[Any], dict[str, Any]], Any]
 
 
 def _axes(value: Adapted, function, factor_function=None) -> Adapted:
@@ -292,7 +292,7 @@ def _barrier(operands, params):
 
 
 # Primitive's name -> rule.
-AXIS_RULES: dict[str, Rule] = {
+AXIS_RULES: dict[str, PrimitiveRule] = {
   "transpose": _transpose,
   "squeeze": _squeeze,
   "broadcast_in_dim": _broadcast_in_dim,

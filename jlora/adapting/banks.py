@@ -13,7 +13,7 @@ from jlora.loras import Lora, Loras, check_loras
 from jlora.messages import name_some
 
 
-def stack(
+def make_bank(
   adapters: Sequence[Mapping[str, Lora]], *, rank: int | None = None
 ) -> Loras:
   """Adapters as one bank, whose Loras have a leading axis that counts them.
@@ -37,7 +37,7 @@ def stack(
   Example:
     >>> one = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(1))
     >>> two = Lora(jnp.ones((2, 3)), jnp.ones((2, 2)), jnp.float32(1))
-    >>> bank = stack([{"q": one}, {"q": two, "k": one}])
+    >>> bank = make_bank([{"q": one}, {"q": two, "k": one}])
     >>> bank["q"].a.shape, bank["k"].scale.tolist()
     ((2, 2, 3), [0.0, 1.0])
   """

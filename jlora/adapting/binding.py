@@ -14,13 +14,13 @@ from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
 from jlora.paths import flatten, key_for, unflatten
 from jlora.selection import is_floating
-from jlora.views import MatrixView, Rule, table_for, view_of
+from jlora.views import MatrixView, ViewRule, table_for, view_of
 
 Program = Lora | Rows | Shift | Branch
 Programs = Mapping[str, Program]
 
 
-class Placed(NamedTuple):
+class BoundPrograms(NamedTuple):
   """Which programs a parameter has, and how it is read as a matrix.
 
   Attributes:
@@ -42,7 +42,7 @@ def bind(
   ids: Any = None,
   batch: int = 1,
   dropout: tuple[float, jax.Array] | None = None,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
 ) -> Any:
   """Parameters with programs on them, for a function that `adapt` wrapped.
 
@@ -82,7 +82,7 @@ def bind(
       f"ids choose from one bank, got {len(programs)} sets of programs; make "
       "one of them with stack."
     )
-  flat, found, how = place(
+  flat, found, how = attach(
     params, programs, None if is_bank else weights, views, is_bank=is_bank
   )
   for path, own in found.items():
@@ -105,14 +105,14 @@ def bind(
   return unflatten(flat, params, is_adapted)
 
 
-def place(
+def attach(
   params: Any,
   programs: Programs | Sequence[Programs],
   weights: Any = None,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
   *,
   is_bank: bool = False,
-) -> Placed:
+) -> BoundPrograms:
   """Programs by the parameter they belong to, checked.
 
   Args:
@@ -130,7 +130,7 @@ def place(
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
-    >>> list(place({"w": jnp.zeros((3, 2))}, {"w": lora}).programs)
+    >>> list(attach({"w": jnp.zeros((3, 2))}, {"w": lora}).programs)
     ['w']
   """
   sets = [programs] if isinstance(programs, Mapping) else list(programs)
@@ -167,7 +167,7 @@ def place(
       "matrix."
     )
   seen = {path: view for path, view in how.items() if view is not None}
-  return Placed(flat, found, seen)
+  return BoundPrograms(flat, found, seen)
 
 
 def _said(program: Program) -> str:

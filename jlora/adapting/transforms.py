@@ -16,13 +16,13 @@ from etils import epy
 from jax.core import Tracer
 
 from jlora.adapting.adapted import Adapted, dense_sum, is_adapted
-from jlora.adapting.binding import Programs, bind, place
+from jlora.adapting.binding import Programs, attach, bind
 from jlora.adapting.interpreter import evaluate
 from jlora.adapting.programs import Shift
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
 from jlora.paths import unflatten
-from jlora.views import Rule, as_parameter
+from jlora.views import ViewRule, as_parameter
 
 with epy.lazy_imports():  # a quarter of a second
   from pallas_kernels import lora_dot as kernels
@@ -33,7 +33,7 @@ def apply(
   loras: Programs | Sequence[Programs],
   weights: Sequence[Any] | None = None,
   *,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
 ) -> Any:
   """Parameters plus the changes of adapters.
 
@@ -65,7 +65,7 @@ def apply(
     >>> apply(params, [{"w": lora}, {"w": lora}], [1.0, -1.0])["w"].sum()
     Array(0, dtype=bfloat16)
   """
-  flat, found, views_of = place(params, loras, weights, views)
+  flat, found, views_of = attach(params, loras, weights, views)
 
   def summed(path, own):
     leaf = flat[path]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epy
 
-from jlora.alignment.layouts import Factor, Layout, Place
+from jlora.alignment.layouts import Factor, Place, UnitLayout
 from jlora.alignment.permutations import Permutations
 from jlora.numerics.backends import library_of
 
@@ -83,7 +83,7 @@ def solve(scores: Any, tol: float = 0.0) -> tuple[np.ndarray, float]:
 def tensors_of(
   left: Mapping[str, Any],
   right: Mapping[str, Any],
-  layout: Layout,
+  layout: UnitLayout,
   root: str,
   inner: Sequence[str],
   paths: Sequence[str],

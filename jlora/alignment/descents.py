@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jlora.alignment.assignments import Matched, match_family, tensors_of
-from jlora.alignment.layouts import Layout, lay_out, length
+from jlora.alignment.layouts import UnitLayout, lay_out_units, length
 from jlora.alignment.permutations import (
   Permutations,
   compose,
@@ -18,13 +18,13 @@ from jlora.alignment.permutations import (
 from jlora.alignment.symmetries import Symmetry
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of, words_of
-from jlora.paths import check_same
+from jlora.paths import check_same_paths
 
 
 def descend(
   left: Mapping[str, Any],
   right: Mapping[str, Any],
-  layout: Layout,
+  layout: UnitLayout,
   found: Permutations,
   key: Any,
   sweeps: int,
@@ -53,7 +53,7 @@ def descend(
     for root, inner in layout.families().items()
     if (paths := _touched(layout, {root, *inner}))
   }
-  right, scores = dict(right), [score(left, right)]
+  right, scores = dict(right), [inner_product(left, right)]
   rng = np.random.default_rng(words_of(key))
   order = _anchored_first(layout, families)
   for _ in range(sweeps):
@@ -68,7 +68,7 @@ def descend(
         )
         found = compose({**identity(layout), **step.permutations}, found,
                         layout)  # fmt: skip
-    scores.append(score(left, right))
+    scores.append(inner_product(left, right))
     if not gained:
       break
     order = [str(name) for name in rng.permutation(order)]
@@ -81,7 +81,7 @@ def _match(left, right, layout, root, inner, paths, tol) -> Matched:
   return match_family(pairs, root, inner, sizes, tol)
 
 
-def _anchored_first(layout: Layout, families) -> list[str]:
+def _anchored_first(layout: UnitLayout, families) -> list[str]:
   """Permutations by how many numbers they alone permute, many first.
 
   With the others still in disorder, these are what there is to go by.
@@ -97,7 +97,7 @@ def _anchored_first(layout: Layout, families) -> list[str]:
   return sorted(families, key=lambda root: -alone[root])
 
 
-def _touched(layout: Layout, names: set[str]) -> list[str]:
+def _touched(layout: UnitLayout, names: set[str]) -> list[str]:
   return [p for p, place in layout.places.items() if place.names() & names]
 
 
@@ -108,7 +108,7 @@ def _dot(x, y) -> float:
   return float(library_of(x).vdot(x, y, precision="highest"))
 
 
-def score(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+def inner_product(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
   """The inner product of two sets of arrays.
 
   Args:
@@ -119,7 +119,7 @@ def score(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     Float; sums within an array are float32.
 
   Example:
-    >>> score({"w": np.ones(3)}, {"w": np.ones(3)})
+    >>> inner_product({"w": np.ones(3)}, {"w": np.ones(3)})
     3.0
   """
   return sum((_dot(left[path], right[path]) for path in left), 0.0)
@@ -127,7 +127,7 @@ def score(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
 
 def layout_of_pair(
   left: Mapping[str, Any], right: Mapping[str, Any], symmetry: Symmetry
-) -> Layout:
+) -> UnitLayout:
   """The layout of two networks, if they are alike and finite.
 
   Args:
@@ -139,14 +139,14 @@ def layout_of_pair(
     Layout.
 
   Raises:
-    ValueError: paths or shapes differ, NaN or infinity, or as `lay_out`.
+    ValueError: paths or shapes differ, NaN or infinity, or as `lay_out_units`.
 
   Example:
     >>> layout_of_pair({}, {}, Symmetry(()))
     Layout(places={}, sizes={}, outer={})
   """
   check_alike(left, right)
-  return lay_out(symmetry, left)
+  return lay_out_units(symmetry, left)
 
 
 def check_alike(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def check_alike(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     ValueError: 1 shapes differ: w (2,) and (3,). Units can be matched only
     one to one.
   """
-  check_same(left, right, "a", "b")
+  check_same_paths(left, right, "a", "b")
   wrong = [
     f"{path} {left[path].shape} and {right[path].shape}"
     for path in left

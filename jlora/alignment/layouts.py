@@ -25,8 +25,8 @@ class Factor(NamedTuple):
   size: int
 
 
-Part = tuple[Factor, ...]
-Axis = tuple[Part, ...]
+AxisPart = tuple[Factor, ...]
+Axis = tuple[AxisPart, ...]
 
 
 def length(axis: Axis) -> int:
@@ -170,7 +170,7 @@ class Place(NamedTuple):
     return (found | {self.stack}) - {FIXED, ""}
 
 
-class Layout(NamedTuple):
+class UnitLayout(NamedTuple):
   """A symmetry laid over the parameters of one network.
 
   Attributes:
@@ -192,7 +192,7 @@ class Layout(NamedTuple):
     }
 
 
-def lay_out(symmetry: Symmetry, shapes: Mapping[str, Any]) -> Layout:
+def lay_out_units(symmetry: Symmetry, shapes: Mapping[str, Any]) -> UnitLayout:
   """Which permutation acts on which axis of which parameter, and its size.
 
   Args:
@@ -211,7 +211,7 @@ def lay_out(symmetry: Symmetry, shapes: Mapping[str, Any]) -> Layout:
     >>> import numpy as np
     >>> from jlora.alignment.symmetries import chain
     >>> w = {"in/kernel": np.ones((3, 5)), "out/kernel": np.ones((5, 2))}
-    >>> lay_out(chain(["in", "out"]), w).sizes
+    >>> lay_out_units(chain(["in", "out"]), w).sizes
     {'unit.0': 5}
   """
   found, lost = {}, []
@@ -242,7 +242,7 @@ def lay_out(symmetry: Symmetry, shapes: Mapping[str, Any]) -> Layout:
     )
     for path, (axes, stack, index, key) in found.items()
   }
-  return Layout(places, sizes, outer)
+  return UnitLayout(places, sizes, outer)
 
 
 def _read(rows: Iterable[Row], path: str, count: int):

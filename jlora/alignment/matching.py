@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora.alignment.descents import check_alike, descend, layout_of_pair, score
-from jlora.alignment.layouts import Factor, Layout, Place, lay_out
+from jlora.alignment.descents import (
+  check_alike,
+  descend,
+  inner_product,
+  layout_of_pair,
+)
+from jlora.alignment.layouts import Factor, Place, UnitLayout, lay_out_units
 from jlora.alignment.permutations import (
   Permutations,
   check_permutations,
@@ -83,7 +88,7 @@ def match_weights(
     only (n, n) scores reach the host.
 
   Raises:
-    ValueError: paths or shapes differ, NaN or infinity, as `lay_out`.
+    ValueError: paths or shapes differ, NaN or infinity, as `lay_out_units`.
 
   Warns:
     UserWarning: the networks are aligned already, or have one base.
@@ -153,7 +158,7 @@ def match_activations(
     Ainsworth et al. (2022), section 3.1; Li et al. (2015).
   """
   shapes = flatten(like)
-  layout = lay_out(symmetry, shapes)
+  layout = lay_out_units(symmetry, shapes)
   check_alike(a, b)
   wrong = [
     path
@@ -180,9 +185,12 @@ def match_activations(
     {path: x.reshape(-1, x.shape[-1]) for path, x in each.items()}
     for each in (a, b)
   )
-  own = Layout(places, layout.sizes, layout.outer)
+  own = UnitLayout(places, layout.sizes, layout.outer)
   found, _ = descend(left, right, own, identity(layout), None, 1, 1e-6)
-  scores = score(left, right), score(left, permuted(right, found, own))
+  scores = (
+    inner_product(left, right),
+    inner_product(left, permuted(right, found, own)),
+  )
   return Alignment(found, scores)
 
 
@@ -267,8 +275,8 @@ def _cosine(left, right) -> float:
   """Of matrices alone: norms start as ones in every network."""
   left = {path: x for path, x in left.items() if x.ndim > 1}
   right = {path: right[path] for path in left}
-  norms = score(left, left) * score(right, right)
-  return score(left, right) / norms**0.5 if norms > 0 else 0.0
+  norms = inner_product(left, left) * inner_product(right, right)
+  return inner_product(left, right) / norms**0.5 if norms > 0 else 0.0
 
 
 def _mean(flats, *, rounded: bool = False) -> dict[str, Any]:

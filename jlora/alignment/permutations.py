@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from jlora.alignment.layouts import Layout, Place, lay_out, length
+from jlora.alignment.layouts import Place, UnitLayout, lay_out_units, length
 from jlora.alignment.symmetries import FIXED, Symmetry
 from jlora.loras import Lora, Loras, check_loras
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of
 from jlora.paths import flatten, unflatten
-from jlora.views import MatrixView, Rule, view_of
+from jlora.views import MatrixView, ViewRule, view_of
 
 Permutations = dict[str, np.ndarray]
 
 
-def identity(layout: Layout) -> Permutations:
+def identity(layout: UnitLayout) -> Permutations:
   """The permutations that move nothing.
 
   Args:
-    layout: of `lay_out`.
+    layout: of `lay_out_units`.
 
   Returns:
     Permutations, int64.
@@ -46,7 +46,7 @@ def identity(layout: Layout) -> Permutations:
 
 
 def compose(
-  second: Permutations, first: Permutations, layout: Layout
+  second: Permutations, first: Permutations, layout: UnitLayout
 ) -> Permutations:
   """The permutations that do what one set does, and then another.
 
@@ -55,7 +55,7 @@ def compose(
   Args:
     second: done last.
     first: done first.
-    layout: of `lay_out`.
+    layout: of `lay_out_units`.
 
   Returns:
     Permutations.
@@ -76,7 +76,7 @@ def compose(
   return found
 
 
-def inverse(permutations: Permutations, layout: Layout) -> Permutations:
+def inverse(permutations: Permutations, layout: UnitLayout) -> Permutations:
   """The permutations that take back what others do.
 
   Args:
@@ -99,12 +99,12 @@ def inverse(permutations: Permutations, layout: Layout) -> Permutations:
   return found
 
 
-def check_permutations(permutations: Permutations, layout: Layout) -> None:
+def check_permutations(permutations: Permutations, layout: UnitLayout) -> None:
   """Nothing, if these are permutations of a layout's units.
 
   Args:
     permutations: any of the layout's.
-    layout: of `lay_out`.
+    layout: of `lay_out_units`.
 
   Raises:
     ValueError: names the layout lacks, or arrays that are no permutations of
@@ -167,7 +167,8 @@ def permute(params: Any, permutations: Permutations, symmetry: Symmetry) -> Any:
     axis that is permuted travels between its devices.
 
   Raises:
-    ValueError: as `lay_out`; arrays that are no permutations of their size.
+    ValueError: as `lay_out_units`; arrays that are no permutations of their
+      size.
 
   Example:
     >>> from jlora.alignment.symmetries import chain
@@ -177,7 +178,7 @@ def permute(params: Any, permutations: Permutations, symmetry: Symmetry) -> Any:
            [3]])}
   """
   flat = flatten(params)
-  layout = lay_out(symmetry, flat)
+  layout = lay_out_units(symmetry, flat)
   check_permutations(permutations, layout)
   return unflatten(permuted(flat, permutations, layout), params)
 
@@ -185,14 +186,14 @@ def permute(params: Any, permutations: Permutations, symmetry: Symmetry) -> Any:
 def permuted(
   flat: Mapping[str, Any],
   permutations: Permutations,
-  layout: Layout,
+  layout: UnitLayout,
 ) -> dict[str, Any]:
   """`permute` for {path: array} whose layout is known: nothing is checked.
 
   Args:
     flat: path -> array, paths of the layout, and whole stacks of them.
     permutations: as for `permute`.
-    layout: of `lay_out`.
+    layout: of `lay_out_units`.
 
   Returns:
     path -> array.
@@ -248,7 +249,7 @@ def permute_loras(
   """
   check_loras(loras)
   flat = flatten(like)
-  layout = lay_out(symmetry, flat)
+  layout = lay_out_units(symmetry, flat)
   check_permutations(permutations, layout)
   views = _views_of(loras, flat, symmetry.views)
   found = {}
@@ -315,7 +316,7 @@ def _orders(axes, place, permutations, layout) -> np.ndarray | None:
 
 
 def _views_of(
-  loras: Loras, flat, rules: tuple[Rule, ...]
+  loras: Loras, flat, rules: tuple[ViewRule, ...]
 ) -> dict[str, MatrixView]:
   """How the parameters of Loras are read, if all of them fit."""
   found, wrong = {}, []

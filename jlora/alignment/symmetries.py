@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from jlora.messages import name_some
-from jlora.views import FLAX_VIEWS, Rule
+from jlora.views import FLAX_VIEWS, ViewRule
 
 FIXED = "-"
 
@@ -54,7 +54,7 @@ class Symmetry:
   rows: tuple[Row, ...]
   inside: Mapping[str, str] = dataclasses.field(default_factory=dict)
   sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  views: tuple[Rule, ...] = FLAX_VIEWS
+  views: tuple[ViewRule, ...] = FLAX_VIEWS
 
 
 #: Decoders of the Llama family, by the paths of `jlora.models`, whose

@@ -23,7 +23,7 @@ _CHUNK_BYTES = 2**22  # the buffer behind a slice of inner axes
 Region = Sequence[range]  # one range of indices per axis
 
 
-class Placed(Protocol):
+class StoredArray(Protocol):
   """An array's shape and dtype, and the byte of its file where it starts."""
 
   @property
@@ -64,7 +64,7 @@ def stamp_of(path: Path) -> tuple[int, ...]:
 
 def read_region(
   path: Path,
-  array: Placed,
+  array: StoredArray,
   region: Region,
   stamp: tuple[int, ...] | None = None,
 ) -> tuple[np.ndarray, int]:
@@ -110,7 +110,7 @@ def read_region(
 
 
 def place_arrays(
-  files: Mapping[Path, tuple[bytes, Mapping[str, Placed]]],
+  files: Mapping[Path, tuple[bytes, Mapping[str, StoredArray]]],
   arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
   """Files filled from one stream of arrays, each put where it was announced.
@@ -141,7 +141,7 @@ def place_arrays(
     b'xAB'
   """
   temporaries: dict[Path, Path] = {}
-  places: dict[str, tuple[Path, Placed]] = {}
+  places: dict[str, tuple[Path, StoredArray]] = {}
   try:
     for path, (head, announced) in files.items():
       temporaries[path] = temporary = _reserve(path, head, announced)
@@ -161,7 +161,9 @@ def place_arrays(
       temporary.unlink(missing_ok=True)
 
 
-def _reserve(path: Path, head: bytes, announced: Mapping[str, Placed]) -> Path:
+def _reserve(
+  path: Path, head: bytes, announced: Mapping[str, StoredArray]
+) -> Path:
   """A temporary beside `path`, of the final size, that begins with `head`."""
   if not path.parent.is_dir():
     raise ValueError(f"{path.parent} is not a folder; create it first")
@@ -180,7 +182,7 @@ def _reserve(path: Path, head: bytes, announced: Mapping[str, Placed]) -> Path:
 
 
 def _place(
-  places: Mapping[str, tuple[Path, Placed]],
+  places: Mapping[str, tuple[Path, StoredArray]],
   arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
   missing = dict(places)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jlora.checkpoints.byte_ranges import place_arrays
-from jlora.checkpoints.safetensors import Shapes, lay_out, parse_json
+from jlora.checkpoints.safetensors import Shapes, lay_out_file, parse_json
 from jlora.messages import name_some
 
 _INDEX = "model.safetensors.index.json"
@@ -134,7 +134,9 @@ def stream_checkpoint(
   folder = Path(folder)
   plan = plan_shards(folder, spec, max_shard_bytes)
   metadata = {"format": "pt"} if metadata is None else metadata
-  files = {path: lay_out(path, shard, metadata) for path, shard in plan.items()}
+  files = {
+    path: lay_out_file(path, shard, metadata) for path, shard in plan.items()
+  }
   folder.mkdir(parents=True, exist_ok=True)
   if found := [p.name for p in sorted(folder.glob("*.safetensors*"))]:
     raise ValueError(

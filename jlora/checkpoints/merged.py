@@ -74,7 +74,7 @@ def save_merged(
   folder, biases, full = Path(folder), biases or {}, full or {}
   if folder.exists():
     raise ValueError(f"{folder} exists; give a new name.")
-  config = read_config(base.path)
+  config = read_json_config(base.path)
   table = table_for(base.spec, model_type or config.get("model_type"))
   views = {p: view_of(p, base.spec[p].shape, table) for p in loras if p in base}
   check_changes(base, loras, views, biases, full)
@@ -195,7 +195,7 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
   return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_json_config(path: Path) -> dict[str, Any]:
   """The config.json of a checkpoint folder; nothing if it has none.
 
   Args:
@@ -205,7 +205,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Its content.
 
   Example:
-    >>> read_config(Path("nowhere"))
+    >>> read_json_config(Path("nowhere"))
     {}
   """
   file = path / _CONFIG

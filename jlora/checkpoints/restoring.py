@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.loras import Lora, Loras, check_loras
 from jlora.messages import name_some
-from jlora.numerics.meshes import place
-from jlora.paths import check_same
+from jlora.numerics.meshes import place_array
+from jlora.paths import check_same_paths
 
 _LEAVES = ("a", "b", "scale")
 
@@ -59,7 +59,7 @@ def restore(
       f"{name_some(checkpoint)}."
     )
   return {
-    name: place(
+    name: place_array(
       checkpoint.spec[name].shape,
       sharding,
       functools.partial(checkpoint.read, name),
@@ -97,10 +97,12 @@ def restore_loras(
   """
   paths = dict.fromkeys(name.rpartition("/")[0] for name in checkpoint)
   names = [f"{path}/{leaf}" for path in paths for leaf in _LEAVES]
-  check_same(names, checkpoint, "Loras of these paths", str(checkpoint.path))
+  check_same_paths(
+    names, checkpoint, "Loras of these paths", str(checkpoint.path)
+  )
   places = None
   if shardings is not None:
-    check_same(paths, shardings, str(checkpoint.path), "the shardings")
+    check_same_paths(paths, shardings, str(checkpoint.path), "the shardings")
     places = {
       f"{path}/{leaf}": getattr(own, leaf)
       for path, own in shardings.items()

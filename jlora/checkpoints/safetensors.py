@@ -106,7 +106,7 @@ def read_header(path: str | os.PathLike) -> Header:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   path = Path(folder, "a.safetensors")
-    ...   head, _ = lay_out(path, {"w": ((2, 3), "float32")})
+    ...   head, _ = lay_out_file(path, {"w": ((2, 3), "float32")})
     ...   _ = path.write_bytes(head + bytes(24))
     ...   header = read_header(path)
     >>> header.spec["w"].shape, header.spec["w"].nbytes
@@ -136,7 +136,7 @@ def read_header(path: str | os.PathLike) -> Header:
   return Header(in_order, metadata, 8 + length)
 
 
-def lay_out(
+def lay_out_file(
   path: str | os.PathLike,
   tensors: Shapes,
   metadata: Mapping[str, str] | None = None,
@@ -159,7 +159,7 @@ def lay_out(
       strings.
 
   Example:
-    >>> head, spec = lay_out("x.safetensors", {"w": ((2, 3), "float32")})
+    >>> head, spec = lay_out_file("x.safetensors", {"w": ((2, 3), "float32")})
     >>> len(head), spec["w"].start, spec["w"].end
     (72, 72, 96)
   """
@@ -398,5 +398,5 @@ def stream_safetensors(
     ...   list(read_header(f"{folder}/x.safetensors").spec)
     ['a', 'b']
   """
-  files = {Path(path): lay_out(path, spec, metadata)}
+  files = {Path(path): lay_out_file(path, spec, metadata)}
   place_arrays(files, arrays)

@@ -18,9 +18,15 @@ from jlora.messages import name_some
 from jlora.numerics.backends import library_of, normal, over_leading
 from jlora.numerics.meshes import run_automatic
 from jlora.pairing.match import pair_up
-from jlora.pairing.pairs import names_of, read
+from jlora.pairing.pairs import names_of, read_side
 from jlora.paths import flatten
-from jlora.views import MatrixView, Rule, in_stored_order, table_for, view_of
+from jlora.views import (
+  MatrixView,
+  ViewRule,
+  in_stored_order,
+  table_for,
+  view_of,
+)
 
 _PROBES = 8
 _TURNS = 8
@@ -28,18 +34,18 @@ _TURNS = 8
 
 def compare(
   base: Any,
-  ft: Any,
+  finetuned: Any,
   loras: Mapping[str, Lora],
   *,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
 ) -> dict[str, dict[str, Any]]:
   """The figures of given Loras against a finetune, by path.
 
-      delta = ft - base,   change = scale aᵀ b,   error = delta - change
+      delta = finetuned - base,   change = scale aᵀ b,   error = delta - change
 
   Args:
     base: a pytree of arrays, or an open checkpoint.
-    ft: the finetune, as for `extract`.
+    finetuned: the finetune, as for `extract`.
     loras: path -> Lora, extracted or trained; paths of the base.
     views: rules that say how a parameter is read as a matrix; by default those
       for the names found.
@@ -67,9 +73,9 @@ def compare(
 
   Example:
     >>> base = {"w": np.zeros((2, 2), np.float32)}
-    >>> ft = {"w": np.array([[3, 0], [4, 5]], np.float32)}
+    >>> finetuned = {"w": np.array([[3, 0], [4, 5]], np.float32)}
     >>> a, b = np.float32([[1.5, 4.5]]), np.ones((1, 2), np.float32)
-    >>> row = compare(base, ft, {"w": Lora(a, b, np.float32(1))})["w"]
+    >>> row = compare(base, finetuned, {"w": Lora(a, b, np.float32(1))})["w"]
     >>> row["rank"], round(row["relative_error"], 6), round(row["mse"], 6)
     (1, 0.316228, 1.25)
 
@@ -78,7 +84,7 @@ def compare(
     energies.
   """
   check_loras(loras)
-  left, right = _leaves(base), _leaves(ft)
+  left, right = _leaves(base), _leaves(finetuned)
   sides = [getattr(side, "spec", side) for side in (left, right)]
   pairs = {pair.path: pair for pair in pair_up(*sides).pairs if not pair.whole}
   table = table_for(sides[0], getattr(left, "model_type", None))
@@ -90,7 +96,7 @@ def compare(
     _check_finite(path, lora)
     view = found[path]
     stored = np.dtype(sides[1][names_of(pair.finetuned)[0]].dtype)
-    one, two = read(left, pair.base), read(right, pair.finetuned)
+    one, two = read_side(left, pair.base), read_side(right, pair.finetuned)
     on_host = all(isinstance(x, np.ndarray) for x in (one, two))
     own = jax.tree.map(np.asarray, lora) if on_host else lora
     measure = _measure if on_host else _measure_compiled

@@ -41,8 +41,8 @@ def keep_ledger(
     Rows {base: [names], finetuned: [names], status, why}.
 
   Example:
-    >>> from jlora.pairing.pairs import Part
-    >>> pair = Pair("w", (2,), Part("w"), Part("w"))
+    >>> from jlora.pairing.pairs import TensorPart
+    >>> pair = Pair("w", (2,), Part("w"), TensorPart("w"))
     >>> keep_ledger(Pairing([pair], [], ["x"]), {"w": ("unchanged", "")})[1]
     {'base': [], 'finetuned': ['x'], 'status': 'not representable', 'why': 'only
     in the finetuned checkpoint'}

@@ -142,10 +142,10 @@ class Extractor:
 
   Example:
     >>> from jlora.factoring.factorisers import svd
-    >>> from jlora.pairing.pairs import Part
+    >>> from jlora.pairing.pairs import TensorPart
     >>> w = np.zeros((3, 5), np.float32)
     >>> step = Extractor(svd, np.float32, None)
-    >>> pair = Pair("w", (3, 5), Part("w"), Part("w"))
+    >>> pair = Pair("w", (3, 5), Part("w"), TensorPart("w"))
     >>> step(pair, MatrixView(), 2, {"w": w}, {"w": w + 1}).status
     'extracted'
   """

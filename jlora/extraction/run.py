@@ -152,7 +152,7 @@ def extract_checkpoint(
     lambda: plan_run(base, finetuned, select, vocabulary)
   )
   marks = fingerprint(plan, key, options)
-  processes.check_same(marks)
+  processes.check_same_facts(marks)
   journal, watch = share_journal(
     out, REPORT, marks, resume=resume, overwrite=overwrite
   )
@@ -196,7 +196,7 @@ def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
   if processes.process_count() > 1:
     paths = ("base", "finetuned")  # these may differ; what is there may not
     options = {k: v for k, v in settings.items() if k not in paths}
-    processes.check_same(processes.versions() | options | others)
+    processes.check_same_facts(processes.versions() | options | others)
   for name, value in (settings | others).items():
     if name in ("rank", "split_bytes") and value < 1:
       raise ValueError(f"{name} must be at least 1, got {value}.")

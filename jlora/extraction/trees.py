@@ -17,15 +17,27 @@ from jlora.factoring.deltas import difference
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Lora, Loras, exchange, from_factors
 from jlora.messages import name_some
-from jlora.numerics.meshes import constrain, place, run_automatic, sharding_of
+from jlora.numerics.meshes import (
+  constrain,
+  place_array,
+  run_automatic,
+  sharding_of,
+)
 from jlora.pairing.match import pair_up
-from jlora.pairing.pairs import Pair, Pairing, Part, Stack, read, read_region
-from jlora.paths import check_same, flatten, key_for
+from jlora.pairing.pairs import (
+  Pair,
+  Pairing,
+  Stack,
+  TensorPart,
+  read_region_of_side,
+  read_side,
+)
+from jlora.paths import check_same_paths, flatten, key_for
 from jlora.selection import Select, is_matrix, ranks_of
 from jlora.sharding import Rules, assign, of_adapter, spread
 from jlora.views import (
   MatrixView,
-  Rule,
+  ViewRule,
   in_stored_order,
   table_for,
   view_of,
@@ -34,12 +46,12 @@ from jlora.views import (
 
 def extract(
   base: Any,
-  ft: Any,
+  finetuned: Any,
   *,
   rank: int | Mapping[str, int] = 64,
   factor: Factoriser = krylov,
   select: Select = is_matrix,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
   key: jax.Array | None = None,
   dtype: Any = jnp.float32,
   mesh: Any = None,
@@ -47,12 +59,13 @@ def extract(
 ) -> Loras:
   """The LoRAs of a finetune: the best low-rank change of every matrix.
 
-      ft[path] - base[path]  ≈  scale aᵀ b        read as (in, out), scale 1
+      finetuned[path] - base[path]  ≈  scale aᵀ b      read (in, out), scale 1
 
   Args:
     base: a pytree of arrays of mixed floating dtype (plain dicts, linen
       variables, NNX state), or an open checkpoint.
-    ft: the same structure; for checkpoints names may differ as `pair_up` says.
+    finetuned: the same structure; for checkpoints names may differ as `pair_up`
+      says.
     rank: of every module, or {path: rank}: modules not named are left out.
       A rank above min(in, out) is clipped and visible in `lora.rank`.
     factor: a factoriser, `functools.partial` sets its options.
@@ -91,8 +104,8 @@ def extract(
 
   Example:
     >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
-    >>> ft = jax.tree.map(lambda w: w + 1.0, base)
-    >>> loras = extract(base, ft, rank=1)
+    >>> finetuned = jax.tree.map(lambda w: w + 1.0, base)
+    >>> loras = extract(base, finetuned, rank=1)
     >>> loras["mlp/kernel"].a.shape, loras["mlp/kernel"].b.shape
     ((1, 3), (1, 5))
 
@@ -100,9 +113,9 @@ def extract(
     Eckart and Young (1936). Loss of extraction from full finetunes: Biderman
     et al. (2024), section 4.6.
   """
-  left, right = _leaves(base), _leaves(ft)
+  left, right = _leaves(base), _leaves(finetuned)
   if isinstance(left, dict) or isinstance(right, dict):
-    check_same(left, right, "base", "finetuned")
+    check_same_paths(left, right, "base", "finetuned")
   sides = getattr(left, "spec", left), getattr(right, "spec", right)
   pairing = pair_up(*sides)
   _warn_of_missing(pairing)
@@ -161,18 +174,20 @@ def _placed(
 
 def _take(
   tree: Mapping[str, Any],
-  side: Part | Stack,
+  side: TensorPart | Stack,
   shape: tuple[int, ...],
   sharding: NamedSharding | None,
 ) -> Any:
   """A parameter's values, placed if it is said where."""
   if sharding is None:
-    return read(tree, side)
-  if isinstance(side, Part) and not hasattr(tree, "spec"):
-    leaf = read(tree, side)
+    return read_side(tree, side)
+  if isinstance(side, TensorPart) and not hasattr(tree, "spec"):
+    leaf = read_side(tree, side)
     if isinstance(leaf, jax.Array):
       return jax.device_put(leaf, sharding)
-  return place(shape, sharding, functools.partial(read_region, tree, side))
+  return place_array(
+    shape, sharding, functools.partial(read_region_of_side, tree, side)
+  )
 
 
 @functools.partial(

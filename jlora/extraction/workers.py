@@ -23,9 +23,9 @@ from threadpoolctl import threadpool_limits
 
 from jlora.extraction.module import Extractor, Outcome
 from jlora.extraction.planning import Plan, bytes_on_disk
-from jlora.numerics.meshes import place
+from jlora.numerics.meshes import place_array
 from jlora.pairing.comparison import is_same, stored_dtype
-from jlora.pairing.pairs import Pair, Part, read_region
+from jlora.pairing.pairs import Pair, TensorPart, read_region_of_side
 from jlora.runs.journal import Journal
 from jlora.runs.processes import (
   LostProcess,
@@ -178,7 +178,7 @@ def can_be_split(plan: Plan, pair: Pair) -> bool:
   if pair.whole or not plan.views[pair.path] or pair.path in plan.refused:
     return False
   return all(
-    isinstance(side, Part)
+    isinstance(side, TensorPart)
     and not (side.index or side.swap)
     and is_floating(checkpoint.spec[side.name].dtype)
     and checkpoint.spec[side.name].shape == pair.shape
@@ -288,7 +288,9 @@ class _Share:
 
     def load():
       one, two = (
-        place(pair.shape, sharding, functools.partial(read_region, *side))
+        place_array(
+          pair.shape, sharding, functools.partial(read_region_of_side, *side)
+        )
         for side in sides
       )
       return one, two

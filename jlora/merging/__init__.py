@@ -35,7 +35,7 @@ from jlora.merging.checkpoints.recipes import Input as Input
 from jlora.merging.checkpoints.recipes import Recipe as Recipe
 from jlora.merging.checkpoints.recipes import Slice as Slice
 from jlora.merging.checkpoints.run import merge_checkpoints as merge_checkpoints
-from jlora.merging.checkpoints.trimming import trim_wholes as trim_wholes
+from jlora.merging.checkpoints.trimming import trim_models as trim_models
 from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
 from jlora.merging.trees import merge as merge
 
@@ -67,7 +67,7 @@ __all__ = [
   "svd_merge",
   "task_arithmetic",
   "ties",
-  "trim_wholes",
+  "trim_models",
   "truncate",
   "tsv",
 ]

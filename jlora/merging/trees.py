@@ -15,10 +15,10 @@ from jlora.merging.arrays.averages import linear
 from jlora.merging.arrays.inputs import is_known
 from jlora.messages import name_some
 from jlora.numerics.kth_largest import count_of, kth_of_all
-from jlora.paths import check_same, flatten, key_for, unflatten
+from jlora.paths import check_same_paths, flatten, key_for, unflatten
 from jlora.selection import is_floating
 
-Settings = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
+PathSettings = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
 
 
 def merge(
@@ -28,7 +28,7 @@ def merge(
   base: Any = None,
   weights: Any = None,
   key: jax.Array | None = None,
-  settings: Settings | None = None,
+  settings: PathSettings | None = None,
 ) -> Any:
   """Models or adapters of one structure, put together parameter by parameter.
 
@@ -230,7 +230,7 @@ def _check_paths(
 ) -> None:
   """Raises unless a model has the first one's paths."""
   try:
-    check_same(first, own, "model 0", name)
+    check_same_paths(first, own, "model 0", name)
   except ValueError as error:
     if not any(_is_lora(leaf) for leaf in first.values()):
       raise

@@ -13,7 +13,7 @@ import jax
 
 from jlora.models.attention import WHOLE, Span, attend, remember, rotate, turns
 from jlora.models.config import Shape
-from jlora.models.layers import Mixture, Mlp, dense, norm
+from jlora.models.layers import Mixture, Mlp, linear_layer, rms_norm
 
 Turns = tuple[jax.Array, jax.Array]
 
@@ -28,17 +28,17 @@ class Attention(nn.Module):
     """Mixes x (batch, time, hidden) along time."""
     s = self.shape
     q, k, v = (
-      dense(heads * s.head_dim, s.dtype, name, bias=s.qkv_bias)(x).reshape(
-        *x.shape[:2], heads, s.head_dim
-      )
+      linear_layer(heads * s.head_dim, s.dtype, name, bias=s.qkv_bias)(
+        x
+      ).reshape(*x.shape[:2], heads, s.head_dim)
       for name, heads in (("q", s.heads), ("k", s.kv_heads), ("v", s.kv_heads))
     )
     if s.qk_norm:
-      q, k = norm(s, "q_norm")(q), norm(s, "k_norm")(k)
+      q, k = rms_norm(s, "q_norm")(q), rms_norm(s, "k_norm")(k)
     k, v = remember(self, rotate(k, *turns), v, span)
     y = attend(rotate(q, *turns), k, v, s.window, span)
     y = y.reshape(*x.shape[:2], -1)
-    return dense(s.hidden, s.dtype, "o", bias=s.out_bias)(y)
+    return linear_layer(s.hidden, s.dtype, "o", bias=s.out_bias)(y)
 
 
 class Layer(nn.Module):
@@ -51,8 +51,8 @@ class Layer(nn.Module):
     """Maps the stream x (batch, time, hidden) to the next layer's."""
     s = self.shape
     mlp = Mixture(s, name="moe") if s.experts else Mlp(s, name="mlp")
-    x = x + Attention(s, name="attn")(norm(s, "attn_norm")(x), turns, span)
-    return x + mlp(norm(s, "mlp_norm")(x))
+    x = x + Attention(s, name="attn")(rms_norm(s, "attn_norm")(x), turns, span)
+    return x + mlp(rms_norm(s, "mlp_norm")(x))
 
 
 class Layers(nn.Module):
@@ -82,5 +82,7 @@ class Decoder(nn.Module):
     )
     angles = turns(s.frequencies, span, tokens.shape[1], s.dtype)
     x = Layers(s, name="layers")(embed(tokens), angles, span)
-    x = norm(s, "norm")(x if span.length is None else x[:, -1:])
-    return embed.attend(x) if s.tied else dense(s.vocab, s.dtype, "head")(x)
+    x = rms_norm(s, "norm")(x if span.length is None else x[:, -1:])
+    return (
+      embed.attend(x) if s.tied else linear_layer(s.vocab, s.dtype, "head")(x)
+    )

@@ -21,7 +21,7 @@ from jlora.checkpoints.checkpoint import (
 )
 from jlora.messages import name_some
 from jlora.models import names, networks
-from jlora.models.placement import RULES, place, rules_for
+from jlora.models.placement import RULES, place_leaf, rules_for
 from jlora.numerics.meshes import automatic
 from jlora.paths import flatten
 from jlora.sharding import Rules, assign
@@ -118,7 +118,7 @@ def load(
   # The networks do not say where each of their products should lie.
   shardings = assign(shapes, automatic(mesh), rules) if mesh else {}
   flat = {
-    path: place(checkpoint, source, dtype, shardings.get(path))
+    path: place_leaf(checkpoint, source, dtype, shardings.get(path))
     for path, source in sources.items()
   }
   return apply, traverse_util.unflatten_dict(flat, sep="/")
@@ -132,7 +132,10 @@ def _expected(apply: networks.Model) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tied(
-  head: names.Source, sources: Mapping, checkpoint: Checkpoint, folder: Folder
+  head: names.LeafSource,
+  sources: Mapping,
+  checkpoint: Checkpoint,
+  folder: Folder,
 ) -> None:
   """Raises unless a tied model's second copy of the embedding is one."""
   embedding = next(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jlora.models.attention import WHOLE, Span, attend, remember
 from jlora.models.config import require
-from jlora.models.layers import dense
+from jlora.models.layers import linear_layer
 
 #: key of config.json -> the values covered here, its default first.
 COVERED = {
@@ -25,7 +25,7 @@ COVERED = {
   "scale_attn_weights": (True,),
 }
 #: Keys without a default.
-REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+GPT2_REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_gpt2(config: Mapping, dtype: Any = jnp.float32) -> Gpt2Shape:
       raise ValueError(
         f"{key} {config[key]!r} is not supported; {covered[0]!r} is"
       )
-  require(config, REQUIRED)
+  require(config, GPT2_REQUIRED)
   return Gpt2Shape(
     vocab=config["vocab_size"],
     hidden=config["n_embd"],
@@ -87,7 +87,7 @@ def read_gpt2(config: Mapping, dtype: Any = jnp.float32) -> Gpt2Shape:
   )
 
 
-class Norm(nn.Module):
+class Gpt2Norm(nn.Module):
   """(x - mean) / sqrt(var + eps) * scale + bias, in float32 whatever x is."""
 
   shape: Gpt2Shape
@@ -109,7 +109,7 @@ class Norm(nn.Module):
     return y.astype(x.dtype)
 
 
-class Attention(nn.Module):
+class Gpt2Attention(nn.Module):
   """Causal attention whose queries, keys and values are one product."""
 
   shape: Gpt2Shape
@@ -118,14 +118,14 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, span: Span) -> jax.Array:
     """Mixes x (batch, time, hidden) along time."""
     s = self.shape
-    fused = dense(3 * s.hidden, s.dtype, "c_attn", bias=True)(x)
+    fused = linear_layer(3 * s.hidden, s.dtype, "c_attn", bias=True)(x)
     q, k, v = jnp.split(fused.reshape(*x.shape[:2], 3 * s.heads, -1), 3, axis=2)
     k, v = remember(self, k, v, span)
     y = attend(q, k, v, span=span).reshape(x.shape)
-    return dense(s.hidden, s.dtype, "c_proj", bias=True)(y)
+    return linear_layer(s.hidden, s.dtype, "c_proj", bias=True)(y)
 
 
-class Mlp(nn.Module):
+class Gpt2Mlp(nn.Module):
   """c_proj(gelu(c_fc(x))), the gelu by its tanh approximation."""
 
   shape: Gpt2Shape
@@ -134,11 +134,11 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (batch, time, hidden) position by position."""
     s = self.shape
-    y = jax.nn.gelu(dense(s.mlp, s.dtype, "c_fc", bias=True)(x))
-    return dense(s.hidden, s.dtype, "c_proj", bias=True)(y)
+    y = jax.nn.gelu(linear_layer(s.mlp, s.dtype, "c_fc", bias=True)(x))
+    return linear_layer(s.hidden, s.dtype, "c_proj", bias=True)(y)
 
 
-class Layer(nn.Module):
+class Gpt2Layer(nn.Module):
   """Attention and MLP, each behind a norm and added to the stream."""
 
   shape: Gpt2Shape
@@ -147,11 +147,11 @@ class Layer(nn.Module):
   def __call__(self, x: jax.Array, span: Span) -> jax.Array:
     """Maps the stream x (batch, time, hidden) to the next layer's."""
     s = self.shape
-    x = x + Attention(s, name="attn")(Norm(s, name="ln_1")(x), span)
-    return x + Mlp(s, name="mlp")(Norm(s, name="ln_2")(x))
+    x = x + Gpt2Attention(s, name="attn")(Gpt2Norm(s, name="ln_1")(x), span)
+    return x + Gpt2Mlp(s, name="mlp")(Gpt2Norm(s, name="ln_2")(x))
 
 
-class Layers(nn.Module):
+class Gpt2Layers(nn.Module):
   """The layers in order, their parameters under '0', '1', ..."""
 
   shape: Gpt2Shape
@@ -160,7 +160,7 @@ class Layers(nn.Module):
   def __call__(self, x: jax.Array, span: Span) -> jax.Array:
     """Maps the stream x (batch, time, hidden) through every layer."""
     for i in range(self.shape.layers):
-      x = Layer(self.shape, name=str(i))(x, span)
+      x = Gpt2Layer(self.shape, name=str(i))(x, span)
     return x
 
 
@@ -183,6 +183,8 @@ class Gpt2(nn.Module):
       for name, rows in (("wte", s.vocab), ("wpe", s.positions))
     )
     x = wte(tokens) + wpe(span.positions(time))
-    x = Layers(s, name="h")(x, span)
-    x = Norm(s, name="ln_f")(x if span.length is None else x[:, -1:])
-    return wte.attend(x) if s.tied else dense(s.vocab, s.dtype, "head")(x)
+    x = Gpt2Layers(s, name="h")(x, span)
+    x = Gpt2Norm(s, name="ln_f")(x if span.length is None else x[:, -1:])
+    return (
+      wte.attend(x) if s.tied else linear_layer(s.vocab, s.dtype, "head")(x)
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora.models.config import Shape
 
 
-def dense(
+def linear_layer(
   features: int, dtype: Any, name: str, *, bias: bool = False
 ) -> nn.Dense:
   """A linear layer whose kernel is (in, out), at a path of its own.
@@ -25,7 +25,7 @@ def dense(
     A module, to be called inside another.
 
   Example:
-    >>> dense(3, jnp.float32, "q").features
+    >>> linear_layer(3, jnp.float32, "q").features
     3
   """
   return nn.Dense(
@@ -33,7 +33,7 @@ def dense(
   )
 
 
-def norm(shape: Shape, name: str) -> "Norm":
+def rms_norm(shape: Shape, name: str) -> "Norm":
   """A root-mean-square norm over the last axis, at a path of its own.
 
   Args:
@@ -45,7 +45,7 @@ def norm(shape: Shape, name: str) -> "Norm":
 
   Example:
     >>> import types
-    >>> norm(types.SimpleNamespace(eps=1e-6, dtype=jnp.float32), "norm").eps
+    >>> rms_norm(types.SimpleNamespace(eps=1e-6, dtype=jnp.float32), "norm").eps
     1e-06
   """
   return Norm(shape.eps, shape.dtype, name=name)
@@ -75,10 +75,10 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (batch, time, hidden) position by position."""
     s = self.shape
-    gate = dense(s.mlp, s.dtype, "gate", bias=s.mlp_bias)(x)
-    up = dense(s.mlp, s.dtype, "up", bias=s.mlp_bias)(x)
+    gate = linear_layer(s.mlp, s.dtype, "gate", bias=s.mlp_bias)(x)
+    up = linear_layer(s.mlp, s.dtype, "up", bias=s.mlp_bias)(x)
     y = jax.nn.silu(gate) * up
-    return dense(s.hidden, s.dtype, "down", bias=s.mlp_bias)(y)
+    return linear_layer(s.hidden, s.dtype, "down", bias=s.mlp_bias)(y)
 
 
 class Experts(nn.Module):
@@ -112,7 +112,7 @@ class Mixture(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (batch, time, hidden) position by position."""
     s = self.shape
-    scores = dense(s.experts, s.dtype, "router")(x)
+    scores = linear_layer(s.experts, s.dtype, "router")(x)
     gates = choose(scores.astype(jnp.float32), s.chosen)
     return Experts(s, name="experts")(x, gates)
 

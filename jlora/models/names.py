@@ -78,7 +78,7 @@ CONSTANTS = (
 )
 
 
-class Source(NamedTuple):
+class LeafSource(NamedTuple):
   """Where a leaf lies in a checkpoint: a tensor, or a part of one.
 
   Attributes:
@@ -98,7 +98,7 @@ class Source(NamedTuple):
 
 def find_sources(
   shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, Source]:
+) -> dict[str, LeafSource]:
   """Where a checkpoint keeps each leaf, by the leaf's Flax path.
 
   Args:
@@ -117,7 +117,7 @@ def find_sources(
     >>> list(find_sources(fused))
     ['layers/0/moe/experts/0/down/kernel', 'layers/0/moe/experts/1/down/kernel']
   """
-  found: dict[str, Source] = {}
+  found: dict[str, LeafSource] = {}
   for name, shape in shapes.items():
     if any(re.fullmatch(pattern, name) for pattern in CONSTANTS):
       continue
@@ -125,7 +125,7 @@ def find_sources(
     if not new:
       path, transposed = from_hf(name)
       new = {
-        path: Source(name, shape[::-1] if transposed else shape, transposed)
+        path: LeafSource(name, shape[::-1] if transposed else shape, transposed)
       }
     if twice := sorted(found.keys() & new.keys()):
       raise ValueError(
@@ -138,7 +138,7 @@ def find_sources(
 
 def _fused_sources(
   name: str, shape: tuple[int, ...]
-) -> Iterable[tuple[str, Source]]:
+) -> Iterable[tuple[str, LeafSource]]:
   """(path, source) of every kernel in a tensor of all experts; else none."""
   for pattern, modules in FUSED:
     if (match := re.fullmatch(pattern, name)) and len(shape) == 3:
@@ -146,7 +146,7 @@ def _fused_sources(
       for expert in range(experts):
         for i, module in enumerate(modules):
           path = f"layers/{match[1]}/moe/experts/{expert}/{module}/kernel"
-          yield path, Source(name, (into, out), True, expert, i * out)
+          yield path, LeafSource(name, (into, out), True, expert, i * out)
 
 
 def _rows() -> list[tuple[tuple[str, str], bool]]:

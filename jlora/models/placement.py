@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.checkpoints.checkpoint import Checkpoint
-from jlora.models.names import Source
+from jlora.models.names import LeafSource
 from jlora.numerics import meshes
 from jlora.sharding import Rules, matches
 
@@ -41,9 +41,9 @@ def rules_for(shapes: Mapping[str, Sequence[int]]) -> Rules:
   return [(rule, spec) for rule, spec in RULES if matches(rule, shapes)]
 
 
-def place(
+def place_leaf(
   checkpoint: Checkpoint,
-  source: Source,
+  source: LeafSource,
   dtype: Any,
   sharding: NamedSharding | None = None,
 ) -> jax.Array:
@@ -56,7 +56,7 @@ def place(
     sharding: None puts it on the default device.
 
   Returns:
-    The array, read shard by shard (`jlora.numerics.meshes.place`).
+    The array, read shard by shard (`jlora.numerics.meshes.place_array`).
 
   Raises:
     ValueError: as `Checkpoint.read`.
@@ -68,18 +68,18 @@ def place(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(2, 3)})
     ...   checkpoint = open_checkpoint(folder)
-    ...   place(checkpoint, Source("w", (3, 2), True), jnp.float32).shape
+    ...   place_leaf(checkpoint, Source("w", (3, 2), True), jnp.float32).shape
     (3, 2)
   """
   whole = (slice(None),) * len(source.shape)
   if sharding is None:
     return jnp.asarray(_read(checkpoint, source, whole, dtype))
   read = lambda index: _read(checkpoint, source, index, dtype)  # noqa: E731
-  return meshes.place(source.shape, sharding, read)
+  return meshes.place_array(source.shape, sharding, read)
 
 
 def _read(
-  checkpoint: Checkpoint, source: Source, index: Sequence[slice], dtype: Any
+  checkpoint: Checkpoint, source: LeafSource, index: Sequence[slice], dtype: Any
 ) -> np.ndarray:
   """A region of a leaf, read where the tensor keeps it."""
   ends = [

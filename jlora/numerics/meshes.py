@@ -82,7 +82,7 @@ def sharding_of(x: Any) -> NamedSharding | None:
   return own if isinstance(own, NamedSharding) else None
 
 
-def place(
+def place_array(
   shape: Sequence[int],
   sharding: jax.sharding.Sharding,
   read: Callable[[tuple[slice, ...]], np.ndarray],
@@ -102,7 +102,8 @@ def place(
   Example:
     >>> mesh = jax.make_mesh((1,), ("x",))
     >>> whole = np.arange(6).reshape(2, 3)
-    >>> place((2, 3), NamedSharding(mesh, PartitionSpec()), whole.__getitem__)
+    >>> everywhere = NamedSharding(mesh, PartitionSpec())
+    >>> place_array((2, 3), everywhere, whole.__getitem__)
     Array([[0, 1, 2],
            [3, 4, 5]], dtype=int32)
   """

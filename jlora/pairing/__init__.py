@@ -8,11 +8,11 @@ vocabularies grown: `pair_up` matches what it can and notes how.
 from jlora.pairing.match import common_rows as common_rows
 from jlora.pairing.match import keep_whole as keep_whole
 from jlora.pairing.match import pair_up as pair_up
-from jlora.pairing.match import refuse as refuse
+from jlora.pairing.match import same_rows as same_rows
 
 __all__ = [
   "common_rows",
   "keep_whole",
   "pair_up",
-  "refuse",
+  "same_rows",
 ]

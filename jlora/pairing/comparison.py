@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jlora.numerics.backends import library_of
-from jlora.pairing.pairs import Pair, Part, Stack, names_of, read
+from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of, read_side
 
 _COMPARED = 2**18  # bytes of a tensor that are compared at a time
 
@@ -25,19 +25,22 @@ def read_pair(
     base: the base, name -> array.
     finetuned: the finetune. Rows it lacks (a smaller vocabulary) are filled
       with the base's: their change is zero.
-    rooms: as for `read`, one for either side.
+    rooms: as for `read_side`, one for either side.
 
   Returns:
     (base, finetuned).
 
   Example:
-    >>> from jlora.pairing.pairs import Part
-    >>> pair = Pair("w", (2,), Part("w"), Part("w", (slice(0, 1),)))
+    >>> from jlora.pairing.pairs import TensorPart
+    >>> pair = Pair("w", (2,), Part("w"), TensorPart("w", (slice(0, 1),)))
     >>> read_pair(pair, {"w": np.zeros(2)}, {"w": np.ones(1)})[1]
     array([1., 0.])
   """
   one, two = rooms or (None, None)
-  left, right = read(base, pair.base, one), read(finetuned, pair.finetuned, two)
+  left, right = (
+    read_side(base, pair.base, one),
+    read_side(finetuned, pair.finetuned, two),
+  )
   if not pair.whole and right.shape[:1] < left.shape[:1]:
     rest = left[right.shape[0] :].astype(right.dtype)
     right = np.concatenate([right, rest])
@@ -64,8 +67,8 @@ def is_same(
     bool. False for what is kept whole, for stacks and for parts of tensors.
 
   Example:
-    >>> from jlora.pairing.pairs import Part
-    >>> pair = Pair("w", (2,), Part("w"), Part("w"))
+    >>> from jlora.pairing.pairs import TensorPart
+    >>> pair = Pair("w", (2,), Part("w"), TensorPart("w"))
     >>> is_same(pair, {"w": np.zeros(2)}, {"w": np.zeros(2)})
     True
   """
@@ -98,7 +101,7 @@ def _rows_of(pair, spec, base, finetuned, part):
     end = min(start + step, last)
     index = (slice(start, end),) if end - start < rows else ()
     yield tuple(
-      read(checkpoint, side._replace(index=index))
+      read_side(checkpoint, side._replace(index=index))
       for checkpoint, side in ((base, pair.base), (finetuned, pair.finetuned))
     )
 
@@ -126,7 +129,9 @@ def is_equal(left: np.ndarray, right: np.ndarray) -> bool:
   return np.array_equal(left.astype(np.float32), right.astype(np.float32))
 
 
-def stored_dtype(checkpoint: Mapping[str, Any], side: Part | Stack) -> np.dtype:
+def stored_dtype(
+  checkpoint: Mapping[str, Any], side: TensorPart | Stack
+) -> np.dtype:
   """The dtype of a side's file, float8 too.
 
   Args:
@@ -137,7 +142,7 @@ def stored_dtype(checkpoint: Mapping[str, Any], side: Part | Stack) -> np.dtype:
     A dtype; of the first of several tensors.
 
   Example:
-    >>> stored_dtype({"w": np.ones(2)}, Part("w"))
+    >>> stored_dtype({"w": np.ones(2)}, TensorPart("w"))
     dtype('float64')
   """
   specs = getattr(checkpoint, "spec", checkpoint)

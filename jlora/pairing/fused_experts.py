@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jlora.pairing.pairs import Pair, Part, Stack
+from jlora.pairing.pairs import Pair, Stack, TensorPart
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -116,8 +116,8 @@ def fused_in_finetuned(
         yield Pair(
           name,
           tuple(base[name].shape),
-          Part(name),
-          Part(fused, index, swap),
+          TensorPart(name),
+          TensorPart(fused, index, swap),
           f"fused in the finetune: {fused}",
         )
         start = stop
@@ -157,11 +157,11 @@ def fused_in_base(
     for row in rows:
       for name in row:
         del right[name]
-    parts = tuple(tuple(Part(name) for name in row) for row in rows)
+    parts = tuple(tuple(TensorPart(name) for name in row) for row in rows)
     yield Pair(
       fused,
       tuple(base[fused].shape),
-      Part(fused),
+      TensorPart(fused),
       Stack(parts, swap),
       f"fused in the base: {len(rows)} experts in the finetune",
     )

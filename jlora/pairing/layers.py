@@ -10,7 +10,7 @@ from jlora.messages import name_some
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks|block|layer)\.)(\d+)\.(.+)")
 
 
-class Layers(NamedTuple):
+class LayerNames(NamedTuple):
   """The layers of a model.
 
   Attributes:
@@ -33,7 +33,7 @@ class Layers(NamedTuple):
     return f"{self.prefix}{index}.{rest}"
 
 
-def find_layers(names: Iterable[str], wanted: int | None = None) -> Layers:
+def find_layers(names: Iterable[str], wanted: int | None = None) -> LayerNames:
   """The layers that a model's tensors lie in.
 
   Args:
@@ -64,7 +64,7 @@ def find_layers(names: Iterable[str], wanted: int | None = None) -> Layers:
       f"Layers of several kinds, {name_some(counts)}: config.json's "
       f"num_hidden_layers, {wanted}, does not tell which are meant."
     )
-  return Layers(*next(iter(counts.items()), ("", 0)))
+  return LayerNames(*next(iter(counts.items()), ("", 0)))
 
 
 def configure_layers(

@@ -12,7 +12,7 @@ from typing import Any
 
 from jlora.messages import name_some
 from jlora.pairing.fused_experts import fused_in_base, fused_in_finetuned
-from jlora.pairing.pairs import Pair, Pairing, Part, Stack
+from jlora.pairing.pairs import Pair, Pairing, Stack, TensorPart
 
 # Wrappers around a language model, longest first.
 _PREFIXES = (
@@ -75,7 +75,7 @@ def common_rows(
   return slice(0, min(base[0], finetuned[0]))
 
 
-def refuse(
+def same_rows(
   path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
 ) -> slice | None:
   """Nothing: a changed vocabulary is an error.
@@ -89,7 +89,7 @@ def refuse(
     ValueError: always, naming the table, both shapes and the other policies.
 
   Example:
-    >>> refuse("lm_head.weight", (10, 4), (12, 4))
+    >>> same_rows("lm_head.weight", (10, 4), (12, 4))
     Traceback (most recent call last):
     ...
     ValueError: lm_head.weight: vocabulary (10, 4) in the base, (12, 4) in the
@@ -129,7 +129,8 @@ def pair_up(
     base: name -> anything with a `.shape` (a checkpoint's `.spec`).
     finetuned: the same for the finetune.
     vocabulary: what happens to an embedding or head whose number of rows
-      differs: `keep_whole`, `common_rows`, `refuse`, or a function like them.
+      differs: `keep_whole`, `common_rows`, `same_rows`, or a function like
+      them.
 
   Returns:
     Pairing, pairs in the order of the base.
@@ -157,7 +158,7 @@ def pair_up(
   wrong = [
     f"{pair.path} {pair.shape} against {finetuned[pair.finetuned.name].shape}"
     for pair in pairs
-    if isinstance(pair.finetuned, Part)
+    if isinstance(pair.finetuned, TensorPart)
     and not pair.whole
     and not pair.finetuned.index
     and pair.shape != tuple(finetuned[pair.finetuned.name].shape)
@@ -175,7 +176,9 @@ def pair_up(
 def _by_name(base, left, right):
   for name in [name for name in left if name in right]:
     del left[name], right[name]
-    yield Pair(name, tuple(base[name].shape), Part(name), Part(name))
+    yield Pair(
+      name, tuple(base[name].shape), TensorPart(name), TensorPart(name)
+    )
 
 
 def _by_prefix(base, left, right):
@@ -192,8 +195,8 @@ def _by_prefix(base, left, right):
       yield Pair(
         name,
         tuple(base[name].shape),
-        Part(name),
-        Part(partner),
+        TensorPart(name),
+        TensorPart(partner),
         f"prefix differs: {partner}",
       )
 
@@ -215,8 +218,8 @@ def _by_tie(base, finetuned, left, right):
     yield Pair(
       base_head,
       tuple(base[base_head].shape),
-      Part(base_head),
-      Part(table),
+      TensorPart(base_head),
+      TensorPart(table),
       f"tied in the finetune: compared with {table}",
     )
   elif head and head in right and base_table and not base_head:
@@ -225,8 +228,8 @@ def _by_tie(base, finetuned, left, right):
     yield Pair(
       _bare(head),
       tuple(base[base_table].shape),
-      Part(base_table),
-      Part(head),
+      TensorPart(base_table),
+      TensorPart(head),
       f"tied in the base: compared with {base_table}",
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from jlora.checkpoints.float8 import FLOAT8
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
   """A tensor on disk or a slice of it, its last two axes exchanged or not."""
 
   name: str
@@ -20,7 +20,7 @@ class Part(NamedTuple):
 class Stack(NamedTuple):
   """A fused tensor put together: experts stacked, their parts concatenated."""
 
-  experts: tuple[tuple[Part, ...], ...]
+  experts: tuple[tuple[TensorPart, ...], ...]
   swap: bool = False
 
 
@@ -38,8 +38,8 @@ class Pair(NamedTuple):
 
   path: str
   shape: tuple[int, ...]
-  base: Part
-  finetuned: Part | Stack
+  base: TensorPart
+  finetuned: TensorPart | Stack
   note: str = ""
   whole: bool = False
 
@@ -59,9 +59,9 @@ _PIECE = 2**19
 _KEPT = 2**25
 
 
-def read(
+def read_side(
   checkpoint: Any,
-  side: Part | Stack,
+  side: TensorPart | Stack,
   room: Callable[[int], np.ndarray] | None = None,
 ) -> np.ndarray:
   """The values of one side of a pair.
@@ -77,13 +77,13 @@ def read(
     The array, in its stored dtype (float32 for float8).
 
   Example:
-    >>> read({"w": np.arange(6).reshape(2, 3)}, Part("w", (1,)))
+    >>> read_side({"w": np.arange(6).reshape(2, 3)}, TensorPart("w", (1,)))
     array([3, 4, 5])
   """
   if isinstance(side, Stack):
     array = np.stack(
       [
-        np.concatenate([read(checkpoint, part) for part in parts])
+        np.concatenate([read_side(checkpoint, part) for part in parts])
         for parts in side.experts
       ]
     )
@@ -96,15 +96,15 @@ def read(
   return np.swapaxes(array, -1, -2) if side.swap else array
 
 
-def read_region(
-  checkpoint: Any, side: Part | Stack, region: tuple[slice, ...]
+def read_region_of_side(
+  checkpoint: Any, side: TensorPart | Stack, region: tuple[slice, ...]
 ) -> np.ndarray:
   """A region of one side of a pair.
 
   Args:
     checkpoint: an open checkpoint, or any mapping from names to arrays.
     side: a Part or a Stack of it.
-    region: a slice for every axis of what `read` would give.
+    region: a slice for every axis of what `read_side` would give.
 
   Returns:
     `read(checkpoint, side)[region]`. Of a Part no more is read than
@@ -113,7 +113,8 @@ def read_region(
 
   Example:
     >>> whole = {"w": np.arange(6).reshape(2, 3)}
-    >>> read_region(whole, Part("w", (), True), (slice(1, 3), slice(1)))
+    >>> swapped = TensorPart("w", (), True)
+    >>> read_region_of_side(whole, swapped, (slice(1, 3), slice(1)))
     array([[1],
            [2]])
   """
@@ -121,7 +122,9 @@ def read_region(
   if isinstance(side, Stack):
     array = np.stack(
       [
-        np.concatenate([read(checkpoint, part) for part in parts])[inner[1:]]
+        np.concatenate([read_side(checkpoint, part) for part in parts])[
+          inner[1:]
+        ]
         for parts in side.experts[inner[0]]
       ]
     )
@@ -149,7 +152,7 @@ def _composed(outer, inner, shape) -> tuple[Any, ...]:
   return (*found, *left)
 
 
-def _is_plain(checkpoint: Any, side: Part) -> bool:
+def _is_plain(checkpoint: Any, side: TensorPart) -> bool:
   """Whether a side is a whole tensor of a file, in the dtype it is read in."""
   spec: Any = getattr(checkpoint, "spec", {}).get(side.name)
   return (
@@ -174,7 +177,7 @@ def _read_into(
   return array
 
 
-def names_of(side: Part | Stack) -> list[str]:
+def names_of(side: TensorPart | Stack) -> list[str]:
   """The names of the tensors a side of a pair is read from.
 
   Args:
@@ -184,9 +187,9 @@ def names_of(side: Part | Stack) -> list[str]:
     Names, each once.
 
   Example:
-    >>> names_of(Part("w"))
+    >>> names_of(TensorPart("w"))
     ['w']
   """
-  if isinstance(side, Part):
+  if isinstance(side, TensorPart):
     return [side.name]
   return [part.name for parts in side.experts for part in parts]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
-from jlora.checkpoints.merged import copy_companions, read_config
+from jlora.checkpoints.merged import copy_companions, read_json_config
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
 from jlora.routing.mixtures import check_chosen
@@ -88,7 +88,7 @@ def save_mixture(
   folder = Path(folder)
   if folder.exists():
     raise ValueError(f"{folder} exists; give a new name.")
-  config = read_config(base.path)
+  config = read_json_config(base.path)
   layers = _check_base(base, config)
   _check_experts(base, experts, layers)
   rows = _rows_of(routers, len(layers), len(experts), config["hidden_size"])

@@ -149,7 +149,7 @@ def from_first(work: Callable[[], Any]) -> Any:
   return gather(everywhere(work if is_first else lambda: None))[0]
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
+def check_same_facts(facts: Mapping[str, Any]) -> None:
   """Nothing, if all processes have the same facts; all must call it.
 
   Args:
@@ -159,7 +159,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     ValueError: on all, naming up to three facts with the values and whose.
 
   Example:
-    >>> check_same({"rank": 64})
+    >>> check_same_facts({"rank": 64})
   """
   if differing := tell_differences(gather(facts)):
     raise ValueError(
@@ -256,7 +256,7 @@ def _text_of(error: Exception) -> str:
 
 
 def versions() -> dict[str, str]:
-  """What must be installed alike on all processes, for `check_same`.
+  """What must be installed alike on all processes, for `check_same_facts`.
 
   Returns:
     Versions by package, and a hash of jlora's own files: checkouts have one

@@ -21,9 +21,9 @@ from jlora.adapting.transforms import apply
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Lora, Loras, check_loras, from_factors
 from jlora.messages import name_some
-from jlora.paths import check_same, first_match, flatten, key_for
+from jlora.paths import check_same_paths, first_match, flatten, key_for
 from jlora.selection import EMBEDDINGS, Select, is_linear, is_matrix, ranks_of
-from jlora.views import MatrixView, Rule, as_matrix, table_for, view_of
+from jlora.views import MatrixView, ViewRule, as_matrix, table_for, view_of
 
 # (key, (..., in, out), rank) -> a (..., rank, in), b (..., rank, out).
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[Any, Any]]
@@ -162,7 +162,7 @@ def init_lora(
   init: Init | Iterable[tuple[str, Init]] = LORALIB,
   alpha: float = 16.0,
   scaling: Scaling = by_rank,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
   dtype: Any = jnp.float32,
 ) -> Loras:
   """An adapter that changes nothing yet.
@@ -223,7 +223,7 @@ def init_lora(
 
 
 def matrices_of(
-  params: Any, select: Select, views: Iterable[Rule] | None = None
+  params: Any, select: Select, views: Iterable[ViewRule] | None = None
 ) -> dict[str, tuple[Any, MatrixView]]:
   """The selected parameters that can be read as matrices.
 
@@ -348,7 +348,7 @@ def split_base(
   select: Select = is_linear,
   alpha: float = 16.0,
   scaling: Scaling = by_rank,
-  views: Iterable[Rule] | None = None,
+  views: Iterable[ViewRule] | None = None,
 ) -> tuple[Loras, Any]:
   """An adapter made of parts of the weights, and the rest of the weights.
 
@@ -430,7 +430,7 @@ def relative_to_base(
   References:
     Meng et al. (2024), appendix on conversion.
   """
-  check_same(trained, start, "trained", "start")
+  check_same_paths(trained, start, "trained", "start")
   found = {}
   for path, lora in trained.items():
     first = start[path]

@@ -18,7 +18,7 @@ from jlora.loras import Lora, Loras
 with epy.lazy_imports():  # only where something is trained
   import optax
 
-Model = Callable[[Any, jax.Array], jax.Array]
+Apply = Callable[[Any, jax.Array], jax.Array]
 
 
 class Refiner(NamedTuple):
@@ -35,7 +35,7 @@ class Refiner(NamedTuple):
 
 
 def distance(
-  model: Model,
+  model: Apply,
   base: Any,
   finetuned: Any,
   loras: Mapping[str, Lora],
@@ -70,7 +70,7 @@ def distance(
   return jnp.sum(jnp.exp(teacher) * gap, axis=-1).mean()
 
 
-def refine(model: Model, optimiser: "optax.GradientTransformation") -> Refiner:
+def refine(model: Apply, optimiser: "optax.GradientTransformation") -> Refiner:
   """The refiner of a model: factors in, factors that say the same more nearly.
 
       a, b  ←  optimiser(∇ KL(p_finetuned ‖ p_base + scale aᵀ b))

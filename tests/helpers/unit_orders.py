@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from jlora.alignment.layouts import lay_out
+from jlora.alignment.layouts import lay_out_units
 from jlora.alignment.symmetries import Row, Symmetry, chain, decoder, gpt2
 from jlora.models import networks
 from jlora.paths import flatten
@@ -138,7 +138,7 @@ def network(name, seed):
 def draw(params, symmetry, seed):
   """Random permutations of all units."""
   rng = np.random.default_rng(seed)
-  layout = lay_out(symmetry, flatten(params))
+  layout = lay_out_units(symmetry, flatten(params))
   return {
     name: rng.permutation(size)
     if name not in layout.outer

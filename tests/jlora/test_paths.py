@@ -98,9 +98,9 @@ def test_unflatten_refuses_other_paths(flat, message):
 
 
 def test_check_same_names_three_and_counts_the_rest():
-  paths.check_same("ab", "ba", "left", "right")
+  paths.check_same_paths("ab", "ba", "left", "right")
   with pytest.raises(ValueError, match="only in left: a, b, c and 2 more"):
-    paths.check_same("edcba", [], "left", "right")
+    paths.check_same_paths("edcba", [], "left", "right")
 
 
 RULES = [(r".*/q", 1), (r".*", 2), (r"never", 3)]

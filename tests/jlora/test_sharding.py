@@ -17,7 +17,7 @@ from jlora.checkpoints import checkpoint
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.extraction.trees import extract_parameter
 from jlora.loras import Lora, dense
-from jlora.numerics.meshes import automatic, place, sharding_of
+from jlora.numerics.meshes import automatic, place_array, sharding_of
 from jlora.sharding import assign, of_adapter, spread
 from jlora.views import KERNEL, LINEAR, STACKED, MatrixView, as_matrix
 from tests.helpers.small_pairs import draw, write_pair
@@ -116,7 +116,7 @@ def test_adapters_lie_as_their_parameter(view, shape, spec, in_, out, lead):
 )
 def test_devices_hold_the_rows_of_their_shard(place, entries):
   """What a device has of w is read and written by what it has of a and b."""
-  view, shape, *_ = place
+  view, shape, *_ = place_array
   names = [x for entry in entries[: len(shape)] for x in (entry or ())]
   if len(names) > len(set(names)):
     entries = [None if isinstance(entry, tuple) else entry for entry in entries]
@@ -185,7 +185,7 @@ def test_a_shard_is_read_once():
     return whole[index]
 
   whole = draw(8, 6)
-  array = place((8, 6), NamedSharding(mesh_of(), P("x")), read)
+  array = place_array((8, 6), NamedSharding(mesh_of(), P("x")), read)
   np.testing.assert_array_equal(array, whole)
   assert len(seen) == 4
   assert all(np.zeros((8, 6))[index].shape == (2, 6) for index in seen)

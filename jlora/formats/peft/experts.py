@@ -14,7 +14,7 @@ from jlora.formats.peft.parts import (
   ROUTERS,
   SPLIT_EXPERTS,
   Base,
-  Part,
+  FilePart,
   zero_part,
 )
 
@@ -35,8 +35,8 @@ _NOT_CONVERTED = {"qwen2_moe"}
 
 
 def stack_experts(
-  parts: Sequence[Part], base: Base, left: dict[str, str]
-) -> list[Part]:
+  parts: Sequence[FilePart], base: Base, left: dict[str, str]
+) -> list[FilePart]:
   """The parts with separate experts as PEFT can stack them.
 
   PEFT on transformers 5 stacks a layer's experts into one tensor, at the rank
@@ -87,7 +87,9 @@ def stack_experts(
   return padded
 
 
-def nest_parameters(parts: Sequence[Part], left: dict[str, str]) -> list[Part]:
+def nest_parameters(
+  parts: Sequence[FilePart], left: dict[str, str]
+) -> list[FilePart]:
   """The parts with the depths of their wrappers.
 
   PEFT wraps every parameter of a module around the wrapper of the one before.
@@ -127,7 +129,7 @@ def nest_parameters(parts: Sequence[Part], left: dict[str, str]) -> list[Part]:
   return nested
 
 
-def _dropped(part: Part, base: Base, left: dict[str, str]) -> bool:
+def _dropped(part: FilePart, base: Base, left: dict[str, str]) -> bool:
   """Whether PEFT would drop a part; the reason goes to `left`."""
   is_expert = re.fullmatch(SPLIT_EXPERTS, part.name)
   leaf = part.module.rpartition(".")[2]

@@ -62,7 +62,7 @@ VLLM = Profile(
 )
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
   """How a Lora of one kind of layer is stored.
 
   Attributes:
@@ -110,24 +110,24 @@ def _load_experts(a, b, rank):
   return a.reshape(-1, rank, a.shape[-1]), b.reshape(len(b), rank, -1).T
 
 
-LINEAR = Layout(
+LINEAR_FILE = FileLayout(
   "linear", "lora_A.weight", "lora_B.weight", _store_matrix, _load_matrix
 )
-EMBEDDING = Layout(
+EMBEDDING = FileLayout(
   "embedding",
   "lora_embedding_A",
   "lora_embedding_B",
   _store_matrix,
   _load_matrix,
 )
-CONVOLUTION = Layout(
+CONVOLUTION = FileLayout(
   "convolution",
   "lora_A.weight",
   "lora_B.weight",
   _store_convolution,
   _load_convolution,
 )
-EXPERTS = Layout(
+EXPERTS = FileLayout(
   "experts",
   "lora_A.weight",
   "lora_B.weight",
@@ -136,5 +136,5 @@ EXPERTS = Layout(
   wraps_parameter=True,
 )
 ROUTER = EXPERTS._replace(kind="router", store=_store_matrix, load=_load_matrix)
-LAYOUTS = (LINEAR, EMBEDDING, CONVOLUTION, EXPERTS, ROUTER)
+LAYOUTS = (LINEAR_FILE, EMBEDDING, CONVOLUTION, EXPERTS, ROUTER)
 BIAS = "lora_B.bias"

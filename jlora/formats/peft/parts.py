@@ -16,23 +16,23 @@ from jlora.formats.peft.layouts import (
   CONVOLUTION,
   EMBEDDING,
   EXPERTS,
-  LINEAR,
+  LINEAR_FILE,
   ROUTER,
-  Layout,
+  FileLayout,
 )
 from jlora.loras import Lora
 from jlora.views import (
   KERNEL,
   TORCH_VIEWS,
   MatrixView,
-  Rule,
+  ViewRule,
   table_for,
   view_of,
 )
 
 Rename = Callable[[str], str | Sequence[str]]
 
-EMBEDDINGS = TORCH_VIEWS[0][0]
+TABLES = TORCH_VIEWS[0][0]
 INPUT_EMBEDDINGS = r"(.*\.)?(embed_tokens|wte|word_embeddings)\.weight"
 HEAD = "lm_head.weight"
 SPLIT_EXPERTS = r"(.*\.experts)\.\d+\..*"
@@ -59,14 +59,14 @@ class Base(NamedTuple):
   paths: dict[str, str]
   names: frozenset[str]
   modules: frozenset[str]
-  table: tuple[Rule, ...]
+  table: tuple[ViewRule, ...]
   model_type: str | None
   tied_head: bool
   splits_experts: bool
   rename: Rename
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
   """One Lora of the file: where it is read and how it is stored.
 
   Attributes:
@@ -85,7 +85,7 @@ class Part(NamedTuple):
   path: str | None
   index: int | None
   name: str
-  layout: Layout
+  layout: FileLayout
   a: tuple[int, ...]
   b: tuple[int, ...]
   dtype: np.dtype
@@ -165,7 +165,7 @@ def describe_base(
   )
 
 
-def is_transposed(part: Part, base: Base) -> bool:
+def is_transposed(part: FilePart, base: Base) -> bool:
   """Whether the module is a `Conv1D`, which keeps its weight (in, out).
 
   Args:
@@ -177,17 +177,20 @@ def is_transposed(part: Part, base: Base) -> bool:
 
   Example:
     >>> base = describe_base({}, "gpt2", None, None)
-    >>> part = Part("x", None, "h.0.c_fc.weight", LINEAR, (1, 1), (1, 1), None)
+    >>> part = FilePart("x", None, "h.0.c_fc.weight", LINEAR, (1, 1), (1, 1),
+    ...                 None)
     >>> is_transposed(part, base)
     True
   """
   table = table_for([part.name], base.model_type)
-  return part.layout is LINEAR and view_of(part.name, (1, 1), table) == KERNEL
+  return (
+    part.layout is LINEAR_FILE and view_of(part.name, (1, 1), table) == KERNEL
+  )
 
 
 def parts_of(
   path: str, lora: Lora, view: MatrixView, base: Base, dtype: Any
-) -> list[Part]:
+) -> list[FilePart]:
   """The parts of one Lora: one, or one a layer, or one more for a tied head.
 
   Args:
@@ -214,12 +217,12 @@ def parts_of(
   layout, kernel = layout_of(path, view, base)
   dtype = np.dtype(dtype or lora.a.dtype)
   if isinstance(name, str):
-    part = Part(
+    part = FilePart(
       path, None, name, layout, lora.a.shape, lora.b.shape, dtype, kernel
     )
     if base.tied_head and re.fullmatch(INPUT_EMBEDDINGS, name):
       head = part._replace(
-        name=HEAD, layout=LINEAR, a=part.b, b=part.a, swapped=True
+        name=HEAD, layout=LINEAR_FILE, a=part.b, b=part.a, swapped=True
       )
       return [part, head]
     return [part]
@@ -228,14 +231,14 @@ def parts_of(
     raise ValueError(f"{path}: {len(name)} names for {count} matrices.")
   a, b = lora.a.shape[-2:], lora.b.shape[-2:]
   return [
-    Part(path, index, each, layout, a, b, dtype, kernel)
+    FilePart(path, index, each, layout, a, b, dtype, kernel)
     for index, each in enumerate(name)
   ]
 
 
 def layout_of(
   path: str, view: MatrixView, base: Base
-) -> tuple[Layout, tuple[int, ...]]:
+) -> tuple[FileLayout, tuple[int, ...]]:
   """How PEFT stores the Lora of a parameter, and a convolution's kernel.
 
   Args:
@@ -253,19 +256,21 @@ def layout_of(
   """
   name = base.rename(path)
   if not isinstance(name, str):
-    return LINEAR, ()
+    return LINEAR_FILE, ()
   if view.batch:
     return EXPERTS, ()
-  if re.fullmatch(EMBEDDINGS, name):
+  if re.fullmatch(TABLES, name):
     return EMBEDDING, ()
   if re.fullmatch(ROUTERS, name) and not base.splits_experts:
     return ROUTER, ()
   if len(view.inputs) > 1 and ("/" not in path or "conv" in path):
     return CONVOLUTION, tuple(base.shapes[path][axis] for axis in view.inputs)
-  return LINEAR, ()
+  return LINEAR_FILE, ()
 
 
-def zero_part(module: str, rank: int, dtype: Any, base: Base) -> Part | None:
+def zero_part(
+  module: str, rank: int, dtype: Any, base: Base
+) -> FilePart | None:
   """A part that changes nothing, for a module that must be in the file.
 
   Args:
@@ -285,8 +290,10 @@ def zero_part(module: str, rank: int, dtype: Any, base: Base) -> Part | None:
   name = f"{module}.weight"
   path = base.paths.get(name)
   view = path and view_of(path, base.shapes[path], base.table)
-  if not path or not view or layout_of(path, view, base)[0] is not LINEAR:
+  if not path or not view or layout_of(path, view, base)[0] is not LINEAR_FILE:
     return None
   in_, out = view.shape(base.shapes[path])
   dtype = np.dtype(dtype)
-  return Part(None, None, name, LINEAR, (rank, in_), (rank, out), dtype)
+  return FilePart(
+    None, None, name, LINEAR_FILE, (rank, in_), (rank, out), dtype
+  )

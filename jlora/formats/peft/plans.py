@@ -22,11 +22,11 @@ from jlora.formats.peft.layouts import (
   Profile,
 )
 from jlora.formats.peft.parts import (
-  EMBEDDINGS,
   HEAD,
   INPUT_EMBEDDINGS,
+  TABLES,
   Base,
-  Part,
+  FilePart,
   parts_of,
   zero_part,
 )
@@ -41,7 +41,7 @@ def plan_loras(
   profile: Profile,
   dtype: Any,
   left: dict[str, str],
-) -> list[Part]:
+) -> list[FilePart]:
   """The parts that the Loras become, in the Loras' order; each is read once.
 
   Args:
@@ -74,7 +74,7 @@ def plan_loras(
       f"{len(unknown)} of {len(loras)} Loras are for parameters that `like`"
       f" does not have: {name_some(unknown)}."
     )
-  parts: list[Part] = []
+  parts: list[FilePart] = []
   wrong: list[str] = []
   for path, lora in loras.items():
     check_loras({path: lora})
@@ -100,11 +100,11 @@ def plan_loras(
 
 def plan_biases(
   biases: Mapping[str, Any],
-  parts: Sequence[Part],
+  parts: Sequence[FilePart],
   base: Base,
   profile: Profile,
   left: dict[str, str],
-) -> tuple[list[Part], dict[str, str]]:
+) -> tuple[list[FilePart], dict[str, str]]:
   """Which module carries which bias, and zero Loras for those without one.
 
   Args:
@@ -163,7 +163,7 @@ def plan_biases(
 
 def plan_full(
   full: Mapping[str, Any],
-  parts: Sequence[Part],
+  parts: Sequence[FilePart],
   base: Base,
   profile: Profile,
   left: dict[str, str],
@@ -212,7 +212,7 @@ def plan_full(
   return kept
 
 
-def _refusal(part: Part, view: MatrixView, profile: Profile) -> str | None:
+def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:
   """Why a part cannot be carried, or None."""
   if part.rank == 0:
     return "rank 0: nothing to write"
@@ -225,7 +225,7 @@ def _refusal(part: Part, view: MatrixView, profile: Profile) -> str | None:
   return None
 
 
-def _check_parts(parts: Sequence[Part], profile: Profile) -> None:
+def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
   """Nothing, if ranks are allowed and names differ."""
   limit = math.inf if profile.max_rank is None else profile.max_rank
   high = [f"{part.name} ({part.rank})" for part in parts if part.rank > limit]
@@ -264,14 +264,14 @@ def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
   if (
     "/" in path
     and len(base.shapes.get(path, ())) > 1
-    and not re.fullmatch(EMBEDDINGS, name)
+    and not re.fullmatch(TABLES, name)
   ):
     return "kept whole only in PyTorch's layout; transpose and rename it first"
   return None
 
 
 def spec_of(
-  parts: Sequence[Part],
+  parts: Sequence[FilePart],
   carried: Mapping[str, str],
   full: Mapping[str, Any],
   kept: Mapping[str, str],
@@ -288,7 +288,7 @@ def spec_of(
     The spec that `stream_safetensors` takes.
 
   Example:
-    >>> from jlora.formats.peft.layouts import LINEAR
+    >>> from jlora.formats.peft.layouts import LINEAR_FILE
     >>> f4 = np.dtype("f4")
     >>> part = Part("q", None, "q.weight", LINEAR, (1, 3), (1, 2), f4)
     >>> [shape for shape, _ in spec_of([part], {}, {}, {}).values()]
@@ -310,7 +310,7 @@ def spec_of(
 
 
 def arrays_of(
-  parts: Sequence[Part],
+  parts: Sequence[FilePart],
   loras: Mapping[str, Lora],
   biases: Mapping[str, Any],
   carried: Mapping[str, str],
@@ -334,7 +334,7 @@ def arrays_of(
     Tensors as PEFT stores them.
 
   Example:
-    >>> from jlora.formats.peft.layouts import LINEAR
+    >>> from jlora.formats.peft.layouts import LINEAR_FILE
     >>> f4 = np.dtype("f4")
     >>> part = Part("q", None, "q.weight", LINEAR, (1, 3), (1, 2), f4)
     >>> lora = Lora(np.ones((1, 3), f4), np.ones((1, 2), f4), np.float32(2))
@@ -358,7 +358,7 @@ def arrays_of(
     yield PREFIX + name, np.asarray(full[path])
 
 
-def _stored(part: Part, a, b) -> Iterator[tuple[str, np.ndarray]]:
+def _stored(part: FilePart, a, b) -> Iterator[tuple[str, np.ndarray]]:
   """The two tensors of a part, under their keys."""
   a, b = part.layout.store(a, b, part.kernel)
   yield f"{PREFIX}{part.stem}.{part.layout.a}", a
@@ -374,7 +374,7 @@ def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(lora.a), b
 
 
-def _factors(part: Part, factors) -> tuple[np.ndarray, np.ndarray]:
+def _factors(part: FilePart, factors) -> tuple[np.ndarray, np.ndarray]:
   """A part's own factors: of its index, in its order, of its rank."""
   if factors is None:
     return np.zeros(part.a, part.dtype), np.zeros(part.b, part.dtype)

@@ -31,10 +31,10 @@ from jlora.formats.peft.layouts import (
   CONVOLUTION,
   EMBEDDING,
   EXPERTS,
-  LINEAR,
+  LINEAR_FILE,
   PREFIX,
   TENSORS,
-  Layout,
+  FileLayout,
 )
 from jlora.formats.peft.parts import HEAD
 from jlora.loras import Lora
@@ -75,7 +75,7 @@ class _Wrapper(NamedTuple):
   """One LoRA layer of the file."""
 
   name: str  # the parameter it changes
-  layout: Layout
+  layout: FileLayout
   rank: int
   scale: float
   keys: dict[str, str]  # role -> key
@@ -215,13 +215,15 @@ def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
   return wrappers
 
 
-def _layout(key: str, shape: tuple[int, ...], parameters: list[str]) -> Layout:
+def _layout(
+  key: str, shape: tuple[int, ...], parameters: list[str]
+) -> FileLayout:
   """How the tensors of a LoRA layer lie, by their names and axes."""
   if parameters:
     return EXPERTS
   if key.endswith(EMBEDDING.a):
     return EMBEDDING
-  return CONVOLUTION if len(shape) > 2 else LINEAR
+  return CONVOLUTION if len(shape) > 2 else LINEAR_FILE
 
 
 def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:

@@ -26,7 +26,7 @@ from jlora.formats.peft.layouts import VLLM as VLLM
 from jlora.formats.peft.parts import (
   HEAD,
   Base,
-  Part,
+  FilePart,
   Rename,
   describe_base,
   is_transposed,
@@ -141,7 +141,7 @@ def save_peft(
 
 
 def _configuration(
-  parts: Sequence[Part],
+  parts: Sequence[FilePart],
   carried: Mapping[str, str],
   kept: Mapping[str, str],
   base: Base,

@@ -12,9 +12,9 @@ from jlora.merging.arrays.inputs import (
   divided,
   inner,
   is_known,
-  norm,
+  norm_of,
   over_models,
-  read,
+  read_inputs,
   shares,
   weighted_sum,
 )
@@ -44,7 +44,7 @@ def linear(
     (...) in the stack's dtype. Elementwise: keeps the sharding.
 
   Raises:
-    ValueError: weights of sum zero, or as `read`.
+    ValueError: weights of sum zero, or as `read_inputs`.
 
   Example:
     >>> linear(jnp.array([[1.0], [5.0]]), jnp.array([3.0, 1.0]))
@@ -54,7 +54,7 @@ def linear(
     Model soups (Wortsman et al., 2022).
   """
   del base, key
-  given = read("linear", stack, weights)
+  given = read_inputs("linear", stack, weights)
   weights = shares(given.weights) if normalize else given.weights
   return weighted_sum(weights, given.models).astype(stack.dtype)
 
@@ -74,14 +74,14 @@ def passthrough(
     (...) in the stack's dtype.
 
   Raises:
-    ValueError: more than one model, or as `read`.
+    ValueError: more than one model, or as `read_inputs`.
 
   Example:
     >>> passthrough(jnp.array([[2.0, 4.0]]), jnp.array([0.5]))
     Array([1., 2.], dtype=float32)
   """
   del base, key
-  given = read("passthrough", stack, weights, counts=(1, 1))
+  given = read_inputs("passthrough", stack, weights, counts=(1, 1))
   return weighted_sum(given.weights, given.models).astype(stack.dtype)
 
 
@@ -109,7 +109,7 @@ def nearswap(
     (...) in the stack's dtype. Elementwise: keeps the sharding.
 
   Raises:
-    ValueError: more than one model, no base, or as `read`.
+    ValueError: more than one model, no base, or as `read_inputs`.
 
   Example:
     >>> stack, base = jnp.array([[1.01, 1.5, 3.0]]), jnp.ones(3)
@@ -120,7 +120,9 @@ def nearswap(
     mergekit's method of this name, which has no paper.
   """
   del key
-  given = read("nearswap", stack, weights, base, needs_base=True, counts=(1, 1))
+  given = read_inputs(
+    "nearswap", stack, weights, base, needs_base=True, counts=(1, 1)
+  )
   change = given.deltas[0]
   t = given.weights[0] * jnp.asarray(t).astype(jnp.float32)
   share = jnp.clip(t / jnp.maximum(jnp.abs(change), 1e-6), 0, 1)
@@ -157,7 +159,8 @@ def model_stock(
     products, of which only sums travel under sharding.
 
   Raises:
-    ValueError: a single model, no base, weights known to differ, or as `read`.
+    ValueError: a single model, no base, weights known to differ, or as
+      `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.5, 3**0.5 / 2]])   # 60 degrees
@@ -168,7 +171,7 @@ def model_stock(
     Jang et al. (2024).
   """
   del key
-  given = read(
+  given = read_inputs(
     "model_stock", stack, weights, base, needs_base=True, counts=(2, math.inf)
   )
   if is_known(given.weights) and np.ptp(given.weights):
@@ -177,7 +180,7 @@ def model_stock(
     )
   deltas = given.deltas
   count = deltas.shape[0]
-  units = divided(deltas, jax.vmap(lambda x: norm(x, axis))(deltas))
+  units = divided(deltas, jax.vmap(lambda x: norm_of(x, axis))(deltas))
   cosines = [
     inner(units[i], units[j], axis) for j in range(count) for i in range(j)
   ]

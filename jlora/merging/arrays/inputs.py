@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     return self.models - self.base[None]
 
 
-def read(
+def read_inputs(
   method: str,
   stack: Any,
   weights: Any,
@@ -62,7 +62,7 @@ def read(
       shape.
 
   Example:
-    >>> read("linear", jnp.ones((2, 3)), [1, 1]).weights
+    >>> read_inputs("linear", jnp.ones((2, 3)), [1, 1]).weights
     array([1., 1.], dtype=float32)
   """
   _check_stack(method, stack)
@@ -240,7 +240,7 @@ def inner(left: Any, right: Any, axis: int | None = None) -> Any:
   return product
 
 
-def norm(x: Any, axis: int | None = None) -> Any:
+def norm_of(x: Any, axis: int | None = None) -> Any:
   """The Euclidean norms of tensors read as vectors.
 
   Args:
@@ -251,7 +251,7 @@ def norm(x: Any, axis: int | None = None) -> Any:
     As `inner`.
 
   Example:
-    >>> norm(jnp.array([3.0, 4.0]))
+    >>> norm_of(jnp.array([3.0, 4.0]))
     Array([5.], dtype=float32)
   """
   return jnp.sqrt(inner(x, x, axis))

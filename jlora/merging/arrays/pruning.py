@@ -11,11 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.merging.arrays.inputs import read
+from jlora.merging.arrays.inputs import read_inputs
 from jlora.merging.arrays.sparsifiers import (
   Rescaling,
   at_random,
-  by_rank,
+  by_magnitude_rank,
   check_range,
   inverse_keep,
   keep_middle,
@@ -74,7 +74,7 @@ def dare(
     (...) in the stack's dtype; the same on any mesh.
 
   Raises:
-    ValueError: no base, a density outside [0, 1], or as `read`.
+    ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
     >>> dare(jnp.full((1, 2), 3.0), [1.0], jnp.ones(2), density=1.0)
@@ -83,7 +83,7 @@ def dare(
   References:
     Yu et al. (2024), yule-BUAA/MergeLM.
   """
-  given = read("dare", stack, weights, base, needs_base=True)
+  given = read_inputs("dare", stack, weights, base, needs_base=True)
   check_range(density)
   rescales = [rescale] * len(stack)
   if lengths is not None:
@@ -134,7 +134,7 @@ def dare_lengths(
     Array([[4., 4.]], dtype=float32)
   """
   del others
-  given = read("dare", stack, weights, base, needs_base=True)
+  given = read_inputs("dare", stack, weights, base, needs_base=True)
   keep = functools.partial(at_random, rescale=unscaled, start=start)
   found = thin_out(given, keep, density, key)
   return jnp.stack([lengths_of(*pair) for pair in found])
@@ -159,7 +159,7 @@ def della(
       τ_i = m_i δ_i / p_i,   m_i ~ Bernoulli(p_i)
 
   with p_i growing from density - ε to density + ε by rank in the row
-  (`by_rank`). With `elect=None, normalize=False` it is mergekit's
+  (`by_magnitude_rank`). With `elect=None, normalize=False` it is mergekit's
   `della_linear`, a sum.
 
   Args:
@@ -180,7 +180,7 @@ def della(
     sharded.
 
   Raises:
-    ValueError: no base, a density too near to 0 or 1, or as `read`.
+    ValueError: no base, a density too near to 0 or 1, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[3.0, 1.0], [-1.0, 1.0]])
@@ -190,12 +190,12 @@ def della(
   References:
     Deep et al. (2024).
   """
-  given = read("della", stack, weights, base, needs_base=True)
+  given = read_inputs("della", stack, weights, base, needs_base=True)
   check_range(density, epsilon)
   merged = merge_task_vectors(
     given,
     sparsify=functools.partial(
-      by_rank, epsilon=epsilon, axis=axis, rescale=rescale
+      by_magnitude_rank, epsilon=epsilon, axis=axis, rescale=rescale
     ),
     amounts=density,
     elect=elect,
@@ -241,7 +241,7 @@ def breadcrumbs(
     (...) in the stack's dtype. Only counts travel under sharding.
 
   Raises:
-    ValueError: no base, a density outside [0, 1], or as `read`.
+    ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[5.0, -4.0, 3.0, 2.0, 1.0]])
@@ -251,7 +251,7 @@ def breadcrumbs(
   References:
     Davari and Belilovsky (2023).
   """
-  given = read("breadcrumbs", stack, weights, base, needs_base=True)
+  given = read_inputs("breadcrumbs", stack, weights, base, needs_base=True)
   check_range(density)
   merged = merge_task_vectors(
     given,

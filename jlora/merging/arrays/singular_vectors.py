@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora.merging.arrays.inputs import along_models, read, weighted_sum
+from jlora.merging.arrays.inputs import along_models, read_inputs, weighted_sum
 from jlora.numerics.meshes import run_automatic
 
 # A singular value below this share of the largest is rounding.
@@ -57,7 +57,7 @@ def tsv(
     sharded ones.
 
   Raises:
-    ValueError: no base, keep below 1, or as `read`.
+    ValueError: no base, keep below 1, or as `read_inputs`.
 
   Example:
     >>> both = jnp.float32([[3, 0], [0, 1]])
@@ -70,7 +70,7 @@ def tsv(
     Gargiulo et al. (2025), task_singular_vectors.
   """
   del key
-  given = read("tsv", stack, weights, base, needs_base=True)
+  given = read_inputs("tsv", stack, weights, base, needs_base=True)
   if keep is not None and keep < 1:
     raise ValueError(f"tsv: keep must be at least 1, got {keep}.")
 
@@ -116,7 +116,7 @@ def iso_c(
     one svd and gathers a sharded matrix.
 
   Raises:
-    ValueError: no base, or as `read`.
+    ValueError: no base, or as `read_inputs`.
 
   Example:
     >>> both = jnp.float32([[3, 0], [0, 1]])
@@ -129,7 +129,7 @@ def iso_c(
     Marczak et al. (2025), iso-merging.
   """
   del key
-  given = read("iso_c", stack, weights, base, needs_base=True)
+  given = read_inputs("iso_c", stack, weights, base, needs_base=True)
 
   def merged(deltas, weights):
     total = weighted_sum(weights, deltas)

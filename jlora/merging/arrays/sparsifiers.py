@@ -184,7 +184,7 @@ def at_random(
   return rescale(delta, _where(drawn, delta), density)
 
 
-def by_rank(
+def by_magnitude_rank(
   delta: Any,
   density: Any,
   key: Any = None,
@@ -213,7 +213,7 @@ def by_rank(
     ValueError: density ± ε known to leave [0, 1].
 
   Example:
-    >>> by_rank(jnp.ones((1, 2)), 1.0)
+    >>> by_magnitude_rank(jnp.ones((1, 2)), 1.0)
     Array([[1., 1.]], dtype=float32)
   """
   probability = keep_probability(delta, density, epsilon=epsilon, axis=axis)
@@ -223,10 +223,10 @@ def by_rank(
 def keep_probability(
   delta: Any, density: Any, *, epsilon: float = 0.15, axis: int = -1
 ) -> Any:
-  """The probabilities that `by_rank` keeps entries with.
+  """The probabilities that `by_magnitude_rank` keeps entries with.
 
   Args:
-    delta: as for `by_rank`.
+    delta: as for `by_magnitude_rank`.
     density: likewise.
     epsilon: likewise.
     axis: likewise.
@@ -235,7 +235,7 @@ def keep_probability(
     As delta, in [0, 1].
 
   Raises:
-    ValueError: as `by_rank`.
+    ValueError: as `by_magnitude_rank`.
 
   Example:
     >>> found = keep_probability(jnp.array([0.1, 0.5, 2.0, 1.0]), 0.7)

@@ -10,8 +10,8 @@ from jlora.merging.arrays.inputs import (
   Inputs,
   divided,
   inner,
-  norm,
-  read,
+  norm_of,
+  read_inputs,
   shares,
   weighted_sum,
 )
@@ -52,7 +52,7 @@ def slerp(
 
   Raises:
     ValueError: not two models, weights of sum zero where t is None, or as
-      `read`.
+      `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 2.0]])
@@ -63,7 +63,7 @@ def slerp(
     Shoemake (1985); on models, as mergekit does.
   """
   del base, key
-  given = read("slerp", stack, weights, counts=(2, 2))
+  given = read_inputs("slerp", stack, weights, counts=(2, 2))
   t = shares(given.weights)[1] if t is None else t
   products = _products(given.models) if products is None else products
   merged = _arc(given.models, _cosine(*products), t, colinear)
@@ -96,7 +96,7 @@ def nuslerp(
     which opposite vectors escape, and divides by it.
 
   Raises:
-    ValueError: not two models, or as `read`.
+    ValueError: not two models, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -107,7 +107,7 @@ def nuslerp(
     mergekit's method of this name.
   """
   del key
-  given = read("nuslerp", stack, weights, base, counts=(2, 2))
+  given = read_inputs("nuslerp", stack, weights, base, counts=(2, 2))
   total = jnp.sum(given.weights)
   is_none = jnp.abs(total) < 1e-6
   t = jnp.where(is_none, 0.5, divided(given.weights[1], total))
@@ -142,7 +142,7 @@ def multislerp(
     mergekit refuses three models or more). Only sums travel under sharding.
 
   Raises:
-    ValueError: weights of sum zero, or as `read`.
+    ValueError: weights of sum zero, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
@@ -153,10 +153,10 @@ def multislerp(
     mergekit's method of this name.
   """
   del key
-  given = read("multislerp", stack, weights, base)
+  given = read_inputs("multislerp", stack, weights, base)
   weights, units, length = _polar(given)
   mean = weighted_sum(weights, units)
-  size = norm(mean)
+  size = norm_of(mean)
   straight = weighted_sum(weights, given.deltas)
   change = jnp.where(size > _CANCELLED, length * divided(mean, size), straight)
   return (given.base + change).astype(stack.dtype)
@@ -191,7 +191,7 @@ def karcher(
     sharding.
 
   Raises:
-    ValueError: weights of sum zero, or as `read`.
+    ValueError: weights of sum zero, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
@@ -202,7 +202,7 @@ def karcher(
     Karcher (1977); on models, as mergekit does.
   """
   del key
-  given = read("karcher", stack, weights, base)
+  given = read_inputs("karcher", stack, weights, base)
   weights, units, length = _polar(given)
   change = length * _mean_direction(weights, units, steps, tol)
   return (given.base + change).astype(stack.dtype)
@@ -219,12 +219,12 @@ def _mean_direction(weights: Any, units: Any, steps: Any, tol: Any) -> Any:
     sine = jnp.sin(angle)
     ratio = jnp.where(sine > 1e-6, divided(angle, sine), 1.0)
     tangent = weighted_sum(weights, ratio * (units - cosine * mean[None]))
-    size = norm(tangent)
+    size = norm_of(tangent)
     mean = jnp.cos(size) * mean + jnp.sin(size) * divided(tangent, size)
-    return count + 1, divided(mean, norm(mean)), jnp.max(size)
+    return count + 1, divided(mean, norm_of(mean)), jnp.max(size)
 
   mean = weighted_sum(weights, units)
-  size = norm(mean)
+  size = norm_of(mean)
   mean = jnp.where(size > _CANCELLED, divided(mean, size), units[0])
   _, mean, _ = jax.lax.while_loop(
     lambda state: (state[0] < steps) & (state[2] > tol),
@@ -238,7 +238,7 @@ def _polar(given: Inputs) -> tuple[Any, Any, Any]:
   """Shares (n,), unit vectors (n, ...), and the mean length."""
   weights = shares(given.weights)
   deltas = given.deltas
-  norms = jax.vmap(norm)(deltas)
+  norms = jax.vmap(norm_of)(deltas)
   return weights, divided(deltas, norms), weighted_sum(weights, norms)
 
 

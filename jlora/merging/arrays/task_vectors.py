@@ -19,7 +19,7 @@ from jlora.merging.arrays.inputs import (
   inner,
   numbers,
   over_models,
-  read,
+  read_inputs,
 )
 from jlora.merging.arrays.sparsifiers import (
   Sparsifier,
@@ -151,7 +151,7 @@ def merge_task_vectors(
   All methods of this file and of `pruning` are this with settings.
 
   Args:
-    given: from `read`.
+    given: from `read_inputs`.
     sparsify: what is kept of each change, one for all or one a model; None is
       all.
     amounts: its second argument, one for all models or (n,).
@@ -187,7 +187,7 @@ def thin_out(
   """Changes, and what is kept of them, of one model after the other.
 
   Args:
-    given: from `read`.
+    given: from `read_inputs`.
     sparsify: as for `merge_task_vectors`.
     amounts: likewise.
     key: likewise.
@@ -245,7 +245,7 @@ def task_arithmetic(
     (...) in the stack's dtype. Elementwise: keeps the sharding.
 
   Raises:
-    ValueError: no base, or as `read`.
+    ValueError: no base, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[3.0], [0.0]])
@@ -255,7 +255,7 @@ def task_arithmetic(
   References:
     Ilharco et al. (2023).
   """
-  given = read("task_arithmetic", stack, weights, base, needs_base=True)
+  given = read_inputs("task_arithmetic", stack, weights, base, needs_base=True)
   merged = merge_task_vectors(given, normalize=normalize, scale=scale, key=key)
   return merged.astype(stack.dtype)
 
@@ -297,7 +297,7 @@ def ties(
     (...) in the stack's dtype. Only counts travel under sharding.
 
   Raises:
-    ValueError: no base, a density outside [0, 1], or as `read`.
+    ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
@@ -307,7 +307,7 @@ def ties(
   References:
     Yadav et al. (2023), prateeky2806/ties-merging.
   """
-  given = read("ties", stack, weights, base, needs_base=True)
+  given = read_inputs("ties", stack, weights, base, needs_base=True)
   check_range(density)
   merged = merge_task_vectors(
     given,
@@ -350,7 +350,7 @@ def sce(
     counts and sums travel under sharding.
 
   Raises:
-    ValueError: no base, a density outside [0, 1], or as `read`.
+    ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
@@ -361,7 +361,7 @@ def sce(
     FuseChat (Wan et al., 2024).
   """
   del key
-  given = read("sce", stack, weights, base, needs_base=True)
+  given = read_inputs("sce", stack, weights, base, needs_base=True)
   check_range(density)
   deltas = given.deltas
   mean = over_models(deltas) / len(deltas)

@@ -30,7 +30,7 @@ from jlora.merging.arrays.task_vectors import (
 )
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.messages import name_some
-from jlora.pairing.match import common_rows, refuse
+from jlora.pairing.match import common_rows, same_rows
 
 
 class Form(NamedTuple):
@@ -212,7 +212,7 @@ def _recipe(raw: Any) -> Recipe:
     base=None if form.base is False else base,
     reference=base,
     dtype=dtype,
-    vocabulary=refuse if source is None else common_rows,
+    vocabulary=same_rows if source is None else common_rows,
   )
 
 

@@ -17,8 +17,8 @@ from jlora.merging.arrays.task_vectors import ties
 from jlora.merging.checkpoints.piecewise import (
   DRAWN,
   is_piecewise,
-  parts_of,
-  sums_of,
+  unbind,
+  whole_sums_of,
 )
 from jlora.merging.checkpoints.planning import Job
 from jlora.merging.checkpoints.reading import (
@@ -50,10 +50,10 @@ class Merger:
     key: PRNG key; each tensor uses its own, from its name.
 
   Example:
-    >>> from jlora.merging.checkpoints.planning import Source
+    >>> from jlora.merging.checkpoints.planning import InputTensor
     >>> from jlora.merging.arrays.averages import linear
-    >>> from jlora.pairing.pairs import Part
-    >>> sources = (Source("a", Part("w")), Source("b", Part("w")))
+    >>> from jlora.pairing.pairs import TensorPart
+    >>> sources = (Source("a", Part("w")), InputTensor("b", TensorPart("w")))
     >>> job = Job("w", (2,), np.dtype(np.float32), sources, None,
     ...           (("weights", (1.0, 3.0)),))
     >>> left, right = np.float32([0, 4]), np.float32([4, 0])
@@ -68,8 +68,8 @@ class Merger:
     key: jax.Array | None,
   ):
     self._method, self._models, self._key = method, models, key
-    self._plain, self._defaults = parts_of(method)
-    self._sums = sums_of(method)
+    self._plain, self._defaults = unbind(method)
+    self._sums = whole_sums_of(method)
     self._rooms = Rooms()
     self._compiled: dict[Any, Any] = {}
     self._lock = threading.Lock()

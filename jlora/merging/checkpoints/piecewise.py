@@ -18,7 +18,7 @@ from jlora.merging.arrays.task_vectors import (
 Method = Callable[..., Any]
 
 
-class Sums(NamedTuple):
+class WholeSums(NamedTuple):
   """Numbers of a whole tensor, added up from those of its pieces.
 
   Attributes:
@@ -48,9 +48,9 @@ PIECEWISE: Mapping[Method, Mapping[str, frozenset[Any]]] = {
     "rescale": frozenset([inverse_keep, match_l1, unscaled]),
   },
 }
-SUMS: Mapping[Method, Sums] = {
-  slerp: Sums("products", lambda stack, *_, **__: products_of(stack)),
-  dare: Sums("lengths", dare_lengths, {"rescale": match_l1}),
+SUMS: Mapping[Method, WholeSums] = {
+  slerp: WholeSums("products", lambda stack, *_, **__: products_of(stack)),
+  dare: WholeSums("lengths", dare_lengths, {"rescale": match_l1}),
 }
 # Told the key of the whole tensor, and where in it a piece starts.
 DRAWN = frozenset([dare])
@@ -71,7 +71,7 @@ def is_piecewise(method: Method) -> bool:
     >>> is_piecewise(dare), is_piecewise(functools.partial(dare, elect=by_mass))
     (True, False)
   """
-  plain, options = parts_of(method)
+  plain, options = unbind(method)
   if plain not in PIECEWISE:
     return False
   allowed = PIECEWISE[plain]
@@ -80,7 +80,7 @@ def is_piecewise(method: Method) -> bool:
   )
 
 
-def sums_of(method: Method) -> Sums | None:
+def whole_sums_of(method: Method) -> WholeSums | None:
   """The sums that a method needs to be given a tensor piece by piece.
 
   Args:
@@ -90,10 +90,10 @@ def sums_of(method: Method) -> Sums | None:
     Sums, with the method's options bound, or None.
 
   Example:
-    >>> sums_of(slerp).setting, sums_of(dare)
+    >>> whole_sums_of(slerp).setting, whole_sums_of(dare)
     ('products', None)
   """
-  plain, options = parts_of(method)
+  plain, options = unbind(method)
   sums = SUMS.get(plain)
   if sums is None or sums.setting in options:
     return None
@@ -102,7 +102,7 @@ def sums_of(method: Method) -> Sums | None:
   return sums._replace(of=functools.partial(sums.of, **options))
 
 
-def parts_of(method: Method) -> tuple[Method, Mapping[str, Any]]:
+def unbind(method: Method) -> tuple[Method, Mapping[str, Any]]:
   """A method without its options, and these.
 
   Args:
@@ -112,7 +112,7 @@ def parts_of(method: Method) -> tuple[Method, Mapping[str, Any]]:
     The function, and its options.
 
   Example:
-    >>> parts_of(linear)[1]
+    >>> unbind(linear)[1]
     {}
   """
   return getattr(method, "func", method), getattr(method, "keywords", {})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.merged import merged_dtype, read_config
+from jlora.checkpoints.merged import merged_dtype, read_json_config
 from jlora.formats.adapted import open_model
 from jlora.merging.checkpoints.recipes import (
   Recipe,
@@ -16,9 +16,9 @@ from jlora.merging.checkpoints.recipes import (
   first_setting,
 )
 from jlora.messages import name_some
-from jlora.pairing.layers import Layers, find_layers
+from jlora.pairing.layers import LayerNames, find_layers
 from jlora.pairing.match import Vocabulary, common_rows, is_table, pair_up
-from jlora.pairing.pairs import Pair, Part, Stack, names_of
+from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of
 from jlora.pairing.vocabularies import differing_rows, read_tokens
 
 _EMBEDDING = re.compile(r"(.*\.)?(embed\w*|wte|wpe|tok_embeddings)(\..*)?")
@@ -26,7 +26,7 @@ _EMBEDDING = re.compile(r"(.*\.)?(embed\w*|wte|wpe|tok_embeddings)(\..*)?")
 Catalogue = dict[str, Pair]  # a name as the reference has it -> where it lies
 
 
-class Source(NamedTuple):
+class InputTensor(NamedTuple):
   """Where one input of a tensor lies.
 
   Attributes:
@@ -35,7 +35,7 @@ class Source(NamedTuple):
   """
 
   model: str
-  side: Part | Stack
+  side: TensorPart | Stack
 
 
 class Job(NamedTuple):
@@ -55,8 +55,8 @@ class Job(NamedTuple):
   name: str
   shape: tuple[int, ...]
   dtype: np.dtype
-  sources: tuple[Source, ...]
-  base: Source | None
+  sources: tuple[InputTensor, ...]
+  base: InputTensor | None
   settings: tuple[tuple[str, Any], ...] | None
   note: str = ""
 
@@ -71,7 +71,7 @@ class Planner:
     layers: the reference's.
   """
 
-  def __init__(self, recipe, models, catalogues, layers: Layers):
+  def __init__(self, recipe, models, catalogues, layers: LayerNames):
     self._recipe, self._models = recipe, models
     self._catalogues, self._layers = catalogues, layers
     self._reference = recipe.models[0]
@@ -165,10 +165,10 @@ class Planner:
     )
     own = self._catalogues[self._reference].get(names[0], pairs[0])
     if any(pair.whole for pair in pairs):
-      sources = (Source(self._reference, own.finetuned),)
+      sources = (InputTensor(self._reference, own.finetuned),)
       settings = None
     else:
-      sources = tuple(Source(one.model, p.finetuned) for one, p in merged)
+      sources = tuple(InputTensor(one.model, p.finetuned) for one, p in merged)
       settings = self._settings(part, [one for one, _ in merged], name, place)
     return Job(
       name=name,
@@ -180,11 +180,11 @@ class Planner:
       note="; ".join(notes),
     )
 
-  def _dtype(self, name: str, source: Source) -> np.dtype:
+  def _dtype(self, name: str, source: InputTensor) -> np.dtype:
     """What the recipe says, or as the reference stores the tensor."""
     own = self._catalogues[self._reference].get(name)
     if own is not None:
-      source = Source(self._reference, own.finetuned)
+      source = InputTensor(self._reference, own.finetuned)
     model = self._models[source.model]
     stored = getattr(model, "base", model).spec[names_of(source.side)[0]].dtype
     return merged_dtype(stored, self._recipe.dtype)
@@ -212,7 +212,7 @@ class Planner:
       raise ValueError(f"{name} differs in shape: {name_some(said)}.")
     return pairs[0].shape
 
-  def _base(self, part: Slice, names: list[str]) -> Source | None:
+  def _base(self, part: Slice, names: list[str]) -> InputTensor | None:
     """The base's tensor: its own layer's if it is listed, else the first's."""
     base = self._recipe.base
     if base is None:
@@ -222,7 +222,7 @@ class Planner:
       for one, own in zip(part.inputs, names, strict=True)
       if one.model == base
     ]
-    return Source(base, self._find(base, (listed or names)[0]).finetuned)
+    return InputTensor(base, self._find(base, (listed or names)[0]).finetuned)
 
   def _settings(self, part, inputs, name, place):
     """Numbers of the method: of each input where any has its own."""
@@ -312,7 +312,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
   models = {name: open_model(name) for name in recipe.models}
   reference = recipe.models[0]
   first = models[reference]
-  config = read_config(first.path)
+  config = read_json_config(first.path)
   catalogues = {
     name: _catalogue(name, first.spec, model.spec, recipe.vocabulary)
     for name, model in models.items()
@@ -326,7 +326,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
   return MergePlan(models, reference, jobs, config, taken, notes)
 
 
-def _left_out(catalogues, jobs, layers: Layers) -> list[str]:
+def _left_out(catalogues, jobs, layers: LayerNames) -> list[str]:
   """What only one model has, said; a layer of that kind is an error."""
   names, notes = {job.name for job in jobs}, []
   for model, catalogue in catalogues.items():
@@ -369,14 +369,14 @@ def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
   return notes
 
 
-def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> Layers:
+def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
   wanted = config.get("text_config", config).get("num_hidden_layers")
   try:
     return find_layers(first.spec, wanted)
   except ValueError:
     if needed:
       raise
-    return Layers("", 0)
+    return LayerNames("", 0)
 
 
 def _has_gradients(recipe: Recipe) -> bool:
@@ -402,7 +402,7 @@ def _catalogue(
   found = {pair.path: pair for pair in pairing.pairs}
   for name in pairing.only_finetuned:
     shape = tuple(spec[name].shape)
-    found[name] = Pair(name, shape, Part(name), Part(name))
+    found[name] = Pair(name, shape, TensorPart(name), TensorPart(name))
   return found
 
 

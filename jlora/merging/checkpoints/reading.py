@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.checkpoints.float8 import FLOAT8
-from jlora.merging.checkpoints.planning import Job, Source
-from jlora.pairing.pairs import Part, read
+from jlora.merging.checkpoints.planning import InputTensor, Job
+from jlora.pairing.pairs import TensorPart, read_side
 
 _ALIGNED = 64  # XLA takes such memory as it is; it copies other memory first
 _READ = 2**18  # entries that are read at a time: they stay in the cache
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 
 def find_stored(
-  models: Mapping[str, Any], job: Job, source: Source
+  models: Mapping[str, Any], job: Job, source: InputTensor
 ) -> Stored | None:
   """An input of a tensor, where it is a whole tensor of a file.
 
@@ -69,17 +69,17 @@ def find_stored(
     >>> find_stored({"a": {"w": np.ones(2)}}, job, Source("a", Part("w")))
   """
   model, side = models[source.model], source.side
-  if not hasattr(model, "read") or not isinstance(side, Part):
+  if not hasattr(model, "read") or not isinstance(side, TensorPart):
     return None
   spec = model.spec[side.name]
-  is_whole = side == Part(side.name) and tuple(spec.shape) == job.shape
+  is_whole = side == TensorPart(side.name) and tuple(spec.shape) == job.shape
   if not is_whole or spec.start is None or spec.dtype in FLOAT8:
     return None
   return Stored(model, side.name, job.shape, spec.dtype)
 
 
 def open_input(
-  models: Mapping[str, Any], job: Job, source: Source
+  models: Mapping[str, Any], job: Job, source: InputTensor
 ) -> Stored | np.ndarray:
   """An input of a tensor.
 
@@ -99,10 +99,10 @@ def open_input(
   """
   if stored := find_stored(models, job, source):
     return stored
-  array = read(models[source.model], source.side)
+  array = read_side(models[source.model], source.side)
   if array.shape[:1] < job.shape[:1]:
     first = next(iter(models.values()))
-    rest = read(first, Part(job.name, (slice(len(array), None),)))
+    rest = read_side(first, TensorPart(job.name, (slice(len(array), None),)))
     array = np.concatenate([array, rest.astype(array.dtype)])
   return array
 

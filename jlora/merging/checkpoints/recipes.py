@@ -9,7 +9,7 @@ tensor's name counts. mergekit's recipes say the same in YAML: `read_recipe`.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jlora.pairing.match import Vocabulary, refuse
+from jlora.pairing.match import Vocabulary, same_rows
 
 Setting = Any  # a number, a flag, a gradient, or conditions
 Settings = Mapping[str, Setting]
@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
       the base, or the first input.
     dtype: of the result's floating tensors; None keeps the reference's.
     vocabulary: what happens to an embedding whose number of rows is not the
-      reference's: `refuse`, `common_rows` (those that a model lacks are the
+      reference's: `same_rows`, `common_rows` (those that a model lacks are the
       reference's, so the smallest model as the reference crops all tables) or
       `keep_whole` (the reference's table, not merged).
   """
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
   base: str | None = None
   reference: str | None = None
   dtype: str | None = None
-  vocabulary: Vocabulary = refuse
+  vocabulary: Vocabulary = same_rows
 
   @property
   def models(self) -> list[str]:

@@ -72,11 +72,12 @@ def merge_all(
 
   Example:
     >>> import io
-    >>> from jlora.merging.checkpoints.planning import Source
+    >>> from jlora.merging.checkpoints.planning import InputTensor
     >>> from jlora.merging.arrays.averages import linear
-    >>> from jlora.pairing.pairs import Part
+    >>> from jlora.pairing.pairs import TensorPart
     >>> job = Job("w", (1,), np.dtype(np.float32),
-    ...           (Source("a", Part("w")),), None, (("weights", (1.0,)),))
+    ...           (InputTensor("a", TensorPart("w")),), None,
+    ...           (("weights", (1.0,)),))
     >>> merger = Merger(linear, {"a": {"w": np.ones(1)}}, None)
     >>> with ThreadPoolExecutor(1) as pool, Progress(4, io.StringIO()) as bar:
     ...   for name, parts in merge_all(merger, [job], pool, bar):

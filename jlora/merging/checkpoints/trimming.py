@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.merging.checkpoints.planning import MergePlan, plan_merge
 from jlora.merging.checkpoints.recipes import Recipe
-from jlora.pairing.pairs import read
+from jlora.pairing.pairs import read_side
 from jlora.runs.fingerprints import name_of
 from jlora.selection import is_floating
 
@@ -19,7 +19,7 @@ _LOW, _HIGH = 16, 15
 _PIECE = 2**22  # entries in work at a time
 
 
-def trim_wholes(recipe: Recipe, density: float) -> Recipe:
+def trim_models(recipe: Recipe, density: float) -> Recipe:
   """A recipe whose models are trimmed as wholes, not tensor by tensor.
 
       t_i = the magnitude that a share `density` of all of δ_i reaches
@@ -54,7 +54,7 @@ def trim_wholes(recipe: Recipe, density: float) -> Recipe:
     ...   write_safetensors(tuned, {"v": np.float32([4, -3]),
     ...                             "w": np.float32([1, 2])})
     ...   recipe = Recipe(ties, (Slice((Input(tuned),)),), base=base)
-    ...   trim_wholes(recipe, 0.5).slices[0].inputs[0].settings
+    ...   trim_models(recipe, 0.5).slices[0].inputs[0].settings
     {'threshold': 3.0}
 
   References:
@@ -121,8 +121,8 @@ def _magnitudes(plan: MergePlan, model: str) -> Iterator[np.ndarray]:
       if source.model != model or job.base is None or key in seen:
         continue
       seen.add(key)
-      own = read(plan.models[model], source.side)
-      under = read(plan.models[job.base.model], job.base.side)
+      own = read_side(plan.models[model], source.side)
+      under = read_side(plan.models[job.base.model], job.base.side)
       if is_floating(own.dtype):
         own, under = (np.reshape(x, -1) for x in (own, under))
         for start in range(0, min(own.size, under.size), _PIECE):

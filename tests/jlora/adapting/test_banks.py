@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jlora.adapting.adapted import Change, dense_change, without_bank
-from jlora.adapting.banks import chosen, laned, stack
+from jlora.adapting.banks import chosen, laned, make_bank
 from jlora.loras import Lora
 
 SHAPE = (3, 5)
@@ -72,7 +72,7 @@ def test_few_adapters_are_masked_and_many_fetched():
 def test_stacking_pads_ranks_and_fills_missing_modules():
   one = Lora(draw(3, 1, 3), draw(4, 1, 5), jnp.float32(2))
   two = Lora(draw(5, 2, 3), draw(6, 2, 5), jnp.float32(3))
-  bank = stack([{"q": one}, {"q": two, "k": two}], rank=3)
+  bank = make_bank([{"q": one}, {"q": two, "k": two}], rank=3)
   assert bank["q"].a.shape == (2, 3, 3)
   assert bank["k"].scale.tolist() == [0, 3]
   np.testing.assert_array_equal(bank["q"].a[0, 1:], 0)
@@ -93,4 +93,4 @@ WRONG = {
 def test_what_makes_no_bank_is_refused(name):
   adapters, rank, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
-    stack(adapters, rank=rank)
+    make_bank(adapters, rank=rank)

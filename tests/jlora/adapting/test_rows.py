@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jlora import models
-from jlora.adapting.banks import stack
+from jlora.adapting.banks import make_bank
 from jlora.adapting.binding import bind
 from jlora.adapting.transforms import adapt, adapt_rows, apply
 from jlora.loras import Lora
@@ -38,7 +38,7 @@ def fast():
 
 def test_rows_are_as_in_runs_of_their_own():
   run, params, adapters = small()
-  found = jax.jit(adapt_rows(run))(params, stack(adapters), IDS, ROWS)
+  found = jax.jit(adapt_rows(run))(params, make_bank(adapters), IDS, ROWS)
   for row, at in enumerate(IDS.tolist()):
     own = params if at < 0 else apply(params, adapters[at])
     alone = fast()(own, ROWS[row : row + 1])[0]
@@ -47,7 +47,7 @@ def test_rows_are_as_in_runs_of_their_own():
 
 def test_no_adapter_is_the_base_bit_by_bit():
   run, params, adapters = small()
-  bank = stack(adapters)
+  bank = make_bank(adapters)
   rows = jax.jit(adapt_rows(run))
   base = np.asarray(fast()(params, ROWS))
   none = np.asarray(rows(params, bank, jnp.full_like(IDS, -1), ROWS))
@@ -62,7 +62,7 @@ def test_several_for_a_row_with_weights():
   ids = jnp.array([[0, 2], [1, -1], [-1, -1], [2, 1]])
   weights = jnp.array([[0.5, 2.0], [1.0, 7.0], [1.0, 1.0], [-1.0, 0.25]])
   found = jax.jit(adapt_rows(run))(
-    params, stack(adapters), ids, ROWS, weights=weights
+    params, make_bank(adapters), ids, ROWS, weights=weights
   )
   for row in range(4):
     used = [
@@ -75,7 +75,7 @@ def test_several_for_a_row_with_weights():
 
 def test_rows_are_differentiable():
   run, params, adapters = small()
-  bank, ids = stack(adapters), IDS[:2]
+  bank, ids = make_bank(adapters), IDS[:2]
 
   def loss(bank):
     return jnp.sum(jnp.sin(adapt_rows(run)(params, bank, ids, ROWS[:2])))
@@ -93,7 +93,7 @@ def test_rows_are_differentiable():
 def test_ids_that_do_not_exist_are_refused(ids):
   run, params, adapters = small()
   with pytest.raises(ValueError, match=str(ids[0])):
-    adapt_rows(run)(params, stack(adapters), jnp.array(ids), ROWS)
+    adapt_rows(run)(params, make_bank(adapters), jnp.array(ids), ROWS)
 
 
 def test_nothing_is_compiled_again():
@@ -105,8 +105,8 @@ def test_nothing_is_compiled_again():
     traces.append(1)
     return run(params, tokens)
 
-  bank = stack(adapters[:2], rank=4)
-  other = stack([adapters[2], adapters[0]], rank=4)
+  bank = make_bank(adapters[:2], rank=4)
+  other = make_bank([adapters[2], adapters[0]], rank=4)
   double = {p: Lora(x.a, x.b, 2 * x.scale) for p, x in bank.items()}
   rows = jax.jit(adapt_rows(counted))
   outs = [
@@ -143,7 +143,7 @@ def test_decoding_with_adapters_compiles_once_and_agrees_with_merged():
 def test_rows_decode_with_their_own():
   run, params, adapters = small()
   decode = adapt_rows(lambda p, t: models.generate(run, p, t, 5))
-  found = jax.jit(decode)(params, stack(adapters), IDS, ROWS)
+  found = jax.jit(decode)(params, make_bank(adapters), IDS, ROWS)
   for row, at in enumerate(IDS.tolist()):
     own = params if at < 0 else apply(params, adapters[at])
     alone = models.generate(run, own, ROWS[row : row + 1], 5)[0]

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.alignment.assignments import solve
-from jlora.alignment.layouts import lay_out
+from jlora.alignment.layouts import lay_out_units
 from jlora.alignment.matching import (
   match_activations,
   match_weights,
@@ -53,7 +53,7 @@ def rising(scores):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_planted_order_is_found(name):
   _, params, _, symmetry = network(name, 0)
-  layout = lay_out(symmetry, flatten(params))
+  layout = lay_out_units(symmetry, flatten(params))
   orders = draw(params, symmetry, 1)
   other = permute(params, orders, symmetry)
   found = match_weights(params, other, symmetry)
@@ -191,7 +191,7 @@ def test_activations_give_a_planted_order_back():
     n: x[..., orders[f"unit.{i}"]] for i, (n, x) in enumerate(acts.items())
   }
   found = match_activations(acts, other, symmetry, params)
-  layout = lay_out(symmetry, flatten(params))
+  layout = lay_out_units(symmetry, flatten(params))
   assert is_identity(compose(found.permutations, orders, layout))
   assert found.scores[1] > found.scores[0]
   with pytest.raises(ValueError, match="1 paths are no parameters"):
@@ -219,7 +219,7 @@ def test_activations_of_heads_and_experts():
     found = match_activations(
       {kernel: x}, {kernel: x[:, index]}, symmetry, params
     )
-    layout = lay_out(symmetry, flatten(params))
+    layout = lay_out_units(symmetry, flatten(params))
     seen = layout.places[kernel].names() - {"stream"}
     back = compose(found.permutations, {**identity(layout), **orders}, layout)
     assert is_identity({name: back[name] for name in seen})

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from jlora.alignment.layouts import lay_out
+from jlora.alignment.layouts import lay_out_units
 from jlora.alignment.permutations import (
   compose,
   identity,
@@ -44,7 +44,7 @@ def test_the_function_is_preserved_and_the_weights_are_not(name):
 @every_network
 def test_what_is_done_can_be_undone_and_composed(name):
   _, params, _, symmetry = network(name, 0)
-  layout = lay_out(symmetry, flatten(params))
+  layout = lay_out_units(symmetry, flatten(params))
   one, two = (draw(params, symmetry, seed) for seed in (1, 2))
   assert is_identity(compose(inverse(one, layout), one, layout))
   assert is_identity(compose(one, inverse(one, layout), layout))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
-from jlora.checkpoints.safetensors import DTYPES, lay_out, read_header
+from jlora.checkpoints.safetensors import DTYPES, lay_out_file, read_header
 
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
@@ -192,7 +192,9 @@ def test_official_files_read_back(tmp_path):
 
 def test_laid_out_like_the_official_writer():
   tensors = {"b": np.ones(2, np.float64), "a": np.ones(3, np.float64)}
-  head, _ = lay_out("x", {k: (v.shape, v.dtype) for k, v in tensors.items()})
+  head, _ = lay_out_file(
+    "x", {k: (v.shape, v.dtype) for k, v in tensors.items()}
+  )
   assert safetensors.numpy.save(tensors).startswith(head)
 
 

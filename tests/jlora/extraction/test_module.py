@@ -13,8 +13,8 @@ from jlora.extraction.module import Extractor, measure_parameter
 from jlora.extraction.workers import share_out
 from jlora.factoring.factorisers import krylov, svd
 from jlora.loras import dense
-from jlora.numerics.meshes import place
-from jlora.pairing.pairs import Pair, Part
+from jlora.numerics.meshes import place_array
+from jlora.pairing.pairs import Pair, TensorPart
 from jlora.views import KERNEL, LINEAR, STACKED
 from tests.helpers.matrices import SPECTRA, matrix
 
@@ -32,7 +32,7 @@ def test_memory_used_again_changes_nothing():
   }
 
   def run(step, name):
-    pair = Pair(name, shapes[name], Part(name), Part(name))
+    pair = Pair(name, shapes[name], TensorPart(name), TensorPart(name))
     return step(pair, KERNEL, 3, base, ft).arrays
 
   for name in "abcab":
@@ -57,7 +57,7 @@ def test_tensors_of_files_read_into_memory_used_again(
     sides.append((w, file))
   step = Extractor(krylov, np.float32, None, on_host=True)
   for name in "abcab":
-    pair = Pair(name, shapes[name], Part(name), Part(name))
+    pair = Pair(name, shapes[name], TensorPart(name), TensorPart(name))
     new, again = (
       step(pair, KERNEL, 3, base, ft) for base, ft in zip(*sides, strict=True)
     )
@@ -72,7 +72,7 @@ def compiled(name, shape, view, device=None):
   step = Extractor(svd, np.float32, jax.random.key(3), on_host=False)
   if device is not None:
     step.use(device)
-  pair = Pair(name, shape, Part(name), Part(name))
+  pair = Pair(name, shape, TensorPart(name), TensorPart(name))
   return step(pair, view, 4, {name: left}, {name: right})
 
 
@@ -103,9 +103,11 @@ def test_a_tensor_on_many_devices_gives_the_same(shape, view, parts):
   left, right = sides_of(shape)
   sharding = share_out(shape)
   assert len(sharding.mesh.devices) == parts
-  sides = [place(shape, sharding, side.__getitem__) for side in (left, right)]
+  sides = [
+    place_array(shape, sharding, side.__getitem__) for side in (left, right)
+  ]
   assert not sides[0].sharding.is_fully_replicated
-  pair = Pair("w", shape, Part("w"), Part("w"))
+  pair = Pair("w", shape, TensorPart("w"), TensorPart("w"))
   step = Extractor(svd, np.float32, jax.random.key(3))
   split = step.split(pair, view, 4, sides, np.dtype(np.float32))
   whole = compiled("w", shape, view)
@@ -124,9 +126,11 @@ def test_damage_is_found_on_many_devices():
   left, right = sides_of((M, N))
   right[M - 1, 0] = np.nan
   sharding = share_out((M, N))
-  sides = [place((M, N), sharding, side.__getitem__) for side in (left, right)]
+  sides = [
+    place_array((M, N), sharding, side.__getitem__) for side in (left, right)
+  ]
   step = Extractor(svd, np.float32, None)
-  pair = Pair("w", (M, N), Part("w"), Part("w"))
+  pair = Pair("w", (M, N), TensorPart("w"), TensorPart("w"))
   with pytest.raises(ValueError, match="w: 1 of 960 values of the finetuned"):
     step.split(pair, KERNEL, 4, sides, np.dtype(np.float32))
 

@@ -21,7 +21,7 @@ from jlora.extraction.module import Extractor
 from jlora.extraction.report import read_report
 from jlora.factoring.factorisers import krylov, svd
 from jlora.formats.peft.layouts import VLLM
-from jlora.pairing.match import common_rows, refuse
+from jlora.pairing.match import common_rows, same_rows
 from jlora.paths import matching
 from jlora.runs import fingerprints
 from jlora.runs.journal import FOLDER
@@ -354,7 +354,7 @@ def test_a_grown_vocabulary(tmp_path):
   assert row_of(rows, name)["status"] == "extracted"
   assert "9 common rows" in row_of(rows, name)["why"]
   with pytest.raises(ValueError, match="Pass keep_whole or common_rows"):
-    run(tmp_path / "refused", vocabulary=refuse)
+    run(tmp_path / "refused", vocabulary=same_rows)
   assert not (tmp_path / "refused").exists()
 
 

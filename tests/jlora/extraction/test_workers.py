@@ -25,9 +25,9 @@ from jlora.extraction.workers import (
   deal,
   share_out,
 )
-from jlora.numerics.meshes import place
+from jlora.numerics.meshes import place_array
 from jlora.pairing.match import common_rows, keep_whole
-from jlora.pairing.pairs import Pair, Part, read_region
+from jlora.pairing.pairs import Pair, TensorPart, read_region_of_side
 from jlora.paths import matching
 from jlora.runs.processes import LostProcess
 from tests.helpers.small_pairs import write_pair
@@ -45,7 +45,7 @@ class Devices:
 
 def pairs_of(*sizes):
   return [
-    Pair(f"m{at}", (size, 2), Part("w"), Part("w"))
+    Pair(f"m{at}", (size, 2), TensorPart("w"), TensorPart("w"))
     for at, size in enumerate(sizes)
   ]
 
@@ -241,8 +241,8 @@ def test_shards_are_the_tensor_and_leading_ones_are_read_alone(
   write_safetensors(tmp_path / "w.safetensors", {"w": w})
   checkpoint = open_checkpoint(tmp_path / "w.safetensors")
   before, sharding = checkpoint.bytes_read, share_out(shape)
-  read = functools.partial(read_region, checkpoint, Part("w"))
-  array = place(shape, sharding, read)
+  read = functools.partial(read_region_of_side, checkpoint, TensorPart("w"))
+  array = place_array(shape, sharding, read)
   np.testing.assert_array_equal(np.asarray(array), w)
   assert array.dtype == dtype
   axis, parts = cut(shape, jax.device_count())

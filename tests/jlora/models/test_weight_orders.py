@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from jlora import models
-from jlora.alignment.layouts import lay_out
+from jlora.alignment.layouts import lay_out_units
 from jlora.alignment.matching import match_activations, match_weights
 from jlora.alignment.permutations import (
   compose,
@@ -74,7 +74,7 @@ def test_a_planted_order_is_found(case):
   _, _, tensors, _, symmetry, orders = case
   other = permute(tensors, orders, symmetry)
   found = match_weights(tensors, other, symmetry).permutations
-  layout = lay_out(symmetry, tensors)
+  layout = lay_out_units(symmetry, tensors)
   assert is_identity(compose(found, orders, layout))
 
 
@@ -114,7 +114,7 @@ def test_activations_are_of_the_axis_of_outputs(case):
   index = turn(numbered[name], name)[0]
   x = np.random.default_rng(0).standard_normal((80, shape[1]), np.float32)
   found = match_activations({name: x}, {name: x[:, index]}, symmetry, tensors)
-  layout = lay_out(symmetry, tensors)
+  layout = lay_out_units(symmetry, tensors)
   back = compose(found.permutations, {**identity(layout), **still}, layout)
   seen = layout.places[name].names() - {"stream"}
   assert seen
@@ -126,12 +126,12 @@ def test_every_spelling_and_constant_has_a_row():
     "h.0.ln_1.bias": (8,), "transformer.h.0.attn.c_proj.weight": (8, 8),
     "h.0.attn.bias": (1, 1, 16, 16), "h.0.attn.masked_bias": (),
   }  # fmt: skip
-  found = lay_out(models.hf_symmetry(gpt2(2)), {
+  found = lay_out_units(models.hf_symmetry(gpt2(2)), {
     name: np.empty(shape) for name, shape in shapes.items()
   })  # fmt: skip
   assert found.sizes == {"stream": 8, "head.0": 2, "value.0": 4}
   router = {"model.layers.3.mlp.gate.weight": np.empty((4, 8))}
-  found = lay_out(models.hf_symmetry(decoder(2)), router)
+  found = lay_out_units(models.hf_symmetry(decoder(2)), router)
   assert found.sizes == {"expert.3": 4, "stream": 8}
 
 

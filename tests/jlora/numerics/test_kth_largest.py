@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jlora.merging.arrays.sparsifiers import at_random, by_rank, inverse_keep
+from jlora.merging.arrays.sparsifiers import (
+  at_random,
+  by_magnitude_rank,
+  inverse_keep,
+)
 from jlora.numerics.kth_largest import count_of, kth_magnitude, kth_of_all
 
 values = st.floats(width=32, allow_nan=False, allow_subnormal=False)
@@ -48,7 +52,7 @@ def test_how_many_a_share_is():
     assert count_of(density, size) == count
 
 
-@pytest.mark.parametrize("sparsify", [at_random, by_rank])
+@pytest.mark.parametrize("sparsify", [at_random, by_magnitude_rank])
 def test_what_is_drawn_is_the_change_on_average(sparsify):
   delta = jnp.float32(np.random.default_rng(0).standard_normal((4, 5)))
   keys = jax.random.split(jax.random.key(0), 4000)

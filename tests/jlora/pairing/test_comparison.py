@@ -7,7 +7,7 @@ import pytest
 
 from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
 from jlora.pairing.comparison import check_finite, is_same
-from jlora.pairing.pairs import Pair, Part, Stack
+from jlora.pairing.pairs import Pair, Stack, TensorPart
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -24,7 +24,7 @@ def test_unchanged_tensors_are_found_by_rows(
   for name, w in (("base", left), ("ft", right)):
     write_safetensors(tmp_path / f"{name}.safetensors", {"w": w})
     checkpoints.append(open_checkpoint(tmp_path / f"{name}.safetensors"))
-  pair = Pair("w", (7, 5), Part("w"), Part("w"))
+  pair = Pair("w", (7, 5), TensorPart("w"), TensorPart("w"))
   assert is_same(pair, *checkpoints) == (changed is None)
   for parts in (2, 3, 9):
     before = [checkpoint.bytes_read for checkpoint in checkpoints]
@@ -44,11 +44,12 @@ def test_unchanged_tensors_are_found_by_rows(
 def test_only_whole_tensors_of_one_dtype_and_shape_can_be_the_same():
   w = np.ones((4, 4), np.float32)
   sides = {"w": w}, {"w": w, "h": w.astype(np.float16), "s": w[:2]}
-  plain = Pair("w", (4, 4), Part("w"), Part("w"))
+  plain = Pair("w", (4, 4), TensorPart("w"), TensorPart("w"))
   assert is_same(plain, *sides)
   for other in (
-    Part("h"), Part("s"), Part("w", swap=True), Part("w", (slice(0, 4),)),
-    Stack(((Part("w"),),)),
+    TensorPart("h"), TensorPart("s"), TensorPart("w", swap=True),
+    TensorPart("w", (slice(0, 4),)),
+    Stack(((TensorPart("w"),),)),
   ):  # fmt: skip
     assert not is_same(plain._replace(finetuned=other), *sides)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora.pairing import match, pairs
-from jlora.pairing.match import common_rows, keep_whole, pair_up, refuse
-from jlora.pairing.pairs import Part, Stack
+from jlora.pairing.match import common_rows, keep_whole, pair_up, same_rows
+from jlora.pairing.pairs import Stack, TensorPart
 
 VOCABULARY, WIDTH, INNER, EXPERTS = 7, 4, 3, 2
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -86,8 +86,8 @@ def values(found, base, finetuned):
   """Path -> both sides as read."""
   return {
     pair.path: (
-      pairs.read(base, pair.base),
-      pairs.read(finetuned, pair.finetuned),
+      pairs.read_side(base, pair.base),
+      pairs.read_side(finetuned, pair.finetuned),
     )
     for pair in found.pairs
   }
@@ -145,7 +145,7 @@ def test_a_head_tied_in_the_finetune():
   check_ledger(base, finetuned, found)
   assert found.only_base == found.only_finetuned == []
   head = next(pair for pair in found.pairs if pair.path == HEAD)
-  assert head.finetuned == Part(EMBED)
+  assert head.finetuned == TensorPart(EMBED)
   assert head.note == f"tied in the finetune: compared with {EMBED}"
   one, two = values(found, base, finetuned)[HEAD]
   np.testing.assert_array_equal(one, base[HEAD])
@@ -159,7 +159,7 @@ def test_a_head_tied_in_the_base():
   check_ledger(base, finetuned, found)
   assert found.only_base == found.only_finetuned == []
   head = next(pair for pair in found.pairs if pair.path == HEAD)
-  assert head.base == Part(EMBED)
+  assert head.base == TensorPart(EMBED)
   assert head.note == f"tied in the base: compared with {EMBED}"
   one, two = values(found, base, finetuned)[HEAD]
   np.testing.assert_array_equal(one, base[EMBED])
@@ -194,7 +194,7 @@ def test_a_grown_vocabulary_is_kept_whole_by_default():
     assert pair.note == (
       "vocabulary 7 in the base, 10 in the finetune: kept whole"
     )
-    read = pairs.read(finetuned, pair.finetuned)
+    read = pairs.read_side(finetuned, pair.finetuned)
     np.testing.assert_array_equal(read, finetuned[pair.path])
   assert pair_up(base, finetuned, vocabulary=keep_whole) == found
 
@@ -218,7 +218,7 @@ def test_common_rows_of_a_vocabulary_that_changed(more):
 def test_a_policy_may_refuse_a_changed_vocabulary():
   base = plain_model()
   with pytest.raises(ValueError, match=r"\(7, 4\) in the base, \(10, 4\) in"):
-    pair_up(base, grown(base), vocabulary=refuse)
+    pair_up(base, grown(base), vocabulary=same_rows)
 
 
 def test_a_grown_vocabulary_and_a_tie_in_the_base():
@@ -307,8 +307,10 @@ def test_reads_slices_through_a_checkpoint():
 
 
 def test_names_of_both_kinds_of_side():
-  assert pairs.names_of(Part("w", (1,))) == ["w"]
-  stack = Stack(((Part("a"), Part("b")), (Part("c"), Part("d"))))
+  assert pairs.names_of(TensorPart("w", (1,))) == ["w"]
+  stack = Stack(
+    ((TensorPart("a"), TensorPart("b")), (TensorPart("c"), TensorPart("d")))
+  )
   assert pairs.names_of(stack) == ["a", "b", "c", "d"]
 
 
@@ -359,5 +361,5 @@ def test_a_square_expert_takes_its_orientation_from_gate_and_up(swap):
   names = ("m.experts.gate_up_proj", "m.experts.down_proj")
   fused = dict(zip(names, stored, strict=True))
   for pair in pair_up(singles, fused).pairs:
-    found = pairs.read(fused, pair.finetuned)
+    found = pairs.read_side(fused, pair.finetuned)
     np.testing.assert_array_equal(found, singles[pair.path])

@@ -104,7 +104,7 @@ def test_other_tokens_of_the_same_rows_are_named(tmp_path):
     plan_merge(recipe)
   # Without a word about tokens rows are added up by number, and it is said.
   notes = plan_merge(
-    recipe._replace(vocabulary=jlora.pairing.match.refuse)
+    recipe._replace(vocabulary=jlora.pairing.match.same_rows)
   ).notes
   assert len(notes) == 1
   assert "row 1 is 'B', not 'b'" in notes[0]

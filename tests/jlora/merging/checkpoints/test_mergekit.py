@@ -9,7 +9,7 @@ import yaml
 
 from jlora.merging.checkpoints.mergekit import FORMS, read_recipe
 from jlora.merging.checkpoints.recipes import first_setting, setting_at
-from jlora.pairing.match import common_rows, refuse
+from jlora.pairing.match import common_rows, same_rows
 
 TWO = [
   {"model": "a", "parameters": {"weight": 0.7}},
@@ -37,7 +37,7 @@ def test_models_their_weights_and_the_order(read):
     {"weight": 0.7}, {"weight": 0.3}
   ]  # fmt: skip
   assert recipe.base is None
-  assert recipe.vocabulary is refuse
+  assert recipe.vocabulary is same_rows
   assert recipe.dtype is None
 
 

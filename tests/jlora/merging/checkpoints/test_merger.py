@@ -19,10 +19,10 @@ from jlora.merging.checkpoints.piecewise import (
   PIECEWISE,
   SUMS,
   is_piecewise,
-  sums_of,
+  whole_sums_of,
 )
-from jlora.merging.checkpoints.planning import Job, Source
-from jlora.pairing.pairs import Part
+from jlora.merging.checkpoints.planning import InputTensor, Job
+from jlora.pairing.pairs import TensorPart
 
 SHAPE = (37, 100)
 # Method -> its settings, and how many models; every one of PIECEWISE.
@@ -84,10 +84,14 @@ def merger_of(tmp_path, monkeypatch):
       file = tmp_path / f"{model}.safetensors"
       write_safetensors(file, {"w": w.astype(dtypes[at % len(dtypes)])})
       models[model] = open_checkpoint(file)
-    sources = [Source(m, Part("w")) for m in "abc"[: len(settings["weights"])]]
+    sources = [
+      InputTensor(m, TensorPart("w")) for m in "abc"[: len(settings["weights"])]
+    ]
     job = Job(
       "w", SHAPE, np.dtype(dtypes[0]), tuple(sources),
-      Source("base", Part("w")) if plain(name) in NEEDS_BASE else None,
+      InputTensor("base", TensorPart("w"))
+      if plain(name) in NEEDS_BASE
+      else None,
       tuple(sorted(settings.items())),
     )  # fmt: skip
     return Merger(method, models, None), job
@@ -172,9 +176,9 @@ def test_dare_by_options_that_need_a_whole_tensor_is_not_cut(merger_of):
   for options in ({"elect": by_mass}, {"rescale": rescale}):
     assert not is_piecewise(functools.partial(jlora.merging.dare, **options))
   assert is_piecewise(jlora.merging.dare)
-  assert sums_of(jlora.merging.dare) is None
+  assert whole_sums_of(jlora.merging.dare) is None
   told = functools.partial(jlora.merging.dare, rescale=match_l1, lengths=1)
-  assert sums_of(told) is None
+  assert whole_sums_of(told) is None
   merger, job = merger_of("dare")
   with pytest.raises(ValueError, match="w: its method needs no sums"):
     merger.measure(job, merger.pieces(job)[0])
@@ -201,8 +205,9 @@ def test_a_result_is_not_the_memory_that_is_used_again(tmp_path):
 
   merger = Merger(unchanged, models, None)
   jobs = [
-    Job(name, (64, 64), np.dtype(np.float32), (Source("b", Part(name)),),
-        Source("a", Part(name)), (("weights", (1.0,)),))
+    Job(name, (64, 64), np.dtype(np.float32),
+        (InputTensor("b", TensorPart(name)),),
+        InputTensor("a", TensorPart(name)), (("weights", (1.0,)),))
     for name in "wv"
   ]  # fmt: skip
   first, second = [merger(job) for job in jobs]
@@ -216,8 +221,9 @@ def test_thresholds_that_are_given_are_not_looked_for(tmp_path):
     write_safetensors(tmp_path / f"{name}.safetensors", {"w": w})
   models = {n: open_checkpoint(tmp_path / f"{n}.safetensors") for n in "ab"}
   job = Job(
-    "w", (3,), np.dtype(np.float32), (Source("b", Part("w")),),
-    Source("a", Part("w")), (("threshold", 2.0), ("weights", (1.0,))),
+    "w", (3,), np.dtype(np.float32), (InputTensor("b", TensorPart("w")),),
+    InputTensor("a", TensorPart("w")),
+    (("threshold", 2.0), ("weights", (1.0,))),
   )  # fmt: skip
   assert Merger(jlora.merging.ties, models, None)(job).tolist() == [0, 2, 3]
   given = functools.partial(jlora.merging.ties, threshold=3.0)

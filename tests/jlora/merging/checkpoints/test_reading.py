@@ -16,14 +16,14 @@ from jlora.checkpoints.checkpoint import (
   save_orbax,
   write_safetensors,
 )
-from jlora.merging.checkpoints.planning import Job, Source
+from jlora.merging.checkpoints.planning import InputTensor, Job
 from jlora.merging.checkpoints.reading import (
   Rooms,
   find_stored,
   open_input,
   pieces_of,
 )
-from jlora.pairing.pairs import Part, Stack
+from jlora.pairing.pairs import Stack, TensorPart
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.integers(1, 30))
@@ -62,13 +62,13 @@ def job_of(shape=(4, 3)):
 
 
 def test_only_whole_tensors_of_files_are_read_in_pieces(models):
-  whole = Part("q.weight")
-  assert find_stored(models, job_of(), Source("file", whole)) is not None
-  rest = [Source(name, whole) for name in ("orbax", "float8", "adapted")]
+  whole = TensorPart("q.weight")
+  assert find_stored(models, job_of(), InputTensor("file", whole)) is not None
+  rest = [InputTensor(name, whole) for name in ("orbax", "float8", "adapted")]
   rest += [
-    Source("file", whole._replace(swap=True)),
-    Source("file", whole._replace(index=(slice(0, 4),))),
-    Source("file", Stack(((whole,),))),
+    InputTensor("file", whole._replace(swap=True)),
+    InputTensor("file", whole._replace(index=(slice(0, 4),))),
+    InputTensor("file", Stack(((whole,),))),
   ]
   w = models["file"]["q.weight"]
   expected = [w, w, w + 1, w.T, w, w[None]]
@@ -79,7 +79,7 @@ def test_only_whole_tensors_of_files_are_read_in_pieces(models):
 
 
 def test_rows_that_a_source_lacks_are_the_references(models):
-  few = Source("file", Part("q.weight", (slice(0, 2),)))
+  few = InputTensor("file", TensorPart("q.weight", (slice(0, 2),)))
   assert find_stored(models, job_of(), few) is None
   found = open_input(models, job_of(), few)
   np.testing.assert_array_equal(found, models["file"]["q.weight"])

@@ -11,7 +11,7 @@ import jlora
 from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import merge_checkpoints
-from jlora.merging.checkpoints.trimming import trim_wholes
+from jlora.merging.checkpoints.trimming import trim_models
 
 
 def write(path, seed, dtype=np.float32, scales=(1.0, 0.1)):
@@ -38,7 +38,7 @@ def thresholds_of(recipe):
 def test_thresholds_are_those_of_trees(dtype, density, tmp_path, monkeypatch):
   monkeypatch.setattr(jlora.merging.checkpoints.trimming, "_PIECE", 128)
   paths = [write(tmp_path / f"{i}.safetensors", i, dtype) for i in range(3)]
-  found = thresholds_of(trim_wholes(recipe_of(*paths), density))
+  found = thresholds_of(trim_models(recipe_of(*paths), density))
   base, *tuned = (dict(open_checkpoint(path)) for path in paths)
   expected = jlora.merging.magnitude_thresholds(tuned, base, density)
   np.testing.assert_array_equal(found, np.asarray(expected))
@@ -46,7 +46,7 @@ def test_thresholds_are_those_of_trees(dtype, density, tmp_path, monkeypatch):
 
 def test_merged_as_in_memory(tmp_path):
   paths = [write(tmp_path / f"{i}.safetensors", i) for i in range(3)]
-  recipe = trim_wholes(recipe_of(*paths), 0.3)
+  recipe = trim_models(recipe_of(*paths), 0.3)
   merge_checkpoints(recipe, tmp_path / "out", log=io.StringIO())
   found = open_checkpoint(tmp_path / "out")
   base, *tuned = (dict(open_checkpoint(path)) for path in paths)
@@ -77,7 +77,7 @@ def test_weights_in_two_places_count_once(tmp_path):
   base, tuned = paths
   parts = ((0, 2), (1, 2), (1, 2))
   slices = tuple(Slice((Input(tuned, layers=part),)) for part in parts)
-  recipe = trim_wholes(Recipe(jlora.merging.ties, slices, base=base), 0.4)
+  recipe = trim_models(Recipe(jlora.merging.ties, slices, base=base), 0.4)
   own, under = (dict(open_checkpoint(path)) for path in (tuned, base))
   expected = jlora.merging.magnitude_thresholds([own], under, 0.4)
   for part in recipe.slices:
@@ -88,9 +88,9 @@ def test_the_door(tmp_path):
   paths = [write(tmp_path / f"{i}.safetensors", i) for i in range(2)]
   for density in (0, 1.5, np.nan):
     with pytest.raises(ValueError, match="lies above 0, up to 1"):
-      trim_wholes(recipe_of(*paths), density)
+      trim_models(recipe_of(*paths), density)
   recipe = recipe_of(*paths)._replace(method=jlora.merging.linear)
   with pytest.raises(ValueError, match="linear takes no threshold"):
-    trim_wholes(recipe, 0.5)
+    trim_models(recipe, 0.5)
   with pytest.raises(ValueError, match="needs a base"):
-    trim_wholes(recipe_of(*paths)._replace(base=None), 0.5)
+    trim_models(recipe_of(*paths)._replace(base=None), 0.5)
