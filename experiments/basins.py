@@ -13,8 +13,8 @@ import optax
 
 from experiments import corpora, digit_images, finetune, texts
 from jlora import models
-from jlora.alignment.symmetries import Symmetry, chain, decoder
-from jlora.models.networks import Model
+from jlora.alignment import Symmetry, chain, decoder
+from jlora.models import Model
 
 Params = Any
 

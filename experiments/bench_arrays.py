@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import jlora
 from experiments import caches, pairs
-from jlora.factoring.factorisers import cheapest
+from jlora.factoring import cheapest
 
 
 class Row(NamedTuple):

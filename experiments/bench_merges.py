@@ -16,10 +16,8 @@ import yaml
 
 from experiments import pairs
 from experiments.processes import measure
-from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.merging.arrays.inputs import read_inputs
-from jlora.merging.arrays.sparsifiers import match_l1
-from jlora.merging.arrays.task_vectors import merge_task_vectors
+from jlora.checkpoints import open_checkpoint
+from jlora.merging import match_l1, merge_task_vectors, read_inputs
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SMALL = {

@@ -16,7 +16,7 @@ from absl import app, flags
 import jlora
 from experiments import pairs
 from experiments.bench_arrays import Row
-from jlora.factoring.figures import row_of, summarise
+from jlora.factoring import row_of, summarise
 
 _SHAPE = flags.DEFINE_list("shape", ["2048", "5632"], "rows, columns")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "of each, taken in turn")

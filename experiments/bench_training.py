@@ -32,7 +32,7 @@ from experiments.bench_arrays import Row
 from experiments.bench_extract import as_line
 from experiments.steppers import QUICK, Sizes
 from jlora import models
-from jlora.training.inits import init_lora
+from jlora.training import init_lora
 
 _MIB = 2**20
 

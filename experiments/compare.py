@@ -27,8 +27,7 @@ from absl import app, flags
 import jlora
 from experiments import drawing, logit_curves, samples, summaries, tables, texts
 from experiments.caches import keep_compilations
-from jlora import models
-from jlora.extraction import report as report_tables
+from jlora import extraction, models
 
 _BASE = flags.DEFINE_string("base", None, "The base model's folder.")
 _FINETUNED = flags.DEFINE_string("finetuned", None, "The finetune's folder.")
@@ -133,7 +132,7 @@ def _compare(base: str, finetuned: str, out: str) -> None:
     base, finetuned, out, rank=_RANK.value, resume=True
   )
   command = f"python -m experiments.compare {shlex.join(sys.argv[1:])}"
-  report_tables.write_card(out, report, command)
+  extraction.write_card(out, report, command)
   tables.check_ranks(report, ranks)
   results: dict[str, Any] = {
     "settings": {
@@ -199,8 +198,8 @@ def _continue(apply, params, prompts, **options) -> Any:
 def _say(report: jlora.Report, results: dict[str, Any], files) -> None:
   """The terminal's summary: worst modules, kinds, totals, what is lost."""
   print("\n".join(summaries.headline(report, results)), end="\n\n")
-  print(report_tables.type_table(report), end="\n\n")
-  print(report_tables.worst_table(report), end="\n\n")
+  print(extraction.type_table(report), end="\n\n")
+  print(extraction.worst_table(report), end="\n\n")
   for name, found in results.get("kl", {}).items():
     print(f"{name}, nats per token")
     sizes = {
@@ -212,8 +211,8 @@ def _say(report: jlora.Report, results: dict[str, Any], files) -> None:
     print(f"generated texts, temperature {each['temperature']:g}")
     header, rows = summaries.similarity_rows(each["rows"])
     print(summaries.align_table((header, rows)), end="\n\n")
-  print(report_tables.rounding_line(report))
-  print(report_tables.ledger_lines(report), end="\n\n")
+  print(extraction.rounding_line(report))
+  print(extraction.ledger_lines(report), end="\n\n")
   folder = files[0].parent
   print(f"written to {folder}: {', '.join(file.name for file in files)}")
 

@@ -33,10 +33,14 @@ from experiments.conflict_tables import (
   by_layer,
 )
 from experiments.grids import layer_of
-from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.evaluation.conflicts import compare_adapters, find_intruders
-from jlora.evaluation.overlaps import compare_layers, link_layers
-from jlora.extraction.trees import extract
+from jlora.checkpoints import Checkpoint, open_checkpoint
+from jlora.evaluation import (
+  compare_adapters,
+  compare_layers,
+  find_intruders,
+  link_layers,
+)
+from jlora.extraction import extract
 from jlora.loras import Lora, Loras
 from jlora.paths import matching
 

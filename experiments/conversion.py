@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import gguf
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as token_models
 
-from jlora.models import folders
+from jlora import models
 
 #: llama.cpp's name of a module -> Hugging Face's, inside a layer.
 IN_LAYER = {
@@ -89,7 +90,7 @@ def convert(
     for name, content in texts.items()
   }
   files["tokenizer.json"] = _tokenizer(meta).to_str()
-  return folders.write_folder(folder, tensors, files)
+  return models.write_folder(folder, tensors, files)
 
 
 def _tensors(
@@ -137,7 +138,7 @@ def _tokenizer(meta: dict) -> tokenizers.Tokenizer:
   tokens = meta["tokenizer.ggml.tokens"]
   merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
   vocab = {token: i for i, token in enumerate(tokens)}
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+  tokenizer = tokenizers.Tokenizer(token_models.BPE(vocab=vocab, merges=merges))
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore
     [
       pre_tokenizers.Digits(individual_digits=True),

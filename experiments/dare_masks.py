@@ -25,10 +25,8 @@ from absl import app, flags
 from experiments import pairs
 from experiments.bench_merges import difference_of
 from experiments.processes import measure
-from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.merging.arrays.inputs import read_inputs
-from jlora.merging.arrays.task_vectors import merge_task_vectors
-from jlora.merging.checkpoints.mergekit import FORMS
+from jlora.checkpoints import open_checkpoint
+from jlora.merging import FORMS, merge_task_vectors, read_inputs
 
 #: Method -> the one of the same masks that is a plain sum.
 METHODS = {

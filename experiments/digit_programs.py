@@ -17,7 +17,7 @@ import numpy as np
 import jlora
 from experiments.digit_images import CLASSES
 from experiments.digit_models import make_loop, schedule
-from jlora.training import trainer
+from jlora import training
 
 
 def control(params: Any, x: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def with_hint(branches: Mapping[str, Any], hint: jax.Array) -> dict[str, Any]:
 
 
 def obeying(loss, params, programs, batch, dropout=None) -> jax.Array:
-  """A loss with branches; for `jlora.training.trainer.train`'s `through`.
+  """A loss with branches; for `jlora.training.train`'s `through`.
 
   Args:
     loss: `(params, *parts) -> ()`.
@@ -96,7 +96,7 @@ def obeying(loss, params, programs, batch, dropout=None) -> jax.Array:
   """
   *parts, hint = batch
   told = with_hint(programs, hint)
-  return trainer.beside(loss, params, told, tuple(parts), dropout)
+  return training.beside(loss, params, told, tuple(parts), dropout)
 
 
 def unasked(loss, params, programs, batch, dropout=None) -> jax.Array:
@@ -112,7 +112,7 @@ def unasked(loss, params, programs, batch, dropout=None) -> jax.Array:
   Returns:
     ().
   """
-  return trainer.beside(loss, params, programs, batch[:-1], dropout)
+  return training.beside(loss, params, programs, batch[:-1], dropout)
 
 
 def make_program_trainer(
@@ -135,7 +135,7 @@ def make_program_trainer(
     (programs, params, data, key) -> programs and the last loss; params may be
     what `jlora.bind` gave: that is frozen too.
   """
-  init, update = trainer.train(loss, schedule(rate, steps), through=through)
+  init, update = training.train(loss, schedule(rate, steps), through=through)
   loop = make_loop(update, batch)
 
   def train(programs, params, data, key):

@@ -55,7 +55,7 @@ from experiments.digit_programs import (
   unasked,
   with_hint,
 )
-from jlora.training.inits import init_lora
+from jlora.training import init_lora
 
 STYLES: dict[str, Style] = {"thick": thicken, "rotated": rotate}
 RANK = 8

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import grids, heat_maps, pages, plots, summaries, tables
-from jlora.extraction.report import REPORT, Report, read_report
-from jlora.runs.fingerprints import replace_text
+from jlora.extraction import REPORT, Report, read_report
+from jlora.runs import replace_text
 
 RESULTS = "results.json"
 PAGE = "report.html"

@@ -25,9 +25,7 @@ from absl import app, flags
 import jlora
 from experiments import clusters
 from experiments.caches import keep_compilations
-from jlora import ranks
-from jlora.extraction import report as report_tables
-from jlora.runs import processes
+from jlora import extraction, ranks, runs
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
 _FINETUNED = flags.DEFINE_string(
@@ -139,7 +137,7 @@ def main(argv: list[str]) -> None:
 def _run(argv: list[str]) -> None:
   keep_compilations(_CACHE.value)
   process = clusters.join()
-  processes.check_same_facts({flag.name: flag.value for flag in _SHARED})
+  runs.check_same_facts({flag.name: flag.value for flag in _SHARED})
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
   report = jlora.extract_checkpoint(
@@ -160,14 +158,14 @@ def _run(argv: list[str]) -> None:
   )
   if process:
     return
-  report_tables.write_card(_OUT.value, report, _command())
+  extraction.write_card(_OUT.value, report, _command())
   if _JSON.value:
     print(json.dumps(report._asdict()))
     return
-  print(report_tables.type_table(report), end="\n\n")
-  print(report_tables.worst_table(report), end="\n\n")
-  print(report_tables.rounding_line(report))
-  print(report_tables.ledger_lines(report))
+  print(extraction.type_table(report), end="\n\n")
+  print(extraction.worst_table(report), end="\n\n")
+  print(extraction.rounding_line(report))
+  print(extraction.ledger_lines(report))
   print(f"\nwritten: {_OUT.value}")
 
 

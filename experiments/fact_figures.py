@@ -12,7 +12,7 @@ import numpy as np
 import jlora
 from experiments.edits import Model
 from experiments.facts import NEIGHBOURS, Fact, encode_prompts
-from jlora.evaluation.outputs import divergence_of
+from jlora.evaluation import divergence_of
 
 Row = dict[str, float]
 

@@ -10,7 +10,7 @@ import optax
 
 import jlora
 from experiments import ladders
-from jlora.training import refinement
+from jlora import training
 
 
 def measure_sensitivity(
@@ -83,7 +83,7 @@ def fit(
   schedule = optax.warmup_cosine_decay_schedule(
     learning_rate / 10, learning_rate, steps // 10 + 1, steps + 1
   )
-  init, update = refinement.refine(ladder.model, optax.adam(schedule))
+  init, update = training.refine(ladder.model, optax.adam(schedule))
   step = jax.jit(update, donate_argnums=(0, 1))
   loras = jax.tree.map(jnp.array, loras)
   state, rng = init(loras), np.random.default_rng(seed)

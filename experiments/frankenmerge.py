@@ -23,8 +23,8 @@ from absl import app, flags
 
 from experiments import merge_plots, plots, skills
 from experiments.caches import keep_compilations
-from jlora.models import networks
-from jlora.pairing.layers import configure_layers
+from jlora import models
+from jlora.pairing import configure_layers
 from jlora.paths import flatten
 
 Row = dict[str, Any]
@@ -200,7 +200,7 @@ def measure_all(
     ):
       continue
     flat, taken = restack(trees, one.slices)
-    apply = networks.build(configure_layers(found.config, taken))
+    apply = models.build(configure_layers(found.config, taken))
     yield {
       **one._asdict(), "depth": len(taken),
       **skills.measure(apply, nest(flat), found.held_out),

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.factoring.moments import Moment
+from jlora.factoring import Moment
 
 
 def gradient_moments(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.tables import Row, by_kind, measure, pattern_of
-from jlora.extraction.report import Report
+from jlora.extraction import Report
 
 #: What a cell without a module says, by the ledger's status.
 MARKS = {"unchanged": "=", "kept whole": "w", "not representable": "x"}

@@ -12,10 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models import Model
-from jlora.models.attention import WHOLE, turns
-from jlora.models.decoder import Layer
-from jlora.models.layers import rms_norm
+from jlora.models import WHOLE, Layer, Model, rms_norm, turns
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

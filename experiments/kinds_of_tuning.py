@@ -19,12 +19,9 @@ from absl import app, flags
 
 from experiments import lessons
 from experiments.caches import keep_compilations
-from jlora.adapting.binding import bind
-from jlora.adapting.programs import Rows, Shift, prepend
-from jlora.adapting.transforms import adapt
+from jlora.adapting import Rows, Shift, adapt, bind, prepend
 from jlora.paths import flatten
-from jlora.training.inits import by_root, init_lora
-from jlora.training.trainer import trained_part
+from jlora.training import by_root, init_lora, trained_part
 
 
 def shift_norms(params: Any, key: jax.Array) -> dict[str, Shift]:

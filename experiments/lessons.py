@@ -12,7 +12,7 @@ import optax
 
 from experiments import finetune, smollm2, texts, width_family
 from jlora import models
-from jlora.training.trainer import Trainer, train
+from jlora.training import Trainer, train
 
 
 class School(NamedTuple):

@@ -17,7 +17,7 @@ from flax import traverse_util
 
 import jlora
 from jlora import models
-from jlora.formats.peft.reading import PeftAdapter
+from jlora.formats import PeftAdapter
 
 Params = dict[str, Any]
 _BATCH = 4

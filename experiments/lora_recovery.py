@@ -23,7 +23,7 @@ import jlora
 from experiments import finetune, ladders, smollm2, texts
 from experiments.caches import keep_compilations
 from jlora import models
-from jlora.factoring.deltas import survey
+from jlora.factoring import survey
 
 
 def train_lora(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jlora
-from jlora.merging.arrays.task_vectors import by_mass
+from jlora.merging import by_mass
 
 
 class Merge(NamedTuple):

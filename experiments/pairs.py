@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.checkpoints.checkpoint import stream_checkpoint, write_safetensors
+from jlora.checkpoints import stream_checkpoint, write_safetensors
 
 #: The benchmark's model, but for its number of layers: a Llama of 1.1e9
 #: parameters has these shapes.

@@ -29,8 +29,7 @@ from experiments.llamas import MODELS, extractions
 from experiments.pods import PODS, Pod, memory_of, mesh_of
 from jlora import models, sharding
 from jlora.messages import name_some
-from jlora.models.networks import build
-from jlora.models.placement import rules_for
+from jlora.models import build, rules_for
 from jlora.paths import flatten, unflatten
 from jlora.views import FLAX_VIEWS, MatrixView, view_of
 

@@ -10,9 +10,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from pallas_kernels.aot.chips import CHIPS
-from pallas_kernels.aot.compiling import ENVIRONMENT
-from pallas_kernels.aot.gpus import H100
+from pallas_kernels.aot import CHIPS, ENVIRONMENT, H100
 
 
 class Pod(NamedTuple):

@@ -24,9 +24,9 @@ from absl import app, flags
 
 import jlora
 from experiments import finetune
-from pallas_kernels.lora_dot import quantised
+from pallas_kernels.lora_dot import dequantise, quantise_int8, quantise_nf4
 
-HOW = {"int8": quantised.quantise_int8, "nf4": quantised.quantise_nf4}
+HOW = {"int8": quantise_int8, "nf4": quantise_nf4}
 RANKS = (16, 64)
 
 Sums = dict[str, float]
@@ -58,7 +58,7 @@ def measure_matrix(base: np.ndarray, finetuned: np.ndarray) -> Sums:
   plain = jlora.factoring.gram(change, RANKS[-1])
   for name, how in HOW.items():
     held = how(jnp.asarray(base.T))
-    near = np.asarray(quantised.dequantise(held)).T
+    near = np.asarray(dequantise(held)).T
     missing = finetuned - near
     partner = jlora.factoring.gram(missing, RANKS[-1])
     found[f"{name} bytes"] = sum(t.nbytes for t in jax.tree.leaves(held))

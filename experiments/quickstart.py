@@ -24,8 +24,7 @@ from absl import app, flags
 import jlora
 from experiments import finetune, smollm2, texts
 from experiments.caches import keep_compilations
-from jlora import models
-from jlora.extraction import report as report_tables
+from jlora import extraction, models
 
 _CACHE = flags.DEFINE_string(
   "cache", None, "Folder; ~/.cache/jlora by default."
@@ -75,12 +74,12 @@ def _extract(base, finetuned, out, rank) -> jlora.Report:
     f"python -m experiments.extract --base={base} --finetuned={finetuned} "
     f"--out={out} --rank={rank}"
   )
-  report_tables.write_card(out, report, command)
+  extraction.write_card(out, report, command)
   print(f"extracted rank {rank} in {seconds:.1f} s\n")
-  print(report_tables.type_table(report), end="\n\n")
-  print(report_tables.worst_table(report), end="\n\n")
-  print(report_tables.rounding_line(report))
-  print(report_tables.ledger_lines(report), end="\n\n")
+  print(extraction.type_table(report), end="\n\n")
+  print(extraction.worst_table(report), end="\n\n")
+  print(extraction.rounding_line(report))
+  print(extraction.ledger_lines(report), end="\n\n")
   return report
 
 

@@ -22,7 +22,7 @@ from absl import app, flags
 from experiments import corpora, finetune, ladders, smollm2, texts
 from experiments.caches import keep_compilations
 from jlora import ranks as advice
-from jlora.evaluation.outputs import mean_kl, recovered
+from jlora.evaluation import mean_kl, recovered
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 _ITEM = 2  # bytes of bfloat16, what adapters are served in

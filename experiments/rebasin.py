@@ -23,8 +23,12 @@ from matplotlib.figure import Figure
 
 from experiments import basins, finetune, lessons, plots
 from experiments.caches import keep_compilations
-from jlora.alignment.matching import match_activations, match_weights
-from jlora.alignment.permutations import Permutations, permute
+from jlora.alignment import (
+  Permutations,
+  match_activations,
+  match_weights,
+  permute,
+)
 
 POINTS = 11
 METHODS = ("as they are", "weights matched", "activations matched")

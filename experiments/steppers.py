@@ -16,8 +16,7 @@ from experiments import finetune
 from jlora import models
 from jlora.loras import Lora
 from jlora.paths import flatten
-from jlora.training.inits import init_lora
-from jlora.training.trainer import train
+from jlora.training import init_lora, train
 
 # A stepper: takes a step on (rows, length + 1) tokens, says the loss before it.
 Stepper = Callable[[np.ndarray], float]

@@ -23,7 +23,7 @@ from absl import app, flags
 
 import jlora
 from experiments import finetune
-from jlora.extraction.report import module_type
+from jlora.extraction import module_type
 
 BF16 = ml_dtypes.bfloat16
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.tables import Row, by_kind, measure
-from jlora.extraction import report as report_tables
-from jlora.extraction.report import Report, total_up
+from jlora import extraction
+from jlora.extraction import Report, total_up
 
 _MIB = 2**20
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -112,7 +112,7 @@ def module_rows(report: Report, count: int | None = None) -> Table:
       f"{row['stable_rank']:.1f}",
       f"{row['effective_rank']:.1f}",
       f"{row['noise_floor']:.1e}",
-      report_tables.noise_rank(row),
+      extraction.noise_rank(row),
     )
     for row in worst[:count]
   ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.extraction.report import Report, module_type, total_up
+from jlora.extraction import Report, module_type, total_up
 
 Row = Mapping[str, Any]
 

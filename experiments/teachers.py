@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.evaluation.outputs import divergence_of
+from jlora.evaluation import divergence_of
 
 _BATCH = 4  # rows at a time: faster than one, and bounds the memory
 

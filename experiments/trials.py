@@ -14,8 +14,14 @@ from flax import traverse_util
 import jlora
 from experiments import corpora, finetune, gradients, ladders, smollm2, texts
 from experiments.fitting import fit, measure_sensitivity
-from jlora.factoring.moments import Moment, second_moments
-from jlora.factoring.whitening import Weight, diagonal, full, whitened
+from jlora.factoring import (
+  Moment,
+  Weight,
+  diagonal,
+  full,
+  second_moments,
+  whitened,
+)
 
 Moments = dict[str, Moment]
 Weighing = functools.partial[Weight]

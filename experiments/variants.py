@@ -11,8 +11,7 @@ import numpy as np
 import jlora
 from experiments import ladders
 from experiments.trials import WEIGHINGS, Trial, Units
-from jlora import ranks
-from jlora.formats import packed as packing
+from jlora import formats, ranks
 
 Made = tuple[Mapping[str, jlora.Lora], int]
 
@@ -32,10 +31,10 @@ def _rounded(x: Any) -> Any:
 def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
   """Loras packed and unpacked, and their packed bytes."""
   packed = {
-    path: packing.pack(lora, bits[path]) for path, lora in loras.items()
+    path: formats.pack(lora, bits[path]) for path, lora in loras.items()
   }
   size = sum(x.nbytes for x in packed.values())
-  return {path: packing.unpack(x) for path, x in packed.items()}, size
+  return {path: formats.unpack(x) for path, x in packed.items()}, size
 
 
 def plain(trial: Trial, rank: int) -> Made:
@@ -73,7 +72,7 @@ def even_bits(trial: Trial, rank: int, bits: int) -> Made:
 def spread_bits(trial: Trial, rank: int, units: Units) -> Made:
   """Rank and widths chosen together, by what units are worth for a byte."""
   shapes = {path: trial.ladder.shapes[path] for path in units.loras}
-  bits = packing.bits_within(units.spectra, shapes, trial.max_bytes(rank))
+  bits = formats.bits_within(units.spectra, shapes, trial.max_bytes(rank))
   return in_bits(units.loras, bits)
 
 

@@ -16,9 +16,9 @@ from absl import app, flags
 
 from experiments import lessons
 from experiments.caches import keep_compilations
-from jlora.adapting.transforms import apply
+from jlora.adapting import apply
 from jlora.paths import matching
-from jlora.training.inits import by_root, init_lora
+from jlora.training import by_root, init_lora
 
 #: name -> (regex of the paths, rank); width 128, 15,360 parameters a layer.
 CHOICES = {

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 
 from experiments import lessons, plots
 from experiments.caches import keep_compilations
-from jlora.adapting.transforms import apply
-from jlora.evaluation.overlaps import overlap
+from jlora.adapting import apply
+from jlora.evaluation import overlap
 from jlora.loras import Loras
 from jlora.paths import matching
-from jlora.training.inits import by_root, init_lora
+from jlora.training import by_root, init_lora
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 WIDTH = 128

@@ -29,6 +29,6 @@ __all__ = [
   "apply",
   "bind",
   "lora_dot",
-  "prepend",
   "make_bank",
+  "prepend",
 ]

@@ -9,6 +9,7 @@ from jlora.alignment.matching import Alignment as Alignment
 from jlora.alignment.matching import match_activations as match_activations
 from jlora.alignment.matching import match_weights as match_weights
 from jlora.alignment.matching import merge_many as merge_many
+from jlora.alignment.permutations import Permutations as Permutations
 from jlora.alignment.permutations import permute as permute
 from jlora.alignment.permutations import permute_loras as permute_loras
 from jlora.alignment.symmetries import Symmetry as Symmetry
@@ -18,6 +19,7 @@ from jlora.alignment.symmetries import gpt2 as gpt2
 
 __all__ = [
   "Alignment",
+  "Permutations",
   "Symmetry",
   "chain",
   "decoder",

@@ -209,7 +209,7 @@ def lay_out_units(symmetry: Symmetry, shapes: Mapping[str, Any]) -> UnitLayout:
 
   Example:
     >>> import numpy as np
-    >>> from jlora.alignment.symmetries import chain
+    >>> from jlora.alignment import chain
     >>> w = {"in/kernel": np.ones((3, 5)), "out/kernel": np.ones((5, 2))}
     >>> lay_out_units(chain(["in", "out"]), w).sizes
     {'unit.0': 5}

@@ -94,7 +94,7 @@ def match_weights(
     UserWarning: the networks are aligned already, or have one base.
 
   Example:
-    >>> from jlora.alignment.symmetries import chain
+    >>> from jlora.alignment import chain
     >>> a = {"in/kernel": np.float32([[1, -2, 3]]),
     ...      "out/kernel": np.float32([[4], [-5], [0]])}
     >>> b = {"in/kernel": np.float32([[3, 1, -2]]),
@@ -147,7 +147,7 @@ def match_activations(
     ValueError: paths or shapes differ, a path is no parameter, NaN.
 
   Example:
-    >>> from jlora.alignment.symmetries import chain
+    >>> from jlora.alignment import chain
     >>> w = {"in/kernel": np.ones((1, 2)), "out/kernel": np.ones((2, 1))}
     >>> x = np.float32([[1, 0], [0, 2]])
     >>> match_activations({"in/kernel": x}, {"in/kernel": x[:, ::-1]},
@@ -225,7 +225,7 @@ def merge_many(
   starts as they are: a mean of networks in different orders is a poor guide.
 
   Example:
-    >>> from jlora.alignment.symmetries import chain
+    >>> from jlora.alignment import chain
     >>> w = {"in/kernel": np.float32([[1, 2]]),
     ...      "out/kernel": np.float32([[3], [4]])}
     >>> v = {path: x.reshape(-1)[::-1].reshape(x.shape)

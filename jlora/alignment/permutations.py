@@ -171,7 +171,7 @@ def permute(params: Any, permutations: Permutations, symmetry: Symmetry) -> Any:
       size.
 
   Example:
-    >>> from jlora.alignment.symmetries import chain
+    >>> from jlora.alignment import chain
     >>> w = {"a/kernel": np.array([[1, 2]]), "b/kernel": np.array([[3], [4]])}
     >>> permute(w, {"unit.0": np.array([1, 0])}, chain(["a", "b"]))
     {'a/kernel': array([[2, 1]]), 'b/kernel': array([[4],
@@ -239,7 +239,7 @@ def permute_loras(
     ValueError: as `permute`; Loras that do not fit their parameter.
 
   Example:
-    >>> from jlora.alignment.symmetries import chain
+    >>> from jlora.alignment import chain
     >>> w = {"a/kernel": np.ones((1, 2)), "b/kernel": np.ones((2, 1))}
     >>> lora = Lora(np.ones((1, 1)), np.array([[3, 4]]), np.float32(1))
     >>> swap = {"unit.0": np.array([1, 0])}

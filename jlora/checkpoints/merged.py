@@ -59,8 +59,8 @@ def save_merged(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import open_checkpoint
-    >>> from jlora.checkpoints.safetensors import write_safetensors
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> from jlora.checkpoints import write_safetensors
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
     >>> with tempfile.TemporaryDirectory() as root:
     ...   write_safetensors(f"{root}/base.safetensors",

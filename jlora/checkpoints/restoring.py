@@ -43,7 +43,8 @@ def restore(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import open_checkpoint, save_orbax
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> from jlora.checkpoints.checkpoint import save_orbax
     >>> mesh = jax.make_mesh((1,), ("x",))
     >>> own = jax.NamedSharding(mesh, jax.P("x"))
     >>> with tempfile.TemporaryDirectory() as tmp:
@@ -87,7 +88,8 @@ def restore_loras(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import open_checkpoint, save_orbax
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> from jlora.checkpoints.checkpoint import save_orbax
     >>> lora = Lora(jnp.ones((1, 2)), jnp.ones((1, 3)), jnp.float32(1))
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   save_orbax(f"{tmp}/c", {"mlp/kernel": lora})

@@ -6,11 +6,14 @@ extract_checkpoint(base, finetuned, out)   disk to disk, resumable
 """
 
 from jlora.extraction.assembly import Policy as Policy
+from jlora.extraction.report import REPORT as REPORT
 from jlora.extraction.report import Report as Report
 from jlora.extraction.report import ledger_lines as ledger_lines
+from jlora.extraction.report import module_type as module_type
 from jlora.extraction.report import noise_rank as noise_rank
 from jlora.extraction.report import read_report as read_report
 from jlora.extraction.report import rounding_line as rounding_line
+from jlora.extraction.report import total_up as total_up
 from jlora.extraction.report import type_table as type_table
 from jlora.extraction.report import worst_table as worst_table
 from jlora.extraction.report import write_card as write_card
@@ -19,13 +22,16 @@ from jlora.extraction.trees import extract as extract
 
 __all__ = [
   "Policy",
+  "REPORT",
   "Report",
   "extract",
   "extract_checkpoint",
   "ledger_lines",
+  "module_type",
   "noise_rank",
   "read_report",
   "rounding_line",
+  "total_up",
   "type_table",
   "worst_table",
   "write_card",

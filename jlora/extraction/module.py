@@ -69,7 +69,7 @@ def measure_parameter(
     factoriser and a certificate.
 
   Example:
-    >>> from jlora.factoring.factorisers import svd
+    >>> from jlora.factoring import svd
     >>> w = np.zeros((3, 5), np.float32)
     >>> m = measure_parameter(w, w + 1, None, view=MatrixView(), rank=1,
     ...   factor=svd, dtype=np.float32, stored=np.float32)
@@ -141,7 +141,7 @@ class Extractor:
     compilations: how many distinct shapes were compiled so far.
 
   Example:
-    >>> from jlora.factoring.factorisers import svd
+    >>> from jlora.factoring import svd
     >>> from jlora.pairing.pairs import TensorPart
     >>> w = np.zeros((3, 5), np.float32)
     >>> step = Extractor(svd, np.float32, None)

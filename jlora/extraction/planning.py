@@ -63,7 +63,7 @@ def plan_run(
   Example:
     >>> import tempfile
     >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.pairing.match import same_rows
+    >>> from jlora.pairing import same_rows
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
     ...   write_safetensors(file, {"m.q.weight": np.ones((4, 6))})
@@ -107,7 +107,7 @@ def bytes_on_disk(plan: Plan, pair: Pair) -> int:
   Example:
     >>> import tempfile
     >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.pairing.match import same_rows
+    >>> from jlora.pairing import same_rows
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
     ...   write_safetensors(file, {"w.weight": np.ones((4, 6), np.float32)})
@@ -137,7 +137,7 @@ def fingerprint(
   Example:
     >>> import tempfile
     >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.pairing.match import same_rows
+    >>> from jlora.pairing import same_rows
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
     ...   write_safetensors(file, {"m.q.weight": np.ones((4, 6))})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on disk, for other tools and in few bits.
 
-`save_peft` and `load_peft` are PEFT's folders; `pack` keeps factors in few
+`save_peft` and `load_peft` are PEFT's folders, `pack` keeps factors in few
 bits. Whatever a format cannot carry is returned with a reason, never dropped.
 """
 

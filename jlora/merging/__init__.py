@@ -18,18 +18,25 @@ from jlora.merging.arrays.averages import linear as linear
 from jlora.merging.arrays.averages import model_stock as model_stock
 from jlora.merging.arrays.averages import nearswap as nearswap
 from jlora.merging.arrays.averages import passthrough as passthrough
+from jlora.merging.arrays.inputs import read_inputs as read_inputs
 from jlora.merging.arrays.pruning import breadcrumbs as breadcrumbs
 from jlora.merging.arrays.pruning import dare as dare
 from jlora.merging.arrays.pruning import della as della
 from jlora.merging.arrays.singular_vectors import iso_c as iso_c
 from jlora.merging.arrays.singular_vectors import tsv as tsv
+from jlora.merging.arrays.sparsifiers import match_l1 as match_l1
 from jlora.merging.arrays.spherical import karcher as karcher
 from jlora.merging.arrays.spherical import multislerp as multislerp
 from jlora.merging.arrays.spherical import nuslerp as nuslerp
 from jlora.merging.arrays.spherical import slerp as slerp
+from jlora.merging.arrays.task_vectors import by_mass as by_mass
+from jlora.merging.arrays.task_vectors import (
+  merge_task_vectors as merge_task_vectors,
+)
 from jlora.merging.arrays.task_vectors import sce as sce
 from jlora.merging.arrays.task_vectors import task_arithmetic as task_arithmetic
 from jlora.merging.arrays.task_vectors import ties as ties
+from jlora.merging.checkpoints.mergekit import FORMS as FORMS
 from jlora.merging.checkpoints.mergekit import read_recipe as read_recipe
 from jlora.merging.checkpoints.recipes import Input as Input
 from jlora.merging.checkpoints.recipes import Recipe as Recipe
@@ -40,10 +47,12 @@ from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
 from jlora.merging.trees import merge as merge
 
 __all__ = [
+  "FORMS",
   "Input",
   "Recipe",
   "Slice",
   "breadcrumbs",
+  "by_mass",
   "concat",
   "core_space",
   "dare",
@@ -54,13 +63,16 @@ __all__ = [
   "knots",
   "linear",
   "magnitude_thresholds",
+  "match_l1",
   "merge",
   "merge_checkpoints",
+  "merge_task_vectors",
   "model_stock",
   "multislerp",
   "nearswap",
   "nuslerp",
   "passthrough",
+  "read_inputs",
   "read_recipe",
   "sce",
   "slerp",

@@ -63,8 +63,8 @@ def place_leaf(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import open_checkpoint
-    >>> from jlora.checkpoints.safetensors import write_safetensors
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> from jlora.checkpoints import write_safetensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(2, 3)})
     ...   checkpoint = open_checkpoint(folder)

@@ -33,7 +33,7 @@ def hf_symmetry(symmetry: Symmetry) -> Symmetry:
     ValueError: rows for paths that these models do not have.
 
   Example:
-    >>> from jlora.alignment.symmetries import decoder
+    >>> from jlora.alignment import decoder
     >>> found = hf_symmetry(decoder(heads=8, kv_heads=2))
     >>> [x for x in found.rows if "down" in x.pattern][0].axes
     'stream, unit.{0}'

@@ -5,6 +5,7 @@ Names may differ by a prefix, heads may be tied on one side, experts fused,
 vocabularies grown: `pair_up` matches what it can and notes how.
 """
 
+from jlora.pairing.layers import configure_layers as configure_layers
 from jlora.pairing.match import common_rows as common_rows
 from jlora.pairing.match import keep_whole as keep_whole
 from jlora.pairing.match import pair_up as pair_up
@@ -12,6 +13,7 @@ from jlora.pairing.match import same_rows as same_rows
 
 __all__ = [
   "common_rows",
+  "configure_layers",
   "keep_whole",
   "pair_up",
   "same_rows",

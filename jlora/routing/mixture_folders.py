@@ -66,8 +66,8 @@ def save_mixture(
   Example:
     >>> import tempfile
     >>> import jax.numpy as jnp
-    >>> from jlora.checkpoints.checkpoint import open_checkpoint
-    >>> from jlora.checkpoints.safetensors import write_safetensors
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> from jlora.checkpoints import write_safetensors
     >>> names = [_MLP.format(0, part) for part in _PARTS]
     >>> mlp = {name: np.ones((2, 2), np.float32) for name in names}
     >>> law = {names[0]: Lora(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones(()))}

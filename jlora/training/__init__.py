@@ -23,6 +23,7 @@ from jlora.training.trainer import beside as beside
 from jlora.training.trainer import lora_plus as lora_plus
 from jlora.training.trainer import summed as summed
 from jlora.training.trainer import train as train
+from jlora.training.trainer import trained_part as trained_part
 
 __all__ = [
   "Refiner",
@@ -44,4 +45,5 @@ __all__ = [
   "split_base",
   "summed",
   "train",
+  "trained_part",
 ]

@@ -13,6 +13,9 @@ from pallas_kernels.lora_dot.banks.bank import put_adapter as put_adapter
 from pallas_kernels.lora_dot.banks.routes import lora_dot_many as lora_dot_many
 from pallas_kernels.lora_dot.hopper.call import gpu_dot as gpu_dot
 from pallas_kernels.lora_dot.partitioning import Place as Place
+from pallas_kernels.lora_dot.quantised import dequantise as dequantise
+from pallas_kernels.lora_dot.quantised import quantise_int8 as quantise_int8
+from pallas_kernels.lora_dot.quantised import quantise_nf4 as quantise_nf4
 from pallas_kernels.lora_dot.quantised import quantise_tree as quantise_tree
 from pallas_kernels.lora_dot.reference import reference_dot as reference_dot
 from pallas_kernels.lora_dot.tpu.call import tpu_dot as tpu_dot
@@ -26,11 +29,14 @@ __all__ = [
   "Place",
   "Scaled",
   "check_ids",
+  "dequantise",
   "empty_bank",
   "gpu_dot",
   "lora_dot",
   "lora_dot_many",
   "put_adapter",
+  "quantise_int8",
+  "quantise_nf4",
   "quantise_tree",
   "reference_dot",
   "tpu_dot",

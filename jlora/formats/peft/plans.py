@@ -61,7 +61,7 @@ def plan_loras(
   Example:
     >>> import jax.numpy as jnp
     >>> from jlora.formats.peft.parts import describe_base
-    >>> from jlora.formats.peft.layouts import PEFT
+    >>> from jlora.formats import PEFT
     >>> loras = {"q.weight": Lora(jnp.ones((1, 3)), jnp.ones((1, 2)),
     ...                           jnp.float32(1))}
     >>> base = describe_base({"q.weight": np.ones((2, 3))}, None, None, None)
@@ -122,7 +122,7 @@ def plan_biases(
 
   Example:
     >>> from jlora.formats.peft.parts import describe_base
-    >>> from jlora.formats.peft.layouts import PEFT
+    >>> from jlora.formats import PEFT
     >>> base = describe_base({"q.weight": np.ones((2, 3))}, None, None, None)
     >>> parts, carried = plan_biases({"q.bias": np.ones(2)}, [], base, PEFT, {})
     >>> parts[0].module, parts[0].rank, carried
@@ -187,7 +187,7 @@ def plan_full(
 
   Example:
     >>> from jlora.formats.peft.parts import describe_base
-    >>> from jlora.formats.peft.layouts import PEFT
+    >>> from jlora.formats import PEFT
     >>> base = describe_base({"norm.weight": np.ones(3)}, None, None, None)
     >>> plan_full({"norm.weight": np.ones(3)}, [], base, PEFT, {})
     {'norm.weight': 'norm.weight'}

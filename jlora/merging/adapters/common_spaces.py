@@ -60,7 +60,7 @@ def core_space(
     ValueError: Loras that do not belong to one parameter, or the method's.
 
   Example:
-    >>> from jlora.merging.arrays.singular_vectors import iso_c
+    >>> from jlora.merging import iso_c
     >>> eye, one = jnp.eye(2), jnp.ones(())
     >>> loras = [Lora(eye[:1], 3 * eye[:1], one), Lora(eye[1:], eye[1:], one)]
     >>> merged = core_space(loras, [1.0, 1.0], method=iso_c)

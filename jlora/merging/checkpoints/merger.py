@@ -51,7 +51,7 @@ class Merger:
 
   Example:
     >>> from jlora.merging.checkpoints.planning import InputTensor
-    >>> from jlora.merging.arrays.averages import linear
+    >>> from jlora.merging import linear
     >>> from jlora.pairing.pairs import TensorPart
     >>> sources = (Source("a", Part("w")), InputTensor("b", TensorPart("w")))
     >>> job = Job("w", (2,), np.dtype(np.float32), sources, None,

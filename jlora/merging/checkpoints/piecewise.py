@@ -67,7 +67,7 @@ def is_piecewise(method: Method) -> bool:
 
   Example:
     >>> import functools
-    >>> from jlora.merging.arrays.task_vectors import by_mass
+    >>> from jlora.merging import by_mass
     >>> is_piecewise(dare), is_piecewise(functools.partial(dare, elect=by_mass))
     (True, False)
   """

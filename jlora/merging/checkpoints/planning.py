@@ -299,9 +299,9 @@ def plan_merge(recipe: Recipe) -> MergePlan:
   Example:
     >>> import tempfile
     >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.merging.arrays.averages import linear
+    >>> from jlora.merging import linear
     >>> import numpy as np
-    >>> from jlora.merging.checkpoints.recipes import Input, Slice
+    >>> from jlora.merging import Input, Slice
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   file = f"{tmp}/m.safetensors"
     ...   write_safetensors(file, {"w": np.ones(3)})

@@ -73,7 +73,7 @@ def merge_all(
   Example:
     >>> import io
     >>> from jlora.merging.checkpoints.planning import InputTensor
-    >>> from jlora.merging.arrays.averages import linear
+    >>> from jlora.merging import linear
     >>> from jlora.pairing.pairs import TensorPart
     >>> job = Job("w", (1,), np.dtype(np.float32),
     ...           (InputTensor("a", TensorPart("w")),), None,
@@ -212,10 +212,10 @@ def merge_checkpoints(
 
   Example:
     >>> import io, tempfile
-    >>> from jlora.checkpoints.checkpoint import open_checkpoint
-    >>> from jlora.checkpoints.safetensors import write_safetensors
-    >>> from jlora.merging.arrays.averages import linear
-    >>> from jlora.merging.checkpoints.recipes import Input, Slice
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> from jlora.checkpoints import write_safetensors
+    >>> from jlora.merging import linear
+    >>> from jlora.merging import Input, Slice
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   inputs = []
     ...   for name, value in (("a", 1.0), ("b", 3.0)):

@@ -46,8 +46,8 @@ def trim_models(recipe: Recipe, density: float) -> Recipe:
   Example:
     >>> import tempfile
     >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.merging.arrays.task_vectors import ties
-    >>> from jlora.merging.checkpoints.recipes import Input, Slice
+    >>> from jlora.merging import ties
+    >>> from jlora.merging import Input, Slice
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   base, tuned = (f"{tmp}/{name}.safetensors" for name in "ab")
     ...   write_safetensors(base, {n: np.zeros(2, np.float32) for n in "vw"})
