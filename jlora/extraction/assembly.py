@@ -238,7 +238,8 @@ def write_adapter(
     if path not in plan.base.spec
   }
   kept = [p for p in pairs if journal[p]["status"] == "kept whole"]
-  biases, full = _sort_kept(kept, pairs, ranks.keys() | plan.refused)
+  refused = {job.pair.path for job in plan.jobs if job.is_refused}
+  biases, full = _sort_kept(kept, pairs, ranks.keys() | refused)
   left = save_peft(
     out,
     _Lazy([path for path in pairs if path in ranks], lora),
@@ -257,8 +258,8 @@ def write_adapter(
     for path, record in journal.items()
   }
   modules = [
-    _module_row(path, journal[path]["figures"], ranks[path], plan, journal)
-    for path in pairs
+    _module_row(pair, ranks[path], plan, journal)
+    for path, pair in pairs.items()
     if path in ranks and path not in left
   ]
   scales = [
@@ -288,15 +289,15 @@ def _sort_kept(
   return biases, [path for path in full if path not in matrices | {*biases}]
 
 
-def _module_row(path, figures, rank, plan, journal) -> dict[str, Any]:
-  """A module's row of the report at the rank it got."""
+def _module_row(pair: Pair, rank: int, plan: Plan, journal) -> dict[str, Any]:
+  """Returns a module's row of the report at the rank it got."""
+  figures = journal[pair.path]["figures"]
   shape = figures["shape"]
-  itemsize = journal.arrays(path).spec["a"].dtype.itemsize
-  stored = plan.base.spec
-  name = next(p.base.name for p in plan.pairing.pairs if p.path == path)
+  itemsize = journal.arrays(pair.path).spec["a"].dtype.itemsize
+  stored = plan.base.spec[pair.base.name].dtype.itemsize
   return {
-    "path": path,
+    "path": pair.path,
     **row_of(figures, rank),
     "bytes": rank * _unit_size(shape) * itemsize,
-    "parameter_bytes": int(np.prod(shape)) * stored[name].dtype.itemsize,
+    "parameter_bytes": int(np.prod(shape)) * stored,
   }

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jlora.extraction.planning import ModuleJob
 from jlora.factoring.certificates import certificate
 from jlora.factoring.deltas import survey
 from jlora.factoring.factorisers import Factoriser
@@ -32,8 +33,8 @@ from jlora.pairing.comparison import (
   read_pair,
   stored_dtype,
 )
-from jlora.pairing.pairs import Pair
 from jlora.paths import key_for
+from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
 from jlora.views import MatrixView, in_stored_order
 
@@ -142,11 +143,12 @@ class Extractor:
 
   Example:
     >>> from jlora.factoring import svd
-    >>> from jlora.pairing.pairs import TensorPart
+    >>> from jlora.pairing.pairs import Pair, TensorPart
     >>> w = np.zeros((3, 5), np.float32)
     >>> step = Extractor(svd, np.float32, None)
-    >>> pair = Pair("w", (3, 5), Part("w"), TensorPart("w"))
-    >>> step(pair, MatrixView(), 2, {"w": w}, {"w": w + 1}).status
+    >>> pair = Pair("w", (3, 5), TensorPart("w"), TensorPart("w"))
+    >>> job = ModuleJob(pair, MatrixView(), rank=2, nbytes=120)
+    >>> step(job, {"w": w}, {"w": w + 1}).status
     'extracted'
   """
 
@@ -160,9 +162,7 @@ class Extractor:
     self._factor, self._dtype, self._key = factor, dtype, key
     is_cpu = on_host is None and jax.default_backend() == "cpu"
     self._on_host = is_cpu or bool(on_host)
-    self._compiled: dict[Any, Any] = {}
-    self._locks: dict[Any, threading.Lock] = {}
-    self._lock = threading.Lock()
+    self._programs = Programs()
     self._own = threading.local()
     self.devices = [] if self._on_host else jax.local_devices()
     if self._on_host:
@@ -171,7 +171,7 @@ class Extractor:
   @property
   def compilations(self) -> int:
     """Distinct shapes compiled so far."""
-    return len(self._compiled)
+    return len(self._programs)
 
   def use(self, device: Any) -> None:
     """Makes this thread compute on a device, not on the default one.
@@ -183,19 +183,14 @@ class Extractor:
 
   def __call__(
     self,
-    pair: Pair,
-    view: MatrixView | None,
-    rank: int,
+    job: ModuleJob,
     base: Mapping[str, Any],
     finetuned: Mapping[str, Any],
   ) -> Outcome:
-    """What becomes of a pair that is not the same on both sides (`is_same`).
+    """Factors a pair that is not the same on both sides (`is_same`).
 
     Args:
-      pair: which tensors.
-      view: how they are read as a matrix; None: they are not factored.
-      rank: triplets to keep, clipped to what the matrix has; 0: the matrix was
-        not selected and is only compared.
+      job: the pair, and what is done with it.
       base: the base, name -> array.
       finetuned: the finetune.
 
@@ -208,37 +203,34 @@ class Extractor:
     rooms = None
     if self._on_host:
       rooms = [functools.partial(self._room, side) for side in ("base", "ft")]
+    pair, view = job.pair, job.view
     left, right = read_pair(pair, base, finetuned, rooms)
     if not is_floating(left.dtype) or not is_floating(right.dtype):
       same = np.array_equal(left, right)
       why = "" if same else f"not floating: {left.dtype} and {right.dtype}"
       return Outcome("unchanged" if same else "not representable", why)
-    if not pair.whole and not (view and rank) and is_equal(left, right):
+    if not pair.whole and not (view and job.rank) and is_equal(left, right):
       return Outcome("unchanged", _EQUAL)
-    if view is not None and rank == 0:
+    if job.is_refused:
       return Outcome("not representable", "not selected")
     if pair.whole or view is None:
       check_finite(pair.path, right)
       return Outcome("kept whole")
     return self._factored(
-      pair, view, rank, left, right, stored_dtype(finetuned, pair.finetuned)
+      job, left, right, stored_dtype(finetuned, pair.finetuned)
     )
 
   def split(
     self,
-    pair: Pair,
-    view: MatrixView,
-    rank: int,
+    job: ModuleJob,
     sides: tuple[jax.Array, jax.Array],
     stored: np.dtype,
   ) -> Outcome:
-    """What becomes of a pair that lies on several devices.
+    """Factors a pair that lies on several devices.
 
     Args:
-      pair: which tensors.
-      view: how they are read as a matrix.
-      rank: triplets to keep, clipped to what the matrix has.
-      sides: the base and the finetune, from `place`. Every process that
+      job: the pair, and what is done with it.
+      sides: the base and the finetune, from `place_array`. Every process that
         has a part of them must call this, in the same order.
       stored: dtype of the finetune's file.
 
@@ -248,11 +240,13 @@ class Extractor:
     Raises:
       ValueError: NaN or infinity in either tensor.
     """
-    return self._factored(pair, view, rank, *sides, stored)
+    return self._factored(job, *sides, stored)
 
-  def _factored(self, pair, view, rank, left, right, stored) -> Outcome:
+  def _factored(self, job: ModuleJob, left, right, stored) -> Outcome:
+    """Factors and measures a change; equal in value is unchanged."""
+    pair, view = job.pair, job.matrix_view
     shape = view.shape(pair.shape)
-    rank = min(rank, *shape[-2:])
+    rank = min(job.rank, *shape[-2:])
     measured = self._measured(pair.path, left, right, view, rank, stored)
     norm = np.asarray(measured.certificate.norm)
     if not np.all(np.isfinite(norm)):
@@ -319,15 +313,11 @@ class Extractor:
       jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
       for array, place in zip(arrays, places, strict=True)
     )
-    signature = (*shapes, *options.values())
-    with self._lock:
-      lock = self._locks.setdefault(signature, threading.Lock())
-    with lock:
-      if signature not in self._compiled:
-        step = functools.partial(_with_words, _kind_of(self._key), options)
-        compiled = jax.jit(step, out_shardings=results).lower(*shapes).compile()
-        self._compiled[signature] = compiled
-    return self._compiled[signature]
+    step = functools.partial(_with_words, _kind_of(self._key), options)
+    return self._programs.get(
+      (*shapes, *options.values()),
+      lambda: jax.jit(step, out_shardings=results).lower(*shapes).compile(),
+    )
 
 
 def _with_words(kind, options, base, finetuned, words) -> Measured:

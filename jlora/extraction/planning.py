@@ -1,129 +1,180 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is to do, from headers alone, and what makes it the same run."""
+"""What an extraction does with each pair, planned from headers alone."""
 
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.messages import name_some
 from jlora.numerics.backends import words_of
-from jlora.pairing.match import Vocabulary, pair_up
-from jlora.pairing.pairs import Pair, Pairing, names_of
+from jlora.pairing.pairs import Pair, Pairing, TensorPart, names_of
 from jlora.runs.fingerprints import digest, hash_lines
-from jlora.selection import Select
+from jlora.selection import Select, is_floating
 from jlora.views import MatrixView, table_for, view_of
+
+# Entries of the Krylov space's blocks a module is multiplied with: 11 products
+# of rank + 16 rows each. A short side below that many is multiplied once.
+_PRODUCTS, _OVERSAMPLE = 11, 16
+# Operations of a product that take as long as reading an entry of both tensors
+# and all that is done to it once. Only the ratio matters, and only roughly.
+_PER_ENTRY = 160
+
+
+class ModuleJob(NamedTuple):
+  """One pair of tensors, and what an extraction does with it.
+
+  Attributes:
+    pair: which tensors.
+    view: how they are read as a matrix; None if they are none.
+    rank: triplets to find, clipped to what the matrix has; 0: the matrix was
+      not selected and is compared only.
+    nbytes: of both tensors on disk; a part of a fused one counts as its own.
+    can_be_split: whether all processes can factor it together, each its part.
+  """
+
+  pair: Pair
+  view: MatrixView | None
+  rank: int
+  nbytes: int
+  can_be_split: bool = False
+
+  @property
+  def is_refused(self) -> bool:
+    """Whether it is a matrix that was not selected."""
+    return self.view is not None and self.rank == 0
+
+  @property
+  def matrix_view(self) -> MatrixView:
+    """The view of a job whose tensors are a matrix."""
+    if self.view is None:
+      raise ValueError(f"{self.pair.path} is not read as a matrix.")
+    return self.view
+
+  @property
+  def bytes_in_work(self) -> int:
+    """Bytes of both tensors and of the float32 arrays made of them."""
+    return self.nbytes + 12 * math.prod(self.pair.shape)
+
+  @property
+  def cost(self) -> int:
+    """Operations of matrix products that would take as long, roughly."""
+    if self.view is None or self.pair.whole:
+      return cost_of(self.pair.shape, 0)
+    return cost_of(self.view.shape(self.pair.shape), self.rank)
 
 
 class Plan(NamedTuple):
-  """Both checkpoints, their pairs, and how each parameter is read.
+  """Both checkpoints, their pairs, and what is done with each.
 
   Attributes:
     base: the base, open.
     finetuned: the finetune, open.
     pairing: which tensors belong together.
-    views: path -> how it is read as a matrix, None if it is none.
-    refused: matrices that were not selected.
+    jobs: one for each pair, in their order.
     model_type: of config.json, if there is one.
   """
 
   base: Checkpoint
   finetuned: Checkpoint
   pairing: Pairing
-  views: dict[str, MatrixView | None]
-  refused: set[str]
+  jobs: list[ModuleJob]
   model_type: str | None
 
 
-def plan_run(
-  base: str | os.PathLike,
-  finetuned: str | os.PathLike,
+def plan_jobs(
+  base: Checkpoint,
+  finetuned: Checkpoint,
+  pairing: Pairing,
   select: Select,
-  vocabulary: Vocabulary,
+  rank: int,
 ) -> Plan:
-  """The plan of an extraction; headers are read, tensors are not.
+  """Plans what is done with each pair, from headers alone.
 
   Args:
     base: a checkpoint.
     finetuned: the finetune.
+    pairing: of both, from `pair_up`.
     select: `(path, spec) -> bool`, which matrices are factored.
-    vocabulary: what happens to a table whose number of rows changed.
+    rank: of every module.
 
   Returns:
-    Plan.
+    Plan. No tensor is read.
 
   Raises:
-    ValueError: inputs that cannot be read or share nothing, or a selection that
-      leaves nothing.
-
-  Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.pairing import same_rows
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   file = f"{tmp}/m.safetensors"
-    ...   write_safetensors(file, {"m.q.weight": np.ones((4, 6))})
-    ...   plan_run(file, file, lambda path, spec: True, refuse).views
-    {'m.q.weight': MatrixView(batch=(), inputs=(1,), outputs=(0,))}
+    ValueError: checkpoints that share nothing, or a selection that leaves
+      nothing.
   """
-  left, right = open_checkpoint(base), open_checkpoint(finetuned)
-  pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary)
   if not pairing.pairs:
     raise ValueError(
-      f"No tensor of {base} is in {finetuned}: {name_some(left.spec)} against "
-      f"{name_some(right.spec)}. Is this the base of that finetune?"
+      f"No tensor of {base.path} is in {finetuned.path}: "
+      f"{name_some(base.spec)} against {name_some(finetuned.spec)}. Is this "
+      "the base of that finetune?"
     )
-  model_type = left.model_type or right.model_type
-  table = table_for(left.spec, model_type)
-  views = {
-    pair.path: view_of(pair.path, pair.shape, table) for pair in pairing.pairs
-  }
-  refused = {
-    pair.path
-    for pair in pairing.pairs
-    if views[pair.path] and not select(pair.path, left.spec[pair.base.name])
-  }
-  if refused == {path for path, view in views.items() if view}:
+  model_type = base.model_type or finetuned.model_type
+  table = table_for(base.spec, model_type)
+  jobs = []
+  for pair in pairing.pairs:
+    view = view_of(pair.path, pair.shape, table)
+    taken = view is not None and select(pair.path, base.spec[pair.base.name])
+    job = ModuleJob(
+      pair,
+      view,
+      rank if taken else 0,
+      _bytes_on_disk(base, finetuned, pair),
+    )
+    can_be_split = bool(taken) and _are_whole(base, finetuned, pair)
+    jobs.append(job._replace(can_be_split=can_be_split))
+  if not any(job.rank for job in jobs):
     raise ValueError(
-      f"No matrix of {base} is selected: there are {name_some(left.spec)}."
+      f"No matrix of {base.path} is selected: there are {name_some(base.spec)}."
     )
-  return Plan(left, right, pairing, views, refused, model_type)
+  return Plan(base, finetuned, pairing, jobs, model_type)
 
 
-def bytes_on_disk(plan: Plan, pair: Pair) -> int:
-  """Bytes of both tensors of a pair; a part of a fused one counts as its own.
+def cost_of(shape: Sequence[int], rank: int) -> int:
+  """Estimates what a tensor of a pair costs a run.
 
   Args:
-    plan: the run's plan.
-    pair: one of its pairs.
+    shape: (..., in, out) of a module; of what is not factored any shape.
+    rank: triplets to find; 0: the tensor is only read.
 
   Returns:
-    Bytes.
-
-  Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.pairing import same_rows
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   file = f"{tmp}/m.safetensors"
-    ...   write_safetensors(file, {"w.weight": np.ones((4, 6), np.float32)})
-    ...   plan = plan_run(file, file, lambda path, spec: True, refuse)
-    ...   bytes_on_disk(plan, plan.pairing.pairs[0])
-    192
+    Operations of matrix products that would take as long, roughly.
   """
-  itemsize = plan.finetuned.spec[names_of(pair.finetuned)[0]].dtype.itemsize
-  own = plan.base.spec[pair.base.name].nbytes
+  entries = math.prod(shape)
+  if not rank:
+    return entries * _PER_ENTRY
+  rows = min(_PRODUCTS * (rank + _OVERSAMPLE), *shape[-2:])
+  return entries * (_PER_ENTRY + 2 * rows)
+
+
+def _bytes_on_disk(base: Checkpoint, finetuned: Checkpoint, pair: Pair) -> int:
+  """Counts the bytes of both tensors; a part of a fused one as its own."""
+  itemsize = finetuned.spec[names_of(pair.finetuned)[0]].dtype.itemsize
+  own = base.spec[pair.base.name].nbytes
   return own + int(np.prod(pair.shape)) * itemsize
+
+
+def _are_whole(base: Checkpoint, finetuned: Checkpoint, pair: Pair) -> bool:
+  """Returns whether both sides of a pair are whole floating tensors."""
+  return not pair.whole and all(
+    isinstance(side, TensorPart)
+    and not (side.index or side.swap)
+    and is_floating(checkpoint.spec[side.name].dtype)
+    and checkpoint.spec[side.name].shape == pair.shape
+    for checkpoint, side in ((base, pair.base), (finetuned, pair.finetuned))
+  )
 
 
 def fingerprint(
   plan: Plan, key: jax.Array | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """What determines the results of a run: inputs, options and versions.
+  """Returns what determines a run's results: inputs, options and versions.
 
   Args:
     plan: the run's plan.
@@ -133,17 +184,6 @@ def fingerprint(
   Returns:
     A dict; equal dicts mean equal results, as far as headers, sizes and times
     of the files tell that the inputs are the same.
-
-  Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
-    >>> from jlora.pairing import same_rows
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   file = f"{tmp}/m.safetensors"
-    ...   write_safetensors(file, {"m.q.weight": np.ones((4, 6))})
-    ...   plan = plan_run(file, file, lambda path, spec: True, refuse)
-    ...   fingerprint(plan, None, {"rank": 8})["rank"]
-    8
   """
   return {
     **options,
@@ -152,7 +192,7 @@ def fingerprint(
     "key": words_of(key).tolist(),
     "base": digest(plan.base),
     "finetuned": digest(plan.finetuned),
-    "modules": hash_lines([repr(item) for item in plan.views.items()]),
-    "refused": hash_lines(sorted(plan.refused)),
+    "modules": hash_lines(repr((j.pair.path, j.view)) for j in plan.jobs),
+    "refused": hash_lines(j.pair.path for j in plan.jobs if j.is_refused),
     "pairs": hash_lines(map(repr, plan.pairing.pairs)),
   }

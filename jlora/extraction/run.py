@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extraction from disk to disk: streaming, bounded in memory, resumable.
 
-open ─► pair ─► read, factor, certify, journal ─► ranks ─► folder
+open ─► pair ─► plan ─► factor (read, certify, journal) ─► choose ranks ─► write
 
 Several `jax.distributed` processes share the journal; the first one writes the
 folder.
@@ -15,17 +15,23 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.extraction.assembly import Policy, choose_ranks, write_adapter
 from jlora.extraction.module import Extractor
-from jlora.extraction.planning import fingerprint, plan_run
+from jlora.extraction.planning import Plan, fingerprint, plan_jobs
 from jlora.extraction.report import REPORT, Report, read_report
-from jlora.extraction.workers import work_off
+from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
-from jlora.pairing.match import Vocabulary, keep_whole
+from jlora.pairing.match import Vocabulary, keep_whole, pair_up
 from jlora.runs import processes
 from jlora.runs.fingerprints import name_of
-from jlora.runs.journal import FOLDER, check_fingerprint, remove_closed
+from jlora.runs.journal import (
+  FOLDER,
+  Journal,
+  check_fingerprint,
+  remove_closed,
+)
 from jlora.runs.shared_journal import (
   complete_journal,
   share_journal,
@@ -144,29 +150,28 @@ def extract_checkpoint(
     "overwrite": overwrite,
   }
   _check_options(settings, named)
+
   if processes.from_first(
     lambda: _is_finished(out, settings, resume=resume, overwrite=overwrite)
   ):
     return processes.everywhere(lambda: read_report(out))
+
+  # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
-    lambda: plan_run(base, finetuned, select, vocabulary)
+    lambda: _plan(base, finetuned, vocabulary, select, rank)
   )
   marks = fingerprint(plan, key, options)
   processes.check_same_facts(marks)
   journal, watch = share_journal(
     out, REPORT, marks, resume=resume, overwrite=overwrite
   )
-  pairs = plan.pairing.pairs
-  missing = processes.from_first(
-    lambda: [at for at, pair in enumerate(pairs) if pair.path not in journal]
-  )
   with watch:
-    work_off(
+    # Factor: each process its share, into the journal.
+    factor_missing(
       plan,
       journal,
-      [pairs[at] for at in missing],
+      _missing(plan, journal),
       Extractor(factor, dtype, key),
-      rank=rank,
       split_bytes=split_bytes,
       watch=watch,
       log=log,
@@ -176,11 +181,14 @@ def extract_checkpoint(
       watch.wait()
       return wait_for_files(lambda: read_report(out))
     watch.wait()
-    complete_journal(journal, (pair.path for pair in pairs))
+    complete_journal(journal, (job.pair.path for job in plan.jobs))
+
+    # Choose ranks, write: the first process alone.
+    ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
     report = write_adapter(
       plan,
       journal,
-      choose_ranks(journal, policy, jnp.dtype(dtype).itemsize),
+      ranks,
       out,
       profile=profile,
       base_model=str(base) if base_model is None else base_model,
@@ -189,6 +197,22 @@ def extract_checkpoint(
     watch.done()
   journal.close()
   return report
+
+
+def _plan(base, finetuned, vocabulary, select, rank) -> Plan:
+  """Opens both checkpoints, pairs their tensors and plans what is done."""
+  left, right = open_checkpoint(base), open_checkpoint(finetuned)
+  pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary)
+  return plan_jobs(left, right, pairing, select, rank)
+
+
+def _missing(plan: Plan, journal: Journal) -> list[int]:
+  """Returns which jobs are not in the journal, as the first process sees it."""
+  return processes.from_first(
+    lambda: [
+      at for at, job in enumerate(plan.jobs) if job.pair.path not in journal
+    ]
+  )
 
 
 def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:

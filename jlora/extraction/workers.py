@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of a run worked off: split ones by all together, the rest dealt.
+"""Who factors which module: the largest all together, the others dealt out.
 
 missing ─► over the limit: every process, in one order, its own shards
         └► the others: each process its hand, a few at a time in threads
 """
 
 import bisect
-import contextlib
 import functools
 import heapq
 import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from threadpoolctl import threadpool_limits
 
 from jlora.extraction.module import Extractor, Outcome
-from jlora.extraction.planning import Plan, bytes_on_disk
+from jlora.extraction.planning import ModuleJob, Plan
 from jlora.numerics.meshes import place_array
 from jlora.pairing.comparison import is_same, stored_dtype
-from jlora.pairing.pairs import Pair, TensorPart, read_region_of_side
+from jlora.pairing.pairs import read_region_of_side
 from jlora.runs.journal import Journal
+from jlora.runs.pool import MEMORY, THREADS, Room, finish_all, open_pool
 from jlora.runs.processes import (
   LostProcess,
   everywhere,
@@ -34,16 +32,8 @@ from jlora.runs.processes import (
   process_count,
   process_index,
 )
-from jlora.runs.progress import Progress, Room
+from jlora.runs.progress import Progress
 from jlora.runs.watchdog import Watch
-from jlora.selection import is_floating
-
-# Entries of the Krylov space's blocks a module is multiplied with: 11 products
-# of rank + 16 rows each. A short side below that many is multiplied once.
-_PRODUCTS, _OVERSAMPLE = 11, 16
-# Operations of a product that take as long as reading an entry of both tensors
-# and all that is done to it once. Only the ratio matters, and only roughly.
-_PER_ENTRY = 160
 
 
 def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
@@ -82,27 +72,6 @@ def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
     dealt[hand].append(item)
     heapq.heapreplace(loads, (load + costs[item], hand))
   return dealt
-
-
-def cost_of(shape: Sequence[int], rank: int) -> int:
-  """What a tensor of a pair costs a run, roughly, for `deal`.
-
-  Args:
-    shape: (..., in, out) of a module; of what is not factored any shape.
-    rank: triplets to find; 0: the tensor is only read.
-
-  Returns:
-    Operations of matrix products that would take as long.
-
-  Example:
-    >>> cost_of((4096, 4096), 64) > 10 * cost_of((4096, 4096), 0)
-    True
-  """
-  entries = math.prod(shape)
-  if not rank:
-    return entries * _PER_ENTRY
-  rows = min(_PRODUCTS * (rank + _OVERSAMPLE), *shape[-2:])
-  return entries * (_PER_ENTRY + 2 * rows)
 
 
 _AXIS = "shards"
@@ -165,56 +134,26 @@ def share_out(shape: tuple[int, ...]) -> NamedSharding | None:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
 
 
-def can_be_split(plan: Plan, pair: Pair) -> bool:
-  """Whether a pair is two whole floating matrices that are to be factored.
-
-  Args:
-    plan: the run's.
-    pair: one of its pairs.
-
-  Returns:
-    bool; False of stacks, of parts and of what is kept whole.
-  """
-  if pair.whole or not plan.views[pair.path] or pair.path in plan.refused:
-    return False
-  return all(
-    isinstance(side, TensorPart)
-    and not (side.index or side.swap)
-    and is_floating(checkpoint.spec[side.name].dtype)
-    and checkpoint.spec[side.name].shape == pair.shape
-    for checkpoint, side in (
-      (plan.base, pair.base),
-      (plan.finetuned, pair.finetuned),
-    )
-  )
-
-
-_THREADS = 3  # two factor, one reads ahead
-# Bytes of tensors and their float32 copies in work at a time; more where two
-# modules of the usual size need more: one alone would leave cores idle.
-_MEMORY = 512 * 2**20
 _POLL = 0.5  # seconds between two looks at how the other processes are
 
 
-def work_off(
+def factor_missing(
   plan: Plan,
   journal: Journal,
-  missing: Sequence[Pair],
+  missing: Sequence[int],
   extractor: Extractor,
   *,
-  rank: int,
   split_bytes: int,
   watch: Watch,
   log: IO[str] | None,
 ) -> None:
-  """Brings this process's share of the missing pairs into the journal.
+  """Brings this process's share of the missing modules into the journal.
 
   Args:
     plan: the run's.
     journal: shared by all processes.
-    missing: pairs that are not in it, the same on all processes.
+    missing: which of the plan's jobs are not in it, alike on all processes.
     extractor: what factors them.
-    rank: of every module.
     split_bytes: a tensor that is larger in float32 is cut over all devices.
     watch: of the other processes.
     log: where progress goes, None is standard error.
@@ -224,65 +163,55 @@ def work_off(
     LostProcess: another process ended.
   """
   count, index = process_count(), process_index()
-  large = [pair for pair in missing if _is_large(plan, pair, split_bytes)]
-  split = [pair for pair in large if share_out(pair.shape)]
-  rest = [pair for pair in missing if pair not in split] if split else missing
-  costs = [_cost(plan, pair, rank) for pair in rest]
-  mine = [rest[at] for at in deal(costs, count)[index]]
-  told = {pair.path for pair in missing}
-  done = [pair for pair in plan.pairing.pairs if pair.path not in told]
-  total = sum(bytes_on_disk(plan, pair) for pair in mine)
-  total += sum(bytes_on_disk(plan, pair) // count for pair in split)
-  if index == 0:
-    total += sum(bytes_on_disk(plan, pair) for pair in done)
-  who = index if count > 1 else None
-  with Progress(total, log, who=who) as progress:
-    room = Room(_memory([_bytes_in_work(plan, pair) for pair in mine]))
-    share = _Share(plan, journal, extractor, rank, progress, room)
-    if index == 0:
-      for pair in done:
-        share.tell(pair, bytes_on_disk(plan, pair), journal[pair.path])
+  split, rest = _sort_by_size([plan.jobs[at] for at in missing], split_bytes)
+  mine = [rest[at] for at in deal([job.cost for job in rest], count)[index]]
+  done = [job for at, job in enumerate(plan.jobs) if at not in {*missing}]
+  if index:  # the first one tells what was done before
+    done = []
+  total = sum(job.nbytes for job in (*mine, *done))
+  total += sum(job.nbytes // count for job in split)
+  with Progress(total, log, who=index if count > 1 else None) as progress:
+    room = Room(_memory([job.bytes_in_work for job in mine]))
+    share = _Share(plan, journal, extractor, progress, room)
+    for job in done:
+      share.tell(job, job.nbytes, journal[job.pair.path])
     try:
-      for pair in split:
+      for job in split:
         watch.check()
-        share.factor_split(pair)
+        share.factor_split(job)
     except (jax.errors.JaxRuntimeError, LostProcess) as error:
       watch.explain(error)
     _in_threads(share.factor_whole, mine, extractor, watch)
 
 
 class _Share:
-  """What one process does with a pair."""
+  """What one process does with a module: factors it, keeps it, tells it."""
 
-  def __init__(self, plan, journal, extractor, rank, progress, room):
-    self._plan, self._journal, self._rank = plan, journal, rank
-    self._extractor, self._progress = extractor, progress
-    self._room, self._saying = room, threading.Lock()
+  def __init__(self, plan, journal, extractor, progress, room):
+    self._base, self._finetuned = plan.base, plan.finetuned
+    self._journal, self._extractor = journal, extractor
+    self._progress, self._room = progress, room
+    self._saying = threading.Lock()
 
-  def factor_whole(self, pair: Pair) -> None:
-    """Puts a pair into the journal."""
-    plan = self._plan
-    nbytes = bytes_on_disk(plan, pair)
-    if is_same(pair, plan.base, plan.finetuned):
+  def factor_whole(self, job: ModuleJob) -> None:
+    """Puts a module into the journal."""
+    if is_same(job.pair, self._base, self._finetuned):
       outcome = Outcome("unchanged")
     else:
-      rank = 0 if pair.path in plan.refused else self._rank
-      with self._room.taken(_bytes_in_work(plan, pair)):
-        outcome = self._extractor(
-          pair, plan.views[pair.path], rank, plan.base, plan.finetuned
-        )
-    self._keep(pair, nbytes, outcome, True)
+      with self._room.taken(job.bytes_in_work):
+        outcome = self._extractor(job, self._base, self._finetuned)
+    self._keep(job, job.nbytes, outcome, True)
 
-  def factor_split(self, pair: Pair) -> None:
-    """Puts a pair into the journal, together with all other processes."""
-    plan, part = self._plan, (process_index(), process_count())
+  def factor_split(self, job: ModuleJob) -> None:
+    """Puts a module into the journal, together with all other processes."""
+    pair, part = job.pair, (process_index(), process_count())
     sharding: Any = share_out(pair.shape)
-    sides = (plan.base, pair.base), (plan.finetuned, pair.finetuned)
-    nbytes = bytes_on_disk(plan, pair) // process_count()
-    same = everywhere(lambda: is_same(pair, plan.base, plan.finetuned, part))
+    sides = (self._base, pair.base), (self._finetuned, pair.finetuned)
+    nbytes = job.nbytes // process_count()
+    same = everywhere(lambda: is_same(pair, self._base, self._finetuned, part))
     is_writer = sharding.mesh.devices.flat[0].process_index == process_index()
     if all(gather(bool(same))):
-      self._keep(pair, nbytes, Outcome("unchanged"), is_writer)
+      self._keep(job, nbytes, Outcome("unchanged"), is_writer)
       return
     takes_part = bool(sharding.addressable_devices)
 
@@ -297,70 +226,70 @@ class _Share:
 
     arrays: Any = everywhere(load if takes_part else lambda: None)
     if takes_part:
-      view: Any = plan.views[pair.path]
-      stored = stored_dtype(plan.finetuned, pair.finetuned)
-      outcome = self._extractor.split(pair, view, self._rank, arrays, stored)
-      self._keep(pair, nbytes, outcome, is_writer)
+      stored = stored_dtype(self._finetuned, pair.finetuned)
+      outcome = self._extractor.split(job, arrays, stored)
+      self._keep(job, nbytes, outcome, is_writer)
 
-  def _keep(self, pair, nbytes, outcome: Outcome, is_writer: bool) -> None:
+  def _keep(self, job, nbytes, outcome: Outcome, is_writer: bool) -> None:
+    """Writes what became of a module, once, and counts it."""
     record = {
       "status": outcome.status,
       "why": outcome.why,
       "figures": dict(outcome.figures),
     }
     if is_writer:
-      self._journal.put(pair.path, outcome.arrays, record)
-    self.tell(pair, nbytes, record)
+      self._journal.put(job.pair.path, outcome.arrays, record)
+    self.tell(job, nbytes, record)
 
-  def tell(self, pair: Pair, nbytes: int, record: dict[str, Any]) -> None:
-    """Counts a finished pair."""
-    figures = record["figures"]
+  def tell(self, job: ModuleJob, nbytes: int, record: dict[str, Any]) -> None:
+    """Counts a finished module."""
+    figures, path = record["figures"], job.pair.path
     with self._saying:
       if not figures:
-        self._progress.update(nbytes, pair.path)
+        self._progress.update(nbytes, path)
         return
       errors = figures["errors"]
       self._progress.update(
         nbytes,
-        pair.path,
+        path,
         len(errors) - 1,
         error=errors[-1],
         norm=figures["norm"],
       )
 
 
-def _bytes_in_work(plan: Plan, pair: Pair) -> int:
-  """Both tensors and the float32 arrays that are made of them."""
-  return bytes_on_disk(plan, pair) + 12 * math.prod(pair.shape)
+def _sort_by_size(
+  jobs: Sequence[ModuleJob], split_bytes: int
+) -> tuple[list[ModuleJob], list[ModuleJob]]:
+  """Returns the jobs that all processes do together, and the others."""
+  split, rest = [], []
+  for job in jobs:
+    shape = job.pair.shape
+    is_large = 4 * math.prod(shape) > split_bytes and job.can_be_split
+    (split if is_large and share_out(shape) else rest).append(job)
+  return split, rest
 
 
 def _memory(needs: Sequence[int]) -> int:
-  """Bytes that may be in work at a time."""
+  """Returns how many bytes may be in work at a time.
+
+  More than a pool's where two modules of the usual size need more: one alone
+  would leave cores idle.
+  """
   needs = sorted(needs)
   sums = list(itertools.accumulate(needs, initial=0))
   # The usual size: in modules up to it lies half of all bytes.
   usual = needs[bisect.bisect_left(sums[1:], sums[-1] / 2)] if needs else 0
-  return max(_MEMORY, 2 * usual)
-
-
-def _is_large(plan: Plan, pair: Pair, split_bytes: int) -> bool:
-  return 4 * math.prod(pair.shape) > split_bytes and can_be_split(plan, pair)
-
-
-def _cost(plan: Plan, pair: Pair, rank: int) -> int:
-  view = plan.views[pair.path]
-  if view is None or pair.whole or pair.path in plan.refused:
-    return cost_of(pair.shape, 0)
-  return cost_of(view.shape(pair.shape), rank)
+  return max(MEMORY, 2 * usual)
 
 
 def _in_threads(
-  work: Callable[[Pair], None],
-  pairs: Sequence[Pair],
+  work: Callable[[ModuleJob], None],
+  jobs: Sequence[ModuleJob],
   extractor: Extractor,
   watch: Watch,
 ) -> None:
-  """Does some work on pairs, a few at a time, as long as all is well."""
+  """Does some work on jobs, a few at a time, as long as all is well."""
   devices = extractor.devices
   turns, lock = itertools.cycle(devices), threading.Lock()
 
@@ -369,30 +298,10 @@ def _in_threads(
       with lock:
         extractor.use(next(turns))
 
-  # A module a thread: BLAS's own threads would fight over the same cores.
-  threads = _THREADS + 2 * max(len(devices) - 1, 0)
-  pool = ThreadPoolExecutor(threads, initializer=begin)
+  threads = THREADS + 2 * max(len(devices) - 1, 0)
   # The largest first: at the end no thread waits long for another's.
-  with threadpool_limits(1, user_api="blas"), _ended(pool, watch):
-    order = sorted(pairs, key=lambda pair: -math.prod(pair.shape))
-    pending = {pool.submit(work, pair) for pair in order}
-    while pending:
-      pending = _wait(pending, None if process_count() == 1 else _POLL)
-      watch.check()
-
-
-def _wait(pending: set[Future], seconds: float | None) -> set[Future]:
-  """The work that is not finished after a time; raises what failed."""
-  done, rest = wait(pending, seconds, FIRST_EXCEPTION)
-  for future in done:
-    future.result()
-  return rest
-
-
-@contextlib.contextmanager
-def _ended(pool: ThreadPoolExecutor, watch: Watch):
-  """Ends a pool: after work in progress, unless a lost process ends the run."""
-  try:
-    yield
-  finally:
-    pool.shutdown(wait=not watch.is_lost, cancel_futures=True)
+  order = sorted(jobs, key=lambda job: -math.prod(job.pair.shape))
+  with open_pool(threads, begin, lambda: watch.is_lost) as pool:
+    pending = {pool.submit(work, job) for job in order}
+    seconds = None if process_count() == 1 else _POLL
+    finish_all(pending, watch.check, seconds)

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-th largest magnitude without a sort, of one array or of a whole model.
+"""The k-th largest magnitude without a sort: compiled, on the host, from disk.
 
 The bits of a float32 that is not negative are in the order of their values, so
 the threshold is found bit by bit, by counting entries above a candidate. Counts
-are all that travels under sharding; a sort would gather the array.
+are all that travels under sharding; a sort would gather the array. NumPy has a
+selection of its own; what is read piece by piece is counted in two passes, by
+its high bits and then by the low ones of the bin that counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_LOW, _HIGH = 16, 15  # bits of a magnitude that the two passes count by
 
 
 @jax.jit
@@ -62,6 +67,67 @@ def kth_of_all(
 
   found = jax.lax.fori_loop(0, 31, step, jnp.int32(0))
   return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def kth_on_host(x: Any, count: Any) -> float:
+  """Returns `kth_magnitude` of an array that is not negative, by NumPy.
+
+  Args:
+    x: (...) float32, copied.
+    count: how many, known.
+
+  Returns:
+    The value; a NaN where the count is 0.
+  """
+  sizes, count = np.array(x).reshape(-1), int(count)
+  if not count:
+    return float("nan")
+  at = sizes.size - count
+  sizes.partition(at)
+  return float(sizes[at])
+
+
+def kth_of_pieces(
+  pieces: Callable[[], Iterator[np.ndarray]], density: float
+) -> float:
+  """Returns the magnitude that a share of a stream of entries reaches.
+
+  Args:
+    pieces: begins the stream anew, which is read twice: (...) float32, not
+      negative.
+    density: share to keep, in (0, 1]; at least one entry is.
+
+  Returns:
+    The value, exact however many entries there are.
+
+  Example:
+    >>> kth_of_pieces(lambda: iter([np.float32([3, 1]), np.float32([2])]), 0.7)
+    2.0
+  """
+  high = np.zeros(2**_HIGH, np.int64)
+  for bits in map(_patterns, pieces()):
+    high += np.bincount(bits >> _LOW, minlength=len(high))
+  wanted = max(int(density * high.sum() + 1e-3), 1)  # as `count_of`
+  top, wanted = _bin_of(high, wanted)
+  low = np.zeros(2**_LOW, np.int64)
+  for bits in map(_patterns, pieces()):
+    own = bits[bits >> _LOW == top] & (2**_LOW - 1)
+    low += np.bincount(own, minlength=len(low))
+  bits = (top << _LOW) + _bin_of(low, wanted)[0]
+  return float(np.uint32(bits).view(np.float32))
+
+
+def _patterns(x: np.ndarray) -> np.ndarray:
+  """Returns the bits of magnitudes, in the order of their values."""
+  return np.ascontiguousarray(x).reshape(-1).view(np.uint32)
+
+
+def _bin_of(counts: np.ndarray, wanted: int) -> tuple[int, int]:
+  """Returns the bin of the entry that far from the top, and how far in it."""
+  above = np.cumsum(counts[::-1])
+  at = int(np.searchsorted(above, wanted))
+  before = int(above[at - 1]) if at else 0
+  return len(counts) - 1 - at, wanted - before
 
 
 def count_of(density: Any, size: int) -> Any:

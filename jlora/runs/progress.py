@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes done and bytes in work: a bar or lines, room for so many at a time."""
+"""How far a run is, in bytes: a bar on a terminal, lines elsewhere."""
 
-import contextlib
 import math
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from typing import IO
 
 from tqdm import tqdm
@@ -100,35 +97,3 @@ class Progress:
       file=self._file,
       flush=True,
     )
-
-
-class Room:
-  """Bytes that may be in work at a time; what is larger is let in alone.
-
-  Args:
-    limit: bytes.
-
-  Example:
-    >>> room = Room(10)
-    >>> with room.taken(25):
-    ...   pass
-  """
-
-  def __init__(self, limit: int):
-    self._limit, self._used = limit, 0
-    self._changed = threading.Condition()
-
-  @contextlib.contextmanager
-  def taken(self, nbytes: int) -> Iterator[None]:
-    """Waits until there is room, and gives it back in the end."""
-    with self._changed:
-      self._changed.wait_for(
-        lambda: self._used == 0 or self._used + nbytes <= self._limit
-      )
-      self._used += nbytes
-    try:
-      yield
-    finally:
-      with self._changed:
-        self._used -= nbytes
-        self._changed.notify_all()

@@ -88,9 +88,9 @@ class Readings:
 
   def __init__(self):
     self.nbytes, self.total = {}, 0
-    self._lock, self._plan = threading.Lock(), run.plan_run
+    self._lock, self._plan = threading.Lock(), run.plan_jobs
 
-  def plan_run(self, *args):
+  def plan_jobs(self, *args):
     """The plan of a run, its checkpoints counting."""
     plan = self._plan(*args)
     for side in (plan.base, plan.finetuned):
@@ -117,7 +117,7 @@ def attempt(scenario, index):
   result = {"error": None}
   versions = hosts.versions() | mine.get("versions", {})
   with (
-    mock.patch.object(run, "plan_run", readings.plan_run),
+    mock.patch.object(run, "plan_jobs", readings.plan_jobs),
     mock.patch.object(hosts, "versions", return_value=versions),
   ):
     try:

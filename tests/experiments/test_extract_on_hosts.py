@@ -63,7 +63,7 @@ def pair(tmp_path_factory):
 def alone(pair, tmp_path_factory):
   """The folder of one process that splits nothing, and what it has read."""
   out, readings = tmp_path_factory.mktemp("alone") / "out", Readings()
-  with mock.patch.object(run, "plan_run", readings.plan_run):
+  with mock.patch.object(run, "plan_jobs", readings.plan_jobs):
     run.extract_checkpoint(*pair, out, **OPTIONS, log=io.StringIO())
   return out, readings.nbytes
 

@@ -3,7 +3,6 @@
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 
 from jlora.merging.arrays.averages import passthrough
 from jlora.merging.arrays.draws import place_of
-from jlora.merging.arrays.task_vectors import ties
 from jlora.merging.checkpoints.piecewise import (
   DRAWN,
   is_piecewise,
+  told_of,
   unbind,
   whole_sums_of,
 )
@@ -28,8 +27,8 @@ from jlora.merging.checkpoints.reading import (
   open_input,
   pieces_of,
 )
-from jlora.numerics.kth_largest import count_of
 from jlora.paths import key_for
+from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
 
 _PIECE = 2**20  # entries: inputs and result of a piece stay in the cache
@@ -53,8 +52,8 @@ class Merger:
     >>> from jlora.merging.checkpoints.planning import InputTensor
     >>> from jlora.merging import linear
     >>> from jlora.pairing.pairs import TensorPart
-    >>> sources = (Source("a", Part("w")), InputTensor("b", TensorPart("w")))
-    >>> job = Job("w", (2,), np.dtype(np.float32), sources, None,
+    >>> given = [InputTensor(name, TensorPart("w")) for name in "ab"]
+    >>> job = Job("w", (2,), np.dtype(np.float32), tuple(given), None,
     ...           (("weights", (1.0, 3.0)),))
     >>> left, right = np.float32([0, 4]), np.float32([4, 0])
     >>> Merger(linear, {"a": {"w": left}, "b": {"w": right}}, None)(job)
@@ -71,9 +70,8 @@ class Merger:
     self._plain, self._defaults = unbind(method)
     self._sums = whole_sums_of(method)
     self._rooms = Rooms()
-    self._compiled: dict[Any, Any] = {}
-    self._lock = threading.Lock()
-    self._locks: dict[Any, threading.Lock] = {}
+    self._told = told_of(method)
+    self._programs = Programs()
 
   def pieces(self, job: Job) -> list[Piece] | list[None]:
     """The pieces that a tensor can be made by.
@@ -180,8 +178,8 @@ class Merger:
         if some
       )
       base = base[0][0] if base else None
-      if base is not None and self._is_trimmed(job):
-        numbers["threshold"] = self._thresholds(stack, base, numbers)
+      if base is not None and self._is_told_first(job):
+        numbers |= self._told_first(stack, base, numbers)
       return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
 
   def check(self, job: Job) -> None:
@@ -213,24 +211,17 @@ class Merger:
   def _is_told(self, job: Job, setting: str) -> bool:
     return setting in self._defaults or setting in dict(job.settings or ())
 
-  def _is_trimmed(self, job: Job) -> bool:
-    """Whether NumPy's selection does for TIES what takes XLA 31 passes."""
-    is_open = self._plain is ties and not self._is_told(job, "threshold")
-    return is_open and jax.default_backend() == "cpu"
+  def _is_told_first(self, job: Job) -> bool:
+    """Returns whether a number is found on the host before the method runs."""
+    if self._told is None or self._is_told(job, self._told.setting):
+      return False
+    return jax.default_backend() == "cpu"
 
-  def _thresholds(self, leaves, base, numbers) -> np.ndarray:
-    """The magnitude that the density of each model's changes reaches."""
-    density = numbers.pop("density", self._defaults.get("density", 0.2))
-    found = []
-    shares = np.broadcast_to(np.float32(density), (len(leaves),))
-    for leaf, share in zip(leaves, shares, strict=True):
-      sizes = np.array(_magnitudes(leaf, base)).reshape(-1)
-      count = int(count_of(share, sizes.size))
-      at = sizes.size - count
-      if count:
-        sizes.partition(at)
-      found.append(sizes[at] if count else np.nan)
-    return np.asarray(found, np.float32)
+  def _told_first(self, stack, base, numbers) -> dict[str, Any]:
+    """Returns the number, in place of the setting that it stands for."""
+    told: Any = self._told
+    given = numbers.pop(told.instead_of, told.default)
+    return {told.setting: told.of(stack, base, given)}
 
   def _is_kept(self, job: Job) -> bool:
     """Whether the only source is the result, but for its dtype."""
@@ -241,14 +232,11 @@ class Merger:
     """A function's result by a compiled program; the first to ask compiles."""
     leaves, structure = jax.tree.flatten(given)
     kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    signature = (function, fixed, structure, kinds)
-    with self._lock:
-      lock = self._locks.setdefault(signature, threading.Lock())
-    with lock:
-      if signature not in self._compiled:
-        step = jax.jit(functools.partial(function, fixed))
-        self._compiled[signature] = step.lower(*given).compile()
-    return self._compiled[signature](*given)
+    step = jax.jit(functools.partial(function, fixed))
+    program = self._programs.get(
+      (function, fixed, structure, kinds), lambda: step.lower(*given).compile()
+    )
+    return program(*given)
 
 
 def _numbers(job: Job) -> dict[str, Any]:
@@ -264,11 +252,6 @@ def _same(job: Job, arrays: Sequence[np.ndarray]) -> np.ndarray:
   if all(np.array_equal(arrays[0], other) for other in arrays):
     return arrays[0]
   raise ValueError(f"{job.name}: not floating, and models differ.")
-
-
-@jax.jit
-def _magnitudes(leaf, base):
-  return jnp.abs(leaf.astype(jnp.float32) - base.astype(jnp.float32))
 
 
 def _merge(fixed, stack, base, numbers, key):

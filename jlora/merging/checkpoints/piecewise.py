@@ -2,8 +2,13 @@
 """Which merges can be made piece by piece, and what they are told for it."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jlora.merging.arrays.averages import linear, nearswap, passthrough
 from jlora.merging.arrays.pruning import dare, dare_lengths
@@ -13,7 +18,9 @@ from jlora.merging.arrays.task_vectors import (
   by_count,
   by_mass_or_plus,
   task_arithmetic,
+  ties,
 )
+from jlora.numerics.kth_largest import count_of, kth_on_host
 
 Method = Callable[..., Any]
 
@@ -31,6 +38,49 @@ class WholeSums(NamedTuple):
   setting: str
   of: Method
   where: Mapping[str, Any] = {}
+
+
+class ToldFirst(NamedTuple):
+  """A number of whole tensors that the host finds sooner than XLA on a CPU.
+
+  Attributes:
+    setting: the method's argument that takes it.
+    instead_of: the argument it is found from, which it stands for.
+    default: of that argument.
+    of: (stack, base, value of the argument) -> the number of each model.
+  """
+
+  setting: str
+  instead_of: str
+  default: Any
+  of: Callable[[Any, Any, Any], np.ndarray]
+
+
+def host_thresholds(stack: Any, base: Any, density: Any) -> np.ndarray:
+  """Finds the magnitude that a share of each model's changes reaches.
+
+  Args:
+    stack: (n, ...) one parameter of n models.
+    base: (...) the parameter they were finetuned from.
+    density: share to keep, one for all models or (n,).
+
+  Returns:
+    (n,) float32; a NaN, which nothing reaches, where the share is 0.
+  """
+  shares = np.broadcast_to(np.float32(density), (len(stack),))
+  return np.asarray(
+    [
+      kth_on_host(_magnitudes(leaf, base), count_of(share, base.size))
+      for leaf, share in zip(stack, shares, strict=True)
+    ],
+    np.float32,
+  )
+
+
+@jax.jit
+def _magnitudes(leaf, base):
+  """Computes |leaf - base| in float32."""
+  return jnp.abs(leaf.astype(jnp.float32) - base.astype(jnp.float32))
 
 
 # An entry of the result depends on nothing but that entry of the models and of
@@ -51,6 +101,14 @@ PIECEWISE: Mapping[Method, Mapping[str, frozenset[Any]]] = {
 SUMS: Mapping[Method, WholeSums] = {
   slerp: WholeSums("products", lambda stack, *_, **__: products_of(stack)),
   dare: WholeSums("lengths", dare_lengths, {"rescale": match_l1}),
+}
+TOLD_FIRST: Mapping[Method, ToldFirst] = {
+  ties: ToldFirst(
+    "threshold",
+    "density",
+    inspect.signature(ties).parameters["density"].default,
+    host_thresholds,
+  ),
 }
 # Told the key of the whole tensor, and where in it a piece starts.
 DRAWN = frozenset([dare])
@@ -100,6 +158,22 @@ def whole_sums_of(method: Method) -> WholeSums | None:
   if any(options.get(name) is not own for name, own in sums.where.items()):
     return None
   return sums._replace(of=functools.partial(sums.of, **options))
+
+
+def told_of(method: Method) -> ToldFirst | None:
+  """Returns what the host finds for a method, its own default taken over.
+
+  Args:
+    method: as for `is_piecewise`.
+
+  Returns:
+    ToldFirst, or None.
+  """
+  plain, options = unbind(method)
+  told = TOLD_FIRST.get(plain)
+  if told is None:
+    return None
+  return told._replace(default=options.get(told.instead_of, told.default))
 
 
 def unbind(method: Method) -> tuple[Method, Mapping[str, Any]]:

@@ -9,16 +9,14 @@ import itertools
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
@@ -38,19 +36,8 @@ from jlora.runs.journal import (
   open_journal,
   remove_closed,
 )
+from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.runs.progress import Progress
-
-THREADS = 3  # two merge, one reads
-_AHEAD = 2 * THREADS
-_MEMORY = 512 * 2**20  # of tensors and their float32 copies in work at a time
-
-
-class _Task(NamedTuple):
-  """A tensor, or a piece of one, to be made: `begin` has the pool do it."""
-
-  name: str
-  cost: int
-  begin: Callable[[], Future]
 
 
 def merge_all(
@@ -86,9 +73,19 @@ def merge_all(
   """
   jobs = sorted(jobs, key=lambda job: -_cost(job))
   tasks = (task for job in jobs for task in _tasks(merger, job, pool))
-  parts = _in_order(tasks, progress)
+  parts = _told(finish_in_order(tasks), progress)
   for name, group in itertools.groupby(parts, key=lambda part: part[0]):
     yield name, (array for _, array in group)
+
+
+def _told(
+  made: Iterator[tuple[Task, np.ndarray]], progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, part), each told to the progress once it has been taken."""
+  for task, array in made:
+    yield task.name, array
+    progress.update(array.nbytes, task.name)
+    del array
 
 
 def _cost(job: Job, piece: Piece | None = None) -> int:
@@ -99,7 +96,7 @@ def _cost(job: Job, piece: Piece | None = None) -> int:
 
 def _tasks(
   merger: Merger, job: Job, pool: ThreadPoolExecutor
-) -> Iterator[_Task]:
+) -> Iterator[Task]:
   """A tensor's pieces; what they must be told is begun before the first."""
   pieces = merger.pieces(job)
   measured = [
@@ -109,7 +106,7 @@ def _tasks(
   ]
   for piece in pieces:
     make = functools.partial(_make, merger, job, piece, measured)
-    yield _Task(
+    yield Task(
       job.name, _cost(job, piece), functools.partial(pool.submit, make)
     )
 
@@ -117,32 +114,6 @@ def _tasks(
 def _make(merger, job, piece, measured) -> np.ndarray:
   # The pool has begun them all, so the wait is short and ends.
   return merger(job, piece, [future.result() for future in measured])
-
-
-def _in_order(
-  tasks: Iterator[_Task], progress: Progress
-) -> Iterator[tuple[str, np.ndarray]]:
-  """What tasks make, with some begun ahead and none waiting long."""
-  begun: deque[tuple[_Task, Future]] = deque()
-  used = 0
-  try:
-    for task in itertools.chain(tasks, [None]):
-      while begun and (
-        task is None or len(begun) >= _AHEAD or used + task.cost > _MEMORY
-      ):
-        done, future = begun.popleft()
-        array = future.result()
-        del future
-        yield done.name, array
-        used -= done.cost
-        progress.update(array.nbytes, done.name)
-        del array
-      if task is not None:
-        used += task.cost
-        begun.append((task, task.begin()))
-  finally:
-    for _, future in begun:
-      future.cancel()
 
 
 MERGE = "merge.json"
@@ -300,8 +271,7 @@ def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
   total = sum(_size(job) for job in plan.jobs)
   with (
     Progress(total, log, errors=False) as progress,
-    threadpool_limits(1, user_api="blas"),
-    ThreadPoolExecutor(THREADS) as pool,
+    open_pool() as pool,
   ):
     for path, shard in plan_shards(folder, spec, limit).items():
       todo = [jobs[name] for name in shard]

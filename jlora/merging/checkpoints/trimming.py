@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One threshold for each model of a merge from disk: TIES as in its paper."""
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,11 @@ import numpy as np
 
 from jlora.merging.checkpoints.planning import MergePlan, plan_merge
 from jlora.merging.checkpoints.recipes import Recipe
+from jlora.numerics.kth_largest import kth_of_pieces
 from jlora.pairing.pairs import read_side
 from jlora.runs.fingerprints import name_of
 from jlora.selection import is_floating
 
-# A float32 that is not negative has 15 high bits and 16 low ones, in the order
-# of its value.
-_LOW, _HIGH = 16, 15
 _PIECE = 2**22  # entries in work at a time
 
 
@@ -70,7 +69,8 @@ def trim_models(recipe: Recipe, density: float) -> Recipe:
   plan = plan_merge(recipe)
   inputs = {one.model for part in recipe.slices for one in part.inputs}
   found = {
-    name: _threshold(plan, name, density) for name in inputs - {recipe.base}
+    name: kth_of_pieces(functools.partial(_magnitudes, plan, name), density)
+    for name in inputs - {recipe.base}
   }
   slices = tuple(
     part._replace(
@@ -86,31 +86,8 @@ def trim_models(recipe: Recipe, density: float) -> Recipe:
   return recipe._replace(slices=slices)
 
 
-def _threshold(plan: MergePlan, model: str, density: float) -> float:
-  """The value of the last entry that is kept."""
-  high = np.zeros(2**_HIGH, np.int64)
-  for bits in _magnitudes(plan, model):
-    high += np.bincount(bits >> _LOW, minlength=len(high))
-  rest = max(int(density * high.sum() + 1e-3), 1)  # as `count_of`
-  top, rest = _place(high, rest)
-  low = np.zeros(2**_LOW, np.int64)
-  for bits in _magnitudes(plan, model):
-    own = bits[bits >> _LOW == top] & (2**_LOW - 1)
-    low += np.bincount(own, minlength=len(low))
-  bits = (top << _LOW) + _place(low, rest)[0]
-  return float(np.uint32(bits).view(np.float32))
-
-
-def _place(counts: np.ndarray, wanted: int) -> tuple[int, int]:
-  """The bin of the entry that is so far from the top, and how far in it."""
-  above = np.cumsum(counts[::-1])
-  at = int(np.searchsorted(above, wanted))
-  before = int(above[at - 1]) if at else 0
-  return len(counts) - 1 - at, wanted - before
-
-
 def _magnitudes(plan: MergePlan, model: str) -> Iterator[np.ndarray]:
-  """|δ| of a model's tensors as bits, each tensor once, in pieces.
+  """Yields |δ| of a model's tensors, each tensor once, in pieces.
 
   Rows that one of both lacks are at the end, and not counted.
   """
@@ -128,4 +105,4 @@ def _magnitudes(plan: MergePlan, model: str) -> Iterator[np.ndarray]:
         for start in range(0, min(own.size, under.size), _PIECE):
           piece = slice(start, min(start + _PIECE, own.size, under.size))
           new, old = (x[piece].astype(np.float32) for x in (own, under))
-          yield np.abs(new - old).view(np.uint32)
+          yield np.abs(new - old)

@@ -10,6 +10,7 @@ import pytest
 
 from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
 from jlora.extraction.module import Extractor, measure_parameter
+from jlora.extraction.planning import ModuleJob
 from jlora.extraction.workers import share_out
 from jlora.factoring.factorisers import krylov, svd
 from jlora.loras import dense
@@ -18,7 +19,12 @@ from jlora.pairing.pairs import Pair, TensorPart
 from jlora.views import KERNEL, LINEAR, STACKED
 from tests.helpers.matrices import SPECTRA, matrix
 
-M, N = 24, 40
+M, N, RANK = 24, 40, 5
+
+
+def job_of(name, shape, view, rank):
+  pair = Pair(name, shape, TensorPart(name), TensorPart(name))
+  return ModuleJob(pair, view, rank, nbytes=0)
 
 
 def test_memory_used_again_changes_nothing():
@@ -32,8 +38,7 @@ def test_memory_used_again_changes_nothing():
   }
 
   def run(step, name):
-    pair = Pair(name, shapes[name], TensorPart(name), TensorPart(name))
-    return step(pair, KERNEL, 3, base, ft).arrays
+    return step(job_of(name, shapes[name], KERNEL, 3), base, ft).arrays
 
   for name in "abcab":
     alone = run(Extractor(krylov, np.float32, None, on_host=True), name)
@@ -57,10 +62,8 @@ def test_tensors_of_files_read_into_memory_used_again(
     sides.append((w, file))
   step = Extractor(krylov, np.float32, None, on_host=True)
   for name in "abcab":
-    pair = Pair(name, shapes[name], TensorPart(name), TensorPart(name))
-    new, again = (
-      step(pair, KERNEL, 3, base, ft) for base, ft in zip(*sides, strict=True)
-    )
+    job = job_of(name, shapes[name], KERNEL, 3)
+    new, again = (step(job, base, ft) for base, ft in zip(*sides, strict=True))
     for key in ("a", "b"):
       np.testing.assert_array_equal(new.arrays[key], again.arrays[key])
     assert new.figures == again.figures
@@ -72,8 +75,7 @@ def compiled(name, shape, view, device=None):
   step = Extractor(svd, np.float32, jax.random.key(3), on_host=False)
   if device is not None:
     step.use(device)
-  pair = Pair(name, shape, TensorPart(name), TensorPart(name))
-  return step(pair, view, 4, {name: left}, {name: right})
+  return step(job_of(name, shape, view, 4), {name: left}, {name: right})
 
 
 def sides_of(shape):
@@ -107,9 +109,9 @@ def test_a_tensor_on_many_devices_gives_the_same(shape, view, parts):
     place_array(shape, sharding, side.__getitem__) for side in (left, right)
   ]
   assert not sides[0].sharding.is_fully_replicated
-  pair = Pair("w", shape, TensorPart("w"), TensorPart("w"))
   step = Extractor(svd, np.float32, jax.random.key(3))
-  split = step.split(pair, view, 4, sides, np.dtype(np.float32))
+  job = job_of("w", shape, view, 4)
+  split = step.split(job, sides, np.dtype(np.float32))
   whole = compiled("w", shape, view)
   assert split.status == whole.status == "extracted"
   for name in ("a", "b"):
@@ -130,12 +132,9 @@ def test_damage_is_found_on_many_devices():
     place_array((M, N), sharding, side.__getitem__) for side in (left, right)
   ]
   step = Extractor(svd, np.float32, None)
-  pair = Pair("w", (M, N), TensorPart("w"), TensorPart("w"))
+  job = job_of("w", (M, N), KERNEL, 4)
   with pytest.raises(ValueError, match="w: 1 of 960 values of the finetuned"):
-    step.split(pair, KERNEL, 4, sides, np.dtype(np.float32))
-
-
-M, N, RANK = 24, 40, 5
+    step.split(job, sides, np.dtype(np.float32))
 
 
 def both(base, finetuned, view, dtype=np.float32, factor=svd):

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.checkpoints.checkpoint import save_orbax, write_safetensors
-from jlora.extraction.planning import bytes_on_disk, fingerprint, plan_run
+from jlora.checkpoints.checkpoint import (
+  open_checkpoint,
+  save_orbax,
+  write_safetensors,
+)
+from jlora.extraction.planning import fingerprint, plan_jobs
 from jlora.messages import name_some
-from jlora.pairing.match import common_rows, keep_whole
+from jlora.pairing.match import common_rows, keep_whole, pair_up
 from jlora.paths import matching
 from jlora.views import KERNEL, LINEAR
 from tests.helpers.small_pairs import draw, write_pair
@@ -33,7 +37,13 @@ every = matching()
 
 
 def plan_of(folders, select=every, vocabulary=keep_whole):
-  return plan_run(*folders, select, vocabulary)
+  base, finetuned = map(open_checkpoint, folders)
+  pairing = pair_up(base.spec, finetuned.spec, vocabulary=vocabulary)
+  return plan_jobs(base, finetuned, pairing, select, 8)
+
+
+def views_of(plan):
+  return {job.pair.path: job.view for job in plan.jobs}
 
 
 @pytest.fixture
@@ -44,8 +54,11 @@ def folders(tmp_path):
 def test_a_plan_has_pairs_views_and_what_is_refused(folders):
   plan = plan_of(folders, matching(exclude=r".*\.q\..*"))
   assert {pair.path for pair in plan.pairing.pairs} == set(BASE)
-  assert plan.views == {Q: LINEAR, FC: LINEAR, TABLE: KERNEL, BIAS: None}
-  assert plan.refused == {Q}
+  assert [job.pair for job in plan.jobs] == list(plan.pairing.pairs)
+  assert views_of(plan) == {Q: LINEAR, FC: LINEAR, TABLE: KERNEL, BIAS: None}
+  assert {job.pair.path for job in plan.jobs if job.is_refused} == {Q}
+  ranks = {job.pair.path: job.rank for job in plan.jobs}
+  assert ranks == {Q: 0, FC: 8, TABLE: 8, BIAS: 0}
   assert plan.model_type is None
 
 
@@ -54,7 +67,7 @@ def test_a_model_type_on_either_side_sets_the_views(folders, side):
   (folders[side] / "config.json").write_text('{"model_type": "gpt2"}')
   plan = plan_of(folders)
   assert plan.model_type == "gpt2"
-  assert (plan.views[FC], plan.views[Q]) == (KERNEL, LINEAR)
+  assert (views_of(plan)[FC], views_of(plan)[Q]) == (KERNEL, LINEAR)
 
 
 def test_select_sees_matrices_alone_and_the_base_spec(folders):
@@ -118,7 +131,7 @@ def test_a_config_without_a_type_is_none(folders, text):
 def test_bytes_are_of_both_tensors_in_their_own_dtypes(tmp_path):
   tuned = {Q: BASE[Q].astype(np.float16), TABLE: BASE[TABLE]}
   plan = plan_of(write_pair(tmp_path, BASE, tuned))
-  found = {p.path: bytes_on_disk(plan, p) for p in plan.pairing.pairs}
+  found = {job.pair.path: job.nbytes for job in plan.jobs}
   assert found == {Q: 64 * (4 + 2), TABLE: 72 * (2 + 2)}
 
 

@@ -281,8 +281,8 @@ def test_large_tensors_are_split_over_the_devices(
   monkeypatch.setattr(
     Extractor,
     "split",
-    lambda self, pair, *rest: (
-      split.append(pair.path), real(self, pair, *rest))[1],
+    lambda self, job, *rest: (
+      split.append(job.pair.path), real(self, job, *rest))[1],
   )  # fmt: skip
   extract_to(split_bytes=4 * 8 * 8, overwrite=True)  # (12, 8) is larger
   assert split == [f"{layer}.{UP}.weight" for layer in LAYERS]

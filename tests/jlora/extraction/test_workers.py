@@ -16,20 +16,19 @@ from hypothesis import strategies as st
 
 from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
 from jlora.extraction import workers
-from jlora.extraction.planning import plan_run
+from jlora.extraction.planning import ModuleJob, cost_of, plan_jobs
 from jlora.extraction.workers import (
   _in_threads,
-  can_be_split,
-  cost_of,
   cut,
   deal,
   share_out,
 )
 from jlora.numerics.meshes import place_array
-from jlora.pairing.match import common_rows, keep_whole
+from jlora.pairing.match import common_rows, keep_whole, pair_up
 from jlora.pairing.pairs import Pair, TensorPart, read_region_of_side
 from jlora.paths import matching
 from jlora.runs.processes import LostProcess
+from jlora.views import KERNEL
 from tests.helpers.small_pairs import write_pair
 
 
@@ -43,9 +42,10 @@ class Devices:
     self.used[threading.get_ident()] = device
 
 
-def pairs_of(*sizes):
+def jobs_of(*sizes):
+  part = TensorPart("w")
   return [
-    Pair(f"m{at}", (size, 2), TensorPart("w"), TensorPart("w"))
+    ModuleJob(Pair(f"m{at}", (size, 2), part, part), KERNEL, 1, 0)
     for at, size in enumerate(sizes)
   ]
 
@@ -60,7 +60,7 @@ def test_threads_are_spread_over_the_devices(count):
   threads = 3 + 2 * (count - 1)
   together = threading.Barrier(threads, timeout=30)
   _in_threads(
-    lambda _: together.wait(), pairs_of(*[1] * threads), devices, well()
+    lambda _: together.wait(), jobs_of(*[1] * threads), devices, well()
   )
   held = [list(devices.used.values()).count(at) for at in range(count)]
   assert sum(held) == threads
@@ -70,17 +70,17 @@ def test_threads_are_spread_over_the_devices(count):
 def test_on_the_host_no_device_is_chosen():
   done = []
   _in_threads(
-    lambda pair: done.append(pair.path), pairs_of(1), Devices(), well()
+    lambda job: done.append(job.pair.path), jobs_of(1), Devices(), well()
   )
   assert done == ["m0"]
 
 
 def test_the_largest_go_first(monkeypatch):
-  monkeypatch.setattr(workers, "_THREADS", 1)
+  monkeypatch.setattr(workers, "THREADS", 1)
   done = []
   _in_threads(
-    lambda pair: done.append(pair.shape[0]),
-    pairs_of(3, 9, 5, 7),
+    lambda job: done.append(job.pair.shape[0]),
+    jobs_of(3, 9, 5, 7),
     Devices(),
     well(),
   )
@@ -88,16 +88,16 @@ def test_the_largest_go_first(monkeypatch):
 
 
 def test_an_error_ends_the_rest(monkeypatch):
-  monkeypatch.setattr(workers, "_THREADS", 1)
+  monkeypatch.setattr(workers, "THREADS", 1)
   began = []
 
-  def work(pair):
-    began.append(pair.path)
+  def work(job):
+    began.append(job.pair.path)
     time.sleep(0.02)
-    raise ValueError(f"{pair.path} is damaged")
+    raise ValueError(f"{job.pair.path} is damaged")
 
   with pytest.raises(ValueError, match="m0 is damaged"):
-    _in_threads(work, pairs_of(*np.arange(50)[::-1]), Devices(), well())
+    _in_threads(work, jobs_of(*np.arange(50)[::-1]), Devices(), well())
   assert len(began) < 5
 
 
@@ -111,7 +111,7 @@ def test_a_lost_process_ends_it_at_once(monkeypatch):
 
   watch = SimpleNamespace(check=check, is_lost=True)
   with pytest.raises(LostProcess, match="process 1"):
-    _in_threads(lambda _: go_on.wait(30), pairs_of(1), Devices(), watch)
+    _in_threads(lambda _: go_on.wait(30), jobs_of(1), Devices(), watch)
   assert not go_on.is_set()  # it did not wait for the module in work
   go_on.set()
 
@@ -119,8 +119,8 @@ def test_a_lost_process_ends_it_at_once(monkeypatch):
 @pytest.mark.parametrize(
   ("needs", "memory"),
   [
-    ([], workers._MEMORY),
-    ([1000] * 3, workers._MEMORY),
+    ([], workers.MEMORY),
+    ([1000] * 3, workers.MEMORY),
     # Two of the usual size, whatever tables there are and however many norms.
     ([2**30] * 80 + [2**34] * 2 + [2**26] * 90, 2**31),
   ],
@@ -262,6 +262,8 @@ def test_only_two_whole_matrices_that_are_factored_can_be_split(tmp_path):
   grown = {"model.embed_tokens.weight": np.ones((9, 4), np.float32)}
   pair = write_pair(tmp_path, base, base | grown)
   for vocabulary in (keep_whole, common_rows):
-    plan = plan_run(*pair, matching(exclude=".*k[.]weight"), vocabulary)
-    fit = {p.path for p in plan.pairing.pairs if can_be_split(plan, p)}
+    sides = [open_checkpoint(folder) for folder in pair]
+    pairing = pair_up(*(side.spec for side in sides), vocabulary=vocabulary)
+    plan = plan_jobs(*sides, pairing, matching(exclude=".*k[.]weight"), 8)
+    fit = {job.pair.path for job in plan.jobs if job.can_be_split}
     assert fit == {"model.q.weight"}
