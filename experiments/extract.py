@@ -25,7 +25,8 @@ from absl import app, flags
 import jlora
 from experiments import clusters
 from experiments.caches import keep_compilations
-from jlora import extraction, ranks, runs
+from jlora import extraction, ranks
+from jlora.runs import processes
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
 _FINETUNED = flags.DEFINE_string(
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> None:
 def _run(argv: list[str]) -> None:
   keep_compilations(_CACHE.value)
   process = clusters.join()
-  runs.check_same_facts({flag.name: flag.value for flag in _SHARED})
+  processes.check_same_facts({flag.name: flag.value for flag in _SHARED})
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
   report = jlora.extract_checkpoint(

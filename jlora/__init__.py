@@ -76,6 +76,7 @@ _HOMES = {
   "extract_checkpoint": "extraction.run",
   "init_lora": "training.inits",
   "load_peft": "formats.peft.reading",
+  "make_bank": "adapting.banks",
   "mean_kl": "evaluation.outputs",
   "merge": "merging.trees",
   "merge_checkpoints": "merging.checkpoints.run",
@@ -83,7 +84,6 @@ _HOMES = {
   "save_merged": "checkpoints.merged",
   "save_peft": "formats.peft.writing",
   "score": "evaluation.outputs",
-  "make_bank": "adapting.banks",
   "train": "training.trainer",
 }
 
@@ -129,6 +129,7 @@ __all__ = [
   "extract_checkpoint",
   "init_lora",
   "load_peft",
+  "make_bank",
   "mean_kl",
   "merge",
   "merge_checkpoints",
@@ -136,7 +137,6 @@ __all__ = [
   "save_merged",
   "save_peft",
   "score",
-  "make_bank",
   "train",
 ]
 

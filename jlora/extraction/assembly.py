@@ -42,7 +42,7 @@ def keep_ledger(
 
   Example:
     >>> from jlora.pairing.pairs import TensorPart
-    >>> pair = Pair("w", (2,), Part("w"), TensorPart("w"))
+    >>> pair = Pair("w", (2,), TensorPart("w"), TensorPart("w"))
     >>> keep_ledger(Pairing([pair], [], ["x"]), {"w": ("unchanged", "")})[1]
     {'base': [], 'finetuned': ['x'], 'status': 'not representable', 'why': 'only
     in the finetuned checkpoint'}

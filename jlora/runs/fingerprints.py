@@ -23,7 +23,8 @@ def digest(checkpoint: Checkpoint) -> str:
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> import numpy as np
+    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
     ...   len(digest(open_checkpoint(tmp)))
@@ -66,8 +67,8 @@ def name_of(function: Callable[..., Any]) -> str:
     Its name, options in brackets.
 
   Example:
-    >>> name_of(functools.partial(krylov, passes=3))
-    'krylov(passes=3)'
+    >>> name_of(functools.partial(sorted, reverse=True))
+    'sorted(reverse=True)'
   """
   if isinstance(function, functools.partial):
     options = ", ".join(

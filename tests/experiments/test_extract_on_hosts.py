@@ -261,15 +261,15 @@ import os, runpy, signal, sys, time
 from jlora.extraction import module
 victim, count = map(int, sys.argv.pop(1).split(","))
 index = int(sys.argv[-1].partition("=")[2])
-real, calls = modules.Extractor.__call__, []
-def slow(self, pair, *args):
+real, calls = module.Extractor.__call__, []
+def slow(self, job, *args):
   time.sleep(0.2)
-  calls.append(pair.path)
+  calls.append(job.pair.path)
   if index == victim and len(calls) >= count:
     os.kill(os.getpid(), signal.SIGKILL)
-  print("factored", pair.path, flush=True)
-  return real(self, pair, *args)
-modules.Extractor.__call__ = slow
+  print("factored", job.pair.path, flush=True)
+  return real(self, job, *args)
+module.Extractor.__call__ = slow
 runpy.run_module("experiments.extract", run_name="__main__", alter_sys=True)
 """
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that users learn: sorted, documented, and quick to import."""
 
+import ast
 import inspect
+import pathlib
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
 import jlora
 
 HEAVY = (
+  "jlora.extraction",
   "chex",
   "flax",
   "optax",
@@ -21,17 +25,50 @@ HEAVY = (
 )
 
 
-def test_names_are_sorted_and_are_all_there_is():
+ROOT = pathlib.Path(jlora.__file__).parent
+
+
+def test_names_are_sorted_and_few():
   classes = {name for name in jlora.__all__ if name[0].isupper()}
   assert jlora.__all__ == [
     *sorted(classes), *sorted(set(jlora.__all__) - classes)
   ]  # fmt: skip
-  public = {
-    name
-    for name, value in vars(jlora).items()
-    if not name.startswith("_") and not inspect.ismodule(value)
-  }
-  assert public == set(jlora.__all__)
+  assert len(jlora.__all__) == 25
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see():
+  """Each is imported twice in the source: for checkers, and when asked for."""
+  tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+  (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+  seen = {
+    alias.name: node.module
+    for node in checked.body
+    for alias in node.names
+  }  # fmt: skip
+  lazy = {name: f"jlora.{home}" for name, home in jlora._HOMES.items()}
+  assert seen == lazy
+  assert list(lazy) == jlora.__all__
+
+
+def test_every_package_is_there_without_a_further_import():
+  rooms = {file.parent.name for file in ROOT.glob("*/__init__.py")}
+  files = {file.stem for file in ROOT.glob("[a-z]*.py")}
+  assert set(jlora._PACKAGES) == (rooms | files) - {"messages"}
+  code = "import jlora; print(jlora.merging.ties.__name__, jlora.models.load)"
+  found = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert found.stdout.startswith("ties <function load")
+
+
+def test_names_that_are_not_there_are_errors():
+  with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    _ = jlora.nothing
+  assert {"extract", "merging"} <= set(dir(jlora))
+
+
+def test_the_version_is_the_installed_one():
+  assert jlora.__version__ == metadata.version("jlora")
 
 
 def test_no_name_hides_a_module():
@@ -47,21 +84,6 @@ def test_every_name_says_what_it_is(name):
     assert inspect.getdoc(value)
   if inspect.isfunction(value):
     assert re.search(r">>> ", value.__doc__)
-
-
-@pytest.mark.parametrize(
-  "name",
-  [
-    *("extract", "extract_checkpoint", "open_checkpoint", "apply"),
-    *("compare", "mean_kl", "score", "recovered", "advise", "refine"),
-    *("pack", "unpack", "save_packed", "load_packed"),
-    *("save_peft", "load_peft", "save_merged", "save_orbax"),
-    *("merge", "concat", "truncate", "linear", "slerp", "ties", "dare"),
-    *("flatten", "unflatten", "from_in_rank", "to_in_rank"),
-  ],
-)
-def test_what_users_look_for_is_there(name):
-  assert callable(getattr(jlora, name))
 
 
 def test_importing_loads_nothing_that_is_not_needed_yet():

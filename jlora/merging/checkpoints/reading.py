@@ -66,7 +66,7 @@ def find_stored(
 
   Example:
     >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
-    >>> find_stored({"a": {"w": np.ones(2)}}, job, Source("a", Part("w")))
+    >>> find_stored({"a": {"w": np.ones(2)}}, job, InputTensor("a", TensorPart("w")))
   """
   model, side = models[source.model], source.side
   if not hasattr(model, "read") or not isinstance(side, TensorPart):
@@ -94,7 +94,7 @@ def open_input(
 
   Example:
     >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
-    >>> open_input({"a": {"w": np.ones(2)}}, job, Source("a", Part("w")))
+    >>> open_input({"a": {"w": np.ones(2)}}, job, InputTensor("a", TensorPart("w")))
     array([1., 1.])
   """
   if stored := find_stored(models, job, source):

@@ -408,7 +408,7 @@ def test_a_finished_run_resumed_gives_its_report(
 ):
   report = extract_to()
   expected = files_of(tmp_path / "out")
-  monkeypatch.setattr(runs, "plan_run", None)  # nothing is read again
+  monkeypatch.setattr(runs, "plan_jobs", None)  # nothing is read again
   assert extract_to(resume=True) == report
   assert files_of(tmp_path / "out") == expected
   with pytest.raises(ValueError, match="rank was 3, is 2"):

@@ -29,7 +29,7 @@ def counted(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
   return real(*args, **kwargs)
 setattr(os, step, counted)
-runs.extract_checkpoint(*sys.argv[3:6], rank=2, log=io.StringIO())
+run.extract_checkpoint(*sys.argv[3:6], rank=2, log=io.StringIO())
 """
 NAMES = [f"layers.{at}.q_proj.weight" for at in range(12)]
 # The journal's header, then 12 modules, the adapter twice, its configuration,
@@ -89,7 +89,7 @@ import io, signal, sys
 from jlora.extraction import run
 signal.signal(signal.SIGALRM, signal.SIG_DFL)
 signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
-runs.extract_checkpoint(*sys.argv[2:5], rank=2, log=io.StringIO())
+run.extract_checkpoint(*sys.argv[2:5], rank=2, log=io.StringIO())
 """
 
 

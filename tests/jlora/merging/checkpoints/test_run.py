@@ -26,6 +26,7 @@ from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import MERGE, merge_checkpoints
 from jlora.runs.journal import FOLDER
+from jlora.runs.pool import open_pool
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "dtype": "float32"}
 
@@ -368,7 +369,7 @@ from jlora.merging.checkpoints import merger
 from jlora.merging.checkpoints.run import merge_checkpoints
 from jlora.merging.arrays.sparsifiers import match_l1
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
-merge_steps._PIECE, merge_steps._SMALL, merge_steps._ROW = 64, 32, 8
+merger._PIECE, merger._SMALL, merger._ROW = 64, 32, 8
 count, base, one, two, out = sys.argv[1:]
 real, calls = os.replace, []
 def counted(*args):
@@ -411,14 +412,16 @@ def test_a_run_that_was_killed_goes_on(models, tmp_path, small_pieces):
 PEAK = """
 import io, sys
 import jlora
-from jlora.merging.checkpoints import run as merge_queues
+import functools
+from jlora.merging.checkpoints import run
+from jlora.runs.pool import finish_in_order
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
-merge_queues._MEMORY = 0  # one tensor in work at a time
+run.finish_in_order = functools.partial(finish_in_order, memory=0)
 method, *folders = sys.argv[1:]
 def peak_of(folder):
   base, one, two = (f"{folder}/{name}.safetensors" for name in "abc")
   slices = (Slice((Input(one), Input(two))),)
-  recipe = Recipe(getattr(jlora, method), slices, base=base)
+  recipe = Recipe(getattr(jlora.merging, method), slices, base=base)
   jlora.merge_checkpoints(recipe, f"{folder}/{method}", log=io.StringIO())
   status = open("/proc/self/status").read()  # unlike rusage, of this program
   return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -465,7 +468,8 @@ def test_two_threads_or_one_the_same_bytes(
 ):
   recipe = Recipe(METHODS["dare"], whole(*models[1:]), base=models[0])
   run(recipe, tmp_path / "many")
-  monkeypatch.setattr(merge_runs, "THREADS", 1)
+  one = functools.partial(open_pool, 1)
+  monkeypatch.setattr(merge_runs, "open_pool", one)
   run(recipe, tmp_path / "one")
   assert contents(tmp_path / "many") == contents(tmp_path / "one")
   assert MERGE in contents(tmp_path / "one")
