@@ -12,6 +12,7 @@ from jlora.assignments import Matched, match_family, tensors_of
 from jlora.axes import length
 from jlora.layouts import Layout, lay_out
 from jlora.loras import name_some
+from jlora.norms import inner_product
 from jlora.paths import check_same
 from jlora.permutations import Permutations, compose, identity
 from jlora.reordering import permuted
@@ -101,7 +102,7 @@ def _touched(layout: Layout, names: set[str]) -> list[str]:
 def _dot(x, y) -> float:
   x, y = (z.astype(np.float32).reshape(-1) for z in (x, y))
   if library_of(x) is np:
-    return float(np.vdot(x, y))
+    return inner_product(x, y)
   return float(library_of(x).vdot(x, y, precision="highest"))
 
 
@@ -113,7 +114,7 @@ def score(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     right: the same paths and shapes.
 
   Returns:
-    Float; sums within an array are float32.
+    Float; of NumPy's arrays right within float32's rounding whatever their size.
 
   Example:
     >>> score({"w": np.ones(3)}, {"w": np.ones(3)})
