@@ -7,7 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.reporting import REPORT, Report, module_type, replace_text, total_up
+from jlora.reporting import (
+  REPORT,
+  Report,
+  change_of_weights,
+  module_type,
+  replace_text,
+  total_up,
+)
 
 CARD = "README.md"
 _MIB = 2**20
@@ -22,7 +29,8 @@ def type_table(report: Report) -> str:
   Returns:
     Lines: type, modules, shape of the first, rank, relative error (of all
     deltas of the type as one vector, and of the worst module), energy kept,
-    relative change of the weights, noise floor rank, MiB.
+    relative change of the weights (all of the type as one vector as well),
+    noise floor rank, MiB.
 
   Example:
     >>> type_table(Report({}, [], total_up([], []), [])).splitlines()[0][:4]
@@ -38,7 +46,7 @@ def type_table(report: Report) -> str:
   rows: list[Sequence[str]] = [header]
   for name, members in groups.items():
     both = total_up(members, [])
-    change = [m["relative_change"] for m in members if m["relative_change"]]
+    change = change_of_weights(members)
     rows.append(
       (
         name,
@@ -48,7 +56,7 @@ def type_table(report: Report) -> str:
         f"{both['relative_error']:.4f}",
         f"{max(m['relative_error'] for m in members):.4f}",
         f"{both['energy']:.1%}",
-        f"{sum(change) / len(change):.1e}" if change else "-",
+        f"{change:.1e}" if change else "-",
         _span(m["noise_floor_rank"] for m in members),
         f"{both['adapter_bytes'] / _MIB:.2f}",
       )

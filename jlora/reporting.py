@@ -80,6 +80,33 @@ def total_up(
   }
 
 
+def change_of_weights(modules: Iterable[Mapping[str, Any]]) -> float | None:
+  """How large the changes of some modules are beside their weights.
+
+      √(Σ ‖delta‖² / Σ ‖base‖²),   ‖base‖ = ‖delta‖ / relative change
+
+  Args:
+    modules: rows with `norm` and `relative_change`, None where a base is zero.
+
+  Returns:
+    That of all modules as one vector; None where all bases are zero.
+
+  Example:
+    >>> rows = [{"norm": 3.0, "relative_change": 0.3},
+    ...         {"norm": 4.0, "relative_change": None}]
+    >>> change_of_weights(rows)
+    0.5
+  """
+  rows = list(modules)
+  bases = [
+    row["norm"] / row["relative_change"]
+    for row in rows
+    if row["relative_change"]
+  ]
+  norm = math.hypot(*(row["norm"] for row in rows))
+  return norm / math.hypot(*bases) if bases else None
+
+
 def _total_rounding(
   modules: Sequence[Mapping[str, Any]],
 ) -> dict[str, float | int | None]:
