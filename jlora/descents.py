@@ -114,7 +114,7 @@ def score(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     right: the same paths and shapes.
 
   Returns:
-    Float; of NumPy's arrays right within float32's rounding whatever their size.
+    Float; float32 sums of blocks, added in float64 for NumPy's arrays.
 
   Example:
     >>> score({"w": np.ones(3)}, {"w": np.ones(3)})
