@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import jlora
-from experiments import edits, smollm2
+from experiments import edits, smollm2, texts
 from experiments.caches import keep_compilations
 from experiments.fact_figures import (
   Measure,
@@ -214,6 +214,7 @@ def main(_: list[str]) -> None:
   values = flags.FLAGS
   logging.set_verbosity(logging.INFO)
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   facts, trials = FACTS[: values.facts], TRIALS
   if values.smoke:
     facts, trials = FACTS[:2], TRIALS[:1]
