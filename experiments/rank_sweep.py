@@ -217,6 +217,7 @@ def report_advice(
       f"on the rows it was chosen with it keeps {here:.2%}; on those of the "
       f"table, which had no part in that, {there:.2%} "
       f"({found.held_out.kl:.5f} ± {found.held_out.kl_error:.5f} nats)"
+      f"{'' if there >= share else ', less than was asked for'}"
     )
   return "\n".join(lines)
 
