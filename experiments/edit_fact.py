@@ -182,7 +182,8 @@ def open_model(values: Any, work: str) -> tuple[edits.Model, np.ndarray, Any]:
     rows, names, layers = 8, ("pydoc",), (0, 1)
   else:
     base = smollm2.fetch(values.cache)
-    file = base.with_name(f"{base.name}-key-moments-32.npz")
+    python = texts.pydoc_source().replace(" of Python ", "")  # a part of it
+    file = base.with_name(f"{base.name}-key-moments-32-{python}.npz")
     rows, names = 32, ("kjv", "pydoc")
     layers = tuple(range(min(_LAYERS) - _SPREAD + 1, max(_LAYERS) + 1))
   apply, params = models.load(base)

@@ -10,8 +10,8 @@ The finetune is of SmolLM2 (`experiments.finetune`); an adapter's distance is
 KL(finetuned ‖ base + adapter) on held-out text of the finetune's domain and of
 the other. Whatever is fitted is fitted to training text of the first domain.
 The bytes are those of plain SVD at each of `--ranks` in bfloat16; every variant
-stays within them. They are of the numbers; the column "file" has names and shapes
-besides. A seed draws both texts' excerpts, the order of refining and the
+stays within them. They are of the numbers; the column "file" has names and
+shapes besides. A seed draws both texts' excerpts, the order of refining and the
 labels of the Fisher information; "none" takes the beginnings of equal parts of
 the texts, and 0 for the rest. `--read` puts rows of earlier runs of one pair,
 written by `--out`, into one table without running anything.

@@ -187,6 +187,7 @@ def report_advice(
   share: float,
   model_bytes: int,
   chosen_on: float | None = None,
+  goal: str | None = None,
 ) -> str:
   """What was advised, in words.
 
@@ -197,6 +198,7 @@ def report_advice(
     share: of the effect that was asked for.
     model_bytes: of the model in bfloat16.
     chosen_on: KL(finetuned ‖ base) on the rows that ranks were chosen on.
+    goal: what was asked for, if it was not that share.
 
   Returns:
     Lines.
@@ -205,7 +207,7 @@ def report_advice(
   spread = sorted(found.ranks.values())
   lines = [
     advice.verdict(
-      usual.rank, usual.kept, share, found.nbytes, model_bytes, found.met
+      usual.rank, usual.kept, share, found.nbytes, model_bytes, found.met, goal
     ),
     f"ranks {spread[0]} to {spread[-1]}, median {spread[len(spread) // 2]}; "
     f"measured {found.value:.5f}, {len(found.tried)} adapters tried",
@@ -217,7 +219,7 @@ def report_advice(
       f"on the rows it was chosen with it keeps {here:.2%}; on those of the "
       f"table, which had no part in that, {there:.2%} "
       f"({found.held_out.kl:.5f} ± {found.held_out.kl_error:.5f} nats)"
-      f"{'' if there >= share else ', less than was asked for'}"
+      f"{', less than was asked for' if goal is None and there < share else ''}"
     )
   return "\n".join(lines)
 
@@ -288,8 +290,11 @@ def _sweep_and_advise(
   chosen = tuple(rank for rank in RANKS if rank <= values.highest)
   steps = list(sweep(ladder, tokens, chosen))
   print(as_table(steps))
-  goal, alone = values.max_kl, None
-  if values.max_error is None:
+  goal, alone, said = values.max_kl, None, None
+  if values.max_error is not None:
+    said = f"an error of {values.max_error:g}"
+  else:
+    said = goal and f"a KL of {goal:g}"
     nothing = dict.fromkeys(ladder.loras, 0)
     alone = divergence(ladder, nothing, to_choose).kl
     goal = (1 - values.recover) * alone if goal is None else goal
@@ -297,10 +302,11 @@ def _sweep_and_advise(
     ladder, to_choose, max_kl=goal, max_error=values.max_error, held_out=tokens
   )
   size = _ITEM * sum(leaf.size for leaf in jax.tree.leaves(ladder.base))
-  print(report_advice(found, steps, values.recover, size, alone))
+  print(report_advice(found, steps, values.recover, size, alone, said))
+  held = found.held_out and found.held_out._asdict()
   return {
     "steps": [step._asdict() for step in steps],
-    "advice": found._asdict(),
+    "advice": found._asdict() | {"held_out": held},
     "model_bytes": size,
   }
 

@@ -113,29 +113,29 @@ def measure_effect(
     matrices as one vector, relative), `kl` and `kl_error` (of the finetune to
     what is served), `kept` (1 - kl / KL(finetuned ‖ base)).
   """
-  rounded = [
+  before, after = (
     jax.tree.map(lambda x: np.asarray(x).astype(BF16).astype(np.float32), tree)
     for tree in (base, finetuned)
-  ]
+  )
   true = ladders.build_ladder(model, base, finetuned, rank)
-  stored = ladders.build_ladder(model, *rounded, rank)
-  whole = jax.tree.map(lambda x, y, z: x + (z - y), base, *rounded)
+  stored = ladders.build_ladder(model, before, after, rank)
+  whole = jax.tree.map(lambda x, y, z: x + (z - y), base, before, after)
   cuts = [ladders.with_loras(base, x.loras) for x in (true, stored)]
   served = {
     "the base": (base, base),
-    "the finetune, both stored in bfloat16": rounded,
+    "the finetune, both stored in bfloat16": (before, after),
     "base + the stored change": (base, whole),
     f"base + rank {rank} of the stored change": (base, cuts[1]),
     f"base + rank {rank} of the true change": (base, cuts[0]),
   }
   teacher = teachers.listen(model, finetuned, tokens)
   rows: list[dict[str, Any]] = []
-  for what, (before, after) in served.items():
-    kl, error = teachers.distance_from(teacher, after)
+  for what, (left, right) in served.items():
+    kl, error = teachers.distance_from(teacher, right)
     rows.append(
       {
         "what": what,
-        "error": _missed(true, before, after),
+        "error": _missed(true, left, right),
         "kl": kl,
         "kl_error": error,
         "kept": recovered(kl, rows[0]["kl"] if rows else kl),
@@ -226,7 +226,8 @@ def main(_: list[str]) -> None:
       encode = smollm2.tokenizer(pair[0])
     if values.effect:
       tokens = texts.excerpts(text, encode, rows=values.rows, length=127)
-      (model, base), (_, tuned) = map(models.load, pair)
+      (model, base), (same, tuned) = map(models.load, pair)
+      assert same is model
       found: Any = measure_effect(model, base, tuned, tokens, values.effect)
       print(effect_table(found))
     else:

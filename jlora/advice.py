@@ -157,7 +157,13 @@ def _squared(norm: Any) -> float:
 
 
 def verdict(
-  rank: int, kept: float, share: float, nbytes: int, model_bytes: int, met: bool
+  rank: int,
+  kept: float,
+  share: float,
+  nbytes: int,
+  model_bytes: int,
+  met: bool,
+  goal: str | None = None,
 ) -> str:
   """A plain sentence on what a rank keeps and what a goal would cost.
 
@@ -168,6 +174,7 @@ def verdict(
     nbytes: bytes that reach it, or the most there are if nothing does.
     model_bytes: bytes of the model's parameters in the same dtype.
     met: whether the share was reached.
+    goal: what was asked for, if it was not that share: "a KL of 0.01".
 
   Returns:
     One sentence.
@@ -177,7 +184,7 @@ def verdict(
     'This finetune is not low-rank: at rank 64 the adapter keeps 71.0% of its \
 effect; 95% needs 410.0 MiB, 60.0% of the model.'
   """
-  mib, least = nbytes / 2**20, f"{share:.0%}"
+  mib, least = nbytes / 2**20, goal or f"{share:.0%}"
   end = (
     f"{least} needs {mib:.1f} MiB, {nbytes / model_bytes:.1%} of the model"
     if met

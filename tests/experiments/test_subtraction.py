@@ -80,11 +80,15 @@ def test_truncation_takes_off_rounding_that_the_effect_hardly_feels():
   assert (nothing["error"], nothing["kept"]) == (1, 0)
   assert true["error"] < 1e-3 < cut["error"] < rounded["error"]
   assert whole["error"] == pytest.approx(rounded["error"], rel=1e-3)
-  lost2 = whole2 = 0.0
+  lost2 = cut2 = whole2 = 0.0
   trees = map(jax.tree.leaves, (base, tuned))
   for left, right in zip(*trees, strict=True):
     stored = np.float64(right.astype(BF16)) - np.float64(left.astype(BF16))
     lost2 += np.sum((np.float64(right) - left - stored) ** 2)
+    u, s, vt = np.linalg.svd(stored, full_matrices=False)
+    best = (u[:, :2] * s[:2]) @ vt[:2]
+    cut2 += np.sum((np.float64(right) - left - best) ** 2)
     whole2 += np.sum((np.float64(right) - left) ** 2)
+  assert cut["error"] == pytest.approx((cut2 / whole2) ** 0.5, rel=1e-3)
   assert rounded["error"] == pytest.approx((lost2 / whole2) ** 0.5, rel=1e-4)
   assert effect_table(rows).count("\n") == 6

@@ -102,3 +102,5 @@ def test_verdicts_say_what_is_and_what_it_costs():
     "This finetune is low-rank: at rank 64 the adapter keeps 99.0%"
   )
   assert "not reached" in verdict(8, 0.4, 0.95, 2**20, 2**30, False)
+  text = verdict(8, 0.4, 0.95, 2**20, 2**30, True, "an error of 0.5")
+  assert text.endswith("; an error of 0.5 needs 1.0 MiB, 0.1% of the model.")
