@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from experiments import ladders, teachers
+from experiments.summaries import write_with_error
 from jlora import advice
 from jlora.divergences import recovered
 from jlora.norms import norm_of
@@ -172,7 +173,7 @@ def as_table(outcomes: Sequence[Outcome], texts: Sequence[str]) -> str:
     >>> print(as_table([one], ["kjv"]))
     | what is missing | relative error | KL on kjv | effect kept |
     |---|---|---|---|
-    | x | 0.5000 | 0.01000 ± 0.00100 | 98.00% |
+    | x | 0.5000 | 0.0100 ± 0.0010 | 98.00% |
   """
   heads = "".join(f" KL on {name} | effect kept |" for name in texts)
   lines = [
@@ -181,7 +182,7 @@ def as_table(outcomes: Sequence[Outcome], texts: Sequence[str]) -> str:
   ]
   for one in outcomes:
     cells = "".join(
-      f" {one.kl[name][0]:.5f} ± {one.kl[name][1]:.5f} | {one.kept[name]:.2%} |"
+      f" {write_with_error(*one.kl[name])} | {one.kept[name]:.2%} |"
       for name in texts
     )
     lines.append(f"| {one.way} | {one.error:.4f} |{cells}")
