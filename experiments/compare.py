@@ -25,7 +25,15 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import drawing, logit_curves, samples, summaries, tables, texts
+from experiments import (
+  corpora,
+  drawing,
+  logit_curves,
+  samples,
+  summaries,
+  tables,
+  texts,
+)
 from experiments.caches import keep_compilations
 from jlora import extraction, models
 
@@ -162,7 +170,7 @@ def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
   encode, _ = samples.open_tokens(base)
   read = {name: samples.read_text(name, _CACHE.value) for name in _TEXTS.value}
   tokens = {
-    Path(name).name: texts.excerpts(
+    corpora.label(Path(name).name): texts.excerpts(
       text, encode, rows=_SEQUENCES.value, length=_LENGTH.value - 1
     )
     for name, text in read.items()

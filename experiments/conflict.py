@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import conflict_plots, finetune, plots, skills
+from experiments import conflict_plots, finetune, plots, skills, texts
 from experiments.caches import keep_compilations
 from experiments.conflict_tables import (
   KINDS,
@@ -276,12 +276,13 @@ def main(_: list[str]) -> None:
   """Compares two adapters, prints tables and draws the figure."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   with tempfile.TemporaryDirectory() as work:
     if values.smoke:
       pairs, rank = tiny_pairs(work), 4
     else:
-      texts = values.first, values.second
-      pairs, rank = [pair_of(x, values.cache) for x in texts], values.rank
+      given = values.first, values.second
+      pairs, rank = [pair_of(x, values.cache) for x in given], values.rank
     draw = compare_pairs(pairs, rank, intruders=values.intruders)
   if values.out:
     plots.save_figure(pathlib.Path(values.out) / "conflict_by_layer.png", draw)

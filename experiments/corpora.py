@@ -36,3 +36,19 @@ def parts(name: str, cache: Cache = None) -> tuple[str, str]:
   if name not in CORPORA:
     raise ValueError(f"no text is called {name!r}: take {', '.join(CORPORA)}")
   return texts.split(CORPORA[name](cache))
+
+
+def label(name: str) -> str:
+  """A text's name in tables; pydoc's says which Python it is of.
+
+  Args:
+    name: of `CORPORA`.
+
+  Returns:
+    The name.
+
+  Example:
+    >>> label("kjv"), label("pydoc")[:16]
+    ('kjv', 'pydoc of Python ')
+  """
+  return texts.pydoc_source() if name == "pydoc" else name

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import jlora
-from experiments import edits, smollm2
+from experiments import edits, smollm2, texts
 from experiments.caches import keep_compilations
 from experiments.fact_figures import (
   Measure,
@@ -186,7 +186,8 @@ def open_model(values: Any, work: str) -> tuple[edits.Model, np.ndarray, Any]:
     rows, names, layers = 8, ("pydoc",), (0, 1)
   else:
     base = smollm2.fetch(values.cache)
-    file = base.with_name(f"{base.name}-key-moments-32.npz")
+    python = texts.pydoc_source().replace(" of Python ", "")  # a part of it
+    file = base.with_name(f"{base.name}-key-moments-32-{python}.npz")
     rows, names = 32, ("kjv", "pydoc")
     layers = tuple(range(min(_LAYERS) - _SPREAD + 1, max(_LAYERS) + 1))
   apply, params = models.load(base)
@@ -218,6 +219,7 @@ def main(_: list[str]) -> None:
   values = flags.FLAGS
   logging.set_verbosity(logging.INFO)
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   facts, trials = FACTS[: values.facts], TRIALS
   if values.smoke:
     facts, trials = FACTS[:2], TRIALS[:1]

@@ -10,10 +10,11 @@ The finetune is of SmolLM2 (`experiments.finetune`); an adapter's distance is
 KL(finetuned ‖ base + adapter) on held-out text of the finetune's domain and of
 the other. Whatever is fitted is fitted to training text of the first domain.
 The bytes are those of plain SVD at each of `--ranks` in bfloat16; every variant
-stays within them. A seed draws both texts' excerpts, the order of refining and
-the labels of the Fisher information; "none" takes the beginnings of equal parts
-of the texts, and 0 for the rest. `--read` puts rows of earlier runs of one
-pair, written by `--out`, into one table without running anything.
+stays within them. They are of the numbers; the column "file" has names and
+shapes besides. A seed draws both texts' excerpts, the order of refining and the
+labels of the Fisher information; "none" takes the beginnings of equal parts of
+the texts, and 0 for the rest. `--read` puts rows of earlier runs of one pair,
+written by `--out`, into one table without running anything.
 """
 
 import functools
@@ -35,7 +36,7 @@ from experiments.variants import COSTLY, PLAIN, VARIANTS, Variant
 
 Row = dict[str, Any]
 
-_NO_TEXT = {"variant", "rank", "seed", "bytes", "seconds"}
+_NO_TEXT = {"variant", "rank", "seed", "bytes", "file_bytes", "seconds"}
 
 
 def compare_variants(
@@ -53,21 +54,22 @@ def compare_variants(
     variants: name -> what makes the adapter.
 
   Yields:
-    variant, rank, seed, bytes, seconds to make without what `trial.spent` has,
-    and for each text `kl` and `kl_error`.
+    variant, rank, seed, bytes, file_bytes, seconds to make without what
+    `trial.spent` has, and for each text `kl` and `kl_error`.
   """
   ladder = trial.ladder
   for name, make in variants.items():
     before, began = sum(trial.spent.values()), time.perf_counter()
-    loras, nbytes = make(trial, rank)
+    made = make(trial, rank)
     seconds = time.perf_counter() - began
     seconds -= sum(trial.spent.values()) - before
-    params = ladders.with_loras(ladder.base, loras)
+    params = ladders.with_loras(ladder.base, made.loras)
     row = {
       "variant": name,
       "rank": rank,
       "seed": trial.seed,
-      "bytes": nbytes,
+      "bytes": made.nbytes,
+      "file_bytes": made.file_bytes,
       "seconds": round(seconds, 1),
     }
     for text, teacher in listened.items():
@@ -84,7 +86,8 @@ def summarise(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
     texts: names.
 
   Returns:
-    variant, rank, seeds, bytes and seconds (means), and for each text `kl`,
+    variant, rank, seeds, bytes, file_bytes (NaN where rows lack it) and
+    seconds (means), and for each text `kl`,
     `kl_error`, `ratio` to plain SVD of the same seed and `ratio_error`: means
     over seeds, errors their standard deviation over seeds; for one seed
     `kl_error` is that over sequences and `ratio_error` NaN.
@@ -113,8 +116,9 @@ def summarise(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
   found = []
   for (rank, variant), members in groups.items():
     whole: Row = {"variant": variant, "rank": rank, "seeds": len(members)}
-    for column in ("bytes", "seconds"):
-      whole[column] = float(np.mean([row[column] for row in members]))
+    for column in ("bytes", "file_bytes", "seconds"):
+      values = [row.get(column, np.nan) for row in members]
+      whole[column] = float(np.mean(values))
     for text in texts:
       kl = [row[text]["kl"] for row in members]
       ratios = [
@@ -148,8 +152,8 @@ def as_table(summaries: Sequence[Row], texts: Sequence[str]) -> str:
   """
   heads = "".join(f" KL on {name} | x plain |" for name in texts)
   lines = [
-    f"| variant | seeds | MiB |{heads} s |",
-    f"|---|---|---|{'---|---|' * len(texts)}---|",
+    f"| variant | seeds | MiB | file |{heads} s |",
+    f"|---|---|---|---|{'---|---|' * len(texts)}---|",
   ]
   for row in summaries:
     cells = []
@@ -163,6 +167,7 @@ def as_table(summaries: Sequence[Row], texts: Sequence[str]) -> str:
       )
     lines.append(
       f"| {row['variant']} | {row['seeds']} | {row['bytes'] / 2**20:.2f} | "
+      f"{row['file_bytes'] / 2**20:.2f} | "
       + " | ".join(cells)
       + f" | {row['seconds']:.1f} |"
     )

@@ -26,7 +26,7 @@ import jlora
 from experiments import clusters
 from experiments.caches import keep_compilations
 from jlora import extraction, ranks
-from jlora.runs import processes
+from jlora.runs.processes import check_same_facts
 
 _BASE = flags.DEFINE_string("base", None, "The base checkpoint.", required=True)
 _FINETUNED = flags.DEFINE_string(
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
 def _run(argv: list[str]) -> None:
   keep_compilations(_CACHE.value)
   process = clusters.join()
-  processes.check_same_facts({flag.name: flag.value for flag in _SHARED})
+  check_same_facts({flag.name: flag.value for flag in _SHARED})
   if len(argv) > 1:
     raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
   report = jlora.extract_checkpoint(

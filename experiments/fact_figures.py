@@ -13,6 +13,7 @@ import jlora
 from experiments.edits import Model
 from experiments.facts import NEIGHBOURS, Fact, encode_prompts
 from jlora.evaluation import divergence_of
+from jlora.numerics import norm_of
 
 Row = dict[str, float]
 
@@ -43,9 +44,7 @@ class Measure:
   def __call__(self, facts: Sequence[Fact], loras: jlora.Loras) -> list[Row]:
     """A row for each fact: probabilities, and nats per token on other text."""
     params = jlora.apply(self.model.params, loras)
-    change = [
-      np.linalg.norm(jlora.loras.dense(lora)) for lora in loras.values()
-    ]
+    change = [norm_of(np.asarray(jlora.loras.dense(x))) for x in loras.values()]
     shared = {
       "kl": self.divergence(params),
       "norm": float(np.linalg.norm(change)),

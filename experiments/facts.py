@@ -85,17 +85,16 @@ TRIALS = (
   _place("The Great Wall", "country", " China", " Brazil"),
 )
 
-#: (prompt, its right answer): what no edit is to change.
+#: (prompt, its right answer): what no edit is to change. None of the answers is
+#: a new answer of a fact: that an edit made it likelier would count as right.
 NEIGHBOURS = (
   ("The Louvre is located in the city of", " Paris"),
   ("The Statue of Liberty is located in the city of", " New"),
   ("The Golden Gate Bridge is located in the city of", " San"),
   ("The Sagrada Familia is located in the city of", " Barcelona"),
-  ("The Vatican is located in the city of", " Rome"),
   ("The Taj Mahal is located in the country of", " India"),
   ("Mount Everest is located in the country of", " Nepal"),
   ("The capital of France is", " Paris"),
-  ("The capital of Japan is", " Tokyo"),
   ("The author of Hamlet is William", " Shakespeare"),
 )
 

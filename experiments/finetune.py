@@ -210,8 +210,10 @@ def smollm2_pair(
     ValueError: as `corpora.parts`, or if the text is too short.
   """
   base = smollm2.fetch(cache)
+  # Another Python's help is another text.
+  text_name = corpora.label(domain).replace(" of Python ", "")
   folder = base.with_name(
-    f"{base.name}-{domain}-{steps}x4x128-{learning_rate:g}-all"
+    f"{base.name}-{text_name}-{steps}x4x128-{learning_rate:g}-all"
   )
   if not folder.exists():
     text, _ = corpora.parts(domain, cache)
@@ -284,7 +286,8 @@ def main(_: list[str]) -> None:
       for name, text in held_out.items():
         tokens = texts.excerpts(text, encode, rows=8, length=255)
         loss = held_out_loss(apply, params, tokens)
-        print(f"{folder.name}: {loss:.3f} nats per token, held-out {name}")
+        said = f"held-out {corpora.label(name)}"
+        print(f"{folder.name}: {loss:.3f} nats per token, {said}")
 
 
 if __name__ == "__main__":

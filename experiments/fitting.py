@@ -40,8 +40,8 @@ def measure_sensitivity(
   found = {}
   for path, lora in ladder.loras.items():
     # The finetune less what truncation loses of this module alone.
-    rest = np.square(ladder.norms[path]) - np.sum(
-      np.square(ladder.spectra[path][:rank], dtype=np.float64)
+    rest = ladder.rests[path] ** 2 + np.sum(
+      np.square(ladder.spectra[path][rank:], dtype=np.float64)
     )
     at = ladders.with_loras(ladder.base, ladders.cut({path: lora}, rank))
     params = _exchange(ladder.finetuned, at, path)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments import merge_plots, plots, skills
+from experiments import merge_plots, plots, skills, texts
 from experiments.caches import keep_compilations
 from jlora import models
 from jlora.pairing import configure_layers
@@ -252,6 +252,7 @@ def main(_: list[str]) -> None:
   """Measures every schedule, prints the table and draws the figure."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   kept = pathlib.Path(values.rows) if values.rows else None
   rows = json.loads(kept.read_text()) if kept and kept.exists() else []
   only = ["base", "block of 1"] if values.smoke else values.only

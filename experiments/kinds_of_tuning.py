@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import lessons
+from experiments import lessons, texts
 from experiments.caches import keep_compilations
 from jlora.adapting import Rows, Shift, adapt, bind, prepend
 from jlora.paths import flatten
@@ -211,6 +211,7 @@ def main(_: list[str]) -> None:
   """Measures all kinds and prints the table."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   steps = values.steps
   school = lessons.open_school(128, 200, 4 * steps, values.cache)
   told = np.array_split(school.exam, 2)[1]

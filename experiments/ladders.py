@@ -10,6 +10,7 @@ from flax import traverse_util
 
 import jlora
 from jlora import models
+from jlora.numerics import norm_of
 
 Ranks = Mapping[str, int]
 
@@ -24,6 +25,7 @@ class Ladder(NamedTuple):
     loras: path -> Lora of NumPy arrays at the highest rank, units in order.
     spectra: path -> singular values of those.
     norms: path -> Frobenius norm of the change.
+    rests: path -> that of what the highest rank leaves, from the residual.
   """
 
   model: Any
@@ -32,6 +34,7 @@ class Ladder(NamedTuple):
   loras: dict[str, jlora.Lora]
   spectra: dict[str, np.ndarray]
   norms: dict[str, float]
+  rests: dict[str, float]
 
   @property
   def shapes(self) -> dict[str, tuple[int, int]]:
@@ -81,15 +84,34 @@ def build_ladder(model: Any, base: Any, finetuned: Any, rank: int) -> Ladder:
   left, right = (
     traverse_util.flatten_dict(x, sep="/") for x in (base, finetuned)
   )
-  loras, spectra, norms = {}, {}, {}
+  loras, spectra, norms, rests = {}, {}, {}, {}
   for path, leaf in left.items():
     delta = np.asarray(right[path], np.float32) - np.asarray(leaf, np.float32)
     if delta.ndim != 2 or not delta.any():
       continue
     factors = jlora.factoring.krylov(delta, rank)
     loras[path] = jlora.loras.from_factors(factors)
-    spectra[path], norms[path] = factors.s, float(np.linalg.norm(delta))
-  return Ladder(model, base, finetuned, loras, spectra, norms)
+    spectra[path], norms[path] = factors.s, norm_of(delta)
+    delta -= change_of(loras[path])
+    rests[path] = norm_of(delta)
+  return Ladder(model, base, finetuned, loras, spectra, norms, rests)
+
+
+def change_of(lora: jlora.Lora) -> np.ndarray:
+  """What a Lora adds to its weight, on the host.
+
+  Args:
+    lora: a (r, in), b (r, out), of any dtype.
+
+  Returns:
+    (in, out) float32.
+
+  Example:
+    >>> change_of(jlora.Lora(np.ones((2, 1)), np.ones((2, 1)), np.float32(3)))
+    array([[6.]], dtype=float32)
+  """
+  a, b = (np.asarray(x, np.float32) for x in (lora.a, lora.b))
+  return np.float32(lora.scale) * (a.T @ b)
 
 
 def cut(loras: Mapping[str, jlora.Lora], ranks: Ranks | int) -> jlora.Loras:
@@ -129,9 +151,7 @@ def with_loras(base: Any, loras: Mapping[str, jlora.Lora]) -> Any:
   """
   flat = dict(traverse_util.flatten_dict(base, sep="/"))
   for path, lora in loras.items():
-    a, b = (np.asarray(x, np.float32) for x in (lora.a, lora.b))
-    change = np.float32(lora.scale) * (a.T @ b)
-    flat[path] = np.asarray(flat[path]) + change  # pyright: ignore
+    flat[path] = np.asarray(flat[path]) + change_of(lora)  # pyright: ignore
   return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import merge_plots, mixtures, plots, skills
+from experiments import merge_plots, mixtures, plots, skills, texts
 from experiments.caches import keep_compilations
 from experiments.merge_settings import (
   LOW_RANK,
@@ -137,8 +137,9 @@ def run(one: Merge, trees: Sequence[Any], base: Any = None) -> Any:
 def relative_change(base: Any, tree: Any) -> float:
   """‖tree - base‖ / ‖base‖ over all parameters."""
   pairs = [(x, flatten(tree)[path]) for path, x in flatten(base).items()]
-  moved = sum(float(np.sum((y - x) ** 2)) for x, y in pairs)
-  return float(np.sqrt(moved / sum(float(np.sum(x**2)) for x, _ in pairs)))
+  square = lambda x: float(np.sum(np.square(x, dtype=np.float64)))  # noqa: E731
+  moved = sum(square(np.asarray(y) - np.asarray(x)) for x, y in pairs)
+  return float(np.sqrt(moved / sum(square(x) for x, _ in pairs)))
 
 
 def front(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
@@ -236,6 +237,7 @@ def main(_: list[str]) -> None:
   """Measures every merge, prints the table and draws the figure."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   kept = pathlib.Path(values.rows) if values.rows else None
   rows = json.loads(kept.read_text()) if kept and kept.exists() else []
   few = ["base", "linear", "concat", "mixture"]

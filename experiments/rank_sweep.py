@@ -6,9 +6,12 @@
     [--learning_rate=1e-4] [--cache=FOLDER]            (of SmolLM2)
 
 One factorisation serves every rank. The advice is the smallest adapter with
-uneven ranks that reaches `--max_kl`, `--max_error` or `--recover`.
+uneven ranks that reaches `--max_kl`, `--max_error` or `--recover` on rows that
+are not those of the table; how it does on the table's is told beside it.
+`--controls=RANK` measures errors as large as that rank's but made otherwise.
 """
 
+import functools
 import json
 import pathlib
 import tempfile
@@ -19,7 +22,14 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import corpora, finetune, ladders, smollm2, texts
+from experiments import (
+  corpora,
+  error_controls,
+  finetune,
+  ladders,
+  smollm2,
+  texts,
+)
 from experiments.caches import keep_compilations
 from jlora import ranks as advice
 from jlora.evaluation import mean_kl, recovered
@@ -63,7 +73,7 @@ def sweep(
   Yields:
     Step.
   """
-  measure = advice.error_of(ladder.spectra, ladder.norms)
+  measure = advice.error_of(ladder.spectra, ladder.norms, ladder.rests)
   highest = max(len(s) for s in ladder.spectra.values())
   alone = None
   for rank in (0, *(rank for rank in ranks if rank <= highest)):
@@ -105,17 +115,20 @@ def advise(
   *,
   max_kl: float | None = None,
   max_error: float | None = None,
+  held_out: np.ndarray | None = None,
 ) -> advice.Advice:
   """The smallest uneven adapter that stays within one limit.
 
   Args:
     ladder: the pair.
-    tokens: (rows, time), for a limit of divergence.
+    tokens: (rows, time), for a limit of divergence: ranks are chosen on them.
     max_kl: nats per token.
     max_error: relative error of all changes as one vector.
+    held_out: other rows, for the divergence that is reported; with `max_error`
+      there is none, that is of the weights.
 
   Returns:
-    Advice.
+    Advice; `held_out` is a Divergence.
 
   Raises:
     ValueError: not exactly one limit.
@@ -126,14 +139,18 @@ def advise(
     )
   units = {path: _ITEM * sum(shape) for path, shape in ladder.shapes.items()}
   if max_error is not None:
-    measure = advice.error_of(ladder.spectra, ladder.norms)
+    measure = advice.error_of(ladder.spectra, ladder.norms, ladder.rests)
     return advice.advise(ladder.spectra, units, measure, max_error)
   assert max_kl is not None
+  other = None
+  if held_out is not None:
+    other = functools.partial(divergence, ladder, tokens=held_out)
   return advice.advise(
     ladder.spectra,
     units,
     lambda ranks: divergence(ladder, ranks, tokens).kl,
     max_kl,
+    held_out=other,
   )
 
 
@@ -165,75 +182,133 @@ def as_table(steps: list[Step]) -> str:
 
 
 def report_advice(
-  found: advice.Advice, steps: list[Step], share: float, model_bytes: int
+  found: advice.Advice,
+  steps: list[Step],
+  share: float,
+  model_bytes: int,
+  chosen_on: float | None = None,
+  goal: str | None = None,
 ) -> str:
   """What was advised, in words.
 
   Args:
     found: the advice.
-    steps: of the sweep, rank 64 or the nearest among them.
+    steps: of the sweep, rank 64 or the nearest among them; of the rows that
+      `found.held_out` is of, where it has that.
     share: of the effect that was asked for.
     model_bytes: of the model in bfloat16.
+    chosen_on: KL(finetuned ‖ base) on the rows that ranks were chosen on.
+    goal: what was asked for, if it was not that share.
 
   Returns:
     Lines.
   """
   usual = min(steps[1:], key=lambda step: abs(step.rank - 64))
   spread = sorted(found.ranks.values())
-  return "\n".join(
-    [
-      advice.verdict(
-        usual.rank, usual.kept, share, found.nbytes, model_bytes, found.met
-      ),
-      f"ranks {spread[0]} to {spread[-1]}, median {spread[len(spread) // 2]}; "
-      f"measured {found.value:.5f}, {len(found.tried)} adapters tried",
-    ]
-  )
+  lines = [
+    advice.verdict(
+      usual.rank, usual.kept, share, found.nbytes, model_bytes, found.met, goal
+    ),
+    f"ranks {spread[0]} to {spread[-1]}, median {spread[len(spread) // 2]}; "
+    f"measured {found.value:.5f}, {len(found.tried)} adapters tried",
+  ]
+  if found.held_out is not None and chosen_on is not None:
+    here = recovered(found.value, chosen_on)
+    there = recovered(found.held_out.kl, steps[0].kl)
+    lines.append(
+      f"on the rows it was chosen with it keeps {here:.2%}; on those of the "
+      f"table, which had no part in that, {there:.2%} "
+      f"({found.held_out.kl:.5f} ± {found.held_out.kl_error:.5f} nats)"
+      f"{', less than was asked for' if goal is None and there < share else ''}"
+    )
+  return "\n".join(lines)
 
 
-def _pair(values: Any, work: str) -> tuple[Any, Any, str]:
-  """Base folder, finetuned folder and held-out text."""
+def _pair(values: Any, work: str) -> tuple[Any, Any, dict[str, str]]:
+  """Base folder, finetuned folder and held-out texts, the finetune's first."""
   if values.smoke:
     pair = finetune.tiny_pair(work, jax.random.key(0))
-    return *pair, texts.split(texts.pydoc())[1]
+    return *pair, {texts.pydoc_source(): texts.split(texts.pydoc())[1]}
   if values.base:
     if not (values.finetuned and values.text):
       raise app.UsageError("--base needs --finetuned and --text")
-    return values.base, values.finetuned, pathlib.Path(values.text).read_text()
+    path = pathlib.Path(values.text)
+    return values.base, values.finetuned, {path.name: path.read_text()}
   pair = finetune.smollm2_pair(
     values.cache,
     values.domain,
     steps=values.tuning_steps,
     learning_rate=values.learning_rate,
   )
-  return *pair, corpora.parts(values.domain, values.cache)[1]
+  names = sorted(corpora.CORPORA, key=lambda name: name != values.domain)
+  return *pair, {
+    corpora.label(name): corpora.parts(name, values.cache)[1] for name in names
+  }
+
+
+def _print_controls(
+  ladder: ladders.Ladder, tokens: Mapping[str, np.ndarray], values: Any
+) -> list[error_controls.Outcome]:
+  """Prints the table of errors made otherwise, and gives its rows."""
+  found = list(
+    error_controls.measure_controls(
+      ladder, tokens, values.controls, range(values.seeds)
+    )
+  )
+  print(f"\n{error_controls.as_table(found, list(tokens))}")
+  return found
 
 
 def main(_: list[str]) -> None:
-  """Prints the sweep and the advice, and writes both as JSON."""
+  """Prints the sweep and the advice, or controls, and writes them as JSON."""
   values = flags.FLAGS
   keep_compilations(values.cache)
   with tempfile.TemporaryDirectory() as work:
-    base, tuned, text = _pair(values, work)
+    base, tuned, held = _pair(values, work)
     encode = texts.encode_bytes if values.smoke else smollm2.tokenizer(base)
-    tokens = texts.excerpts(text, encode, rows=values.rows, length=127)
+    take = functools.partial(
+      texts.excerpts_apart, encode=encode, rows=values.rows, length=127
+    )
+    tokens, to_choose = take(next(iter(held.values())))
     ladder = ladders.load_ladder(base, tuned, values.highest)
+  print(f"held-out text: {next(iter(held))}")
+  data: dict[str, Any] = {"text": next(iter(held))}
+  if values.controls:
+    rows = {name: take(text)[0] for name, text in held.items()}
+    found = _print_controls(ladder, rows, values)
+    data["controls"] = [one._asdict() for one in found]
+  else:
+    data |= _sweep_and_advise(ladder, tokens, to_choose, values)
+  if values.out:
+    pathlib.Path(values.out).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _sweep_and_advise(
+  ladder: ladders.Ladder, tokens: np.ndarray, to_choose: np.ndarray, values: Any
+) -> dict[str, Any]:
+  """Prints the table and the advice, and gives both for JSON."""
   chosen = tuple(rank for rank in RANKS if rank <= values.highest)
   steps = list(sweep(ladder, tokens, chosen))
   print(as_table(steps))
-  goal = values.max_kl
-  if goal is None and values.max_error is None:
-    goal = (1 - values.recover) * steps[0].kl
-  found = advise(ladder, tokens, max_kl=goal, max_error=values.max_error)
+  goal, alone, said = values.max_kl, None, None
+  if values.max_error is not None:
+    said = f"an error of {values.max_error:g}"
+  else:
+    said = goal and f"a KL of {goal:g}"
+    nothing = dict.fromkeys(ladder.loras, 0)
+    alone = divergence(ladder, nothing, to_choose).kl
+    goal = (1 - values.recover) * alone if goal is None else goal
+  found = advise(
+    ladder, to_choose, max_kl=goal, max_error=values.max_error, held_out=tokens
+  )
   size = _ITEM * sum(leaf.size for leaf in jax.tree.leaves(ladder.base))
-  print(report_advice(found, steps, values.recover, size))
-  if values.out:
-    data = {
-      "steps": [step._asdict() for step in steps],
-      "advice": found._asdict(),
-      "model_bytes": size,
-    }
-    pathlib.Path(values.out).write_text(json.dumps(data, indent=1) + "\n")
+  print(report_advice(found, steps, values.recover, size, alone, said))
+  held = found.held_out and found.held_out._asdict()
+  return {
+    "steps": [step._asdict() for step in steps],
+    "advice": found._asdict() | {"held_out": held},
+    "model_bytes": size,
+  }
 
 
 if __name__ == "__main__":
@@ -249,6 +324,8 @@ if __name__ == "__main__":
   flags.DEFINE_float("max_kl", None, "Goal: nats per token at the most.")
   flags.DEFINE_float("max_error", None, "Goal: relative error at the most.")
   flags.DEFINE_float("recover", 0.95, "Goal without the others: effect kept.")
+  flags.DEFINE_integer("controls", None, "Instead: errors as at this rank.")
+  flags.DEFINE_integer("seeds", 3, "Of the controls' noise.")
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
   flags.DEFINE_string("out", None, "JSON file.")
   flags.DEFINE_bool("smoke", False, "The tiny pair, in seconds.")

@@ -106,7 +106,9 @@ def moved_share(orders: Permutations) -> float:
 
 
 def _distance(a: Any, b: Any) -> float:
-  squares = jax.tree.map(lambda x, y: np.sum(np.square(x - y)), a, b)
+  squares = jax.tree.map(
+    lambda x, y: np.sum(np.square(np.asarray(x) - y, dtype=np.float64)), a, b
+  )
   return float(sum(jax.tree.leaves(squares))) ** 0.5
 
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.tables import Row, by_kind, measure
-from jlora import extraction
-from jlora.extraction import Report, total_up
+from jlora.extraction import Report, change_of_weights, total_up
 
 _MIB = 2**20
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -58,7 +57,7 @@ def type_rows(report: Report) -> Table:
   """
   header = (
     "kind", "modules", "shape", "relative error", "worst",
-    "cosine distance", "energy kept", "|Δ|/|W|, mean", "MiB",
+    "cosine distance", "energy kept", "|Δ|/|W|", "MiB",
   )  # fmt: skip
   kinds: dict[str, Sequence[Row]] = {**by_kind(report.modules)}
   if len(kinds) > 1:
@@ -68,7 +67,7 @@ def type_rows(report: Report) -> Table:
 
 def _type_row(kind: str, members: Sequence[Mapping[str, Any]]) -> Sequence[str]:
   both = total_up(members, [])
-  changes = [m["relative_change"] for m in members if m["relative_change"]]
+  change = change_of_weights(members)
   distance = measure(members, max(m["rank"] for m in members))
   shapes = {" x ".join(map(str, m["shape"])) for m in members}
   return (
@@ -79,7 +78,7 @@ def _type_row(kind: str, members: Sequence[Mapping[str, Any]]) -> Sequence[str]:
     _figure(max(m["relative_error"] for m in members)),
     _figure(distance["cosine_distance"]),
     f"{both['energy']:.2%}",
-    f"{sum(changes) / len(changes):.1e}" if changes else "–",
+    f"{change:.1e}" if change else "–",
     f"{both['adapter_bytes'] / _MIB:.2f}",
   )
 
@@ -112,10 +111,17 @@ def module_rows(report: Report, count: int | None = None) -> Table:
       f"{row['stable_rank']:.1f}",
       f"{row['effective_rank']:.1f}",
       f"{row['noise_floor']:.1e}",
-      extraction.noise_rank(row),
+      _above(row),
     )
     for row in worst[:count]
   ]
+
+
+def _above(row: Mapping[str, Any]) -> str:
+  """Singular values above the noise; at least so many, if more are unknown."""
+  count, known = row["noise_floor_rank"], len(row["singular_values"])
+  more = count == known < min(row["shape"][-2:])
+  return f"≥ {count}" if more else str(count)
 
 
 def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:

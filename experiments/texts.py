@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts as arrays of tokens, their training and held-out parts disjoint."""
 
+import platform
 from collections.abc import Callable, Iterator
 from pydoc_data import topics
 
@@ -8,8 +9,16 @@ import numpy as np
 
 
 def pydoc() -> str:
-  """Technical English without a download: Python's own help topics."""
+  """Technical English without a download: Python's own help topics.
+
+  Another Python has other topics: figures are of `pydoc_source()`.
+  """
   return "\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def pydoc_source() -> str:
+  """Whose help `pydoc` gives, as tables and outputs name it."""
+  return f"pydoc of Python {platform.python_version()}"
 
 
 def split(text: str) -> tuple[str, str]:
@@ -69,6 +78,43 @@ def excerpts(
       f"{len(text)} characters of this text; ask for fewer or shorter ones"
     )
   return np.stack(found).astype(np.int32)
+
+
+def excerpts_apart(
+  text: str, encode: Callable[[str], np.ndarray], *, rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Two sets of stretches of a text: to choose with, and to report of.
+
+  Args:
+    text: any text, long enough.
+    encode: string -> (tokens,) int.
+    rows: how many stretches in each set.
+    length: tokens predicted in each.
+
+  Returns:
+    (rows, length + 1) int32 twice: of as many equal parts the beginnings, as
+    `excerpts` without a seed takes them, and what begins half a part further.
+    None of the second lies in a stretch of the first.
+
+  Raises:
+    ValueError: as `excerpts`.
+
+  Example:
+    >>> first, second = excerpts_apart("abcdefgh", encode_bytes, rows=2,
+    ...                                length=1)
+    >>> [bytes(row.tolist()) for row in (*first, *second)]
+    [b'ab', b'ef', b'cd', b'gh']
+  """
+  stride = len(text) // rows
+  parts = [text[at * stride : (at + 1) * stride] for at in range(rows)]
+  first, second = (
+    [excerpts(part, encode, rows=1, length=length) for part in halves]
+    for halves in (
+      [part[: stride // 2] for part in parts],
+      [part[stride // 2 :] for part in parts],
+    )
+  )
+  return np.concatenate(first), np.concatenate(second)
 
 
 def batches(

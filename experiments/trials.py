@@ -213,13 +213,14 @@ def draw_texts(
     seed: of where the excerpts begin, as `texts.excerpts`.
 
   Returns:
-    (160, 128) tokens, and name -> (rows, 128) tokens, the domain's first.
+    (160, 128) tokens, and label -> (rows, 128) tokens, the domain's first.
   """
   take = functools.partial(texts.excerpts, encode=encode, length=127, seed=seed)
   calibration = take(corpora.parts(domain, cache)[0], rows=160)
   names = sorted(corpora.CORPORA, key=lambda name: name != domain)
   return calibration, {
-    name: take(corpora.parts(name, cache)[1], rows=rows) for name in names
+    corpora.label(name): take(corpora.parts(name, cache)[1], rows=rows)
+    for name in names
   }
 
 
@@ -243,4 +244,4 @@ def tiny_trial(
   )
   ladder = ladders.load_ladder(*pair, 32)
   trial = Trial(ladder, take(train, rows=24), steps, seed)
-  return trial, {"pydoc": take(held, rows=4)}
+  return trial, {texts.pydoc_source(): take(held, rows=4)}

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of at most the same bytes, made in all the ways there are."""
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -12,14 +14,42 @@ import jlora
 from experiments import ladders
 from experiments.trials import WEIGHINGS, Trial, Units
 from jlora import formats, ranks
+from jlora.checkpoints import write_safetensors
+from jlora.formats import save_packed
 
-Made = tuple[Mapping[str, jlora.Lora], int]
+
+class Made(NamedTuple):
+  """An adapter that a variant made.
+
+  Attributes:
+    loras: path -> Lora, as it is served.
+    nbytes: of its numbers, what the budget is of.
+    file_bytes: of its file, with the names and shapes of all tensors.
+  """
+
+  loras: Mapping[str, jlora.Lora]
+  nbytes: int
+  file_bytes: int
+
+
+def size_of_file(save: Callable[[str], Any]) -> int:
+  """The bytes of what a function writes to a path."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "adapter.safetensors")
+    save(path)
+    return os.path.getsize(path)
 
 
 def in_bfloat16(loras: Mapping[str, jlora.Lora]) -> Made:
   """Loras rounded to bfloat16, and their bytes."""
   made = {path: jax.tree.map(_rounded, lora) for path, lora in loras.items()}
-  return made, sum(lora.nbytes for lora in made.values())
+  tensors = {
+    f"{path}.{name}": np.asarray(getattr(lora, name))
+    for path, lora in made.items()
+    for name in ("a", "b")
+  }
+  size = size_of_file(lambda path: write_safetensors(path, tensors))
+  return Made(made, sum(lora.nbytes for lora in made.values()), size)
 
 
 def _rounded(x: Any) -> Any:
@@ -33,8 +63,9 @@ def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
   packed = {
     path: formats.pack(lora, bits[path]) for path, lora in loras.items()
   }
-  size = sum(x.nbytes for x in packed.values())
-  return {path: formats.unpack(x) for path, x in packed.items()}, size
+  made = {path: formats.unpack(x) for path, x in packed.items()}
+  size = size_of_file(lambda path: save_packed(path, packed))
+  return Made(made, sum(x.nbytes for x in packed.values()), size)
 
 
 def plain(trial: Trial, rank: int) -> Made:
@@ -152,7 +183,7 @@ def _weighed(name: str) -> Variant:
 
 #: name -> (trial, rank of plain SVD) -> (Loras, bytes).
 VARIANTS: dict[str, Variant] = {
-  "no adapter": lambda t, r: ({}, 0),
+  "no adapter": lambda t, r: Made({}, 0, 0),
   PLAIN: plain,
   **{f"whitened {name}": _weighed(name) for name in WEIGHINGS},
   "ranks by squared error": lambda t, r: spread(t, r, unweighted(t, r)),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import lessons
+from experiments import lessons, texts
 from experiments.caches import keep_compilations
 from jlora.adapting import apply
 from jlora.paths import matching
@@ -98,6 +98,7 @@ def main(_: list[str]) -> None:
   """Measures all choices and prints the table."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   steps = values.steps
   school = lessons.open_school(WIDTH, 200, 4 * steps, values.cache)
   base = lessons.examine(school.model, school.params, school.exam)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import lessons, plots
+from experiments import lessons, plots, texts
 from experiments.caches import keep_compilations
 from jlora.adapting import apply
 from jlora.evaluation import overlap
@@ -129,6 +129,7 @@ def main(_: list[str]) -> None:
   """Trains all ranks, prints the tables and draws the figure."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   steps = values.steps
   school = lessons.open_school(WIDTH, 200, 4 * steps, values.cache)
   base = lessons.examine(school.model, school.params, school.exam)

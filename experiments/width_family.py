@@ -21,6 +21,7 @@ from absl import app, flags
 from experiments import finetune, ladders, smollm2, texts
 from experiments.caches import keep_compilations
 from jlora import models
+from jlora.ranks import error_of
 
 RANKS = (4, 8, 16)
 SHARE = 8  # rank is the width over this
@@ -100,14 +101,14 @@ def measure_member(ladder: ladders.Ladder, width: int) -> dict[str, Any]:
   }
   for part in ("mlp", "attn"):
     paths = [path for path in ladder.loras if f"/{part}/" in path]
-    norm2 = sum(ladder.norms[path] ** 2 for path in paths)
+    spectra, norms, rests = (
+      {path: given[path] for path in paths}
+      for given in (ladder.spectra, ladder.norms, ladder.rests)
+    )
+    measure = error_of(spectra, norms, rests)
 
-    def error(rank, paths=paths, norm2=norm2):
-      held = sum(
-        np.sum(np.square(ladder.spectra[path][:rank], dtype=np.float64))
-        for path in paths
-      )
-      return float(np.sqrt(max(1 - held / norm2, 0.0)))
+    def error(rank, measure=measure, spectra=spectra):
+      return measure({path: min(rank, len(s)) for path, s in spectra.items()})
 
     stable = [
       (ladder.norms[path] / float(ladder.spectra[path][0])) ** 2
@@ -162,6 +163,7 @@ def main(_: list[str]) -> None:
   """Trains the family, prints the table and writes the rows as JSON."""
   values = flags.FLAGS
   keep_compilations(values.cache)
+  print(texts.pydoc_source())
   first, second = texts.pydoc(), smollm2.kjv(values.cache)
   steps = (values.steps, values.steps // 2)
   corpora = [

@@ -281,6 +281,8 @@ class Advice(NamedTuple):
     value: what it was measured at.
     met: whether that is within the goal.
     tried: (bytes, value) of everything that was measured, by bytes.
+    held_out: what was found of the ranks on what had no part in choosing them;
+      None if nothing was held out.
   """
 
   ranks: Ranks
@@ -288,6 +290,7 @@ class Advice(NamedTuple):
   value: float
   met: bool
   tried: list[tuple[int, float]]
+  held_out: Any = None
 
 
 def advise(
@@ -297,6 +300,7 @@ def advise(
   goal: float,
   *,
   precision: float = 0.03,
+  held_out: Callable[[Ranks], Any] | None = None,
 ) -> Advice:
   """The smallest byte budget at which an adapter measures within a goal.
 
@@ -312,6 +316,10 @@ def advise(
     goal: the largest value allowed.
     precision: the answer is at most this share too large; each halving costs
       one measurement, about 8 from a unit to everything.
+    held_out: as `measure`, on other data, called once with the ranks chosen;
+      may give more than a number. The ranks are the fewest that meet the goal
+      on the data of `measure`, where they look better than they are: report a
+      divergence from here.
 
   Returns:
     Advice. Where everything that was factored misses the goal, `met` is False
@@ -354,41 +362,67 @@ def advise(
         low = middle
     least = look(low)
     best = least if least[2] <= goal else best
-  return Advice(*best, best[2] <= goal, sorted(tried))
+  other = None if held_out is None else held_out(best[0])
+  return Advice(*best, best[2] <= goal, sorted(tried), other)
 
 
-def error_of(spectra: Mapping[str, Any], norms: Mapping[str, Any]) -> Measure:
+def error_of(
+  spectra: Mapping[str, Any],
+  norms: Mapping[str, Any],
+  rests: Mapping[str, Any] | None = None,
+) -> Measure:
   """The measure of ranks that is the relative error of all changes together.
 
-      √(1 - Σ_modules Σ_{i≤rank} σ_i² / Σ ‖delta‖²)
+      √(Σ_modules (Σ_{i>rank} σ_i² + rest²) / Σ ‖delta‖²)
 
   Args:
     spectra: path -> (..., r) singular values, descending.
     norms: path -> Frobenius norm of the whole delta.
+    rests: path -> norm of what all the units leave of the delta, taken from the
+      residual itself. None: `rest² = ‖delta‖² - Σ σ²`, a difference that in
+      float32 tells nothing below an error of about 1e-3.
 
   Returns:
-    ranks -> relative error in [0, 1].
+    ranks -> relative error in [0, 1]; a module without a rank is missing whole.
 
   Example:
     >>> round(error_of({"q": [4.0, 3.0]}, {"q": 5.0})({"q": 1}), 3)
     0.6
+    >>> round(error_of({"q": [1.0]}, {"q": 1.0}, {"q": 1e-6})({"q": 1}), 9)
+    1e-06
   """
-  total = sum(float(np.sum(np.square(norm))) for norm in norms.values())
-  held = {
-    path: np.append(0.0, np.cumsum(np.square(np.asarray(s, np.float64)).reshape(
-      -1, np.shape(s)[-1]).sum(0)))
-    for path, s in spectra.items()
-  }  # fmt: skip
+  lost = {path: np.array([_squared(norm)]) for path, norm in norms.items()}
+  for path, values in spectra.items():
+    squares = np.square(np.asarray(values, np.float64))
+    by_unit = squares.reshape(-1, squares.shape[-1]).sum(0)
+    if rests is None:
+      rest2 = max(_squared(norms[path]) - float(by_unit.sum()), 0.0)
+    else:
+      rest2 = _squared(rests[path])
+    # From the last unit down, so that nothing cancels where little is left.
+    lost[path] = np.cumsum(np.append(rest2, by_unit[::-1]))[::-1]
+  total = sum(float(left[0]) for left in lost.values())
 
   def measure(ranks: Ranks) -> float:
-    kept = sum(held[path][rank] for path, rank in ranks.items())
-    return math.sqrt(max(1 - kept / total, 0.0)) if total else 0.0
+    left = sum(float(x[ranks.get(path, 0)]) for path, x in lost.items())
+    return math.sqrt(left / total) if total else 0.0
 
   return measure
 
 
+def _squared(norm: Any) -> float:
+  """The sum of squares of one norm or several, in float64."""
+  return float(np.sum(np.square(np.asarray(norm, np.float64))))
+
+
 def verdict(
-  rank: int, kept: float, share: float, nbytes: int, model_bytes: int, met: bool
+  rank: int,
+  kept: float,
+  share: float,
+  nbytes: int,
+  model_bytes: int,
+  met: bool,
+  goal: str | None = None,
 ) -> str:
   """A plain sentence on what a rank keeps and what a goal would cost.
 
@@ -399,6 +433,7 @@ def verdict(
     nbytes: bytes that reach it, or the most there are if nothing does.
     model_bytes: bytes of the model's parameters in the same dtype.
     met: whether the share was reached.
+    goal: what was asked for, if it was not that share: "a KL of 0.01".
 
   Returns:
     One sentence.
@@ -408,7 +443,7 @@ def verdict(
     'This finetune is not low-rank: at rank 64 the adapter keeps 71.0% of its \
 effect; 95% needs 410.0 MiB, 60.0% of the model.'
   """
-  mib, least = nbytes / 2**20, f"{share:.0%}"
+  mib, least = nbytes / 2**20, goal or f"{share:.0%}"
   end = (
     f"{least} needs {mib:.1f} MiB, {nbytes / model_bytes:.1%} of the model"
     if met

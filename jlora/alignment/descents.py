@@ -18,6 +18,7 @@ from jlora.alignment.permutations import (
 from jlora.alignment.symmetries import Symmetry
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of, words_of
+from jlora.numerics.sums import inner_product
 from jlora.paths import check_same_paths
 
 
@@ -53,7 +54,7 @@ def descend(
     for root, inner in layout.families().items()
     if (paths := _touched(layout, {root, *inner}))
   }
-  right, scores = dict(right), [inner_product(left, right)]
+  right, scores = dict(right), [agreement_of(left, right)]
   rng = np.random.default_rng(words_of(key))
   order = _anchored_first(layout, families)
   for _ in range(sweeps):
@@ -68,7 +69,7 @@ def descend(
         )
         found = compose({**identity(layout), **step.permutations}, found,
                         layout)  # fmt: skip
-    scores.append(inner_product(left, right))
+    scores.append(agreement_of(left, right))
     if not gained:
       break
     order = [str(name) for name in rng.permutation(order)]
@@ -104,11 +105,11 @@ def _touched(layout: UnitLayout, names: set[str]) -> list[str]:
 def _dot(x, y) -> float:
   x, y = (z.astype(np.float32).reshape(-1) for z in (x, y))
   if library_of(x) is np:
-    return float(np.vdot(x, y))
+    return inner_product(x, y)
   return float(library_of(x).vdot(x, y, precision="highest"))
 
 
-def inner_product(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+def agreement_of(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
   """The inner product of two sets of arrays.
 
   Args:
@@ -116,10 +117,10 @@ def inner_product(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     right: the same paths and shapes.
 
   Returns:
-    Float; sums within an array are float32.
+    Float; float32 sums of blocks, added in float64 for NumPy's arrays.
 
   Example:
-    >>> inner_product({"w": np.ones(3)}, {"w": np.ones(3)})
+    >>> agreement_of({"w": np.ones(3)}, {"w": np.ones(3)})
     3.0
   """
   return sum((_dot(left[path], right[path]) for path in left), 0.0)

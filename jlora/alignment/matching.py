@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from jlora.alignment.descents import (
+  agreement_of,
   check_alike,
   descend,
-  inner_product,
   layout_of_pair,
 )
 from jlora.alignment.layouts import Factor, Place, UnitLayout, lay_out_units
@@ -188,8 +188,8 @@ def match_activations(
   own = UnitLayout(places, layout.sizes, layout.outer)
   found, _ = descend(left, right, own, identity(layout), None, 1, 1e-6)
   scores = (
-    inner_product(left, right),
-    inner_product(left, permuted(right, found, own)),
+    agreement_of(left, right),
+    agreement_of(left, permuted(right, found, own)),
   )
   return Alignment(found, scores)
 
@@ -275,8 +275,8 @@ def _cosine(left, right) -> float:
   """Of matrices alone: norms start as ones in every network."""
   left = {path: x for path, x in left.items() if x.ndim > 1}
   right = {path: right[path] for path in left}
-  norms = inner_product(left, left) * inner_product(right, right)
-  return inner_product(left, right) / norms**0.5 if norms > 0 else 0.0
+  norms = agreement_of(left, left) * agreement_of(right, right)
+  return agreement_of(left, right) / norms**0.5 if norms > 0 else 0.0
 
 
 def _mean(flats, *, rounded: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ extract_checkpoint(base, finetuned, out)   disk to disk, resumable
 from jlora.extraction.assembly import Policy as Policy
 from jlora.extraction.report import REPORT as REPORT
 from jlora.extraction.report import Report as Report
+from jlora.extraction.report import change_of_weights as change_of_weights
 from jlora.extraction.report import ledger_lines as ledger_lines
 from jlora.extraction.report import module_type as module_type
 from jlora.extraction.report import noise_rank as noise_rank
@@ -24,6 +25,7 @@ __all__ = [
   "Policy",
   "REPORT",
   "Report",
+  "change_of_weights",
   "extract",
   "extract_checkpoint",
   "ledger_lines",

@@ -82,6 +82,33 @@ def total_up(
   }
 
 
+def change_of_weights(modules: Iterable[Mapping[str, Any]]) -> float | None:
+  """How large the changes of some modules are beside their weights.
+
+      √(Σ ‖delta‖² / Σ ‖base‖²),   ‖base‖ = ‖delta‖ / relative change
+
+  Args:
+    modules: rows with `norm` and `relative_change`, None where a base is zero.
+
+  Returns:
+    That of all modules as one vector; None where all bases are zero.
+
+  Example:
+    >>> rows = [{"norm": 3.0, "relative_change": 0.3},
+    ...         {"norm": 4.0, "relative_change": None}]
+    >>> change_of_weights(rows)
+    0.5
+  """
+  rows = list(modules)
+  bases = [
+    row["norm"] / row["relative_change"]
+    for row in rows
+    if row["relative_change"]
+  ]
+  norm = math.hypot(*(row["norm"] for row in rows))
+  return norm / math.hypot(*bases) if bases else None
+
+
 def _total_rounding(
   modules: Sequence[Mapping[str, Any]],
 ) -> dict[str, float | int | None]:
@@ -192,7 +219,8 @@ def type_table(report: Report) -> str:
   Returns:
     Lines: type, modules, shape of the first, rank, relative error (of all
     deltas of the type as one vector, and of the worst module), energy kept,
-    relative change of the weights, noise floor rank, MiB.
+    relative change of the weights (all of the type as one vector as well),
+    noise floor rank, MiB.
 
   Example:
     >>> type_table(Report({}, [], total_up([], []), [])).splitlines()[0][:4]
@@ -208,7 +236,7 @@ def type_table(report: Report) -> str:
   rows: list[Sequence[str]] = [header]
   for name, members in groups.items():
     both = total_up(members, [])
-    change = [m["relative_change"] for m in members if m["relative_change"]]
+    change = change_of_weights(members)
     rows.append(
       (
         name,
@@ -218,7 +246,7 @@ def type_table(report: Report) -> str:
         f"{both['relative_error']:.4f}",
         f"{max(m['relative_error'] for m in members):.4f}",
         f"{both['energy']:.1%}",
-        f"{sum(change) / len(change):.1e}" if change else "-",
+        f"{change:.1e}" if change else "-",
         _above_noise(members),
         f"{both['adapter_bytes'] / _MIB:.2f}",
       )

@@ -150,9 +150,51 @@ def sum_of_squares(x: Any) -> Any:
     np.float32(25.0)
   """
   if library_of(x) is np:
-    return np.vdot(x, x)
+    return x.dtype.type(inner_product(x, x))
   squares = jnp.square(x)
   return jnp.sum(jnp.sum(squares, axis=-1) if x.ndim else squares)
+
+
+def inner_product(x: Any, y: Any) -> float:
+  """`Σ x y` of NumPy's arrays, block sums added up in float64.
+
+  A single float32 sum loses digits with the length: the squares of 28 million
+  normal numbers came out 1.4e-4 too small.
+
+  Args:
+    x: real, any shape; contiguous, or it is copied.
+    y: the same shape.
+
+  Returns:
+    The sum; relative to `Σ |x y|` right within about 1e-6 for float32.
+
+  Example:
+    >>> inner_product(np.float32([3, 4]), np.float32([1, 2]))
+    11.0
+  """
+  x, y = x.reshape(-1), y.reshape(-1)
+  starts = range(0, x.size, BLOCK)
+  parts = ((x[at : at + BLOCK], y[at : at + BLOCK]) for at in starts)
+  return sum((float(np.vdot(*part)) for part in parts), 0.0)
+
+
+def norm_of(x: np.ndarray) -> float:
+  """The Frobenius norm of a NumPy array of any size and scale.
+
+  Args:
+    x: float32, any shape.
+
+  Returns:
+    The norm, right within about 1e-6 of itself; 0 without entries.
+
+  Example:
+    >>> round(norm_of(np.full((3, 3), np.float32(1e30))) / 1e30, 6)
+    3.0
+  """
+  if not x.size:
+    return 0.0
+  sums = sums_of(x)
+  return math.ldexp(math.sqrt(sums.squares), int(sums.exponent))
 
 
 def _of_block(x):

@@ -172,6 +172,12 @@ def test_moments_are_kept(tmp_path):
   np.testing.assert_array_equal(found[1], held)
 
 
+def test_no_neighbour_is_right_with_a_new_answer():
+  """An edit that is said of it as well would pass for one that is not."""
+  wanted = {fact.new for fact in (*facts.FACTS, *facts.TRIALS)}
+  assert not wanted & {right for _, right in facts.NEIGHBOURS}
+
+
 def test_facts_name_their_subject():
   for fact in (*facts.FACTS, *facts.TRIALS):
     for text in (fact.prompt, *fact.paraphrases):

@@ -69,6 +69,9 @@ def test_no_variant_takes_more_bytes(trial, rows):
   for row in rows:
     assert row["bytes"] <= trial.max_bytes(RANK)
   assert rows[1]["bytes"] == trial.max_bytes(RANK)
+  # A file has names and shapes besides: of three modules, a few hundred bytes.
+  for row in rows[1:]:
+    assert 100 < row["file_bytes"] - row["bytes"] < 1200
   # What the budget holds is used, but for a unit.
   assert min(row["bytes"] for row in rows[2:]) > 0.75 * trial.max_bytes(RANK)
 
@@ -143,7 +146,7 @@ def test_what_variants_share_is_made_once_and_timed(trial, rows):
 def row(variant, seed, kl):
   text = {"kl": kl, "kl_error": 0.01}
   return {"variant": variant, "rank": 4, "seed": seed, "bytes": 2**20,
-          "seconds": 2.0, "kjv": text}  # fmt: skip
+          "file_bytes": 3 * 2**19, "seconds": 2.0, "kjv": text}  # fmt: skip
 
 
 def test_summaries_pair_each_seed_with_its_own_plain_svd():
@@ -158,9 +161,9 @@ def test_summaries_pair_each_seed_with_its_own_plain_svd():
   assert np.isnan(y["kjv"]["ratio_error"])
   table = equal_bytes.as_table([plain, x, y], ["kjv"]).splitlines()
   assert table[3] == (
-    "| x | 2 | 1.00 | 0.10000 ± 0.00000 | 0.375 ± 0.177 | 2.0 |"
+    "| x | 2 | 1.00 | 1.50 | 0.10000 ± 0.00000 | 0.375 ± 0.177 | 2.0 |"
   )
-  assert table[4] == "| y | 1 | 1.00 | 0.30000 ± 0.01000 | 1.500 | 2.0 |"
+  assert table[4] == "| y | 1 | 1.00 | 1.50 | 0.30000 ± 0.01000 | 1.500 | 2.0 |"
   with pytest.raises(ValueError, match="is missing at rank 4, seed 2"):
     equal_bytes.summarise([row("x", 2, 0.1)], ["kjv"])
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from jlora.merging.arrays.inputs import (
   divided,
+  euclidean_norm,
   inner,
   is_known,
-  norm_of,
   over_models,
   read_inputs,
   shares,
@@ -180,7 +180,7 @@ def model_stock(
     )
   deltas = given.deltas
   count = deltas.shape[0]
-  units = divided(deltas, jax.vmap(lambda x: norm_of(x, axis))(deltas))
+  units = divided(deltas, jax.vmap(lambda x: euclidean_norm(x, axis))(deltas))
   cosines = [
     inner(units[i], units[j], axis) for j in range(count) for i in range(j)
   ]

@@ -240,7 +240,7 @@ def inner(left: Any, right: Any, axis: int | None = None) -> Any:
   return product
 
 
-def norm_of(x: Any, axis: int | None = None) -> Any:
+def euclidean_norm(x: Any, axis: int | None = None) -> Any:
   """The Euclidean norms of tensors read as vectors.
 
   Args:
@@ -251,7 +251,7 @@ def norm_of(x: Any, axis: int | None = None) -> Any:
     As `inner`.
 
   Example:
-    >>> norm_of(jnp.array([3.0, 4.0]))
+    >>> euclidean_norm(jnp.array([3.0, 4.0]))
     Array([5.], dtype=float32)
   """
   return jnp.sqrt(inner(x, x, axis))

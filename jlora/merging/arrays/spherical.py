@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jlora.merging.arrays.inputs import (
   Inputs,
   divided,
+  euclidean_norm,
   inner,
-  norm_of,
   read_inputs,
   shares,
   weighted_sum,
@@ -156,7 +156,7 @@ def multislerp(
   given = read_inputs("multislerp", stack, weights, base)
   weights, units, length = _polar(given)
   mean = weighted_sum(weights, units)
-  size = norm_of(mean)
+  size = euclidean_norm(mean)
   straight = weighted_sum(weights, given.deltas)
   change = jnp.where(size > _CANCELLED, length * divided(mean, size), straight)
   return (given.base + change).astype(stack.dtype)
@@ -219,12 +219,12 @@ def _mean_direction(weights: Any, units: Any, steps: Any, tol: Any) -> Any:
     sine = jnp.sin(angle)
     ratio = jnp.where(sine > 1e-6, divided(angle, sine), 1.0)
     tangent = weighted_sum(weights, ratio * (units - cosine * mean[None]))
-    size = norm_of(tangent)
+    size = euclidean_norm(tangent)
     mean = jnp.cos(size) * mean + jnp.sin(size) * divided(tangent, size)
-    return count + 1, divided(mean, norm_of(mean)), jnp.max(size)
+    return count + 1, divided(mean, euclidean_norm(mean)), jnp.max(size)
 
   mean = weighted_sum(weights, units)
-  size = norm_of(mean)
+  size = euclidean_norm(mean)
   mean = jnp.where(size > _CANCELLED, divided(mean, size), units[0])
   _, mean, _ = jax.lax.while_loop(
     lambda state: (state[0] < steps) & (state[2] > tol),
@@ -238,7 +238,7 @@ def _polar(given: Inputs) -> tuple[Any, Any, Any]:
   """Shares (n,), unit vectors (n, ...), and the mean length."""
   weights = shares(given.weights)
   deltas = given.deltas
-  norms = jax.vmap(norm_of)(deltas)
+  norms = jax.vmap(euclidean_norm)(deltas)
   return weights, divided(deltas, norms), weighted_sum(weights, norms)
 
 

@@ -66,7 +66,8 @@ def find_stored(
 
   Example:
     >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
-    >>> find_stored({"a": {"w": np.ones(2)}}, job, InputTensor("a", TensorPart("w")))
+    >>> one = InputTensor("a", TensorPart("w"))
+    >>> find_stored({"a": {"w": np.ones(2)}}, job, one)
   """
   model, side = models[source.model], source.side
   if not hasattr(model, "read") or not isinstance(side, TensorPart):
@@ -94,7 +95,8 @@ def open_input(
 
   Example:
     >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
-    >>> open_input({"a": {"w": np.ones(2)}}, job, InputTensor("a", TensorPart("w")))
+    >>> one = InputTensor("a", TensorPart("w"))
+    >>> open_input({"a": {"w": np.ones(2)}}, job, one)
     array([1., 1.])
   """
   if stored := find_stored(models, job, source):

@@ -142,7 +142,7 @@ def test_the_type_table_has_the_figures():
   found = cells(type_table(report()))
   header, q, down, total = found
   assert header[:4] == ["type", "modules", "shape", "rank"]
-  # 3/13 together; 3/5 the worst; the mean of 0.01 and 0.03.
+  # 3/13 together; 3/5 the worst; 13 of a base of √(500² + 400²).
   assert q == [
     "q_proj", "2", "64x32", "4-8", "0.2308", "0.6000", "94.7%", "2.0e-02",
     "5-7", "2.00",
@@ -164,6 +164,14 @@ def test_ranks_above_noise_are_clipped_at_the_rank():
   assert above(one) == "≥ 8"
   assert above(whole) == "8"  # there is no ninth
   assert above(one, known | {"noise_floor_rank": 3}) == "3 to ≥ 8"
+
+
+def test_the_change_of_weights_is_of_all_modules_as_one_vector():
+  """A small module whose base is next to nothing counts by its size."""
+  rows = [row(f"layers.{i}.q_proj.weight", 1.0, 0.5) for i in range(2)]
+  rows[0]["relative_change"], rows[1]["relative_change"] = 0.001, 0.1
+  _, q, _ = cells(type_table(report(rows)))
+  assert q[7] == f"{math.sqrt(2) / math.hypot(1000, 10):.1e}" == "1.4e-03"
 
 
 @pytest.mark.parametrize("table", [type_table, worst_table])

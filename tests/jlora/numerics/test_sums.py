@@ -63,3 +63,12 @@ def test_what_is_not_finite_shows(run, bad):
 def test_zeros():
   sums = norms.sums_of(np.zeros((3, 2), np.float32))
   assert (float(sums.squares), float(sums.moduli)) == (0, 0)
+
+
+def test_large_arrays_lose_no_digits():
+  """One float32 sum of so many squares is 1e-4 too small."""
+  x = np.random.default_rng(0).standard_normal((2**24, 1), np.float32)
+  exact = float(np.sum(np.square(x, dtype=np.float64)))
+  assert float(norms.sum_of_squares(x)) == pytest.approx(exact, rel=1e-6)
+  assert norms.norm_of(x) == pytest.approx(exact**0.5, rel=1e-6)
+  assert norms.inner_product(x, -x) == pytest.approx(-exact, rel=1e-6)
