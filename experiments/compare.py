@@ -26,8 +26,8 @@ from absl import app, flags
 
 import jlora
 from experiments import drawing, logit_curves, samples, summaries, tables, texts
-from experiments.caches import keep_compilations
 from jlora import extraction, models
+from jlora.commands import keep_compilations
 
 _BASE = flags.DEFINE_string("base", None, "The base model's folder.")
 _FINETUNED = flags.DEFINE_string("finetuned", None, "The finetune's folder.")

@@ -20,8 +20,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments import corpora, finetune, ladders, smollm2, texts
-from experiments.caches import keep_compilations
 from jlora import ranks as advice
+from jlora.commands import keep_compilations
 from jlora.evaluation import mean_kl, recovered
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)

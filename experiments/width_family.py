@@ -19,8 +19,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments import finetune, ladders, smollm2, texts
-from experiments.caches import keep_compilations
 from jlora import models
+from jlora.commands import keep_compilations
 
 RANKS = (4, 8, 16)
 SHARE = 8  # rank is the width over this
