@@ -22,8 +22,8 @@ from absl import app, flags
 
 import jlora
 from experiments.bench_scoring import SMOLLM2
-from experiments.caches import keep_compilations
 from jlora import models
+from jlora.commands import keep_compilations
 
 TINY = {**SMOLLM2, "vocab_size": 64, "hidden_size": 36, "num_hidden_layers": 2}
 Programs = dict[str, Callable[[], Any]]

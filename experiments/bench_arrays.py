@@ -15,7 +15,8 @@ import scipy.linalg.cython_lapack  # noqa: F401  whose threads are limited below
 from threadpoolctl import threadpool_limits
 
 import jlora
-from experiments import caches, pairs
+from experiments import pairs
+from jlora import commands as caches
 from jlora.factoring import cheapest
 
 

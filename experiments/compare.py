@@ -34,8 +34,8 @@ from experiments import (
   tables,
   texts,
 )
-from experiments.caches import keep_compilations
 from jlora import extraction, models
+from jlora.commands import keep_compilations
 
 _BASE = flags.DEFINE_string("base", None, "The base model's folder.")
 _FINETUNED = flags.DEFINE_string("finetuned", None, "The finetune's folder.")

@@ -22,7 +22,6 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from experiments import conflict_plots, finetune, plots, skills, texts
-from experiments.caches import keep_compilations
 from experiments.conflict_tables import (
   KINDS,
   LINKS,
@@ -34,6 +33,7 @@ from experiments.conflict_tables import (
 )
 from experiments.grids import layer_of
 from jlora.checkpoints import Checkpoint, open_checkpoint
+from jlora.commands import keep_compilations
 from jlora.evaluation import (
   compare_adapters,
   compare_layers,

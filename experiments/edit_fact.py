@@ -25,7 +25,6 @@ from absl import app, flags, logging
 
 import jlora
 from experiments import edits, smollm2, texts
-from experiments.caches import keep_compilations
 from experiments.fact_figures import (
   Measure,
   Row,
@@ -38,6 +37,7 @@ from experiments.finetune import TINY
 from experiments.key_moments import key_moments, write_prefixes
 from experiments.samples import open_tokens
 from jlora import models
+from jlora.commands import keep_compilations
 
 #: Those tried, and the balances tried.
 _LAYERS = (6, 10, 14, 18)

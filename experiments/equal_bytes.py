@@ -30,9 +30,9 @@ import numpy as np
 from absl import app, flags
 
 from experiments import ladders, plots, ratio_plots, teachers, trials
-from experiments.caches import keep_compilations
 from experiments.trials import Trial
 from experiments.variants import COSTLY, PLAIN, VARIANTS, Variant
+from jlora.commands import keep_compilations
 
 Row = dict[str, Any]
 

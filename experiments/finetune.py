@@ -28,8 +28,8 @@ from absl import app, flags, logging
 from flax import traverse_util
 
 from experiments import corpora, smollm2, texts
-from experiments.caches import keep_compilations
 from jlora import models
+from jlora.commands import keep_compilations
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 

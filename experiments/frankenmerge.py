@@ -22,8 +22,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments import merge_plots, plots, skills, texts
-from experiments.caches import keep_compilations
 from jlora import models
+from jlora.commands import keep_compilations
 from jlora.pairing import configure_layers
 from jlora.paths import flatten
 

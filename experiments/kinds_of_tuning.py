@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments import lessons, texts
-from experiments.caches import keep_compilations
 from jlora.adapting import Rows, Shift, adapt, bind, prepend
+from jlora.commands import keep_compilations
 from jlora.paths import flatten
 from jlora.training import by_root, init_lora, trained_part
 

@@ -21,8 +21,8 @@ from flax import traverse_util
 
 import jlora
 from experiments import finetune, ladders, smollm2, texts
-from experiments.caches import keep_compilations
 from jlora import models
+from jlora.commands import keep_compilations
 from jlora.factoring import survey
 
 

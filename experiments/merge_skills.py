@@ -25,7 +25,6 @@ from absl import app, flags
 
 import jlora
 from experiments import merge_plots, mixtures, plots, skills, texts
-from experiments.caches import keep_compilations
 from experiments.merge_settings import (
   LOW_RANK,
   NEAR,
@@ -36,6 +35,7 @@ from experiments.merge_settings import (
 )
 from experiments.skills import Skills
 from jlora import models
+from jlora.commands import keep_compilations
 from jlora.loras import Lora, Loras
 from jlora.paths import flatten, key_for
 

@@ -23,8 +23,8 @@ from absl import app, flags
 
 import jlora
 from experiments import finetune, smollm2, texts
-from experiments.caches import keep_compilations
 from jlora import extraction, models
+from jlora.commands import keep_compilations
 
 _CACHE = flags.DEFINE_string(
   "cache", None, "Folder; ~/.cache/jlora by default."

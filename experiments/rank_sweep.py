@@ -30,8 +30,8 @@ from experiments import (
   smollm2,
   texts,
 )
-from experiments.caches import keep_compilations
 from jlora import ranks as advice
+from jlora.commands import keep_compilations
 from jlora.evaluation import mean_kl, recovered
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)

@@ -22,13 +22,13 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from experiments import basins, finetune, lessons, plots
-from experiments.caches import keep_compilations
 from jlora.alignment import (
   Permutations,
   match_activations,
   match_weights,
   permute,
 )
+from jlora.commands import keep_compilations
 
 POINTS = 11
 METHODS = ("as they are", "weights matched", "activations matched")

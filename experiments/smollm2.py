@@ -27,7 +27,7 @@ import tokenizers
 from absl import app, flags
 
 from experiments import conversion
-from experiments.caches import cache_folder
+from jlora.commands import cache_folder
 
 
 class Wheel(NamedTuple):

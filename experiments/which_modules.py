@@ -15,8 +15,8 @@ import jax
 from absl import app, flags
 
 from experiments import lessons, texts
-from experiments.caches import keep_compilations
 from jlora.adapting import apply
+from jlora.commands import keep_compilations
 from jlora.paths import matching
 from jlora.training import by_root, init_lora
 

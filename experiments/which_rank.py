@@ -20,8 +20,8 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from experiments import lessons, plots, texts
-from experiments.caches import keep_compilations
 from jlora.adapting import apply
+from jlora.commands import keep_compilations
 from jlora.evaluation import overlap
 from jlora.loras import Loras
 from jlora.paths import matching

@@ -19,7 +19,6 @@ import numpy as np
 from absl import app, flags
 
 from experiments import finetune, ladders, smollm2, texts
-from experiments.caches import keep_compilations
 from jlora import models
 from jlora.ranks import error_of
 

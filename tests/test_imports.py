@@ -231,13 +231,14 @@ def test_kernels_know_nothing_of_jlora(file):
   assert not [dotted for dotted in found if dotted.split(".")[0] == "jlora"]
 
 
-def test_kernels_are_asked_by_adapting_alone():
+def test_kernels_are_asked_by_adapting_and_a_plan_alone():
+  """`jlora plan` asks `pallas_kernels.aot` what chips can do at most."""
   askers = {
     package_of(file)
     for file in FILES
     if any(d.startswith("pallas_kernels") for _, d in imports(tree_of(file)))
   }
-  assert askers <= {"adapting"}
+  assert askers <= {"adapting", "commands"}
 
 
 @each(LIBRARY + KERNELS)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jlora.messages import name_some
+from jlora.messages import name_file, name_some
 
 _CHUNK_BYTES = 2**22  # the buffer behind a slice of inner axes
 
@@ -152,7 +152,7 @@ def place_arrays(
       places |= {name: (temporary, slot) for name, slot in announced.items()}
     _place(places, arrays)
     for temporary in temporaries.values():
-      with _opened(temporary, os.O_RDWR) as file:
+      with _opened(temporary, os.O_RDWR) as file, name_file(temporary):
         os.fsync(file)
     for path, temporary in temporaries.items():
       os.replace(temporary, path)
@@ -172,7 +172,7 @@ def _reserve(
     math.prod(slot.shape) * slot.dtype.itemsize for slot in announced.values()
   )
   try:
-    with open(temporary, "xb") as stream:
+    with name_file(temporary), open(temporary, "xb") as stream:
       stream.write(head)
       stream.truncate(size)
   except BaseException:
@@ -204,7 +204,8 @@ def _place(
             f"array {name!r} was announced as {slot.dtype} {slot.shape}, but"
             f" {part.dtype} {part.shape} came after {done} entries of it"
           )
-        _write(file, part, (slot.start or 0) + done * slot.dtype.itemsize)
+        with name_file(path):
+          _write(file, part, (slot.start or 0) + done * slot.dtype.itemsize)
         done += part.size
     if done < size:
       raise ValueError(f"array {name!r} ended after {done} of {size} entries")

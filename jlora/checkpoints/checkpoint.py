@@ -21,6 +21,7 @@ import numpy as np
 
 from jlora.checkpoints import byte_ranges, huggingface, orbax
 from jlora.checkpoints.float8 import FLOAT8, dequantise, pair_scales
+from jlora.checkpoints.hub import locate
 from jlora.checkpoints.huggingface import stream_checkpoint as stream_checkpoint
 from jlora.checkpoints.orbax import save_orbax as save_orbax
 from jlora.checkpoints.safetensors import TensorSpec as TensorSpec
@@ -187,7 +188,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
   Args:
     path: a `.safetensors` file; a Hugging Face folder with one such file or
-      shards and their index; or an orbax directory, from the root of its steps
+      shards and their index, or the Hub id of one that was downloaded into the
+      Hugging Face cache; or an orbax directory, from the root of its steps
       (the newest finished one is taken) down to the item with the arrays.
 
   Returns:
@@ -206,9 +208,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     ...   dict(open_checkpoint(folder))
     {'w': array([1., 1.])}
   """
-  path = Path(path)
-  if not path.exists():
-    raise ValueError(f"{path} does not exist")
+  path = locate(path)
   if not path.is_dir():
     huggingface.check_not_pickled(path)
     return _open_files(path, "safetensors", {path: None})

@@ -19,7 +19,7 @@ import numpy as np
 
 from jlora.checkpoints.byte_ranges import place_arrays
 from jlora.checkpoints.safetensors import Shapes, lay_out_file, parse_json
-from jlora.messages import name_some
+from jlora.messages import name_file, name_some
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -222,7 +222,7 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
   }
   temporary = folder / f".{_INDEX}.{secrets.token_hex(6)}.tmp"
   try:
-    with open(temporary, "x", encoding="utf-8") as stream:
+    with name_file(temporary), open(temporary, "x", encoding="utf-8") as stream:
       json.dump(index, stream, indent=2)
       stream.flush()
       os.fsync(stream.fileno())

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
+from jlora.checkpoints.hub import without_paths
 from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
 from jlora.views import as_parameter, table_for, view_of
@@ -232,7 +233,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _merged_config(config, base, spec, dtype) -> dict[str, Any]:
   """config.json after float8 became bfloat16, or the vocabulary grew."""
-  config = dict(config)
+  config = without_paths(config)
   stored = {entry.dtype.itemsize for entry in base.spec.values()}
   if 1 in stored:
     config.pop("quantization_config", None)

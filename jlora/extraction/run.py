@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.hub import model_name
 from jlora.extraction.assembly import Policy, choose_ranks, write_adapter
 from jlora.extraction.module import Extractor
 from jlora.extraction.planning import Plan, fingerprint, plan_jobs
@@ -86,8 +87,9 @@ def extract_checkpoint(
     profile: the consumer, `PEFT` or `VLLM`.
     dtype: storage dtype of the factors.
     key: PRNG key; None is `key(0)`.
-    base_model: name of the base in the adapter's configuration; None is the
-      path given.
+    base_model: name of the base in the adapter's configuration; None is its
+      Hub id where that is known, else the name of its folder, as `model_name`
+      finds it: no path of this machine.
     resume: go on with an unfinished run of the same inputs and options in
       `out`; a finished one gives its report, if its settings are the same.
     overwrite: allow a folder that is not empty; an adapter, report or journal
@@ -191,7 +193,7 @@ def extract_checkpoint(
       ranks,
       out,
       profile=profile,
-      base_model=str(base) if base_model is None else base_model,
+      base_model=model_name(base) if base_model is None else base_model,
       settings=settings,
     )
     watch.done()

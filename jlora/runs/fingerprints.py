@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.messages import name_file
 
 
 def digest(checkpoint: Checkpoint) -> str:
@@ -95,7 +96,7 @@ def replace_text(path: Path, text: str) -> None:
     'y'
   """
   partial = path.with_name(f".{path.name}.partial")
-  with open(partial, "w", encoding="utf-8") as file:
+  with name_file(partial), open(partial, "w", encoding="utf-8") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
-from jlora.messages import name_some
+from jlora.messages import name_file, name_some
 
 FOLDER = ".journal"
 _DONE = ".journal-done"
@@ -182,8 +182,8 @@ def begin_journal(
   if header.exists():
     if not resume:
       raise ValueError(
-        f"{out} holds the journal of an unfinished run; resume it or remove "
-        f"{folder}."
+        f"{out} holds the journal of an unfinished run. Use resume=True to "
+        "continue, overwrite=True to replace, or another out."
       )
     check_fingerprint(folder, _read_header(header), wanted)
   elif entries := _entries(folder):
@@ -194,7 +194,8 @@ def begin_journal(
   else:
     folder.mkdir(parents=True, exist_ok=True)
     partial = header.with_suffix(".partial")
-    partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
+    with name_file(partial):
+      partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
     os.replace(partial, header)
   return folder
 
@@ -241,10 +242,11 @@ def check_folder(
     return
   found = sorted(file.name for file in out.iterdir())
   if found:
-    way = "It has no journal to resume" if resume else "Resume its own run"
+    way = "" if resume else "resume=True to continue, "
+    lack = " and has no run to resume" if resume else ""
     raise ValueError(
-      f"{out} is not empty ({name_some(found)}). {way}; allow overwriting, or "
-      "give another folder."
+      f"{out} is not empty ({name_some(found)}){lack}. Use {way}overwrite=True "
+      "to replace, or another out."
     )
 
 

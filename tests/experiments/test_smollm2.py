@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from experiments import caches, conversion, smollm2
+from experiments import conversion, smollm2
+from jlora import commands as caches
 from jlora import models
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.hub import locate
 from jlora.formats.peft.config import (
   check_config,
   is_saved,
@@ -119,7 +119,7 @@ def load_peft(
     ...   load_peft(folder).loras["q.weight"].scale
     Array(4., dtype=float32)
   """
-  folder = Path(folder)
+  folder = locate(folder)
   for name in (CONFIG, TENSORS):
     if not (folder / name).is_file():
       raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")

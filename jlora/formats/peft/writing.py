@@ -41,7 +41,7 @@ from jlora.formats.peft.plans import (
 from jlora.formats.peft.reading import PeftAdapter as PeftAdapter
 from jlora.formats.peft.reading import load_peft as load_peft
 from jlora.loras import Lora
-from jlora.messages import name_some
+from jlora.messages import name_file, name_some
 
 
 def save_peft(
@@ -191,7 +191,8 @@ def _write_folder(
   )
   try:
     stream_safetensors(tensors, spec, arrays, {"format": "pt"})
-    text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with name_file(text):
+      text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / CONFIG).unlink(missing_ok=True)
     os.replace(tensors, folder / TENSORS)
     os.replace(text, folder / CONFIG)

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
 from jlora.checkpoints.safetensors import stream_safetensors
@@ -309,7 +310,7 @@ def _finish(
 
 def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:
   """config.json after layers, dtypes or a tied head changed."""
-  config = dict(plan.config)
+  config = without_paths(plan.config)
   if plan.taken:
     config = configure_layers(config, plan.taken)
   spec = plan.models[plan.reference].spec

@@ -74,7 +74,7 @@ def test_the_later_of_two_entries_stays(filled, tmp_path):
 
 
 def test_a_journal_is_not_taken_up_unasked(filled, tmp_path):
-  with pytest.raises(ValueError, match="unfinished run; resume it or remove"):
+  with pytest.raises(ValueError, match="unfinished run. Use resume=True"):
     open_journal(tmp_path, RUN)
   assert len(resume(tmp_path)) == len(PATHS)
 

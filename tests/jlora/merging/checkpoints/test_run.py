@@ -343,7 +343,7 @@ def test_a_run_that_failed_goes_on(models, tmp_path, monkeypatch):
     patch.setattr(Merger, "__call__", failing)
     with pytest.raises(KeyboardInterrupt):
       run(recipe, out, max_shard_bytes=500)
-  with pytest.raises(ValueError, match="Resume its own run"):
+  with pytest.raises(ValueError, match="Use resume=True to continue"):
     run(recipe, out, max_shard_bytes=500)
   other = recipe._replace(settings={"density": 0.5})
   with pytest.raises(ValueError, match="belongs to another run: settings"):

@@ -12,26 +12,7 @@ import sys
 from collections.abc import Mapping
 
 import jax
-from absl import flags
 
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  None,
-  "HOST:PORT that process 0 can listen on; the same for all processes. Not "
-  "needed on TPU pods and under srun or mpirun.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes",
-  None,
-  "How many processes there are; 1: this one is alone, whatever the "
-  "environment says.",
-  lower_bound=1,
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which one this is, from 0.", lower_bound=0
-)
-
-FLAGS = ("coordinator", "num_processes", "process_id")
 # How long a process may be without a sign of life, to JAX's own runtime: it
 # aborts the others then. The run's own watch speaks up before.
 _HEARTBEAT_SECONDS = 50
@@ -60,24 +41,27 @@ _NUMBERS = (
 _HOSTNAMES = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
-def join() -> int:
-  """Which process this is, of those that work on one run.
+def join(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> int:
+  """Joins the other processes of a run, where there are several.
 
-  Initialises `jax.distributed` where there are several.
+  Initialises `jax.distributed` then.
+
+  Args:
+    coordinator: as for `arguments_for`, as all below.
+    num_processes: how many there are.
+    process_id: which one this is.
 
   Returns:
-    0 for the first, which alone should print results.
+    Which one this is; 0 for the first, which alone should print results.
 
   Raises:
     ValueError: flags that do not go together, or other processes that cannot be
       found.
   """
   arguments = arguments_for(
-    os.environ,
-    _COORDINATOR.value,
-    _NUM_PROCESSES.value,
-    _PROCESS_ID.value,
-    has_tpu=_has_tpu(),
+    os.environ, coordinator, num_processes, process_id, has_tpu=_has_tpu()
   )
   if arguments is None:
     return 0

@@ -16,6 +16,10 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
 
   Returns:
     The path; it need not exist yet.
+
+  Example:
+    >>> cache_folder("/scratch/me").name
+    'me'
   """
   if cache is not None:
     return pathlib.Path(cache)
@@ -32,6 +36,13 @@ def keep_compilations(cache: str | os.PathLike[str] | None = None) -> None:
 
   Args:
     cache: as `cache_folder`.
+
+  Example:
+    >>> was = jax.config.read("jax_compilation_cache_dir")
+    >>> keep_compilations("/scratch/me")
+    >>> jax.config.read("jax_compilation_cache_dir")
+    '/scratch/me/compilations'
+    >>> jax.config.update("jax_compilation_cache_dir", was)
   """
   logging.getLogger("jax").setLevel(logging.WARNING)
   folder = cache_folder(cache) / "compilations"

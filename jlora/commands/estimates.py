@@ -13,9 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from experiments.costs import Bound, Cost, Module, bound_of, bytes_read, cost_of
-from experiments.machines import GB, Machine
 from jlora import models
+from jlora.commands.costs import (
+  Bound,
+  Cost,
+  Module,
+  bound_of,
+  bytes_read,
+  cost_of,
+)
+from jlora.commands.machines import GB, Machine
 from jlora.paths import flatten
 from jlora.views import table_for, view_of
 

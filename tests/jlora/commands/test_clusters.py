@@ -2,7 +2,6 @@
 """Whether a script joins others, and as which, by flags and launchers."""
 
 import pytest
-
 from experiments.clusters import arguments_for
 
 SRUN = {

@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-
-from experiments import pairs
 from experiments.costs import Cost, Module, bound_of, cost_of
 from experiments.estimates import describe, list_modules, plan_extraction
 from experiments.machines import MACHINES, Machine, measure_here
+
+from experiments import pairs
 from jlora.factoring import factorisers
 from jlora.factoring.factorisers import cheapest, gram, krylov, svd
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from experiments.machines import Machine
+from jlora.commands.machines import Machine
 from jlora.extraction.workers import deal
 from jlora.factoring import cheapest, gram, krylov, svd
 

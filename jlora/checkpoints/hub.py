@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by their names on the Hugging Face Hub: found here, and named there.
+
+What was downloaded lies in the Hub's own cache, as
+`models--org--name/snapshots/<commit>`; nothing here goes to the network.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jlora.messages import name_some
+
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
+_SNAPSHOTS = "snapshots"
+
+
+def locate(path: str | os.PathLike) -> Path:
+  """Finds a checkpoint: a path, or a Hub id in the local Hugging Face cache.
+
+  Args:
+    path: a file or folder, or what has been downloaded under a Hub id: the
+      commit that its branch `main` was at, or the only one that is there.
+
+  Returns:
+    A path that exists.
+
+  Raises:
+    ValueError: there is neither; with the command that downloads it, if it may
+      be a Hub id.
+
+  Example:
+    >>> locate("/nowhere")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere does not exist
+  """
+  text, given = os.fspath(path), Path(path)
+  if given.exists():
+    return given
+  if not _ID.fullmatch(text) or text.endswith(".safetensors"):
+    raise ValueError(f"{text} does not exist")
+  if snapshot := _cached(text):
+    return snapshot
+  raise ValueError(
+    f"{text} does not exist: no local file or folder; if it is a Hub id: "
+    f"`hf download {text} --local-dir DIR`"
+  )
+
+
+def folder_name(path: str | os.PathLike) -> str:
+  """What a checkpoint is called outside of this machine, where it was read.
+
+  Args:
+    path: as for `locate`; it need not exist.
+
+  Returns:
+    Its Hub id, if it was given as one or lies in the Hub's cache, else the last
+    part of its path. Nothing of where it lies on this machine.
+
+  Example:
+    >>> folder_name("/home/me/models/smollm2"), folder_name("org/name")
+    ('smollm2', 'org/name')
+    >>> folder_name("/cache/models--org--name/snapshots/0123")
+    'org/name'
+  """
+  if is_hub_id(path):
+    return os.fspath(path)
+  whole = Path(os.path.abspath(path))
+  for at, part in enumerate(whole.parts):
+    if part == _SNAPSHOTS and whole.parts[at - 1].startswith("models--"):
+      return whole.parts[at - 1].removeprefix("models--").replace("--", "/", 1)
+  return whole.name or "model"
+
+
+def model_name(path: str | os.PathLike) -> str:
+  """What the base of an adapter is called in the adapter's files.
+
+  Args:
+    path: as for `locate`; it need not exist.
+
+  Returns:
+    Its Hub id, if it lies in the Hub's cache or its config.json has one in
+    `_name_or_path`; else the name of its folder, or of the file without its
+    ending if that is not one of those that all folders have.
+
+  Example:
+    >>> model_name("/home/me/smollm2"), model_name("/home/me/base.safetensors")
+    ('smollm2', 'base')
+  """
+  if is_hub_id(path):
+    return os.fspath(path)
+  place = Path(os.path.abspath(path))
+  if place.suffix == ".safetensors":
+    if not place.stem.startswith("model"):
+      return place.stem
+    place = place.parent
+  name, config = folder_name(place), place / "config.json"
+  if "/" in name or not config.is_file():
+    return name
+  try:
+    stored = json.loads(config.read_text(encoding="utf-8"))["_name_or_path"]
+  except (ValueError, KeyError, TypeError):
+    return name
+  return stored if isinstance(stored, str) and is_hub_id(stored) else name
+
+
+def is_hub_id(name: str | os.PathLike) -> bool:
+  """Whether a text has the form of `org/name`, and is no path that is here.
+
+  Args:
+    name: any text.
+
+  Returns:
+    bool. Names without an owner (`gpt2`) may be folders, and do not count.
+
+  Example:
+    >>> is_hub_id("org/name"), is_hub_id("../name"), is_hub_id("/a/b")
+    (True, False, False)
+  """
+  text = os.fspath(name)
+  return "/" in text and bool(_ID.fullmatch(text)) and not Path(text).exists()
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config.json that can be shared: a path of this machine is left out.
+
+  Args:
+    config: of a checkpoint.
+
+  Returns:
+    The same without `_name_or_path`, unless that is a Hub id.
+
+  Example:
+    >>> without_paths({"_name_or_path": "/home/me/x", "vocab_size": 8})
+    {'vocab_size': 8}
+  """
+  stored = config.get("_name_or_path")
+  if stored is None or (isinstance(stored, str) and is_hub_id(stored)):
+    return dict(config)
+  return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _cached(name: str) -> Path | None:
+  """The snapshot of a Hub id in the local cache, if there is one."""
+  folder = _cache() / f"models--{name.replace('/', '--')}"
+  main = folder / "refs" / "main"
+  if main.is_file():
+    snapshot = folder / _SNAPSHOTS / main.read_text().strip()
+    if snapshot.is_dir():
+      return snapshot
+  found = sorted((folder / _SNAPSHOTS).glob("*"))
+  if len(found) > 1:
+    raise ValueError(
+      f"{folder} holds {len(found)} snapshots and no refs/main: "
+      f"{name_some([one.name for one in found])}; give the path of one"
+    )
+  return found[0] if found else None
+
+
+def _cache() -> Path:
+  """The folder of the Hub's cache, by the variables that its tools read."""
+  if folder := os.environ.get("HF_HUB_CACHE"):
+    return Path(folder).expanduser()
+  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  home = os.environ.get("HF_HOME") or f"{root}/huggingface"
+  return Path(home).expanduser() / "hub"

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LoRA from two checkpoints, with the loss of every module.
+
+  jlora extract --base=DIR --finetuned=DIR --out=DIR --rank=64
+
+Writes `adapter_model.safetensors`, `adapter_config.json`, `README.md` and
+`report.json` into the output folder and prints the tables of the report.
+Checkpoints are safetensors files, Hugging Face folders, Hub ids that were
+downloaded, or orbax directories.
+
+The same command, started once on each of several hosts, shares the work: see
+"Many hosts" in BUILD.md.
+"""
+
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+import jlora
+from jlora import extraction, ranks, runs
+from jlora.commands import clusters, entry
+from jlora.commands.caches import keep_compilations
+from jlora.commands.help import Command
+
+_FLAGS = flags.FlagValues()  # apart from those of other commands
+
+_BASE = flags.DEFINE_string(
+  "base", None, "The base checkpoint.", required=True, flag_values=_FLAGS
+)
+_FINETUNED = flags.DEFINE_string(
+  "finetuned",
+  None,
+  "The finetuned checkpoint.",
+  required=True,
+  flag_values=_FLAGS,
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "The output folder.", required=True, flag_values=_FLAGS
+)
+_RANK = flags.DEFINE_integer(
+  "rank",
+  64,
+  "Rank of every module, and the most a policy gives.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_POLICY = flags.DEFINE_enum(
+  "policy",
+  "fixed",
+  ["fixed", "energy", "ratio", "noise", "budget"],
+  "How ranks up to --rank are chosen: all the same; the share of the energy "
+  "(--energy); singular values above the largest / --ratio; above the rounding "
+  "noise of the stored dtype; or a byte budget (--budget_mib).",
+  flag_values=_FLAGS,
+)
+_ENERGY = flags.DEFINE_float(
+  "energy",
+  0.95,
+  "Squared share of each change to keep.",
+  0.0,
+  1.0,
+  flag_values=_FLAGS,
+)
+_RATIO = flags.DEFINE_float(
+  "ratio", 30.0, "Largest over smallest value kept.", flag_values=_FLAGS
+)
+_BUDGET = flags.DEFINE_float(
+  "budget_mib",
+  None,
+  "Size of all factors together; sets --policy=budget.",
+  flag_values=_FLAGS,
+)
+_SELECT = flags.DEFINE_string(
+  "select",
+  None,
+  "Regex of whole names: only these matrices are factored.",
+  flag_values=_FLAGS,
+)
+_EXCLUDE = flags.DEFINE_string(
+  "exclude",
+  None,
+  "Regex of whole names: these matrices are not factored.",
+  flag_values=_FLAGS,
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  "float32",
+  ["float32", "bfloat16", "float16"],
+  "Storage dtype of the factors.",
+  flag_values=_FLAGS,
+)
+_PROFILE = flags.DEFINE_enum(
+  "profile",
+  "peft",
+  ["peft", "vllm"],
+  "Who will load the adapter.",
+  flag_values=_FLAGS,
+)
+_VOCABULARY = flags.DEFINE_enum(
+  "vocabulary",
+  "whole",
+  ["whole", "common", "error"],
+  "A table whose number of rows changed: keep the finetuned one whole, compare "
+  "the common rows, or stop.",
+  flag_values=_FLAGS,
+)
+_FACTOR = flags.DEFINE_enum(
+  "factor",
+  "krylov",
+  ["krylov", "gram", "svd"],
+  "The factoriser.",
+  flag_values=_FLAGS,
+)
+_BASE_MODEL = flags.DEFINE_string(
+  "base_model",
+  None,
+  "Name of the base in the adapter. By default its Hub id, where that is "
+  "known, else the name of its folder.",
+  flag_values=_FLAGS,
+)
+_RESUME = flags.DEFINE_bool(
+  "resume", False, "Go on with an unfinished run.", flag_values=_FLAGS
+)
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite",
+  False,
+  "Replace an adapter that is in the output folder.",
+  flag_values=_FLAGS,
+)
+_SPLIT = flags.DEFINE_float(
+  "split_mib",
+  2048,
+  "A matrix that is larger in float32 is factored on all devices together.",
+  flag_values=_FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  "json", False, "Print report.json, not tables.", flag_values=_FLAGS
+)
+_CACHE = flags.DEFINE_string(
+  "cache",
+  None,
+  "Folder of compiled programs; ~/.cache/jlora by default.",
+  flag_values=_FLAGS,
+)
+
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT that process 0 can listen on; the same for all processes. Not "
+  "needed on TPU pods and under srun or mpirun.",
+  flag_values=_FLAGS,
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "How many processes there are; 1: this one is alone, whatever the "
+  "environment says.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id",
+  None,
+  "Which one this is, from 0.",
+  lower_bound=0,
+  flag_values=_FLAGS,
+)
+
+_PROFILES = {"peft": jlora.formats.PEFT, "vllm": jlora.formats.VLLM}
+_FACTORS = {
+  "krylov": jlora.factoring.krylov,
+  "gram": jlora.factoring.gram,
+  "svd": jlora.factoring.svd,
+}
+_VOCABULARIES = {
+  "whole": jlora.pairing.keep_whole,
+  "common": jlora.pairing.common_rows,
+  "error": jlora.pairing.same_rows,
+}
+_POLICIES: dict[str, Callable[[jlora.ranks.Spectra], dict[str, int]] | None] = {
+  "fixed": None,
+  "energy": lambda s: ranks.energy(s.values, s.norms, _ENERGY.value),
+  "ratio": lambda s: ranks.ratio(s.values, _RATIO.value),
+  "noise": lambda s: ranks.above_floor(s.values, s.floors),
+  "budget": lambda s: ranks.budget(
+    s.values, s.unit_bytes, int((_BUDGET.value or 0) * 2**20)
+  ),
+}
+# What all processes of a run must be given alike; paths may differ.
+_SHARED = (
+  *(_RANK, _POLICY, _ENERGY, _RATIO, _BUDGET, _SELECT, _EXCLUDE, _DTYPE),
+  *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
+)
+
+
+def main(words: Sequence[str]) -> None:
+  """Runs the extraction and prints its tables.
+
+  Args:
+    words: those that are no flags; there should be none.
+
+  Raises:
+    ValueError: bad input.
+  """
+  try:
+    _run(words)
+  except jlora.runs.LostProcess as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # at an ordinary exit JAX would wait for the lost process
+
+
+def _run(words: Sequence[str]) -> None:
+  keep_compilations(_CACHE.value)
+  process = clusters.join(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  )
+  runs.check_same_facts({flag.name: flag.value for flag in _SHARED})
+  if words:
+    raise ValueError(f"only flags are taken, got {' '.join(words)}")
+  report = jlora.extract_checkpoint(
+    _BASE.value,
+    _FINETUNED.value,
+    _OUT.value,
+    rank=_RANK.value,
+    policy=_POLICIES[_policy()],
+    factor=_FACTORS[_FACTOR.value],
+    select=_selector(),
+    vocabulary=_VOCABULARIES[_VOCABULARY.value],
+    profile=_PROFILES[_PROFILE.value],
+    dtype=jnp.dtype(_DTYPE.value),
+    base_model=_BASE_MODEL.value,
+    resume=_RESUME.value,
+    overwrite=_OVERWRITE.value,
+    split_bytes=int(_SPLIT.value * 2**20),
+  )
+  if process:
+    return
+  extraction.write_card(_OUT.value, report, _command())
+  if _JSON.value:
+    print(json.dumps(report._asdict()))
+    return
+  print(extraction.type_table(report), end="\n\n")
+  print(extraction.worst_table(report), end="\n\n")
+  print(extraction.rounding_line(report))
+  print(extraction.ledger_lines(report))
+  print(f"\nwritten: {_OUT.value}")
+
+
+def _policy() -> str:
+  """The policy's name; a budget is one whether or not it is said twice."""
+  if _BUDGET.value is None:
+    if _POLICY.value == "budget":
+      raise ValueError("--policy=budget needs --budget_mib.")
+    return _POLICY.value
+  if _POLICY.value not in ("fixed", "budget"):
+    raise ValueError(f"--budget_mib does not go with --policy={_POLICY.value}.")
+  return "budget"
+
+
+def _selector() -> Callable[[str, Any], bool]:
+  """The matrices that --select and --exclude leave."""
+  named = jlora.paths.matching(_SELECT.value, _EXCLUDE.value)
+  return functools.partial(_is_selected, named)
+
+
+def _is_selected(
+  named: Callable[[str, Any], bool], path: str, leaf: Any
+) -> bool:
+  return jlora.selection.is_matrix(path, leaf) and named(path, leaf)
+
+
+# What says how a run was started, or where, and not what it is.
+_UNSAID = {
+  *("resume", "overwrite", "json", "cache"),
+  *("coordinator", "num_processes", "process_id"),
+}
+
+
+def _command() -> str:
+  """What makes this adapter again, by the flags that were given."""
+  words = [
+    flag.serialize()
+    for name in _FLAGS
+    if name not in _UNSAID and not (flag := _FLAGS[name]).using_default_value
+  ]
+  return f"jlora extract {shlex.join(words)}"
+
+
+COMMAND = Command(
+  "extract",
+  main,
+  _FLAGS,
+  required=("base", "finetuned", "out"),
+  groups={
+    "Input": {
+      "base": "PATH",
+      "finetuned": "PATH",
+      "select": "REGEX",
+      "exclude": "REGEX",
+      "vocabulary": "",
+    },
+    "Rank": {
+      "rank": "N",
+      "policy": "",
+      "budget_mib": "X",
+      "energy": "X",
+      "ratio": "X",
+      "factor": "",
+    },
+    "Output": {
+      "out": "DIR",
+      "dtype": "",
+      "profile": "",
+      "base_model": "NAME",
+      "json": "",
+    },
+    "Run": {
+      "resume": "",
+      "overwrite": "",
+      "split_mib": "X",
+      "cache": "DIR",
+      "coordinator": "HOST:PORT",
+      "num_processes": "N",
+      "process_id": "N",
+    },
+  },
+  more="Checkpoints are safetensors files, Hugging Face folders, Hub ids that "
+  "were downloaded into the Hugging Face cache, or orbax directories.",
+)
+
+if __name__ == "__main__":
+  sys.exit(entry.run(COMMAND, sys.argv[1:]))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge of checkpoints by a recipe in mergekit's form.
+
+  jlora merge --config=recipe.yml --out=DIR
+
+Writes a checkpoint folder that transformers loads, with `merge.json`: the
+recipe, and what is not as usual. Models are safetensors files, Hugging Face
+folders or orbax directories, or `base+adapter` with a PEFT folder.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+import jlora
+from jlora.commands import entry
+from jlora.commands.caches import keep_compilations
+from jlora.commands.help import Command
+
+_FLAGS = flags.FlagValues()  # apart from those of other commands
+
+_CONFIG = flags.DEFINE_string(
+  "config", None, "The recipe.", required=True, flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "The output folder.", required=True, flag_values=_FLAGS
+)
+_VOCABULARY = flags.DEFINE_enum(
+  "vocabulary",
+  None,
+  ["error", "common", "whole"],
+  "An embedding whose number of rows is not the reference's: stop, merge the "
+  "common rows, or take the reference's unmerged; by default as the recipe "
+  "says: common with `tokenizer_source: base`, else error.",
+  flag_values=_FLAGS,
+)
+_WHOLE = flags.DEFINE_float(
+  "whole_model_density",
+  None,
+  "Of ties: trim each model as a whole, as the paper does, to this share of "
+  "its changes, instead of each tensor by the recipe's density. Reads the "
+  "models twice more.",
+  flag_values=_FLAGS,
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Of what is dropped by chance.", flag_values=_FLAGS
+)
+_SHARD = flags.DEFINE_float(
+  "shard_mib",
+  1024,
+  "A new file begins before this size.",
+  lower_bound=1e-6,
+  flag_values=_FLAGS,
+)
+_RESUME = flags.DEFINE_bool(
+  "resume", False, "Go on with an unfinished run.", flag_values=_FLAGS
+)
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite",
+  False,
+  "Replace a checkpoint that is in the output folder.",
+  flag_values=_FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  "json", False, "Print merge.json.", flag_values=_FLAGS
+)
+_CACHE = flags.DEFINE_string(
+  "cache",
+  None,
+  "Folder of compiled programs; ~/.cache/jlora by default.",
+  flag_values=_FLAGS,
+)
+
+_VOCABULARIES = {
+  "error": jlora.pairing.same_rows,
+  "common": jlora.pairing.common_rows,
+  "whole": jlora.pairing.keep_whole,
+}
+
+
+def main(words: Sequence[str]) -> None:
+  """Runs the merge and prints what is not as usual.
+
+  Args:
+    words: those that are no flags; there should be none.
+
+  Raises:
+    ValueError: a bad recipe or model.
+  """
+  if words:
+    raise ValueError(f"only flags are taken, got {' '.join(words)}")
+  keep_compilations(_CACHE.value)
+  recipe = jlora.merging.read_recipe(_CONFIG.value)
+  if _VOCABULARY.value is not None:
+    recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
+  if _WHOLE.value is not None:
+    recipe = jlora.merging.trim_wholes(recipe, _WHOLE.value)
+  report = jlora.merge_checkpoints(
+    recipe,
+    _OUT.value,
+    key=jax.random.key(_SEED.value),
+    max_shard_bytes=int(_SHARD.value * 2**20),
+    resume=_RESUME.value,
+    overwrite=_OVERWRITE.value,
+  )
+  if _JSON.value:
+    print(json.dumps(report._asdict()))
+    return
+  for note in report.notes:
+    print(note)
+  print(f"{report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB")
+  print(f"written: {_OUT.value}")
+
+
+COMMAND = Command(
+  "merge",
+  main,
+  _FLAGS,
+  required=("config", "out"),
+  groups={
+    "Input": {"config": "FILE", "vocabulary": ""},
+    "Method": {"whole_model_density": "X", "seed": "N"},
+    "Output": {"out": "DIR", "shard_mib": "X", "json": ""},
+    "Run": {"resume": "", "overwrite": "", "cache": "DIR"},
+  },
+  more="Models are safetensors files, Hugging Face folders, Hub ids that were "
+  "downloaded, or orbax directories, or `base+adapter` with a PEFT folder.",
+)
+
+if __name__ == "__main__":
+  sys.exit(entry.run(COMMAND, sys.argv[1:]))
