@@ -27,8 +27,8 @@ from absl import app, flags
 
 import jlora
 from experiments import corpora, finetune, ladders, smollm2, teachers, texts
-from experiments.caches import keep_compilations
 from jlora import models
+from jlora.commands import keep_compilations
 from jlora.evaluation import recovered
 from jlora.extraction import module_type
 from jlora.numerics import norm_of

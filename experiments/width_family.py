@@ -20,6 +20,7 @@ from absl import app, flags
 
 from experiments import finetune, ladders, smollm2, texts
 from jlora import models
+from jlora.commands import keep_compilations
 from jlora.ranks import error_of
 
 RANKS = (4, 8, 16)

@@ -26,6 +26,7 @@ ROWS = (
   "extraction training evaluation routing merging/adapters",
   "merging",
   "merging/checkpoints",
+  "jlora",  # its own door
   "commands",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
@@ -88,6 +89,8 @@ def library_imports(file):
 
 def package_of(file):
   """The row's word a file belongs to: `merging/arrays`, `loras`, `pairing`."""
+  if file == ROOT / "jlora" / "__init__.py":
+    return "jlora"
   parts = file.relative_to(ROOT / "jlora").with_suffix("").parts
   return next(
     (

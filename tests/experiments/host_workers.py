@@ -19,9 +19,9 @@ from unittest import mock
 
 import jax
 from absl import flags
-from experiments.caches import keep_compilations
 
 from experiments import clusters, extract
+from jlora.commands import keep_compilations
 from jlora.extraction import run
 from jlora.runs import processes as hosts
 from jlora.runs import shared_journal, watchdog_process
