@@ -29,13 +29,13 @@ unit: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: .venv/.demo
-	$(BIN)/python -m experiments.bench_extract $(ARGS)
+	$(BIN)/python -m experiments.bench.extract $(ARGS)
 
 bench-scoring: .venv/.test
-	$(BIN)/python -m experiments.bench_scoring $(ARGS)
+	$(BIN)/python -m experiments.bench.scoring $(ARGS)
 
 bench-sweep: .venv/.demo
-	$(BIN)/python -m experiments.bench_sweep $(ARGS)
+	$(BIN)/python -m experiments.bench.sweep $(ARGS)
 
 test-aot: $(AOT)/.done
 	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest tests/pallas_kernels/aot \

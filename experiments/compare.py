@@ -25,15 +25,9 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import (
-  corpora,
-  drawing,
-  logit_curves,
-  samples,
-  summaries,
-  tables,
-  texts,
-)
+from experiments.lib.data import texts
+from experiments.lib.figures import pages, summaries, tables
+from experiments.lib.measures import logit_curves, samples
 from jlora import extraction, models
 from jlora.commands import keep_compilations
 
@@ -92,7 +86,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
     keep_compilations(_CACHE.value)
-    _say(*drawing.draw_all(_run(), _CHOSEN.value))
+    _say(*pages.draw_all(_run(), _CHOSEN.value))
   except (ValueError, RuntimeError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
@@ -158,7 +152,7 @@ def _compare(base: str, finetuned: str, out: str) -> None:
     results["kl"] = logit_curves.sweep_ranks(*pair, adapter, tokens, ranks)
     if prompts is not None:
       results["generation"] = _generate(base, pair, adapter, chosen, prompts)
-  drawing.write_results(out, results)
+  pages.write_results(out, results)
 
 
 def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -170,7 +164,7 @@ def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
   encode, _ = samples.open_tokens(base)
   read = {name: samples.read_text(name, _CACHE.value) for name in _TEXTS.value}
   tokens = {
-    corpora.label(Path(name).name): texts.excerpts(
+    texts.label(Path(name).name): texts.excerpts(
       text, encode, rows=_SEQUENCES.value, length=_LENGTH.value - 1
     )
     for name, text in read.items()
@@ -211,8 +205,7 @@ def _say(report: jlora.Report, results: dict[str, Any], files) -> None:
   for name, found in results.get("kl", {}).items():
     print(f"{name}, nats per token")
     sizes = {
-      row["rank"]: drawing.size_at(report, row["rank"])
-      for row in found["ranks"]
+      row["rank"]: pages.size_at(report, row["rank"]) for row in found["ranks"]
     }
     print(summaries.align_table(summaries.kl_rows(found, sizes)), end="\n\n")
   for each in (results.get("generation") or {}).get("temperatures", []):

@@ -21,8 +21,9 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import conflict_plots, finetune, plots, skills, texts
-from experiments.conflict_tables import (
+from experiments.lib.data import texts
+from experiments.lib.figures import conflicts, plots
+from experiments.lib.figures.conflicts import (
   KINDS,
   LINKS,
   Rows,
@@ -31,7 +32,8 @@ from experiments.conflict_tables import (
   as_table,
   by_layer,
 )
-from experiments.grids import layer_of
+from experiments.lib.figures.grids import layer_of
+from experiments.lib.models import finetunes, skills
 from jlora.checkpoints import Checkpoint, open_checkpoint
 from jlora.commands import keep_compilations
 from jlora.evaluation import (
@@ -183,7 +185,7 @@ def pair_of(
     The base's folder and the finetune's.
   """
   domain, steps, rate = recipe.split(":")
-  return finetune.smollm2_pair(
+  return finetunes.smollm2_pair(
     cache, domain, steps=int(steps), learning_rate=float(rate)
   )
 
@@ -191,7 +193,7 @@ def pair_of(
 def panels_of(
   rows: Rows, shuffled: Rows
 ) -> dict[str, tuple[dict[str, np.ndarray], np.ndarray]]:
-  """The lines of `conflict_plots.draw_layers`.
+  """The lines of `conflicts.draw_layers`.
 
   Args:
     rows: of the two adapters.
@@ -204,11 +206,11 @@ def panels_of(
     title: (
       {
         name: by_layer(rows, kinds, field)
-        for name, kinds in conflict_plots.GROUPS.items()
+        for name, kinds in conflicts.GROUPS.items()
       },
       by_layer(shuffled, KINDS, field),
     )
-    for title, field in conflict_plots.PANELS
+    for title, field in conflicts.PANELS
   }
 
 
@@ -269,7 +271,7 @@ def compare_pairs(
     ):
       print(f"intruders of the {name}: {count_intruders(base, loras)}")
   panels = panels_of(rows, shuffled)
-  return lambda: conflict_plots.draw_layers(panels, streams["second"])
+  return lambda: conflicts.draw_layers(panels, streams["second"])
 
 
 def main(_: list[str]) -> None:

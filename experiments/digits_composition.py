@@ -24,8 +24,7 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import digit_figures
-from experiments.digit_images import (
+from experiments.lib.data.digits import (
   CLASSES,
   PIXELS,
   Cell,
@@ -39,17 +38,16 @@ from experiments.digit_images import (
   thicken,
   train_judges,
 )
-from experiments.digit_models import (
+from experiments.lib.figures import digit_samples
+from experiments.lib.models.digit_models import (
   Denoiser,
   Model,
   denoise,
+  init_control,
   init_model,
   make_loss,
-  make_trainer,
-)
-from experiments.digit_programs import (
-  init_control,
   make_program_trainer,
+  make_trainer,
   obeying,
   shuffle,
   unasked,
@@ -269,7 +267,7 @@ def main(_: list[str]) -> None:
     folder = pathlib.Path(values.out)
     folder.mkdir(parents=True, exist_ok=True)
     figure = folder / "digits_composition.png"
-    digit_figures.save(figure, figure_rows(cells))
+    digit_samples.save(figure, figure_rows(cells))
     shares = {
       style: {
         name: [float(np.mean(x)) for x in (cell.styled, cell.asked)]

@@ -24,18 +24,19 @@ import numpy as np
 from absl import app, flags, logging
 
 import jlora
-from experiments import edits, smollm2, texts
-from experiments.fact_figures import (
+from experiments.lib.adapters import edits
+from experiments.lib.adapters.moments import key_moments, write_prefixes
+from experiments.lib.data import smollm2, texts
+from experiments.lib.data.facts import FACTS, TRIALS, Fact
+from experiments.lib.measures.fact_edits import (
   Measure,
   Row,
   as_table,
   harmonic,
   mean_row,
 )
-from experiments.facts import FACTS, TRIALS, Fact
-from experiments.finetune import TINY
-from experiments.key_moments import key_moments, write_prefixes
-from experiments.samples import open_tokens
+from experiments.lib.measures.samples import open_tokens
+from experiments.lib.models.finetunes import TINY
 from jlora import models
 from jlora.commands import keep_compilations
 

@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import ladders, plots, ratio_plots, teachers, trials
-from experiments.trials import Trial
-from experiments.variants import COSTLY, PLAIN, VARIANTS, Variant
+from experiments.lib.adapters import ladders, teachers, trials
+from experiments.lib.adapters.trials import Trial
+from experiments.lib.adapters.variants import COSTLY, PLAIN, VARIANTS, Variant
+from experiments.lib.figures import plots
 from jlora.commands import keep_compilations
 
 Row = dict[str, Any]
@@ -255,7 +256,7 @@ def main(_: list[str]) -> None:
   if values.figure:
     first = [row for row in whole if row["rank"] == rows[0]["rank"]]
     title = f"At the bytes of plain SVD at rank {rows[0]['rank']} in bfloat16"
-    draw = functools.partial(ratio_plots.draw_ratios, first, names, title)
+    draw = functools.partial(plots.draw_ratios, first, names, title)
     plots.save_figure(values.figure, draw)
 
 

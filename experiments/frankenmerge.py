@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments import merge_plots, plots, skills, texts
+from experiments.lib.data import texts
+from experiments.lib.figures import merges, plots
+from experiments.lib.models import skills
 from jlora import models
 from jlora.commands import keep_compilations
 from jlora.pairing import configure_layers
@@ -270,9 +272,7 @@ def main(_: list[str]) -> None:
   print(f"\n{as_table(rows)}")
   if values.out:
     path = pathlib.Path(values.out) / "frankenmerge.png"
-    plots.save_figure(
-      path, lambda: merge_plots.draw_depths(rows, skills.TITLES)
-    )
+    plots.save_figure(path, lambda: merges.draw_depths(rows, skills.TITLES))
 
 
 if __name__ == "__main__":

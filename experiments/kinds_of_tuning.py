@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import lessons, texts
+from experiments.lib.data import texts
+from experiments.lib.models import lessons
 from jlora.adapting import Rows, Shift, adapt, bind, prepend
 from jlora.commands import keep_compilations
 from jlora.paths import flatten

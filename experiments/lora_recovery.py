@@ -20,7 +20,9 @@ from absl import app, flags
 from flax import traverse_util
 
 import jlora
-from experiments import finetune, ladders, smollm2, texts
+from experiments.lib.adapters import ladders
+from experiments.lib.data import smollm2, texts
+from experiments.lib.models import finetunes
 from jlora import models
 from jlora.commands import keep_compilations
 from jlora.factoring import survey
@@ -65,7 +67,7 @@ def train_lora(
   def adapted(tree, tokens):
     return apply(jlora.apply(tree["base"], loras_of(tree["loras"])), tokens)
 
-  trained = finetune.finetune(
+  trained = finetunes.finetune(
     adapted,
     {"base": params, "loras": factors},
     texts.batches(tokens, 4),
@@ -153,7 +155,7 @@ def main(_: list[str]) -> None:
   keep_compilations(values.cache)
   rank, steps = values.rank, values.steps
   if values.smoke:
-    apply, params = models.init(finetune.TINY, jax.random.key(0))
+    apply, params = models.init(finetunes.TINY, jax.random.key(0))
     text, encode = texts.pydoc(), texts.encode_bytes
   else:
     folder = smollm2.fetch(values.cache)

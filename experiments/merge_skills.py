@@ -24,8 +24,7 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import merge_plots, mixtures, plots, skills, texts
-from experiments.merge_settings import (
+from experiments.lib.adapters.merge_settings import (
   LOW_RANK,
   NEAR,
   RANDOM,
@@ -33,7 +32,10 @@ from experiments.merge_settings import (
   WHOLE,
   Merge,
 )
-from experiments.skills import Skills
+from experiments.lib.data import texts
+from experiments.lib.figures import merges, plots
+from experiments.lib.models import mixtures, skills
+from experiments.lib.models.skills import Skills
 from jlora import models
 from jlora.commands import keep_compilations
 from jlora.loras import Lora, Loras
@@ -264,7 +266,7 @@ def main(_: list[str]) -> None:
     best = front(rows, names)
     path = pathlib.Path(values.out) / "merge_skills.png"
     plots.save_figure(
-      path, lambda: merge_plots.draw_losses(rows, best, skills.TITLES)
+      path, lambda: merges.draw_losses(rows, best, skills.TITLES)
     )
 
 

@@ -24,9 +24,12 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from experiments.collectives import collective_bytes, largest_gathered
-from experiments.llamas import MODELS, extractions
-from experiments.pods import PODS, Pod, memory_of, mesh_of
+from experiments.lib.data.llamas import MODELS, extractions
+from experiments.lib.machines.collectives import (
+  collective_bytes,
+  largest_gathered,
+)
+from experiments.lib.machines.pods import PODS, Pod, memory_of, mesh_of
 from jlora import models, sharding
 from jlora.messages import name_some
 from jlora.models import build, rules_for

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import finetune
+from experiments.lib.models import finetunes
 from pallas_kernels.lora_dot import dequantise, quantise_int8, quantise_nf4
 
 HOW = {"int8": quantise_int8, "nf4": quantise_nf4}
@@ -146,9 +146,9 @@ def main(_: list[str]) -> None:
   values = flags.FLAGS
   with tempfile.TemporaryDirectory() as work:
     pair = (
-      finetune.tiny_pair(work, jax.random.key(0))
+      finetunes.tiny_pair(work, jax.random.key(0))
       if values.smoke
-      else finetune.kjv_pair(values.cache)
+      else finetunes.kjv_pair(values.cache)
     )
     base, finetuned = map(str, pair)
     sums = measure_pair(base, finetuned, values.every)

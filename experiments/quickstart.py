@@ -22,7 +22,8 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import finetune, smollm2, texts
+from experiments.lib.data import smollm2, texts
+from experiments.lib.models import finetunes
 from jlora import extraction, models
 from jlora.commands import keep_compilations
 
@@ -45,11 +46,11 @@ def main(argv: list[str]) -> None:
   rank = _RANK.value or (8 if _SMOKE.value else 64)
   with tempfile.TemporaryDirectory() as work:
     if _SMOKE.value:
-      base, finetuned = finetune.tiny_pair(work, jax.random.key(0))
+      base, finetuned = finetunes.tiny_pair(work, jax.random.key(0))
       encode, text = texts.encode_bytes, texts.pydoc()
       out = pathlib.Path(_OUT.value or f"{work}/adapter")
     else:
-      base, finetuned = finetune.kjv_pair(_CACHE.value)
+      base, finetuned = finetunes.kjv_pair(_CACHE.value)
       encode, text = smollm2.tokenizer(base), smollm2.kjv(_CACHE.value)
       default = f"{finetuned}-rank{rank}"
       out = pathlib.Path(_OUT.value or default)
@@ -97,7 +98,7 @@ def _score(base, finetuned, out, tokens: np.ndarray) -> None:
   }
   adapted = jlora.apply(params, loras)
   before, after, kept = (
-    finetune.held_out_loss(apply, tree, tokens)
+    finetunes.held_out_loss(apply, tree, tokens)
     for tree in (params, target, adapted)
   )
   print(f"held-out loss, nats per token over {tokens[:, 1:].size} tokens")

@@ -22,14 +22,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import (
-  corpora,
-  error_controls,
-  finetune,
-  ladders,
-  smollm2,
-  texts,
-)
+from experiments.lib.adapters import error_controls, ladders
+from experiments.lib.data import smollm2, texts
+from experiments.lib.models import finetunes
 from jlora import ranks as advice
 from jlora.commands import keep_compilations
 from jlora.evaluation import mean_kl, recovered
@@ -227,22 +222,22 @@ def report_advice(
 def _pair(values: Any, work: str) -> tuple[Any, Any, dict[str, str]]:
   """Base folder, finetuned folder and held-out texts, the finetune's first."""
   if values.smoke:
-    pair = finetune.tiny_pair(work, jax.random.key(0))
+    pair = finetunes.tiny_pair(work, jax.random.key(0))
     return *pair, {texts.pydoc_source(): texts.split(texts.pydoc())[1]}
   if values.base:
     if not (values.finetuned and values.text):
       raise app.UsageError("--base needs --finetuned and --text")
     path = pathlib.Path(values.text)
     return values.base, values.finetuned, {path.name: path.read_text()}
-  pair = finetune.smollm2_pair(
+  pair = finetunes.smollm2_pair(
     values.cache,
     values.domain,
     steps=values.tuning_steps,
     learning_rate=values.learning_rate,
   )
-  names = sorted(corpora.CORPORA, key=lambda name: name != values.domain)
+  names = sorted(texts.CORPORA, key=lambda name: name != values.domain)
   return *pair, {
-    corpora.label(name): corpora.parts(name, values.cache)[1] for name in names
+    texts.label(name): texts.parts(name, values.cache)[1] for name in names
   }
 
 

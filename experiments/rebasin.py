@@ -21,7 +21,8 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import basins, finetune, lessons, plots
+from experiments.lib.figures import plots
+from experiments.lib.models import basins, finetunes, lessons
 from jlora.alignment import (
   Permutations,
   match_activations,
@@ -33,7 +34,7 @@ from jlora.commands import keep_compilations
 POINTS = 11
 METHODS = ("as they are", "weights matched", "activations matched")
 #: Llama of bytes: two layers of 64 channels, 4 heads on 2 key heads.
-LLAMA = {**finetune.TINY, "tie_word_embeddings": False}
+LLAMA = {**finetunes.TINY, "tie_word_embeddings": False}
 _STYLES = (("#7F7F7F", "s"), ("#0072B2", "o"), ("#D55E00", "^"))
 
 

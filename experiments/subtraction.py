@@ -26,7 +26,9 @@ import numpy as np
 from absl import app, flags
 
 import jlora
-from experiments import corpora, finetune, ladders, smollm2, teachers, texts
+from experiments.lib.adapters import ladders, teachers
+from experiments.lib.data import smollm2, texts
+from experiments.lib.models import finetunes
 from jlora import models
 from jlora.commands import keep_compilations
 from jlora.evaluation import recovered
@@ -218,11 +220,11 @@ def main(_: list[str]) -> None:
   keep_compilations(values.cache)
   with tempfile.TemporaryDirectory() as work:
     if values.smoke:
-      pair = finetune.tiny_pair(work, jax.random.key(0))
+      pair = finetunes.tiny_pair(work, jax.random.key(0))
       text, encode = texts.split(texts.pydoc())[1], texts.encode_bytes
     else:
-      pair = finetune.kjv_pair(values.cache)
-      text = corpora.parts("kjv", values.cache)[1]
+      pair = finetunes.kjv_pair(values.cache)
+      text = texts.parts("kjv", values.cache)[1]
       encode = smollm2.tokenizer(pair[0])
     if values.effect:
       tokens = texts.excerpts(text, encode, rows=values.rows, length=127)

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import lessons, texts
+from experiments.lib.data import texts
+from experiments.lib.models import lessons
 from jlora.adapting import apply
 from jlora.commands import keep_compilations
 from jlora.paths import matching

@@ -19,7 +19,9 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import lessons, plots, texts
+from experiments.lib.data import texts
+from experiments.lib.figures import plots
+from experiments.lib.models import lessons
 from jlora.adapting import apply
 from jlora.commands import keep_compilations
 from jlora.evaluation import overlap

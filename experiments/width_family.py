@@ -18,36 +18,16 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import finetune, ladders, smollm2, texts
+from experiments.lib.adapters import ladders
+from experiments.lib.data import smollm2, texts
+from experiments.lib.data.llamas import config_of
+from experiments.lib.models import finetunes
 from jlora import models
 from jlora.commands import keep_compilations
 from jlora.ranks import error_of
 
 RANKS = (4, 8, 16)
 SHARE = 8  # rank is the width over this
-
-
-def config_of(width: int) -> dict[str, Any]:
-  """The config of a member of the family.
-
-  Args:
-    width: hidden size, a multiple of 32.
-
-  Returns:
-    Content of config.json: four layers, an MLP of three widths, heads of 32.
-
-  Example:
-    >>> config_of(64)["intermediate_size"]
-    192
-  """
-  return {
-    **finetune.TINY,
-    "hidden_size": width,
-    "intermediate_size": 3 * width,
-    "num_hidden_layers": 4,
-    "num_attention_heads": width // 32,
-    "num_key_value_heads": width // 32,
-  }
 
 
 def train_member(
@@ -72,7 +52,7 @@ def train_member(
   for tokens, count, rate in zip(corpora, steps, (1e-3, 3e-4), strict=True):
     rng = np.random.default_rng(seed)
     rows = tokens[rng.permutation(len(tokens))[: 4 * count]]
-    params = finetune.finetune(
+    params = finetunes.finetune(
       apply,
       params,
       texts.batches(rows, 4, seed),

@@ -201,6 +201,36 @@ def public_names(module):
   return {name for name in names if not name.startswith("_")}
 
 
+QUESTIONS = sorted((ROOT / "experiments").glob("[a-z]*.py"))
+
+
+@each(QUESTIONS)
+def test_a_question_has_a_main_and_imports_lib_alone(file):
+  """What several questions share is in lib/, what is timed in bench/."""
+  tree = tree_of(file)
+  names = {node.name for node in tree.body if hasattr(node, "name")}
+  runs = {dotted.rpartition(".")[2] for _, dotted in imports(tree)}
+  assert "main" in names | runs
+  others = [
+    dotted
+    for _, dotted in imports(tree)
+    if dotted.startswith("experiments")
+    and not dotted.startswith("experiments.lib")
+  ]
+  assert not others
+
+
+@each(sorted((ROOT / "experiments" / "lib").rglob("*.py")))
+def test_lib_knows_no_question(file):
+  others = [
+    dotted
+    for _, dotted in imports(tree_of(file))
+    if dotted.startswith("experiments")
+    and not dotted.startswith("experiments.lib.")
+  ]
+  assert not others
+
+
 @each(PAGES)
 def test_pages_name_what_there_is(file):
   """Every `jlora.x.y` of a page is public, every path of a file exists."""

@@ -9,11 +9,12 @@ import sys
 import jax
 import pytest
 
-from experiments import finetune, texts
+from experiments.lib.data import texts
+from experiments.lib.models import finetunes
 from jlora import models
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = finetune.TINY | {"num_hidden_layers": 1}
+CONFIG = finetunes.TINY | {"num_hidden_layers": 1}
 
 
 def compare(*flags):

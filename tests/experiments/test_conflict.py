@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from experiments import conflict, conflict_plots, conflict_tables, plots
+from experiments import conflict
+from experiments.lib.figures import conflicts, plots
 from jlora.evaluation.conflicts import compare_adapters
 from jlora.loras import Lora
 
@@ -80,23 +81,23 @@ def test_what_one_writes_is_followed_to_what_the_other_reads(base):
   assert layers[0]["overlap"] == pytest.approx(1)
   assert layers[0]["level"] == pytest.approx(2 / 12)
   assert found["o to the MLP of its layer"][2]["overlap"] < 0.9
-  table = conflict_tables.as_stream_table({"second": found, "again": found})
+  table = conflicts.as_stream_table({"second": found, "again": found})
   assert "| MLP to q, k, v of the next layer | 1.000, 1.000 | 1.000, 1" in table
 
 
 def test_tables_and_figure_have_a_place_for_everything(base):
   loras = draw(0)
   rows = compare_adapters(loras, loras)
-  table = conflict_tables.as_table(rows, rows).splitlines()
-  assert len(table) == 2 + len(conflict_tables.KINDS)
+  table = conflicts.as_table(rows, rows).splitlines()
+  assert len(table) == 2 + len(conflicts.KINDS)
   assert "| q_proj | 1.000 (1.000) |" in table[2]
-  depths = conflict_tables.as_depth_table(rows).splitlines()
+  depths = conflicts.as_depth_table(rows).splitlines()
   assert "| q | cosine | 1.000 | 1.000 | 1.000 |" in depths
   streams = conflict.follow_stream(loras, loras, base)
-  figure = conflict_plots.draw_layers(conflict.panels_of(rows, rows), streams)
+  figure = conflicts.draw_layers(conflict.panels_of(rows, rows), streams)
   assert len(figure.axes) == 6
   counts = conflict.count_intruders(base, loras)
-  assert counts.keys() == set(conflict_tables.KINDS)
+  assert counts.keys() == set(conflicts.KINDS)
   assert sum(any_ for any_, _ in counts.values()) > 0
 
 

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments import digit_figures, digits_composition
-from experiments.digit_images import Judges, judge, rotate
-from experiments.digit_models import Denoiser, blur, denoise, init_model
-from experiments.digit_programs import init_control, shuffle, with_hint
+from experiments import digits_composition
 from experiments.digits_composition import (
   BOTH,
   SMOKE,
@@ -18,6 +15,17 @@ from experiments.digits_composition import (
   as_table,
   compose,
   figure_rows,
+)
+from experiments.lib.data.digits import Judges, judge, rotate
+from experiments.lib.figures import digit_samples
+from experiments.lib.models.digit_models import (
+  Denoiser,
+  blur,
+  denoise,
+  init_control,
+  init_model,
+  shuffle,
+  with_hint,
 )
 from jlora.training import trainer
 
@@ -128,5 +136,5 @@ def test_smoke(capsys, tmp_path, monkeypatch):
   assert said.count("LoRA merged") == len(styles)
   rows = figure_rows(cells, 10)
   assert len(rows) == 2 + 3 * len(styles)
-  digit_figures.save(tmp_path / "rows.png", rows)
+  digit_samples.save(tmp_path / "rows.png", rows)
   assert (tmp_path / "rows.png").stat().st_size > 1000

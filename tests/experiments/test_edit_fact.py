@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments import edits, facts, key_moments
 from experiments.edit_fact import save
-from experiments.fact_figures import Measure, harmonic
-from experiments.finetune import TINY
-from experiments.interventions import go_on, read_modules, to_logits
-from experiments.texts import encode_bytes
+from experiments.lib.adapters import edits
+from experiments.lib.adapters.edits import go_on, read_modules, to_logits
+from experiments.lib.adapters.moments import key_moments
+from experiments.lib.data import facts
+from experiments.lib.data.texts import encode_bytes
+from experiments.lib.measures.fact_edits import Measure, harmonic
+from experiments.lib.models.finetunes import TINY
 from jlora import models
 
 FACT = facts.Fact("Ann", "Ann is in", " A", " B", ("Where is Ann? In",))
@@ -24,7 +26,7 @@ MULTIPLE = 32
 @functools.cache
 def model():
   apply, params = models.init(TINY, jax.random.key(0))
-  moments, held = key_moments.key_moments(
+  moments, held = key_moments(
     apply,
     params,
     encode_bytes,
@@ -165,9 +167,7 @@ def test_moments_are_kept(tmp_path):
   options = {"rows": 4, "names": ("pydoc",), "cache": None}
   file = tmp_path / "moments.npz"
   np.savez(file, held=held, **{"layers|0|w": np.eye(2, dtype=np.float32)})
-  found = key_moments.key_moments(
-    m.apply, m.params, encode_bytes, file=file, **options
-  )
+  found = key_moments(m.apply, m.params, encode_bytes, file=file, **options)
   assert found[0]["layers/0/w"].dtype == np.float64
   np.testing.assert_array_equal(found[1], held)
 

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import equal_bytes, fitting, ladders, ratio_plots, teachers
-from experiments.trials import WEIGHINGS, Trial
-from experiments.variants import COSTLY, PLAIN, VARIANTS
+from experiments import equal_bytes
+from experiments.lib.adapters import ladders, teachers, trials
+from experiments.lib.adapters.trials import WEIGHINGS, Trial
+from experiments.lib.adapters.variants import COSTLY, PLAIN, VARIANTS
+from experiments.lib.figures import plots
 from jlora.evaluation.outputs import mean_kl
 
 RANK = 4
@@ -85,7 +87,7 @@ def test_every_variant_beats_no_adapter_and_some_beat_plain_svd(rows):
 def test_sensitivity_is_the_cost_of_one_module_alone(trial):
   """Against the model run in float64 with that module cut."""
   rank, path = RANK, "up/kernel"
-  found = fitting.measure_sensitivity(trial.ladder, rank, trial.calibration)
+  found = trials.measure_sensitivity(trial.ladder, rank, trial.calibration)
   ladder = trial.ladder
   lora = ladders.cut({path: ladder.loras[path]}, rank)
   params = dict(ladder.finetuned)
@@ -198,7 +200,7 @@ def test_ratios_are_drawn_with_their_bars():
   rows = [row(PLAIN, 0, 0.2), row("x", 0, 0.1), row(PLAIN, 1, 0.4),
           row("x", 1, 0.1), {**row("none", 0, 3.0), "bytes": 0}]  # fmt: skip
   whole = equal_bytes.summarise(rows, ["kjv"])
-  axes = ratio_plots.draw_ratios(whole, ["kjv"], "title").axes[0]
+  axes = plots.draw_ratios(whole, ["kjv"], "title").axes[0]
   labels = [label.get_text() for label in axes.get_yticklabels()]
   assert labels == [f"{PLAIN} (2 seeds)", "x (2 seeds)"]
   (line,) = [at for at in axes.get_lines() if at.get_marker() == "o"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments import corpora, finetune, texts
+from experiments.lib.data import texts
+from experiments.lib.models import finetunes
 from jlora import models
 
 
@@ -14,14 +15,14 @@ from jlora import models
 def pair(tmp_path_factory):
   folder = tmp_path_factory.mktemp("pair")
   with jax.numpy_dtype_promotion("standard"):  # optax mixes float and int
-    return finetune.tiny_pair(folder, jax.random.key(0))
+    return finetunes.tiny_pair(folder, jax.random.key(0))
 
 
 def test_the_finetune_learns_what_it_did_not_see(pair):
   _, held_out = texts.split(texts.pydoc())
   tokens = texts.excerpts(held_out, texts.encode_bytes, rows=4, length=64)
   base, tuned = (
-    finetune.held_out_loss(*models.load(folder), tokens) for folder in pair
+    finetunes.held_out_loss(*models.load(folder), tokens) for folder in pair
   )
   assert base == pytest.approx(np.log(256), abs=0.6)
   assert tuned < base - 1.0
@@ -33,7 +34,7 @@ def test_matrices_move_and_nothing_else(pair):
     for folder in pair
   )
   moved = {p for p in base if not np.array_equal(base[p], tuned[p])}
-  assert moved == {path for path in base if finetune.is_matrix(path)}
+  assert moved == {path for path in base if finetunes.is_matrix(path)}
   assert len(moved) == 15  # seven matrices a layer, and the embedding
 
 
@@ -45,7 +46,7 @@ def test_loss_is_the_mean_over_rows_and_positions():
     return params[None, None].repeat(tokens.shape[1], axis=1)
 
   expected = -logits[tokens[:, 1:]].mean()
-  found = finetune.held_out_loss(apply, jax.numpy.asarray(logits), tokens)
+  found = finetunes.held_out_loss(apply, jax.numpy.asarray(logits), tokens)
   assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -66,10 +67,10 @@ def test_the_base_survives_and_shortage_is_an_error(key):
     jax.numpy_dtype_promotion("standard"),
     pytest.raises(ValueError, match="2 steps need as many batches, got 1"),
   ):
-    finetune.finetune(apply, params, tokens, **settings)
+    finetunes.finetune(apply, params, tokens, **settings)
   jax.tree.map(np.testing.assert_array_equal, params, before)
   with pytest.raises(ValueError, match="selects none of"):
-    finetune.finetune(
+    finetunes.finetune(
       apply, params, tokens, train=lambda path: False, **settings
     )
 
@@ -107,7 +108,7 @@ def test_a_seed_moves_excerpts_within_their_own_parts():
 
 
 def test_texts_have_names():
-  train, held = corpora.parts("pydoc")
+  train, held = texts.parts("pydoc")
   assert train + held == texts.pydoc()
   with pytest.raises(ValueError, match="'runes': take kjv, pydoc"):
-    corpora.parts("runes")
+    texts.parts("runes")

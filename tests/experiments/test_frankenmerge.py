@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import frankenmerge, merge_plots, skills
+from experiments import frankenmerge
+from experiments.lib.figures import merges
+from experiments.lib.models import skills
 
 
 def depth_of(schedule):
@@ -61,7 +63,7 @@ def test_a_layer_that_adds_nothing_may_be_repeated(rows):
 def test_rows_become_a_table_and_a_figure(rows):
   lines = frankenmerge.as_table(rows).splitlines()
   assert lines[3].startswith("| block of 1 | base 0, 0-1 | 3 |")
-  figure = merge_plots.draw_depths(rows, skills.TITLES)
+  figure = merges.draw_depths(rows, skills.TITLES)
   line, level = figure.axes[0].lines
   losses = [np.mean(row["kjv"]) for row in rows]
   assert list(line.get_ydata()) == pytest.approx(losses[1:])

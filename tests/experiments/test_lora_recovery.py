@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments import ladders
+from experiments.lib.adapters import ladders
 from experiments.lora_recovery import as_table, measure_recovery
 from jlora.loras import Lora
 

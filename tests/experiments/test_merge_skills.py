@@ -4,13 +4,10 @@
 import numpy as np
 import pytest
 
-from experiments import (
-  merge_plots,
-  merge_settings,
-  merge_skills,
-  mixtures,
-  skills,
-)
+from experiments import merge_skills
+from experiments.lib.adapters import merge_settings
+from experiments.lib.figures import merges
+from experiments.lib.models import mixtures, skills
 from jlora.loras import Lora
 from jlora.paths import flatten
 
@@ -112,7 +109,7 @@ def test_the_table_and_the_figure_mark_the_front():
   assert lines[4].startswith("| mixture | far | s |  | 9.000 |")
   best = merge_skills.front(rows, list(skills.TITLES))
   assert [row["method"] for row in best] == ["good"]
-  figure = merge_plots.draw_losses(rows, best, skills.TITLES)
+  figure = merges.draw_losses(rows, best, skills.TITLES)
   said = [text.get_text() for text in figure.axes[0].texts]
   names = "Pareto front\n1  good, s"
   assert said == ["1", names, "not shown:\nfar s: 9.00, 9.00"]

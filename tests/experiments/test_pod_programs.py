@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from experiments.llamas import MODELS, extractions
-from experiments.pods import PODS, memory_of
+from experiments.lib.data.llamas import MODELS, extractions
+from experiments.lib.machines.pods import PODS, memory_of
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 

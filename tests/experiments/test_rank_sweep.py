@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments import error_controls, ladders, rank_sweep, texts
+from experiments import rank_sweep
+from experiments.lib.adapters import error_controls, ladders
+from experiments.lib.data import texts
 from jlora.ranks import error_of
 from tests.experiments.test_equal_bytes import draw, model
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import basins, plots, rebasin
+from experiments import rebasin
+from experiments.lib.figures import plots
+from experiments.lib.models import basins
 from jlora.alignment.permutations import permute
 from jlora.models import networks
 from jlora.paths import flatten

@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from experiments import ladders, width_family
+from experiments import width_family
+from experiments.lib.adapters import ladders
 
 
 def member(width, seed):

@@ -20,7 +20,10 @@ from jax.sharding import PartitionSpec as P
 from threadpoolctl import threadpool_limits
 
 import jlora
-from experiments.collectives import find_collectives, largest_gathered
+from experiments.lib.machines.collectives import (
+  find_collectives,
+  largest_gathered,
+)
 from jlora.evaluation import weights
 from jlora.factoring import certificates
 from jlora.factoring.factorisers import cheapest

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import jlora
-from experiments import bench_merges, pairs
+from experiments.bench import merge
+from experiments.lib.data import pairs
 from jlora.checkpoints.checkpoint import write_safetensors
 from jlora.merging.checkpoints.mergekit import read_recipe
 
@@ -52,8 +53,8 @@ def test_a_bad_merge_is_one_message(recipe, tmp_path):
 
 
 def test_the_benchmarks_recipes_are_read(tmp_path):
-  bench = bench_merges.Bench(tmp_path)
-  for method in (*bench_merges.METHODS, "passthrough"):
+  bench = merge.Bench(tmp_path)
+  for method in (*merge.METHODS, "passthrough"):
     file = bench.write_recipe(method, "small", {"dtype": "float32"})
     assert read_recipe(file).models[-1].endswith(("other", "finetuned"))
 
@@ -72,9 +73,9 @@ def test_a_family_is_a_base_and_two_finetunes(tmp_path):
 
 def test_differences_are_of_the_largest_entry():
   ours, theirs = {"w": np.float32([1, 4])}, {"w": np.float32([2, 4])}
-  assert bench_merges.difference_of(ours, theirs) == (0.25, 0.5)
+  assert merge.difference_of(ours, theirs) == (0.25, 0.5)
   with pytest.raises(ValueError, match="tensors differ"):
-    bench_merges.difference_of(ours, {"v": theirs["w"]})
+    merge.difference_of(ours, {"v": theirs["w"]})
 
 
 def test_models_trimmed_as_wholes(tmp_path):

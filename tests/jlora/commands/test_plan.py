@@ -12,7 +12,7 @@ from experiments.costs import Cost, Module, bound_of, cost_of
 from experiments.estimates import describe, list_modules, plan_extraction
 from experiments.machines import MACHINES, Machine, measure_here
 
-from experiments import pairs
+from experiments.lib.data import pairs
 from jlora.factoring import factorisers
 from jlora.factoring.factorisers import cheapest, gram, krylov, svd
 

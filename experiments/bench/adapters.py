@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do adapters cost beside the base alone: one, or one for each row?
+
+  python -m experiments.bench.adapters [--counts=1,4,16,64] [--quick]
+
+A random float32 model of SmolLM2-135M's shape, random adapters on all matrices
+of the layers. One program each, in turns in one process: the base, the adapter
+merged, one adapter bound to all rows, and a bank from which every row takes its
+own. Scoring is one batch of --rows x --length tokens; decoding is --steps
+tokens after a prompt of 16, with a cache. Compiling does not count.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+import jlora
+from experiments.bench.scoring import SMOLLM2
+from jlora import models
+from jlora.commands import keep_compilations
+
+TINY = {**SMOLLM2, "vocab_size": 64, "hidden_size": 36, "num_hidden_layers": 2}
+Programs = dict[str, Callable[[], Any]]
+
+
+def draw_adapter(params: Any, rank: int, seed: int) -> jlora.Loras:
+  """A random adapter on all matrices of the layers.
+
+  Args:
+    params: of a decoder.
+    rank: of every module.
+    seed: of the numbers.
+
+  Returns:
+    Loras, float32.
+  """
+  loras = {}
+  for path, leaf in jlora.paths.flatten(params).items():
+    if path.startswith("layers/") and leaf.ndim == 2:
+      key = jax.random.fold_in(jax.random.key(seed), len(loras))
+      keys = jax.random.split(key)
+      a, b = (
+        jax.random.normal(key, (rank, side)) / side
+        for key, side in zip(keys, leaf.shape, strict=True)
+      )
+      loras[path] = jlora.Lora(a, b, jnp.float32(1))
+  return loras
+
+
+def list_programs(
+  run: Any, params: Any, tokens: jax.Array, adapters: Sequence[jlora.Loras],
+  counts: Sequence[int],
+) -> Programs:  # fmt: skip
+  """The programs that are compared, by name.
+
+  Args:
+    run: `(params, tokens) -> array`.
+    params: the base's.
+    tokens: (rows, time).
+    adapters: at least as many as the largest count.
+    counts: sizes of banks.
+
+  Returns:
+    name -> a compiled program without arguments, the base first.
+  """
+  base, adapted, rows = (
+    jax.jit(run), jax.jit(jlora.adapt(run)), jax.jit(jlora.adapt_rows(run)),
+  )  # fmt: skip
+  merged = jax.jit(jlora.apply)(params, adapters[0])
+  programs = {
+    "base": functools.partial(base, params, tokens),
+    "one, merged": functools.partial(base, merged, tokens),
+    "one, bound": functools.partial(
+      adapted, jlora.bind(params, adapters[0]), tokens
+    ),
+  }
+  for count in counts:
+    bank = jlora.stack(adapters[:count])
+    ids = jnp.arange(len(tokens)) % count
+    programs[f"a row its own of {count}"] = functools.partial(
+      rows, params, bank, ids, tokens
+    )
+  return programs
+
+
+def time_programs(programs: Programs, turns: int) -> dict[str, float]:
+  """Median seconds of each, all in turns.
+
+  Args:
+    programs: by name.
+    turns: how often each runs; once more does not count.
+
+  Returns:
+    name -> seconds.
+  """
+  spent: dict[str, list[float]] = {name: [] for name in programs}
+  for _ in range(turns + 1):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(program())
+      spent[name].append(time.perf_counter() - start)
+  return {name: statistics.median(own[1:]) for name, own in spent.items()}
+
+
+def main(_: list[str]) -> None:
+  """Prints a table for scoring and one for decoding."""
+  values = flags.FLAGS
+  keep_compilations(values.cache)
+  config = TINY if values.quick else SMOLLM2
+  run, params = models.init(config, jax.random.key(0))
+  counts = [int(count) for count in values.counts]
+  adapters = [
+    draw_adapter(params, values.rank, seed) for seed in range(max(counts))
+  ]
+  shape = (values.rows, 8 if values.quick else values.length)
+  tokens = jax.random.randint(jax.random.key(1), shape, 0, config["vocab_size"])
+
+  def decode(params, tokens):
+    return models.generate(run, params, tokens, values.steps)
+
+  for title, function, given in (
+    (f"scoring {shape[0]} x {shape[1]} tokens", run, tokens),
+    (f"decoding {shape[0]} x {values.steps} tokens", decode, tokens[:, :16]),
+  ):
+    programs = list_programs(function, params, given, adapters, counts)
+    found = time_programs(programs, values.turns)
+    print(f"| {title} | seconds | x base |\n|---|---|---|")
+    for name, seconds in found.items():
+      print(f"| {name} | {seconds:.3f} | {seconds / found['base']:.2f} |")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("counts", ["1", "4", "16", "64"], "Adapters of a bank.")
+  flags.DEFINE_integer("rank", 16, "Of each adapter.")
+  flags.DEFINE_integer("rows", 8, "Of the batch.")
+  flags.DEFINE_integer("length", 128, "Tokens of a row that are scored.")
+  flags.DEFINE_integer("steps", 16, "Tokens that are decoded.")
+  flags.DEFINE_integer("turns", 5, "Timed runs of each program.")
+  flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
+  flags.DEFINE_bool("quick", False, "Tiny sizes: does it run?")
+  app.run(main)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts, images, models and checkpoints that experiments read or write."""

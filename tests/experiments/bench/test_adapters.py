@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that the benchmark compares, on a tiny model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.adapters import (
+  TINY,
+  draw_adapter,
+  list_programs,
+  time_programs,
+)
+from jlora import models
+
+
+def test_programs_do_what_their_names_say():
+  run, params = models.init(TINY, jax.random.key(0))
+  adapters = [draw_adapter(params, 2, seed) for seed in range(2)]
+  tokens = jnp.arange(12).reshape(2, 6)
+  programs = list_programs(run, params, tokens, adapters, [1, 2])
+  base, merged, bound, same, own = (each() for each in programs.values())
+  assert np.abs(merged - base).max() > 1e-6
+  for found in (bound, same):
+    np.testing.assert_allclose(found, merged, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(own[0], merged[0], rtol=1e-3, atol=1e-5)
+  assert np.abs(own[1] - merged[1]).max() > 1e-7
+  spent = time_programs(programs, 1)
+  assert list(spent) == list(programs)
+  assert min(spent.values()) > 0
