@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays on the host, compiled or sharded; knows no Lora.
+"""Numerical helpers for NumPy, JAX and sharded arrays; internal.
 
 NumPy and JAX arrays go through one algorithm (`backends`), on meshes of devices
-too (`meshes`). Users need nothing of it.
+too (`meshes`). Nothing here knows of Loras, and users need nothing of it.
 """
