@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts written into a matrix: closed forms that give ordinary Loras.
+"""Edits that write facts into a matrix, as ordinary Loras: ROME and MEMIT.
 
-A linear layer is read as a memory: it answers a key, what the layer reads at a
-subject's last token, with a value. The change that gives keys new values and
-disturbs all other inputs least has one unit of rank for a key. Inputs are known
-by their second moment C = E[x xᵀ], (in, in), such as
-`moment.total / moment.count` of `second_moments`.
+A linear layer is seen as a memory. It answers a key, which is what the layer
+reads at a subject's last token, with a value. The change that gives keys new
+values and disturbs all other inputs least has a closed form and one unit of
+rank for each key. The other inputs are known by their second moment
+C = E[x xᵀ], (in, in), such as `moment.total / moment.count` of
+`second_moments`. `fit_value` finds a value that makes the model say something
+else, by gradient descent.
 """
 
 import functools
@@ -22,30 +24,34 @@ from jlora.loras import Lora, Loras
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of
 
-with epy.lazy_imports():  # only where NumPy's arrays are solved
+with epy.lazy_imports():  # needed only to solve systems of NumPy arrays
   import scipy.linalg
+
+with epy.lazy_imports():  # needed only by fit_value
+  import optax
 
 Read = Callable[[Loras, str], tuple[Any, Any]]
 
 
 def address_of(key: Any, moment: Any, *, ridge: float = 0.0) -> Any:
-  """The direction that reads a key as 1 and all that is unlike it as little.
+  """Computes the direction that reads 1 on a key and least on other inputs.
 
       a = C⁻¹ k / (kᵀ C⁻¹ k),   the minimum of aᵀ C a with aᵀ k = 1
 
-  An edit of this key is `aᵀ b` with any b: what an input x adds to the output
-  is (a · x) b, exactly b for the key and nothing for x with xᵀ C⁻¹ k = 0.
+  An edit of this key is `aᵀ b` with any b. It adds (a · x) b to the output for
+  an input x: exactly b for the key, and nothing where xᵀ C⁻¹ k = 0.
 
   Args:
     key: (in,).
     moment: (in, in), the second moment C up to a factor.
     ridge: share of C's mean eigenvalue that is added to its diagonal. Needed
-      where C is singular: fewer inputs than `in`, or a channel never used. The
-      key is read as 1 whatever it is.
+      where C is singular: fewer inputs than `in`, or a channel never used. With
+      any ridge the key reads as 1.
 
   Returns:
-    (in,), float64 if an argument is, else float32; of NumPy if both are. Costs
-    a Cholesky factor, `in³ / 3` operations, replicated under sharding.
+    (in,), float64 if an argument is, else float32; NumPy's if both arguments
+    are. Costs a Cholesky factorisation, `in³ / 3` operations, which every
+    device does in full under sharding.
 
   Raises:
     ValueError: shapes that do not fit, a ridge below 0, a key of zero, or a
@@ -65,19 +71,19 @@ def address_of(key: Any, moment: Any, *, ridge: float = 0.0) -> Any:
 def edit_key(
   weight: Any, key: Any, value: Any, moment: Any, *, ridge: float = 0.0
 ) -> Lora:
-  """The Lora after which a matrix answers one key with a given value: ROME.
+  """Returns the Lora that makes a matrix answer one key with a value (ROME).
 
       (w + aᵀ b)ᵀ k = v,   a = C⁻¹ k / (kᵀ C⁻¹ k),   b = v - wᵀ k
 
-  Of all changes D with (w + D)ᵀ k = v it is the one with the least
-  tr(Dᵀ C D): the mean square of what it does to inputs that come.
+  Of all changes D with (w + D)ᵀ k = v it has the least tr(Dᵀ C D), the mean
+  square of what a change does to other inputs.
 
   Args:
     weight: (in, out).
-    key: (in,), one and the same wherever it occurs. The first code of ROME
-      took a mean over prompts in C⁻¹ k and a single prompt's key in the rest;
-      such edits break models.
-    value: (out,), what the layer is to answer, its bias not counted.
+    key: (in,), the same wherever k stands in the formulas. The first code of
+      ROME used a mean over prompts in C⁻¹ k and a single prompt's key in the
+      rest; such edits break models.
+    value: (out,), the layer's new answer, without its bias.
     moment: as for `address_of`.
     ridge: as for `address_of`.
 
@@ -118,26 +124,28 @@ def edit_keys(
   balance: float,
   ridge: float = 0.0,
 ) -> Lora:
-  """The Lora that adds residuals to what a matrix answers to keys: MEMIT.
+  """Returns the Lora that adds residuals to a matrix's answers to keys (MEMIT).
 
       aᵀ = (λ C + Kᵀ K)⁻¹ Kᵀ = C⁻¹ Kᵀ (λ I + K C⁻¹ Kᵀ)⁻¹,   b = R
 
-  The minimum over changes D of ‖K D - R‖² + λ tr(Dᵀ C D). It is solved in its
-  second form, a system of as many unknowns as there are keys, which stays well
-  posed as λ goes to 0: that gives every key all of its residual, and for one
-  key `edit_key`.
+  This minimises ‖K D - R‖² + λ tr(Dᵀ C D) over changes D. The second form is
+  solved: it has as many unknowns as there are keys, and stays well posed as λ
+  goes to 0. At λ = 0 every key gets its whole residual, and one key gives
+  `edit_key`.
 
   Args:
-    keys: (m, in), one a row. A key twice shares its residuals; needs λ > 0.
-    residuals: (m, out), wanted answer less the present one.
-    moment: (in, in), the second moment C of inputs, a mean: λ counts.
-    balance: λ, for how many inputs C speaks against one key. The authors took
-      15000 for GPT-J, 20000 for GPT-2 XL; the smaller it is, the more of the
-      residuals arrives, and the more of all else is disturbed.
+    keys: (m, in), one a row. A key that occurs twice needs λ > 0 and shares
+      its residuals.
+    residuals: (m, out), the wanted answers less the present ones.
+    moment: (in, in), the second moment C of inputs. It must be the mean, since
+      λ weighs it.
+    balance: λ, the number of inputs that C stands for against each key. The
+      authors took 15000 for GPT-J, 20000 for GPT-2 XL. A smaller λ brings out
+      more of the residuals and disturbs other inputs more.
     ridge: as for `address_of`.
 
   Returns:
-    Lora with a (m, in), b (m, out), the residuals as they are, scale 1; dtypes
+    Lora with a (m, in), b (m, out) the residuals unchanged, scale 1; dtypes
     and cost as `address_of`.
 
   Raises:
@@ -173,26 +181,26 @@ def edit_layers(
   balance: float,
   ridge: float = 0.0,
 ) -> Loras:
-  """An edit spread over several layers, each given its share of what is left.
+  """Spreads an edit over several layers, each taking its share of what is left.
 
       R_i = (z - h_i) / (n - i),   i = 0 .. n - 1
 
-  h_i is where the stream stands after the edits of the layers before, so each
-  layer also makes up for what those failed to do.
+  h_i is the hidden state after the edits of the layers before, so each layer
+  also makes up for what those missed.
 
   Args:
     paths: the matrices, the lowest layer first.
-    read: (Loras so far, path) -> keys (m, in) of that matrix and what is left,
-      z - h (m, out), both of the model with these Loras applied.
+    read: (Loras so far, path) -> the keys (m, in) of that matrix, and what is
+      left, z - h (m, out), both from the model with these Loras applied.
     moments: path -> (in, in), as for `edit_keys`.
     balance: as for `edit_keys`.
     ridge: as for `address_of`.
 
   Returns:
-    {path: Lora} of rank m each. Costs one `read` and one `edit_keys` a layer.
+    {path: Lora}, each of rank m. Costs one `read` and one `edit_keys` a layer.
 
   Raises:
-    ValueError: no path, one twice, or one without a moment; else as
+    ValueError: no path, a path given twice or without a moment; else as
       `edit_keys`.
 
   Example:
@@ -225,64 +233,6 @@ def edit_layers(
   return loras
 
 
-def _alike(*arrays: Any) -> list[Any]:
-  """All of one library and one dtype: float64 where one is, else float32."""
-  xp = np if all(library_of(x) is np for x in arrays) else jnp
-  wide = any(np.dtype(x.dtype) == np.float64 for x in arrays)
-  dtype = np.dtype(np.float64 if wide else np.float32)
-  if xp is jnp:
-    dtype = jax.dtypes.canonicalize_dtype(dtype)  # without x64: float32
-  return [xp.asarray(x, dtype) for x in arrays]
-
-
-def _addresses(keys: Any, moment: Any, balance: float, ridge: float) -> Any:
-  """(λ I + K C⁻¹ Kᵀ)⁻¹ K C⁻¹, (m, in)."""
-  size = keys.shape[-1]
-  if keys.ndim != 2 or moment.shape != (size, size):
-    raise ValueError(
-      f"moment {moment.shape} does not fit keys {keys.shape}: needed are "
-      "(in, in) and (m, in), for one key (in,)."
-    )
-  if not (balance >= 0 and ridge >= 0):
-    raise ValueError(
-      f"balance and ridge must be 0 or more, got {balance} and {ridge}."
-    )
-  keys, moment = _alike(keys, moment)
-  xp = library_of(moment)
-  with jax.default_matmul_precision("highest"):
-    added = ridge * xp.trace(moment) / size
-    moment = moment + added * xp.eye(size, dtype=moment.dtype)
-    spread = _solve(moment, keys.T)
-    gram = keys @ spread + balance * xp.eye(len(keys), dtype=moment.dtype)
-    return _solve((gram + gram.T) / 2, spread.T)
-
-
-def _solve(matrix: Any, right: Any) -> Any:
-  """matrix⁻¹ right, of a symmetric positive definite matrix."""
-  try:
-    if library_of(matrix) is np:
-      found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
-    else:
-      lower = jax.scipy.linalg.cho_factor(matrix, lower=True)
-      found = jax.scipy.linalg.cho_solve(lower, right)
-    is_bad = not isinstance(found, Tracer) and not bool(
-      np.isfinite(found).all()
-    )
-  except (np.linalg.LinAlgError, ValueError):  # NaN or not definite
-    is_bad, found = True, right
-  if is_bad:
-    raise ValueError(
-      f"a system of {len(matrix)} unknowns is not positive definite: the "
-      "moment is singular (take more inputs, or a ridge such as 1e-4), or keys "
-      "depend on each other (take a balance above 0), or something is NaN."
-    )
-  return found
-
-
-with epy.lazy_imports():  # only where something is fitted
-  import optax
-
-
 def fit_value(
   loss: Callable[..., jax.Array],
   start: jax.Array,
@@ -293,34 +243,34 @@ def fit_value(
   learning_rate: float = 0.5,
   until: float = 0.05,
 ) -> tuple[jax.Array, dict[str, list[float]]]:
-  """What to add to a value so that the model says something else.
+  """Fits what to add to a value so that the model says something else.
 
       min over ‖δ‖ ≤ radius ‖v‖ of loss(δ) + decay ‖δ‖ / ‖v‖²
 
-  Adam from δ = 0, δ put back into the ball after each step. Defaults are
-  those of ROME's code for GPT-2 XL; MEMIT takes radius 0.75 and 25 steps.
+  Adam starts at δ = 0; after each step δ is projected into the ball. Defaults
+  are those of ROME's code for GPT-2 XL; MEMIT takes radius 0.75 and 25 steps.
 
   Args:
-    loss: `(delta (out,), *context) -> ()`, differentiable, in nats: as a rule
-      the target's negative log-likelihood, a mean over prompts with different
-      prefixes, plus 0.0625 KL(after ‖ before) of what follows the subject.
-      Compiled once for each function and shapes: pass the same function, and
-      parameters and tokens as context.
+    loss: `(delta (out,), *context) -> ()`, differentiable, in nats. Usually
+      the target's negative log-likelihood, averaged over prompts with different
+      prefixes, plus 0.0625 KL(after ‖ before) of what follows the subject. It
+      is compiled once for each function and shapes: pass the same function
+      each time, and parameters and tokens as context.
     start: (out,) v, what the layer answers now.
-    *context: pytrees that the loss takes besides.
-    radius: in units of ‖v‖.
-    decay: of the norm of δ, which is not squared in the authors' code.
-    steps: evaluations at the most; the last one moves nothing.
+    *context: further arguments of the loss, pytrees.
+    radius: of the ball, in units of ‖v‖.
+    decay: weight of the norm of δ, which the authors' code does not square.
+    steps: the most evaluations; after the last one δ is not moved.
     learning_rate: Adam's.
-    until: stops once the whole sum is below.
+    until: stops once loss plus decay is below this.
 
   Returns:
-    δ (out,) float32, and {"loss": the whole sum, "norm": ‖δ‖} at each
-    evaluation. Costs a forward and backward pass for each.
+    δ (out,) float32, and {"loss": loss plus decay, "norm": ‖δ‖}, lists with an
+    entry for each evaluation. Each costs a forward and a backward pass.
 
   Raises:
-    ValueError: a start that is not a vector other than zero, no steps, or a
-      loss that is not finite.
+    ValueError: a start that is zero or not a vector, no steps, or a loss that
+      is not finite.
 
   Example:
     >>> far = lambda delta, target: jnp.sum((delta - target) ** 2)
@@ -334,8 +284,8 @@ def fit_value(
 
   Approximation:
     The authors add δ to the layer's output at the subject's last token. Here
-    the loss decides where it goes: `w + aᵀ δ` with `a` of `address_of` fits
-    the very change that is deployed, at every token.
+    the loss decides where δ goes. With `w + aᵀ δ`, a from `address_of`, it fits
+    the change that is deployed, at every token.
   """
   start = jnp.asarray(start, jnp.float32)
   size = float(jnp.linalg.norm(start))
@@ -364,13 +314,68 @@ def fit_value(
   return delta, history
 
 
+def _alike(*arrays: Any) -> list[Any]:
+  """Converts all to one library and dtype: float64 if any is, else float32."""
+  xp = np if all(library_of(x) is np for x in arrays) else jnp
+  wide = any(np.dtype(x.dtype) == np.float64 for x in arrays)
+  dtype = np.dtype(np.float64 if wide else np.float32)
+  if xp is jnp:
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # without x64: float32
+  return [xp.asarray(x, dtype) for x in arrays]
+
+
+def _addresses(keys: Any, moment: Any, balance: float, ridge: float) -> Any:
+  """Computes (λ I + K C⁻¹ Kᵀ)⁻¹ K C⁻¹, of shape (m, in)."""
+  size = keys.shape[-1]
+  if keys.ndim != 2 or moment.shape != (size, size):
+    raise ValueError(
+      f"moment {moment.shape} does not fit keys {keys.shape}: needed are "
+      "(in, in) and (m, in), for one key (in,)."
+    )
+  if not (balance >= 0 and ridge >= 0):
+    raise ValueError(
+      f"balance and ridge must be 0 or more, got {balance} and {ridge}."
+    )
+  keys, moment = _alike(keys, moment)
+  xp = library_of(moment)
+  with jax.default_matmul_precision("highest"):
+    added = ridge * xp.trace(moment) / size
+    moment = moment + added * xp.eye(size, dtype=moment.dtype)
+    spread = _solve(moment, keys.T)
+    gram = keys @ spread + balance * xp.eye(len(keys), dtype=moment.dtype)
+    return _solve((gram + gram.T) / 2, spread.T)
+
+
+def _solve(matrix: Any, right: Any) -> Any:
+  """Solves a system with a symmetric positive definite matrix, or raises."""
+  try:
+    if library_of(matrix) is np:
+      found = scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
+    else:
+      lower = jax.scipy.linalg.cho_factor(matrix, lower=True)
+      found = jax.scipy.linalg.cho_solve(lower, right)
+    is_bad = not isinstance(found, Tracer) and not bool(
+      np.isfinite(found).all()
+    )
+  except (np.linalg.LinAlgError, ValueError):  # NaN or not definite
+    is_bad, found = True, right
+  if is_bad:
+    raise ValueError(
+      f"a system of {len(matrix)} unknowns is not positive definite: the "
+      "moment is singular (take more inputs, or a ridge such as 1e-4), or keys "
+      "depend on each other (take a balance above 0), or something is NaN."
+    )
+  return found
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _step(loss, delta, state, rates, context):
-  """The sum and the norm at δ, the next δ and the optimiser's state."""
+  """Takes one Adam step: loss plus decay, ‖δ‖, the next δ and Adam's state."""
   rate, decay, radius = rates
 
   def whole(delta):
-    # Zero is where it starts, and where the norm has no gradient.
+    """Returns the loss plus the decay of δ's norm."""
+    # δ starts at zero, where a plain norm has no gradient.
     norm = optax.safe_norm(delta, 1e-12)
     return loss(delta, *context).astype(jnp.float32) + decay * norm
 

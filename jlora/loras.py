@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three types: Lora, Loras and Factors, and questions about them.
+"""The types Lora, Loras and Factors, and functions that check and convert them.
 
-The rank axis comes first in both factors: a Lora is `r` units, unit i reads the
-layer input with row a_i and writes row b_i. Concatenating, truncating, sorting
-and gating are all one operation on axis -2 of both.
+The rank axis comes first in both factors. A Lora is `r` units: unit i reads the
+layer's input with row a_i and writes row b_i. To concatenate, truncate, sort or
+gate units is one operation on axis -2 of both factors.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from jlora.numerics.backends import library_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lora:
-  """A low-rank change of one parameter: `scale * aᵀ b`, read as (in, out).
+  """A low-rank change of one parameter, `scale * aᵀ b`, of shape (in, out).
 
-  All three fields are leaves of a pytree, so a Lora goes through `jit`, `grad`,
-  `vmap`, optax and orbax as it is, and sweeping the scale never recompiles.
+  The three fields are leaves of a pytree: `jit`, `grad`, `vmap`, optax and
+  orbax take a Lora as it is, and a new scale never recompiles.
 
   Attributes:
     a: (..., r, in). Leading axes are scanned layers, experts or adapters.
@@ -43,12 +43,12 @@ class Lora:
 
   @property
   def rank(self) -> int:
-    """Length of the rank axis."""
+    """Returns the length of the rank axis."""
     return self.a.shape[-2]
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the stored factors (the scale not counted)."""
+    """Returns the bytes of the stored factors; the scale is not counted."""
     return self.a.nbytes + self.b.nbytes
 
 
@@ -56,7 +56,7 @@ Loras = dict[str, Lora]
 
 
 class Factors(NamedTuple):
-  """A truncated singular value decomposition `u diag(s) vt`.
+  """A truncated singular value decomposition, `u diag(s) vt`.
 
   Attributes:
     u: (..., m, r) orthonormal columns.
@@ -70,7 +70,7 @@ class Factors(NamedTuple):
 
 
 def exchange(lora: Lora) -> Lora:
-  """The Lora of the transposed change: a and b exchanged.
+  """Returns the Lora of the transposed change, with a and b swapped.
 
   Args:
     lora: a (..., r, in), b (..., r, out).
@@ -86,10 +86,10 @@ def exchange(lora: Lora) -> Lora:
 
 
 def from_factors(factors: Factors, dtype=jnp.float32) -> Lora:
-  """The balanced Lora of a decomposition: `a = √s uᵀ`, `b = √s vt`, scale 1.
+  """Turns a decomposition into a Lora: `a = √s uᵀ`, `b = √s vt`, scale 1.
 
-  Both factors then have the same norm and `a aᵀ = b bᵀ = diag(s)`, which keeps
-  the rounding to a storage dtype as small in one as in the other.
+  Both factors then have the same norm, and `a aᵀ = b bᵀ = diag(s)`. So rounding
+  to a storage dtype hurts neither more than the other.
 
   Args:
     factors: u (..., m, r), s (..., r), vt (..., r, n) of a change (in, out).
@@ -112,7 +112,7 @@ def from_factors(factors: Factors, dtype=jnp.float32) -> Lora:
 
 
 def dense(lora: Lora) -> jax.Array:
-  """The change a Lora stands for, `scale * aᵀ b`, as a float32 matrix.
+  """Multiplies a Lora out: the float32 matrix `scale * aᵀ b`.
 
   Args:
     lora: a (..., r, in), b (..., r, out), scale (...).
@@ -136,7 +136,7 @@ def dense(lora: Lora) -> jax.Array:
 
 
 def check_loras(loras: Mapping[str, Lora]) -> None:
-  """Nothing, if every Lora is well formed.
+  """Raises unless every Lora is well formed.
 
   Args:
     loras: path -> Lora.
@@ -169,7 +169,7 @@ def check_loras(loras: Mapping[str, Lora]) -> None:
 
 
 def to_in_rank(lora: Lora) -> tuple[jax.Array, jax.Array]:
-  """(a, b) as nnx.LoRA, qwix and gemma keep them, the scale in b.
+  """Returns the factors as nnx.LoRA, qwix and gemma keep them, the scale in b.
 
   Args:
     lora: a (..., r, in), b (..., r, out).
@@ -187,15 +187,16 @@ def to_in_rank(lora: Lora) -> tuple[jax.Array, jax.Array]:
 
 
 def from_in_rank(a: jax.Array, b: jax.Array, scale: float = 1.0) -> Lora:
-  """The Lora of factors kept as (in, r) and (r, out).
+  """Makes a Lora from factors kept as (in, r) and (r, out).
 
   Args:
     a: (..., in, r).
     b: (..., r, out).
-    scale: alpha / rank where the owner applies one (qwix does).
+    scale: the factor that the other library applies, such as qwix's
+      alpha / rank.
 
   Returns:
-    Lora with a (..., r, in).
+    Lora with a (..., r, in), b as given, scale (...) float32.
 
   Example:
     >>> from_in_rank(jnp.ones((3, 1)), jnp.ones((1, 2))).a.shape

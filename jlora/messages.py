@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 
 def name_some(offenders, most: int = 3) -> str:
-  """Up to three offenders by name and the count of the rest, for an error.
+  """Lists up to three items by name and counts the rest, for an error message.
 
   Args:
-    offenders: any sequence of things to print.
+    offenders: the items, which are printed with `str`.
     most: how many are named.
 
   Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths: pytrees as {path: leaf} and back, selection by regex, keys by path."""
+"""Paths of pytree leaves: flattening, matching by regex, PRNG keys by path."""
 
 import re
 import zlib
@@ -16,15 +16,15 @@ T = TypeVar("T")
 def flatten(
   tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[str, Any]:
-  """The leaves of a pytree by path, `layers/0/attn/q/kernel`.
+  """Returns the leaves of a pytree by path, such as `layers/0/attn/q/kernel`.
 
   A mapping whose keys are already the paths of its leaves (an open checkpoint,
-  or a flat dict) comes back with the same names. NNX's trailing `value`
-  attribute is not part of a path, so a linen and an NNX model agree.
+  or a flat dict) keeps its names. NNX's trailing `value` attribute is left out,
+  so that a linen and an NNX model have the same paths.
 
   Args:
-    tree: any pytree, or a lazy `Mapping[str, array]`; leaves are not touched.
-    is_leaf: what counts as a leaf besides, as for `jax.tree.map`.
+    tree: any pytree, or a lazy `Mapping[str, array]`; leaves are not changed.
+    is_leaf: tells which further nodes are leaves, as for `jax.tree.map`.
 
   Returns:
     {path: leaf}, in the tree's own order.
@@ -53,12 +53,12 @@ def unflatten(
   like: Any,
   is_leaf: Callable[[Any], bool] | None = None,
 ) -> Any:
-  """A pytree shaped like another, its leaves taken from {path: leaf}.
+  """Rebuilds a pytree from {path: leaf}, with the structure of another.
 
   Args:
     flat: one leaf for every path of `like`, no more and no fewer.
     like: the pytree that gives the structure; its leaves are not used.
-    is_leaf: what counts as a leaf of it besides.
+    is_leaf: tells which further nodes of it are leaves.
 
   Returns:
     The pytree.
@@ -79,16 +79,16 @@ def unflatten(
 def check_same_paths(
   left: Iterable[str], right: Iterable[str], left_name: str, right_name: str
 ) -> None:
-  """Nothing, if two collections of paths are the same.
+  """Raises unless two collections hold the same paths.
 
   Args:
     left: paths.
     right: paths.
-    left_name: what the first collection is called in the error.
-    right_name: what the second is called.
+    left_name: the name of the first collection in the error.
+    right_name: the name of the second.
 
   Raises:
-    ValueError: which paths only one side has, up to three of each.
+    ValueError: paths that only one side has; names up to three of each.
 
   Example:
     >>> check_same_paths(["w"], ["w", "v"], "base", "finetuned")
@@ -111,12 +111,12 @@ def check_same_paths(
 def first_match(
   rules: Iterable[tuple[str, T]], path: str, default: T | None = None
 ) -> T | None:
-  """The value of the first rule whose regex matches a whole path.
+  """Returns the value of the first rule whose regex matches the whole path.
 
   Args:
     rules: (regex, value) pairs, tried in order with `re.fullmatch`.
     path: the path.
-    default: what comes out when no rule matches.
+    default: returned when no rule matches.
 
   Returns:
     The value or the default.
@@ -134,11 +134,12 @@ def first_match(
 def matching(
   include: str | None = None, exclude: str | None = None
 ) -> Callable[[str, Any], bool]:
-  """A selector `(path, leaf) -> bool` from two regexes that match whole paths.
+  """Returns a selector `(path, leaf) -> bool` made from two regexes.
 
   Args:
-    include: paths to take; None takes all.
-    exclude: paths to leave out, even when included; None leaves out none.
+    include: regex of whole paths to take; None takes all.
+    exclude: regex of whole paths to leave out, even when included; None leaves
+      out none.
 
   Returns:
     A function for the `select` argument of `extract`.
@@ -149,6 +150,7 @@ def matching(
   """
 
   def select(path: str, leaf: Any) -> bool:
+    """Returns whether a path is included and not excluded."""
     del leaf
     if exclude is not None and re.fullmatch(exclude, path):
       return False
@@ -158,9 +160,10 @@ def matching(
 
 
 def key_for(key: jax.Array | None, path: str) -> jax.Array:
-  """The PRNG key of one module: `fold_in(key, crc32(path))`.
+  """Derives the PRNG key of one module: `fold_in(key, crc32(path))`.
 
-  Neither the order of the modules nor which of them are taken changes it.
+  It hangs on the path alone: neither the order of the modules nor the choice of
+  modules changes it.
 
   Args:
     key: a PRNG key; None means `jax.random.key(0)`.
@@ -178,12 +181,12 @@ def key_for(key: jax.Array | None, path: str) -> jax.Array:
 
 
 def _is_node(tree: Any) -> bool:
-  """Whether JAX knows how to take this container apart."""
+  """Returns whether JAX can take this container apart."""
   return not jax.tree_util.treedef_is_leaf(jax.tree_util.tree_structure(tree))
 
 
 def _name(path: tuple[Any, ...]) -> str:
-  """`a/b/c` of a key path, without NNX's trailing `.value`."""
+  """Joins a key path to `a/b/c`, without NNX's trailing `.value`."""
   if path and path[-1] == jax.tree_util.GetAttrKey("value"):
     path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator="/")

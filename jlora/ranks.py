@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank policies: the spectra of all modules in, {path: rank} out.
+"""Rank policies, which turn spectra into ranks, and a search for the smallest.
 
-Spectra are the leading singular values of each delta up to the cap r at which
-it was factored, path -> (..., r) descending. Leading axes are scanned layers or
-experts that share one rank; their values count together, as the root of the sum
-of squares over the batch. All arithmetic is float64 on the host. Rank 0 is
-legal: such a module is left out of the adapter.
+A policy takes the spectra of all modules and returns {path: rank}. Spectra are
+path -> (..., r): the leading singular values of each delta, descending, up to
+the rank r at which it was factored. Leading axes are scanned layers or experts
+that share one rank; their values count together, as the root of the sum of
+squares over the batch. All arithmetic is float64 on the host. Rank 0 is legal:
+such a module is left out of the adapter.
+
+`advise` looks for the smallest adapter that meets a goal, measured in any way.
 """
 
 import math
@@ -17,11 +20,52 @@ import numpy as np
 from jlora.messages import name_some
 from jlora.paths import check_same_paths
 
+Ranks = dict[str, int]
+Measure = Callable[[Ranks], float]
+
+
+class Spectra(NamedTuple):
+  """The facts of a run that rank policies use, all by module path.
+
+  Attributes:
+    values: (r,) singular values.
+    norms: Frobenius norms of the whole deltas.
+    floors: the largest singular value that rounding alone would cause.
+    unit_bytes: bytes of one unit of rank.
+  """
+
+  values: dict[str, np.ndarray]
+  norms: dict[str, float]
+  floors: dict[str, float]
+  unit_bytes: dict[str, int]
+
+
+class Advice(NamedTuple):
+  """The smallest adapter found that meets a goal.
+
+  Attributes:
+    ranks: path -> rank, different between modules. If the goal was missed, the
+      ranks of everything that was factored.
+    nbytes: bytes of its factors.
+    value: its measured value.
+    met: whether that is within the goal.
+    tried: (bytes, value) of everything that was measured, sorted by bytes.
+    held_out: what `held_out` found of the ranks, on data that had no part in
+      choosing them; None if nothing was held out.
+  """
+
+  ranks: Ranks
+  nbytes: int
+  value: float
+  met: bool
+  tried: list[tuple[int, float]]
+  held_out: Any = None
+
 
 def fixed(
   spectra: Mapping[str, Any], rank: int | Mapping[str, int]
 ) -> dict[str, int]:
-  """The same rank for every module, or one given for each, clipped to r.
+  """Gives every module the same rank, or its own from a table, clipped to r.
 
   Args:
     spectra: path -> (..., r) singular values, descending.
@@ -49,7 +93,7 @@ def fixed(
 def energy(
   spectra: Mapping[str, Any], norms: Mapping[str, Any], share: float
 ) -> dict[str, int]:
-  """The smallest ranks that hold a share of each delta's squared norm.
+  """Returns the smallest ranks that keep a share of each delta's squared norm.
 
       rank = min {k : Σ_{i≤k} σ_i² ≥ share ‖delta‖²},   r if there is no such k
 
@@ -78,6 +122,7 @@ def energy(
   given = _numbers(spectra, norms, "norms")
 
   def count(path, sigma):
+    """Returns the rank at which the share is reached, else r."""
     held = np.append(0.0, np.cumsum(sigma**2))
     reached = held >= share * np.sum(given[path] ** 2)
     return int(np.argmax(reached)) if reached.any() else sigma.size
@@ -86,7 +131,7 @@ def energy(
 
 
 def ratio(spectra: Mapping[str, Any], divisor: float) -> dict[str, int]:
-  """The number of singular values above the largest over a divisor.
+  """Counts in each module the singular values above the largest over a divisor.
 
       rank = #{i : σ_i > σ_1 / divisor}
 
@@ -114,15 +159,15 @@ def ratio(spectra: Mapping[str, Any], divisor: float) -> dict[str, int]:
 def above_floor(
   spectra: Mapping[str, Any], floors: Mapping[str, Any]
 ) -> dict[str, int]:
-  """The number of singular values that rounding noise does not explain.
+  """Counts in each module the singular values that rounding cannot explain.
 
       rank = #{i : σ_i > floor}
 
   Args:
     spectra: path -> (..., r) singular values, descending.
-    floors: path -> the largest singular value that the rounding of the stored
-      dtype alone would give one matrix, `noise_floor` of a report's row: one
-      number for all of a batch or (...), combined over the batch as the
+    floors: path -> the largest singular value that rounding to the stored dtype
+      would cause alone in one matrix, `noise_floor` of a report's row. One
+      number for the whole batch, or (...). Combined over the batch as the
       spectrum is.
 
   Returns:
@@ -138,6 +183,7 @@ def above_floor(
   given = _numbers(spectra, floors, "floors")
 
   def count(path, sigma):
+    """Returns how many values lie above the batch's floor."""
     batch = np.shape(spectra[path])[:-1]
     floor = math.sqrt(np.sum(np.broadcast_to(given[path], batch) ** 2))
     return int(np.sum(sigma > floor))
@@ -148,30 +194,30 @@ def above_floor(
 def budget(
   spectra: Mapping[str, Any], unit_bytes: Mapping[str, int], max_bytes: int
 ) -> dict[str, int]:
-  """The ranks that lower the total squared error most within a byte budget.
+  """Returns the ranks that lower the total squared error most in a byte budget.
 
       minimise Σ_modules Σ_{i>rank} σ_i²   so that   Σ rank * unit_bytes ≤ max
 
-  Units, one rank of one module each, are bought in the order of `σ² / bytes`.
-  As σ falls within a module, its units come up in order, and the greedy choice
-  is the optimum where units cost the same. Where costs differ it is optimal for
-  the bytes spent when the first unit did not fit; what is left is then filled
-  with smaller units, and the optimum for all of `max_bytes` holds at most one
-  such unit's σ² more.
+  A unit is one rank of one module. Units are bought in the order of
+  `σ² / bytes`. As σ falls within a module, its units come up in order. This
+  greedy choice is the optimum where all units cost the same. Where costs
+  differ, it is optimal for the bytes spent up to the first unit that does not
+  fit; smaller units then fill the rest. The optimum for all of `max_bytes`
+  keeps at most the σ² of that one unit more.
 
   Args:
     spectra: path -> (..., r) singular values, descending.
     unit_bytes: path -> bytes of one unit of rank,
       `(in + out) * itemsize * batch`.
-    max_bytes: bytes of all factors together, at the most.
+    max_bytes: the most bytes that all factors may take together.
 
   Returns:
     {path: rank}, in 0..r. A singular value of 0 is never bought. Ties go to
     the earlier path. Costs a sort of all singular values.
 
   Raises:
-    ValueError: max_bytes holds not one unit (the smallest is named), paths that
-      differ, bytes below 1, or a malformed spectrum.
+    ValueError: max_bytes is less than the smallest unit (which is named), paths
+      that differ, bytes below 1, or a malformed spectrum.
 
   Example:
     >>> budget({"q": [3.0, 1.0], "k": [2.0, 0.0]}, {"q": 8, "k": 8}, 16)
@@ -201,98 +247,6 @@ def budget(
   return ranks
 
 
-def _each(
-  spectra: Mapping[str, Any], rank: Callable[[str, np.ndarray], int]
-) -> dict[str, int]:
-  """`rank(path, sigma)` of every module, batches combined."""
-  return {path: rank(path, s) for path, s in _combined(spectra).items()}
-
-
-def _combined(spectra: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Path -> (r,) float64, root of the sum of squares over the batch."""
-  arrays = {path: np.asarray(s, np.float64) for path, s in spectra.items()}
-  wrong = [
-    f"{path} {s.shape}" for path, s in arrays.items() if not _is_spectrum(s)
-  ]
-  if wrong:
-    raise ValueError(
-      "Spectra must be (..., r), finite, not negative and descending: "
-      f"{name_some(wrong)}."
-    )
-  return {
-    path: np.sqrt(np.sum(s**2, axis=tuple(range(s.ndim - 1))))
-    for path, s in arrays.items()
-  }
-
-
-def _is_spectrum(s: np.ndarray) -> bool:
-  return bool(
-    s.ndim
-    and np.isfinite(s).all()
-    and (s >= 0).all()
-    and (np.diff(s, axis=-1) <= 0).all()
-  )
-
-
-def _numbers(
-  spectra: Mapping[str, Any], values: Mapping[str, Any], name: str
-) -> dict[str, np.ndarray]:
-  """The values that go with the spectra, float64, if they do."""
-  check_same_paths(spectra, values, "spectra", name)
-  numbers = {path: np.asarray(values[path], np.float64) for path in spectra}
-  wrong = [
-    f"{path}: {number}"
-    for path, number in numbers.items()
-    if not (np.isfinite(number).all() and (number >= 0).all())
-  ]
-  if wrong:
-    raise ValueError(
-      f"{name} must be finite and not negative, got {name_some(wrong)}."
-    )
-  return numbers
-
-
-class Spectra(NamedTuple):
-  """What a rank policy sees of a run; all mappings are by module path.
-
-  Attributes:
-    values: (r,) singular values.
-    norms: Frobenius norms of the whole deltas.
-    floors: the singular value that rounding noise alone would reach.
-    unit_bytes: bytes of one unit of rank.
-  """
-
-  values: dict[str, np.ndarray]
-  norms: dict[str, float]
-  floors: dict[str, float]
-  unit_bytes: dict[str, int]
-
-
-Ranks = dict[str, int]
-Measure = Callable[[Ranks], float]
-
-
-class Advice(NamedTuple):
-  """The smallest adapter found that reaches a goal.
-
-  Attributes:
-    ranks: path -> rank, uneven; the best found, also if the goal was missed.
-    nbytes: bytes of its factors.
-    value: what it was measured at.
-    met: whether that is within the goal.
-    tried: (bytes, value) of everything that was measured, by bytes.
-    held_out: what was found of the ranks on what had no part in choosing them;
-      None if nothing was held out.
-  """
-
-  ranks: Ranks
-  nbytes: int
-  value: float
-  met: bool
-  tried: list[tuple[int, float]]
-  held_out: Any = None
-
-
 def advise(
   spectra: Mapping[str, Any],
   unit_bytes: Mapping[str, int],
@@ -302,28 +256,30 @@ def advise(
   precision: float = 0.03,
   held_out: Callable[[Ranks], Any] | None = None,
 ) -> Advice:
-  """The smallest byte budget at which an adapter measures within a goal.
+  """Finds the smallest adapter whose measured value is within a goal.
 
       min bytes   so that   measure(budget(spectra, unit_bytes, bytes)) ≤ goal
 
-  Ranks are uneven, from the byte budget policy. Bytes are bisected on a log
-  scale: a measure that does not fall with the bytes gives one of its crossings.
+  `budget` chooses the ranks for a number of bytes, and bytes are bisected on a
+  log scale. If the measure does not always fall as bytes grow, the answer is
+  one of the places where it crosses the goal.
 
   Args:
     spectra: path -> (..., r) singular values, descending.
     unit_bytes: path -> bytes of one unit of rank.
-    measure: of ranks: `error_of`, or a divergence measured with the model.
+    measure: ranks -> a number to keep small: `error_of`, or a divergence
+      measured with the model.
     goal: the largest value allowed.
-    precision: the answer is at most this share too large; each halving costs
-      one measurement, about 8 from a unit to everything.
+    precision: the answer is at most this share too large. Each bisection costs
+      one measurement; there are about 8 between one unit and everything.
     held_out: as `measure`, on other data, called once with the ranks chosen;
       may give more than a number. The ranks are the fewest that meet the goal
       on the data of `measure`, where they look better than they are: report a
       divergence from here.
 
   Returns:
-    Advice. Where everything that was factored misses the goal, `met` is False
-    and the ranks are all there are.
+    Advice. If even everything that was factored misses the goal, `met` is False
+    and the ranks are the full ones.
 
   Raises:
     ValueError: a goal that is not a number, or as `budget`.
@@ -341,6 +297,7 @@ def advise(
   tried: list[tuple[int, float]] = []
 
   def look(max_bytes: int) -> tuple[Ranks, int, float]:
+    """Measures the best ranks for a number of bytes, equal ranks only once."""
     ranks = budget(spectra, unit_bytes, max_bytes)
     spent = sum(ranks[path] * unit_bytes[path] for path in ranks)
     name = tuple(ranks.values())
@@ -371,7 +328,7 @@ def error_of(
   norms: Mapping[str, Any],
   rests: Mapping[str, Any] | None = None,
 ) -> Measure:
-  """The measure of ranks that is the relative error of all changes together.
+  """Returns a function that computes all changes' relative error from ranks.
 
       √(Σ_modules (Σ_{i>rank} σ_i² + rest²) / Σ ‖delta‖²)
 
@@ -410,11 +367,6 @@ def error_of(
   return measure
 
 
-def _squared(norm: Any) -> float:
-  """The sum of squares of one norm or several, in float64."""
-  return float(np.sum(np.square(np.asarray(norm, np.float64))))
-
-
 def verdict(
   rank: int,
   kept: float,
@@ -424,13 +376,14 @@ def verdict(
   met: bool,
   goal: str | None = None,
 ) -> str:
-  """A plain sentence on what a rank keeps and what a goal would cost.
+  """Writes one sentence on what a rank keeps and what a goal would cost.
 
   Args:
-    rank: the usual one that is judged.
+    rank: the rank to judge.
     kept: share of the finetune's effect that it keeps.
     share: the share asked for.
-    nbytes: bytes that reach it, or the most there are if nothing does.
+    nbytes: bytes that reach that share; if none do, the bytes of everything
+      that was factored.
     model_bytes: bytes of the model's parameters in the same dtype.
     met: whether the share was reached.
     goal: what was asked for, if it was not that share: "a KL of 0.01".
@@ -453,3 +406,60 @@ effect; 95% needs 410.0 MiB, 60.0% of the model.'
     f"This finetune is {'' if kept >= share else 'not '}low-rank: at rank "
     f"{rank} the adapter keeps {kept:.1%} of its effect; {end}."
   )
+
+
+def _each(
+  spectra: Mapping[str, Any], rank: Callable[[str, np.ndarray], int]
+) -> dict[str, int]:
+  """Applies `rank(path, sigma)` to every module, batches combined."""
+  return {path: rank(path, s) for path, s in _combined(spectra).items()}
+
+
+def _combined(spectra: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Checks the spectra and combines batches: path -> (r,) float64."""
+  arrays = {path: np.asarray(s, np.float64) for path, s in spectra.items()}
+  wrong = [
+    f"{path} {s.shape}" for path, s in arrays.items() if not _is_spectrum(s)
+  ]
+  if wrong:
+    raise ValueError(
+      "Spectra must be (..., r), finite, not negative and descending: "
+      f"{name_some(wrong)}."
+    )
+  return {
+    path: np.sqrt(np.sum(s**2, axis=tuple(range(s.ndim - 1))))
+    for path, s in arrays.items()
+  }
+
+
+def _is_spectrum(s: np.ndarray) -> bool:
+  """Returns whether values are finite, not negative and descending."""
+  return bool(
+    s.ndim
+    and np.isfinite(s).all()
+    and (s >= 0).all()
+    and (np.diff(s, axis=-1) <= 0).all()
+  )
+
+
+def _numbers(
+  spectra: Mapping[str, Any], values: Mapping[str, Any], name: str
+) -> dict[str, np.ndarray]:
+  """Checks the values that go with the spectra, and returns them in float64."""
+  check_same_paths(spectra, values, "spectra", name)
+  numbers = {path: np.asarray(values[path], np.float64) for path in spectra}
+  wrong = [
+    f"{path}: {number}"
+    for path, number in numbers.items()
+    if not (np.isfinite(number).all() and (number >= 0).all())
+  ]
+  if wrong:
+    raise ValueError(
+      f"{name} must be finite and not negative, got {name_some(wrong)}."
+    )
+  return numbers
+
+
+def _squared(norm: Any) -> float:
+  """The sum of squares of one norm or several, in float64."""
+  return float(np.sum(np.square(np.asarray(norm, np.float64))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters are taken, and at which rank."""
+"""Rules for which parameters are taken, and the rank that each of them gets."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from jlora.messages import name_some
 from jlora.paths import first_match
 
+Select = Callable[[str, Any], bool]
+
 
 def is_matrix(path: str, leaf: Any) -> bool:
-  """Whether a parameter can be read as a matrix: floating, two axes or more.
+  """Returns whether a parameter can be a matrix: floating, two axes or more.
 
   Args:
-    path: the parameter's name (not looked at; the view table reads it).
+    path: the parameter's name. It is not looked at; the view table reads it.
     leaf: anything with `.shape` and `.dtype`.
 
   Returns:
-    bool. The default of `select`.
+    bool. This is the default of `select`.
 
   Example:
     >>> is_matrix("norm/scale", jnp.ones(3)), is_matrix("w", jnp.ones((3, 3)))
@@ -28,8 +30,39 @@ def is_matrix(path: str, leaf: Any) -> bool:
   return len(leaf.shape) >= 2 and is_floating(leaf.dtype)
 
 
+# Names of embeddings: parameters with a row for each token or position.
+EMBEDDINGS = (
+  r"(.*[/.])?(embed[^/.]*|wte|wpe|(word|position|token_type)_embeddings"
+  r"|tok_embeddings|shared)([/.][^/.]+)?"
+)
+
+_HEAD = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
+
+
+def is_linear(path: str, leaf: Any) -> bool:
+  """Returns whether a parameter is a layer's matrix, no embedding and no head.
+
+  Embeddings and heads are told by their names.
+
+  Args:
+    path: the parameter's name.
+    leaf: anything with `.shape` and `.dtype`.
+
+  Returns:
+    bool. As a `select` it takes what PEFT calls "all-linear".
+
+  Example:
+    >>> w = jnp.ones((3, 3))
+    >>> [is_linear(path, w) for path in ("layers/0/q/kernel", "embed/embedding",
+    ...                                  "lm_head.weight")]
+    [True, False, False]
+  """
+  is_other = first_match([(EMBEDDINGS, True), (_HEAD, True)], path, False)
+  return is_matrix(path, leaf) and not is_other
+
+
 def is_floating(dtype: Any) -> bool:
-  """Whether a dtype is floating, bfloat16 and float8 included.
+  """Returns whether a dtype is floating, bfloat16 and float8 included.
 
   Args:
     dtype: a NumPy or ml_dtypes dtype.
@@ -44,20 +77,17 @@ def is_floating(dtype: Any) -> bool:
   return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
-Select = Callable[[str, Any], bool]
-
-
 def ranks_of(
   rank: int | Mapping[str, int], modules: Iterable[str]
 ) -> dict[str, int]:
-  """The rank of each module from one number or a table.
+  """Returns the rank of each module, from one number or a table.
 
   Args:
     rank: one rank for all, or {path: rank}.
-    modules: the paths there are.
+    modules: the paths of all modules.
 
   Returns:
-    {path: rank}, in the order of modules.
+    {path: rank}, in the order of modules; of a table only the paths it names.
 
   Raises:
     ValueError: no modules, a rank below 1, or a path that is not a module.
@@ -89,33 +119,3 @@ def ranks_of(
       "leave a module out instead."
     )
   return ranks
-
-
-_HEAD = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
-
-
-def is_linear(path: str, leaf: Any) -> bool:
-  """Whether a parameter is a layer's matrix: no embedding, no head, by name.
-
-  Args:
-    path: the parameter's name.
-    leaf: anything with `.shape` and `.dtype`.
-
-  Returns:
-    bool. What PEFT calls "all-linear".
-
-  Example:
-    >>> w = jnp.ones((3, 3))
-    >>> [is_linear(path, w) for path in ("layers/0/q/kernel", "embed/embedding",
-    ...                                  "lm_head.weight")]
-    [True, False, False]
-  """
-  is_other = first_match([(EMBEDDINGS, True), (_HEAD, True)], path, False)
-  return is_matrix(path, leaf) and not is_other
-
-
-# Tables of rows by token, and heads that are such a table transposed.
-EMBEDDINGS = (
-  r"(.*[/.])?(embed[^/.]*|wte|wpe|(word|position|token_type)_embeddings"
-  r"|tok_embeddings|shared)([/.][^/.]+)?"
-)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where parameters and their adapters lie on a mesh of devices.
+"""Shardings of parameters and of their adapters on a mesh of devices.
 
-A rule says how parameters of some paths are cut; an adapter is cut as its
+A rule says how the parameters of some paths are cut. An adapter is cut as its
 parameter is: a along what the layer reads, b along what it writes.
 """
 
@@ -25,13 +25,13 @@ AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 def assign(
   shapes: Mapping[str, Sequence[int]], mesh: AnyMesh, rules: Rules
 ) -> dict[str, NamedSharding]:
-  """The sharding of every parameter, by the first rule that matches its path.
+  """Gives every parameter the sharding of the first rule that matches its path.
 
   Args:
     shapes: path -> shape.
     mesh: the devices; its axes may be Auto or Explicit and stay so.
-    rules: (regex for the whole path, spec); where none matches, a parameter is
-      whole on every device.
+    rules: (regex for the whole path, spec). A parameter that no rule matches
+      is whole on every device.
 
   Returns:
     {path: sharding}, in the order of shapes. Nothing is computed or moved.
@@ -39,7 +39,7 @@ def assign(
   Raises:
     ValueError: a rule that matches no path, an axis that the mesh lacks, more
       axes than the parameter has, or a side that its devices do not divide;
-      three named.
+      names up to three.
 
   Example:
     >>> mesh = jax.make_mesh((1,), ("model",))
@@ -70,14 +70,14 @@ def assign(
 
 
 def matches(rule: str, paths: Iterable[str]) -> list[str]:
-  """The paths that a rule's regex matches, whole.
+  """Returns the paths that a regex matches as a whole.
 
   Args:
     rule: a regex.
     paths: any.
 
   Returns:
-    Those that match, in their order.
+    The matching paths, in the given order.
 
   Example:
     >>> matches(".*/q", ["0/q", "0/k"])
@@ -89,19 +89,19 @@ def matches(rule: str, paths: Iterable[str]) -> list[str]:
 def spread(
   shape: Sequence[int], mesh: AnyMesh, first: Sequence[int] = ()
 ) -> PartitionSpec:
-  """A spec that cuts a parameter over all of a mesh, as far as that divides.
+  """Returns a spec that cuts a parameter over as much of a mesh as divides it.
 
   Args:
     shape: of the parameter.
     mesh: the devices.
-    first: axes that are cut before all others: those of layers or experts,
-      whose parts need nothing of each other.
+    first: axes to cut before all others: those of layers or experts, whose
+      parts need nothing of each other.
 
   Returns:
-    PartitionSpec. One after the other each mesh axis cuts the longest side
-    that it still divides: what all devices then do alike is thin and short. For
-    4096 x 14336 and rank 64 that is 5% of the operations, where cutting the
-    short side leaves half.
+    PartitionSpec. Each mesh axis in turn cuts the longest side that it still
+    divides, which leaves the least work for every device to repeat: at
+    4096 x 14336 and rank 64 it is 5% of the operations; cutting the short side
+    would leave half.
 
   Example:
     >>> mesh = jax.sharding.AbstractMesh((4, 2), ("x", "y"))
@@ -124,16 +124,16 @@ def spread(
 def of_adapter(
   sharding: NamedSharding, view: MatrixView, shape: Sequence[int]
 ) -> Lora:
-  """Where the factors of a parameter's adapter lie, from where it lies itself.
+  """Derives the shardings of an adapter's factors from its parameter's.
 
       a (..., r, in)  as in,    b (..., r, out)  as out,    scale (...)
 
-  Layers, experts and other leading axes stay where they are, and every device
-  has all of the rank. Of several input or output axes (the heads of an
-  attention, the taps of a convolution) the factor has one, their product: it
-  keeps the mesh axes of the first that is cut, where that leaves each device
-  one run of it, and those of the next only where a device has a single item of
-  all before it. Other cuts are not kept: the factor is whole along them.
+  Layers, experts and other leading axes keep their cuts, and every device has
+  the whole rank axis. Several input or output axes (an attention's heads, a
+  convolution's taps) become one axis of the factor, their product. A device
+  must hold one run of that axis, so it takes the cut of the first of them, and
+  the cut of a later one only where a device has a single item of all those
+  before. Along all other cuts the factor is whole.
 
   Args:
     sharding: of the parameter.
@@ -163,11 +163,12 @@ def of_adapter(
   entries = entries_of(spec, len(shape))
 
   def merged(axes):
+    """Returns the mesh axes that cut the product of some axes."""
     kept: list[str] = []
     for axis in axes:
       names = _names(entries[axis])
       kept.extend(names)
-      # What follows lies in pieces, unless one item is left of what precedes.
+      # A further cut keeps one run only if a device has one item of this axis.
       if shape[axis] != math.prod(mesh.shape[name] for name in names):
         break
     return kept[0] if len(kept) == 1 else tuple(kept) or None
@@ -188,7 +189,7 @@ def adapter_shardings(
   *,
   views: Iterable[ViewRule] | None = None,
 ) -> dict[str, Lora]:
-  """Where adapters lie, from where the parameters they belong to lie.
+  """Derives the shardings of adapters from those of their parameters.
 
       jax.device_put(loras, adapter_shardings(params, loras))
 
@@ -200,12 +201,12 @@ def adapter_shardings(
       for the names found.
 
   Returns:
-    {path: Lora of NamedShardings}, as `of_adapter` says, for `device_put`,
-    `out_shardings` of jit, or a checkpoint's restoration.
+    {path: Lora of NamedShardings}, each from `of_adapter`: for `device_put`,
+    for `out_shardings` of jit, or for `restore_loras`.
 
   Raises:
-    ValueError: paths that are no parameters on a mesh, or Loras that do not
-      fit theirs; three named.
+    ValueError: a path without a parameter on a mesh, or a Lora that does not
+      fit its parameter; names up to three.
 
   Example:
     >>> import jax.numpy as jnp
@@ -237,12 +238,12 @@ def adapter_shardings(
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-  """The mesh axes of one entry of a spec."""
+  """Returns the mesh axes of one entry of a spec as a tuple."""
   return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _fits(shape: Sequence[int], spec: PartitionSpec, mesh: AnyMesh) -> bool:
-  """Whether a spec's axes exist and divide the sides they cut."""
+  """Returns whether a spec's axes exist and divide the sides they cut."""
   if len(spec) > len(shape):
     return False
   for side, entry in zip(shape, spec, strict=False):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MatrixView: how a parameter is read as a matrix (in, out), as data.
+"""MatrixView: which axes of a parameter a layer sums over, and which it writes.
 
-A view names which axes of a parameter the layer sums over (inputs), which it
-writes (outputs) and which merely repeat the layer (batch: scanned layers,
-experts). Model families differ by rows of a table, never by branches.
+A view sorts the axes of a parameter into those that the layer sums over
+(inputs), those that it writes (outputs), and those that merely repeat the layer
+(batch: scanned layers, experts), so that the parameter reads as matrices
+(in, out). Model families differ by rows of a table, never by branches.
 """
 
 import dataclasses
@@ -15,11 +16,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MatrixView:
-  """Axes of a parameter, each in exactly one of three roles.
+  """The role of each axis of a parameter: batch, input or output.
 
   Attributes:
     batch: axes that repeat the layer, in order.
-    inputs: axes that are contracted with the layer's input, in order.
+    inputs: axes that the layer sums over, in order.
     outputs: axes that the layer writes, in order.
 
   Example:
@@ -32,7 +33,7 @@ class MatrixView:
   outputs: tuple[int, ...] = (1,)
 
   def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
-    """(..., in, out) of a parameter of the given shape."""
+    """Returns the matrix shape (..., in, out) of a parameter's shape."""
     take = lambda axes: tuple(parameter[axis] for axis in axes)  # noqa: E731
     return (
       *take(self.batch),
@@ -42,12 +43,12 @@ class MatrixView:
 
   @property
   def exchanged(self) -> "MatrixView":
-    """The view that reads the transposed matrix, (out, in)."""
+    """Returns the view that reads the transposed matrix, (out, in)."""
     return MatrixView(self.batch, self.outputs, self.inputs)
 
   @property
   def is_transposed(self) -> bool:
-    """Whether the layout keeps its outputs before its inputs."""
+    """Returns whether the parameter keeps its outputs before its inputs."""
     return self.outputs < self.inputs
 
 
@@ -83,8 +84,8 @@ FLAX_VIEWS: tuple[ViewRule, ...] = (
   (r".*", 3, STACKED),
 )  # fmt: skip
 
-# PyTorch checkpoints: weights are (out, in). Tables of rows by token are read
-# as (token, feature), PEFT's own convention for embeddings.
+# PyTorch checkpoints: weights are (out, in). Embeddings, with a row for each
+# token, are read as (token, feature), as PEFT does.
 TORCH_VIEWS: tuple[ViewRule, ...] = (
   (r".*(embed_tokens|wte|wpe|word_embeddings|position_embeddings"
    r"|token_type_embeddings|embeddings|embedding|tok_embeddings|embed"
@@ -109,7 +110,7 @@ EXPERTS_IN_OUT_VIEWS: tuple[ViewRule, ...] = (
   *TORCH_VIEWS,
 )
 
-# Which table a checkpoint's config.json asks for, by `model_type`.
+# The table for each `model_type` of a checkpoint's config.json.
 VIEWS_OF_MODEL: dict[str, tuple[ViewRule, ...]] = {
   "gpt2": GPT2_VIEWS,
   "openai-gpt": GPT2_VIEWS,
@@ -122,7 +123,7 @@ VIEWS_OF_MODEL: dict[str, tuple[ViewRule, ...]] = {
 def view_of(
   path: str, shape: tuple[int, ...], table: Iterable[ViewRule]
 ) -> MatrixView | None:
-  """The view of a parameter by the first rule that fits, or None.
+  """Returns the view of the first rule that fits a parameter, or None.
 
   Args:
     path: the parameter's own name.
@@ -130,8 +131,8 @@ def view_of(
     table: rules (regex for the whole path, number of axes, view).
 
   Returns:
-    A view, or None when no rule fits or the fitting one has no matrix (a bias
-    stacked over scanned layers).
+    A view. None if no rule fits, or if the rule that fits sees no matrix (a
+    bias stacked over scanned layers).
 
   Example:
     >>> view_of("mlp/kernel", (3, 7), FLAX_VIEWS).shape((3, 7))
@@ -146,7 +147,7 @@ def view_of(
 
 
 def table_for(paths: Iterable[str], model_type: str | None = None):
-  """The rules that a set of parameter names calls for.
+  """Chooses the table of view rules for a set of parameter names.
 
   Args:
     paths: the parameter names. Names with dots and no slashes are PyTorch's.
@@ -169,15 +170,15 @@ def table_for(paths: Iterable[str], model_type: str | None = None):
 
 
 def as_matrix(parameter: Any, view: MatrixView) -> Any:
-  """A parameter read as (..., in, out).
+  """Returns a parameter as a matrix, (..., in, out).
 
   Args:
-    parameter: an array of the module's own layout; numpy stays numpy.
-    view: its axes.
+    parameter: an array in the module's own layout; NumPy stays NumPy.
+    view: the roles of its axes.
 
   Returns:
-    (*batch, in, out), the same dtype; a view of the memory where axes are
-    already in order. Under sharding a transpose and a reshape of the spec.
+    (*batch, in, out), the same dtype. Shares the memory where the axes are
+    already in order. Under sharding the spec is transposed and reshaped alike.
 
   Example:
     >>> import numpy as np
@@ -190,13 +191,13 @@ def as_matrix(parameter: Any, view: MatrixView) -> Any:
 
 
 def as_parameter(matrix: Any, view: MatrixView, shape: tuple[int, ...]) -> Any:
-  """A matrix (..., in, out) back in the module's own layout.
+  """Returns a matrix (..., in, out) in the parameter's own layout.
 
   The inverse of `as_matrix`.
 
   Args:
     matrix: (*batch, in, out).
-    view: the axes.
+    view: the roles of the parameter's axes.
     shape: the parameter's shape.
 
   Returns:
@@ -214,19 +215,19 @@ def as_parameter(matrix: Any, view: MatrixView, shape: tuple[int, ...]) -> Any:
 
 
 def in_stored_order(delta: Any, view: MatrixView) -> tuple[Any, bool]:
-  """The change of a parameter as a matrix, in the order it is stored in.
+  """Returns a change as a matrix in the order of its memory, not transposed.
 
   Args:
     delta: in the parameter's own layout.
     view: how the layout is read as a matrix.
 
   Returns:
-    (..., in, out) and False, or (..., out, in) and True where that is how the
-    memory lies: factors are exchanged for less than a delta is transposed.
+    (..., in, out) and False, or (..., out, in) and True if the memory lies that
+    way: swapping a Lora's factors costs less than transposing a delta.
 
   Example:
-    >>> from jlora.views import LINEAR
-    >>> delta, is_exchanged = in_stored_order(jnp.zeros((5, 3)), LINEAR)
+    >>> import numpy as np
+    >>> delta, is_exchanged = in_stored_order(np.zeros((5, 3)), LINEAR)
     >>> delta.shape, is_exchanged
     ((5, 3), True)
   """

@@ -210,7 +210,7 @@ def test_a_question_has_a_main_and_imports_lib_alone(file):
   tree = tree_of(file)
   names = {node.name for node in tree.body if hasattr(node, "name")}
   runs = {dotted.rpartition(".")[2] for _, dotted in imports(tree)}
-  assert "main" in names | runs
+  assert {"main", "start"} & (names | runs)
   others = [
     dotted
     for _, dotted in imports(tree)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checkpoint on disk: opened, read piece by piece, written.
+"""Opening, reading and writing checkpoints on disk.
 
     open_checkpoint(path) -> {name: array}, read when asked for
 
 Safetensors files, Hugging Face folders and orbax directories all become a lazy
-mapping; `restore` puts arrays onto devices, each process its own shards.
+mapping. `restore` puts arrays onto devices, each process its own shards.
 """
 
 from jlora.checkpoints.checkpoint import Checkpoint as Checkpoint

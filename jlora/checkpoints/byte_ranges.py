@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row-major arrays inside files: regions read, whole arrays placed.
+"""Reading regions of arrays inside files, and writing whole arrays into them.
 
 Nothing here knows a file format: an array is a file, a shape, a dtype and the
-byte where it starts. Every call opens the file anew and reads at an offset, so
-threads share no position, no descriptor stays open, and no page is mapped.
+byte where it starts. Arrays are row-major. Every call opens the file anew and
+reads at an offset, so threads share no position, no descriptor stays open, and
+no file is mapped into memory.
 """
 
 import contextlib
@@ -28,35 +29,24 @@ class StoredArray(Protocol):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Lengths of the axes."""
+    """Returns the lengths of the axes."""
     ...
 
   @property
   def dtype(self) -> np.dtype:
-    """The dtype as stored."""
+    """Returns the stored dtype."""
     ...
 
   @property
   def start(self) -> int | None:
-    """The first byte."""
+    """Returns the first byte; None where it is not in one file."""
     ...
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-  """What changes when a file is rewritten: device, inode, size, time.
+  """Returns what changes when a file is rewritten: device, inode, size, time.
 
-  Args:
-    path: a regular file; symbolic links are followed.
-
-  Returns:
-    Four integers to compare with later ones.
-
-  Raises:
-    ValueError: if there is no such file or it cannot be opened.
-
-  Example:
-    >>> stamp_of(Path(__file__)) == stamp_of(Path(__file__))
-    True
+  Follows symbolic links. Raises a ValueError if the file cannot be opened.
   """
   with _opened(path) as file:
     return _stamp(file)
@@ -68,7 +58,7 @@ def read_region(
   region: Region,
   stamp: tuple[int, ...] | None = None,
 ) -> tuple[np.ndarray, int]:
-  """One rectangular region of an array in a file, and the bytes read for it.
+  """Reads one rectangular region of an array; returns it and the bytes read.
 
   A range of the leading axis is one read of exactly its bytes, straight into
   the result. Strided leading or partial inner axes are read through a buffer
@@ -77,8 +67,8 @@ def read_region(
   Args:
     path: the file.
     array: shape, dtype and first byte of the array.
-    region: per axis a `range` within the axis, with a positive step.
-    stamp: from `stamp_of`; a file that changed since then is refused.
+    region: for each axis a `range` within it, with a positive step.
+    stamp: from `stamp_of`; raises if the file changed since then.
 
   Returns:
     The array, of the ranges' lengths and the stored dtype, and the bytes read.
@@ -113,22 +103,22 @@ def place_arrays(
   files: Mapping[Path, tuple[bytes, Mapping[str, StoredArray]]],
   arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
-  """Files filled from one stream of arrays, each put where it was announced.
+  """Writes files from one stream of arrays, each array at its announced place.
 
-  The files are temporaries beside their final places until the last array has
-  come; then they are synced and renamed, in the order given. One array, or part
-  of one, is held at a time.
+  Temporary files beside the final ones take the arrays. After the last array
+  they are synced and renamed, in the order given. One array, or part of one, is
+  in memory at a time.
 
   Args:
-    files: per file its first bytes, and the announced arrays by name, which
+    files: file -> its first bytes, and the announced arrays by name, which
       follow without holes.
-    arrays: (name, array) pairs in any order, each announced name once. In place
-      of an array an iterator of its parts, whose entries follow each other.
+    arrays: (name, array) pairs in any order, each announced name once. Instead
+      of an array, an iterator of consecutive parts of its entries.
 
   Raises:
-    ValueError: if an array is missing, given twice, not announced, or of
-      another shape or dtype than announced, its parts together of another
-      size. No file is then written.
+    ValueError: an array is missing, comes twice, was not announced, or differs
+      from its announced shape, dtype or (in parts) size. No file is then
+      written.
 
   Example:
     >>> import collections, tempfile
@@ -164,7 +154,7 @@ def place_arrays(
 def _reserve(
   path: Path, head: bytes, announced: Mapping[str, StoredArray]
 ) -> Path:
-  """A temporary beside `path`, of the final size, that begins with `head`."""
+  """Makes a temporary file beside `path`: `head`, and room for the arrays."""
   if not path.parent.is_dir():
     raise ValueError(f"{path.parent} is not a folder; create it first")
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -185,6 +175,7 @@ def _place(
   places: Mapping[str, tuple[Path, StoredArray]],
   arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
 ) -> None:
+  """Writes arrays to their places; raises unless each comes exactly once."""
   missing = dict(places)
   for name, given in arrays:
     if name not in missing:
@@ -217,6 +208,7 @@ def _place(
 
 
 def _write(file: int, array: np.ndarray, start: int) -> None:
+  """Writes an array's bytes at an offset."""
   view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
   done = 0
   while done < len(view):
@@ -225,14 +217,14 @@ def _write(file: int, array: np.ndarray, start: int) -> None:
 
 
 def _begin_writing(file: int, start: int, nbytes: int) -> None:
-  """Lets the disk begin: what waits for the sync at the end takes as long."""
+  """Asks the system to write at once, so that the final sync waits less."""
   if hasattr(os, "posix_fadvise"):
     os.posix_fadvise(file, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-  """A file descriptor, closed on leaving; only regular files."""
+  """Opens a regular file and yields its descriptor; closes it on leaving."""
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   try:
@@ -246,12 +238,13 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def _stamp(file: int) -> tuple[int, ...]:
+  """Returns device, inode, size and time of change of an open file."""
   stat = os.fstat(file)
   return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _read_into(file: int, out: np.ndarray, offset: int) -> int:
-  """Fills a contiguous array; one system call moves at most 2 GiB."""
+  """Fills a contiguous array, in several reads: one moves at most 2 GiB."""
   view = out.reshape(-1).view(np.uint8).data
   done = 0
   while done < len(view):

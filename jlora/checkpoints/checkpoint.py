@@ -3,9 +3,9 @@
 
     safetensors file | Hugging Face folder | orbax directory -> {name: array}
 
-Opening reads headers and metadata only, and validates all of them; an array,
-or a slice of one, is read when asked for. float8 weights come multiplied with
-their scales. Writers put a file in its place when it is whole.
+Opening reads only headers and metadata, and validates all of them. An array, or
+a slice of one, is read when asked for. float8 weights come multiplied by their
+scales. Writers put a file in its place only when it is complete.
 """
 
 import json
@@ -37,11 +37,11 @@ _Read = Callable[[str, Sequence[range]], tuple[np.ndarray, int]]
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-  """A checkpoint on disk: names to arrays, each read when it is asked for.
+  """A checkpoint on disk: a mapping from names to arrays, read on demand.
 
-  `checkpoint[name]` is the whole array in its stored dtype, bfloat16 included;
-  float8 weights come as float32, codes times scales, and their scales are no
-  keys. Several threads may read at once. No file stays open.
+  `checkpoint[name]` is the whole array in its stored dtype, bfloat16 included.
+  float8 weights come as float32, codes times scales; their scales are not among
+  the names. Several threads may read at once. No file stays open.
 
   Attributes:
     path: what was opened.
@@ -102,7 +102,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
   @property
   def model_type(self) -> str | None:
-    """`model_type` of the folder's config.json; None if there is none."""
+    """Returns `model_type` of the folder's config.json, None if it has none."""
     file = self.path / "config.json"
     if not file.exists():
       return None
@@ -114,19 +114,22 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
   @property
   def bytes_read(self) -> int:
-    """Bytes read so far, headers included; of orbax leaves, their own size."""
+    """Returns the bytes read so far, headers included.
+
+    A region of an orbax leaf counts with its size in memory.
+    """
     return self._bytes_read
 
   def read(self, name: str, index: Any = ()) -> np.ndarray:
-    """`self[name][index]`, touching only the bytes of the leading-axis slice.
+    """Reads `self[name][index]`, and of the file only that leading-axis slice.
 
     Args:
       name: a key.
       index: integers, slices with positive step, and one `...`, as for NumPy.
 
     Returns:
-      The array, in its stored dtype; float32 if that is float8. Inner slices
-      read whole rows, through a buffer of at most 4 MiB.
+      The array, in its stored dtype; float32 if that is float8. Slices of inner
+      axes read whole rows, through a buffer of at most 4 MiB.
 
     Raises:
       KeyError: if there is no such tensor.
@@ -150,7 +153,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     return array.reshape(shape)
 
   def read_float32(self, name: str, index: Any = ()) -> np.ndarray:
-    """`read`, in float32 whatever the stored floating dtype.
+    """Reads as `read` does, and converts any floating dtype to float32.
 
     Args:
       name: a key.
@@ -177,6 +180,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     return self.read(name, index).astype(np.float32, copy=False)
 
   def _read_counted(self, name: str, region: Sequence[range]) -> np.ndarray:
+    """Reads a region and counts its bytes."""
     array, count = self._read(name, region)
     with self._lock:
       self._bytes_read += count
@@ -184,7 +188,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-  """The checkpoint at a path, its arrays not yet read.
+  """Opens the checkpoint at a path; its arrays are not read yet.
 
   Args:
     path: a `.safetensors` file; a Hugging Face folder with one such file or
@@ -225,6 +229,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 def _open_files(
   path: Path, format: str, shards: Mapping[Path, set[str] | None]
 ) -> Checkpoint:
+  """Opens safetensors files as one checkpoint."""
   stored: dict[str, TensorSpec] = {}
   stamps, metadata, count = {}, {}, 0
   for file, expected in shards.items():
@@ -250,6 +255,7 @@ def _open_files(
 
 
 def _open_orbax(path: Path, folder: Path) -> Checkpoint:
+  """Opens the arrays in an orbax item as a checkpoint."""
   leaves = orbax.list_leaves(folder)
   stored = {
     name: TensorSpec(
@@ -269,7 +275,7 @@ def _open_orbax(path: Path, folder: Path) -> Checkpoint:
 
 
 def _check_shard(file: Path, found: Iterable[str], expected: set[str]) -> None:
-  """The shard holds exactly the tensors that the index says."""
+  """Raises unless a shard holds exactly the tensors that the index says."""
   found = set(found)
   for names, problem in (
     (expected - found, "which the index places there"),
@@ -286,7 +292,7 @@ def _check_shard(file: Path, found: Iterable[str], expected: set[str]) -> None:
 def _region(
   name: str, shape: tuple[int, ...], index: Any
 ) -> tuple[tuple[range, ...], tuple[int, ...]]:
-  """NumPy's basic index as a range per axis, and the shape it leaves."""
+  """Turns NumPy's basic index into a range per axis, and the result's shape."""
   index = index if isinstance(index, tuple) else (index,)
   dots = [at for at, part in enumerate(index) if part is Ellipsis]
   if dots:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float8 weights with their scales, back to float32.
+"""Turning float8 weights and their scales back into float32.
 
 A float8 weight W is stored as codes C and a scale S in a tensor of its own:
 
     W = C * S        S per tensor, per row, or per block of 128 x 128
 
 DeepSeek names the scale `<name>_scale_inv`, others `<name>_scale`. Both
-multiply: the `inv` says that the scale is the inverse of the factor by which
-the weight was multiplied before rounding.
+multiply: `inv` means that the scale is the inverse of the factor by which the
+weight was multiplied before it was rounded.
 
 References:
   DeepSeek-V3, README_WEIGHTS.md: each 128 x 128 block times its
@@ -32,14 +32,14 @@ Shapes = Mapping[str, Sequence]  # name -> (shape, dtype, ...)
 
 
 def pair_scales(tensors: Shapes) -> dict[str, str]:
-  """Every float8 weight's scale: the scale's name -> the weight's name.
+  """Finds the scale of every float8 weight: {scale's name: weight's name}.
 
   Args:
     tensors: name -> (shape, dtype), or a TensorSpec, of a whole checkpoint.
 
   Returns:
     {scale name: weight name}. Scales of other tensors, `input_scale` and the
-    like are not among them.
+    like are left out.
 
   Raises:
     ValueError: for float8 weights without a scale, with two, or with one whose
@@ -80,18 +80,18 @@ def dequantise(
   shape: Sequence[int],
   region: Sequence[range],
 ) -> np.ndarray:
-  """Float32 values of a region of a float8 tensor: codes times scales.
+  """Computes the float32 values of a region of a float8 tensor.
 
   Args:
     codes: the region's codes, float8, of the ranges' lengths.
-    scale: the scales of the whole tensor: one number; or per axis of the
-      tensor as many entries as the axis, one, or one per 128.
+    scale: the scales of the whole tensor: one number; or on each axis of the
+      tensor as many entries as the axis has, one, or one for each 128.
     shape: the whole tensor's shape.
-    region: per axis the range of indices that `codes` holds.
+    region: for each axis the range of indices that `codes` holds.
 
   Returns:
-    float32, of the shape of `codes`. Beside it, scales of one row of blocks
-    are held at the full width.
+    float32, codes times scales, of the shape of `codes`. Besides, memory holds
+    the scales of one row of blocks at full width.
 
   Raises:
     ValueError: if the scale's shape does not fit.
@@ -123,7 +123,7 @@ def dequantise(
   elif blocks[-2] == 1:
     out *= np.take(scale, rows, -2)
   else:
-    # One row of blocks at a time: scales are never repeated over all rows.
+    # One row of blocks at a time, so that scales are not repeated for all rows.
     for row in np.unique(rows):
       first, last = np.searchsorted(rows, (row, row + 1))
       out[..., first:last, :] *= scale[..., row : row + 1, :]
@@ -133,7 +133,7 @@ def dequantise(
 def _blocks(
   shape: Sequence[int], scale_shape: Sequence[int]
 ) -> tuple[int, ...] | None:
-  """Entries per scale along each axis, or None if the shapes do not fit."""
+  """Returns the entries per scale on each axis; None if shapes do not fit."""
   if math.prod(scale_shape) == 1:
     return tuple(max(n, 1) for n in shape)
   if len(scale_shape) > len(shape):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a Hugging Face checkpoint folder: found and written.
+"""Finding and writing the files of a Hugging Face checkpoint folder.
 
 A folder holds one safetensors file, or shards with an index
 `{"metadata": {"total_size": n}, "weight_map": {tensor: file}}`.
 
-A shard may be a symbolic link out of the folder, because the download cache
-stores every file that way; a name that climbs out of it is refused.
+A shard may be a symbolic link that leads out of the folder, because the
+download cache stores every file that way. A name that leads out is refused.
 """
 
 import json
@@ -27,16 +27,17 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 def find_shards(folder: Path) -> dict[Path, set[str] | None]:
-  """The safetensors files that make up the checkpoint in a folder.
+  """Finds the safetensors files that make up the checkpoint in a folder.
 
-  An index decides; then `model.safetensors`; then a file that is alone.
+  The index decides if there is one; else it is `model.safetensors`, or else the
+  only file.
 
   Args:
     folder: an existing folder.
 
   Returns:
-    {file: names of the tensors it must hold, or None where no index says}.
-    Empty if there is no safetensors file.
+    {file: names of the tensors it must hold, or None without an index}. Empty
+    if there is no safetensors file.
 
   Raises:
     ValueError: if the index is damaged, names missing files or files outside
@@ -80,7 +81,7 @@ def check_not_pickled(path: Path) -> None:
     path: a file or folder.
 
   Raises:
-    ValueError: saying how to convert them. Pickles run code when loaded.
+    ValueError: tells how to convert them. Pickles can run code when loaded.
 
   Example:
     >>> check_not_pickled(Path("model.safetensors"))
@@ -107,19 +108,22 @@ def stream_checkpoint(
   max_shard_bytes: int = 5 * 2**30,
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """A Hugging Face checkpoint from arrays that come one by one, in any order.
+  """Writes a Hugging Face checkpoint from arrays that come in any order.
 
   Args:
-    folder: made if need be; it must not hold a checkpoint yet.
+    folder: is made if it does not exist; must not hold a checkpoint yet.
     spec: name -> (shape, dtype), or a TensorSpec, in the order of the shards.
-    arrays: (name, array) pairs, each name of `spec` exactly once.
-    max_shard_bytes: arrays' bytes per file; a larger tensor has its own file.
+    arrays: (name, array) pairs, each name of `spec` exactly once. One array is
+      in memory at a time.
+    max_shard_bytes: the most bytes of arrays in a file; a larger tensor gets a
+      file of its own.
     metadata: stored in each file; None writes {"format": "pt"}, which
       transformers asks for.
 
   Raises:
-    ValueError: as `stream_safetensors`, or if the folder holds a checkpoint.
-      No file is then written.
+    ValueError: the folder holds a checkpoint; or an array is missing, comes
+      twice, is not in `spec`, or has another shape or dtype. No file is then
+      written.
 
   Example:
     >>> import tempfile
@@ -151,12 +155,12 @@ def stream_checkpoint(
 def plan_shards(
   folder: Path, tensors: Shapes, max_bytes: int
 ) -> dict[Path, dict[str, tuple]]:
-  """Files for the tensors, in the order given, each at most `max_bytes` large.
+  """Deals tensors out to files of at most `max_bytes`, in the order given.
 
   Args:
     folder: where the files will be.
     tensors: name -> (shape, dtype), or a TensorSpec.
-    max_bytes: arrays' bytes per file; a larger tensor has a file of its own.
+    max_bytes: of arrays in a file; a larger tensor gets a file of its own.
 
   Returns:
     {file: {name: (shape, dtype)}}, named as transformers names them.
@@ -191,23 +195,7 @@ def plan_shards(
 
 
 def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
-  """The index of shards, put in its place whole.
-
-  Args:
-    folder: where the shards are.
-    shards: from `plan_shards`.
-
-  Raises:
-    OSError: if the file cannot be written; an old index is then left alone.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   path = Path(folder, "a.safetensors")
-    ...   write_index(Path(folder), {path: {"w": ((2,), "float32")}})
-    ...   json.loads(Path(folder, _INDEX).read_text())["weight_map"]
-    {'w': 'a.safetensors'}
-  """
+  """Writes the index of shards from `plan_shards`, whole or not at all."""
   weight_map = {
     name: path.name for path, tensors in shards.items() for name in tensors
   }
@@ -232,6 +220,7 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
 
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
+  """Reads an index: each shard, and the names of the tensors it must hold."""
   try:
     text = index.read_bytes()
   except OSError as error:
@@ -260,4 +249,5 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _names(paths: list[Path]) -> str:
+  """Lists file names for an error message."""
   return name_some([path.name for path in paths])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base checkpoint with changes added, written as a checkpoint folder."""
+"""Writing a base checkpoint with changes added, as a new checkpoint folder."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
 from jlora.views import as_parameter, table_for, view_of
 
-# What a folder needs beside its weights: configuration, tokenizer, own code.
+# Files that a folder needs besides its weights: configuration, tokenizer, code.
 _COMPANIONS = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
 _CONFIG = "config.json"
 
@@ -35,28 +35,29 @@ def save_merged(
   model_type: str | None = None,
   max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-  """A checkpoint folder of the base with every change added.
+  """Writes a checkpoint folder: the base with every change added.
 
       w' = round(float32(w) + scale * aᵀ b),  rounded once to the stored dtype
 
-  One tensor and its change are in memory at a time. The folder appears under
-  its name when it is complete.
+  One tensor and its change are in memory at a time. The folder gets its name
+  only when it is complete.
 
   Args:
     folder: must not exist.
     base: an open checkpoint; where it is a folder, its other small files
       (config.json, tokenizer) are copied.
-    loras: path -> Lora, may be lazy.
-    biases: path -> change, added.
-    full: path -> new value, in place of the base's before a Lora is added.
-    dtype: of floating tensors; None keeps each tensor's own. float8 weights,
-      whose scales a sum would not fit, become bfloat16 unless it is given.
+    loras: path -> Lora; may be a lazy mapping.
+    biases: path -> change to add.
+    full: path -> new value, which replaces the base's before a Lora is added.
+    dtype: of floating tensors; None keeps each tensor's own. Without it float8
+      weights become bfloat16, because their scales would not fit the sum.
     model_type: of config.json; None reads it there.
-    max_shard_bytes: a new file begins before this size is passed.
+    max_shard_bytes: the most bytes of arrays in a file; a larger tensor gets a
+      file of its own.
 
   Raises:
-    ValueError: before anything is written, if the folder exists or a path or
-      shape is not the base's.
+    ValueError: the folder exists, or a path or shape is not the base's. Nothing
+      is then written.
 
   Example:
     >>> import tempfile
@@ -106,17 +107,14 @@ def save_merged(
 
 
 def check_changes(base, loras, views, biases, full) -> None:
-  """Nothing, if every change is for a tensor of the base, of its shape.
+  """Raises unless every change is for a tensor of the base and has its shape.
 
   Args:
     base: an open checkpoint.
     loras: path -> Lora.
-    views: path -> MatrixView of those that the base has.
+    views: path -> MatrixView, for the paths of `loras` that the base has.
     biases: path -> change.
     full: path -> new value.
-
-  Raises:
-    ValueError: up to three paths or shapes that are not the base's.
 
   Example:
     >>> check_changes({}, {}, {}, {"b": np.ones(2)}, {})
@@ -147,18 +145,9 @@ def check_changes(base, loras, views, biases, full) -> None:
 
 
 def changed(name, base, loras, views, biases, full) -> np.ndarray:
-  """One tensor with its changes, in float32 where there are any.
+  """Returns one tensor of the base with its changes, in float32 if it has any.
 
-  Args:
-    name: of the base.
-    base: name -> array.
-    loras: as for `check_changes`, as all below.
-    views: likewise.
-    biases: likewise.
-    full: likewise.
-
-  Returns:
-    The array.
+  Arguments as for `check_changes`.
 
   Example:
     >>> changed("b", {"b": np.ones(2)}, {}, {}, {"b": np.ones(2)}, {})
@@ -175,15 +164,9 @@ def changed(name, base, loras, views, biases, full) -> np.ndarray:
 
 
 def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
-  """The dtype of a merged tensor; integers keep theirs.
+  """Returns the dtype of a merged tensor; integers keep theirs.
 
-  Args:
-    stored: that of the base's tensor.
-    dtype: that asked for; None keeps it, but for float8, which becomes
-      bfloat16.
-
-  Returns:
-    The dtype.
+  Without `dtype` a tensor keeps its stored one, but float8 becomes bfloat16.
 
   Example:
     >>> merged_dtype(np.dtype(np.int8), np.float32)
@@ -197,18 +180,7 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
 
 
 def read_json_config(path: Path) -> dict[str, Any]:
-  """The config.json of a checkpoint folder; nothing if it has none.
-
-  Args:
-    path: the folder, or a file.
-
-  Returns:
-    Its content.
-
-  Example:
-    >>> read_json_config(Path("nowhere"))
-    {}
-  """
+  """Reads the config.json of a checkpoint folder; {} if it has none."""
   file = path / _CONFIG
   return json.loads(file.read_text()) if file.is_file() else {}
 
@@ -216,12 +188,7 @@ def read_json_config(path: Path) -> dict[str, Any]:
 def copy_companions(source: Path, target: Path) -> None:
   """Copies the small files of a checkpoint folder, without its indices.
 
-  Args:
-    source: the folder; nothing is copied if it is a file.
-    target: a folder that exists.
-
-  Example:
-    >>> copy_companions(Path("nowhere"), Path("."))
+  Nothing is copied if `source` is a file. `target` is a folder that exists.
   """
   if not source.is_dir():
     return
@@ -232,7 +199,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _merged_config(config, base, spec, dtype) -> dict[str, Any]:
-  """config.json after float8 became bfloat16, or the vocabulary grew."""
+  """Returns config.json changed for a new dtype, or for a grown vocabulary."""
   config = without_paths(config)
   stored = {entry.dtype.itemsize for entry in base.spec.values()}
   if 1 in stored:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of an orbax checkpoint directory: found, read leaf by leaf, saved.
+"""Finding, reading and saving the arrays of an orbax checkpoint directory.
 
-A directory is a root of steps, a step of named items, or an item; the item
-that holds arrays has a `_METADATA` file, whatever its name. Names, shapes and
-dtypes come from orbax; a region of a leaf from tensorstore, which orbax wrote.
+A directory is a root of steps, a step of named items, or an item. The item that
+holds arrays has a `_METADATA` file, whatever its name. orbax tells names,
+shapes and dtypes; tensorstore, with which orbax writes, reads parts of leaves.
 
 References:
   orbax.readthedocs.io, "Checkpoint format guide".
@@ -21,7 +21,7 @@ from etils import epath, epy
 
 from jlora.messages import name_some
 
-with epy.lazy_imports():  # a third of a second: only where they are used
+with epy.lazy_imports():  # they take a third of a second: only if needed
   import orbax.checkpoint as ocp
   import tensorstore as ts
 
@@ -31,7 +31,7 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class Leaf(NamedTuple):
-  """One stored array.
+  """One stored array: its shape, its dtype, and how to open it.
 
   Attributes:
     shape: lengths of the axes.
@@ -45,18 +45,18 @@ class Leaf(NamedTuple):
 
 
 def find_item(path: str | os.PathLike) -> Path | None:
-  """The folder that holds the arrays of an orbax checkpoint.
+  """Finds the folder that holds the arrays of an orbax checkpoint.
 
   Args:
     path: an item, a step, or a root of steps, of which the newest finished one
-      is taken. Temporary directories are passed over.
+      is taken. Temporary directories are ignored.
 
   Returns:
-    The folder, or None if this is no orbax checkpoint.
+    The folder, or None if the path is no orbax checkpoint.
 
   Raises:
-    ValueError: if several items or several series of steps hold arrays, or
-      the path is a temporary directory itself.
+    ValueError: if several items or several series of steps hold arrays, or if
+      the path itself is a temporary directory.
 
   Example:
     >>> import tempfile
@@ -86,14 +86,14 @@ def find_item(path: str | os.PathLike) -> Path | None:
 
 
 def list_leaves(folder: Path) -> dict[str, Leaf]:
-  """The arrays of an item, named by their tree paths joined with "/".
+  """Lists the arrays of an item, named by their tree paths joined with "/".
 
   Args:
     folder: from `find_item`.
 
   Returns:
     {name: Leaf}. Only metadata is read. Leaves that are not arrays, such as
-    strings, are not among them.
+    strings, are left out.
 
   Raises:
     ValueError: if the metadata is damaged, or two leaves have the same name.
@@ -124,15 +124,15 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
 
 
 def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
-  """One rectangular region of a stored array.
+  """Reads one rectangular region of a stored array.
 
-  Only the stored chunks that the region touches are read and decompressed;
-  orbax makes a chunk of each shard unless told otherwise, so an array that was
-  not sharded is read whole.
+  Only the stored chunks that the region touches are read and decompressed. By
+  default orbax makes each shard one chunk, so an array that was not sharded is
+  read whole.
 
   Args:
     leaf: from `list_leaves`.
-    region: per axis a `range` within the axis, with a positive step.
+    region: for each axis a `range` within it, with a positive step.
 
   Returns:
     The array, of the ranges' lengths and the stored dtype.
@@ -163,14 +163,14 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
 
 
 def save_orbax(path: str | os.PathLike, tree: Any) -> None:
-  """An orbax checkpoint of a pytree, or of a flat mapping {path: array}.
+  """Writes an orbax checkpoint of a pytree, or of a flat {path: array}.
 
-  A mapping of arrays is nested at the slashes of its paths, so other readers
-  see the tree that the paths describe; any other pytree is saved as it is. The
-  call returns when the checkpoint is complete.
+  A mapping of arrays is nested at the slashes of its paths, so that other
+  readers see the tree that the paths describe. Any other pytree is saved as it
+  is. The call returns when the checkpoint is complete.
 
   Args:
-    path: the directory to make; orbax names it only once it is whole.
+    path: the directory to make; orbax gives it this name only when complete.
     tree: a pytree of arrays, or {path: array}, which may be a Checkpoint.
 
   Raises:
@@ -178,9 +178,10 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
 
   Example:
     >>> import tempfile
+    >>> from jlora.checkpoints import open_checkpoint
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   save_orbax(f"{folder}/c", {"layer/kernel": np.ones((2, 3))})
-    ...   list(list_leaves(Path(folder, "c")))
+    ...   list(open_checkpoint(f"{folder}/c"))
     ['layer/kernel']
   """
   path = Path(path).absolute()
@@ -195,7 +196,7 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested dicts, one level per slash."""
+  """Nests a flat mapping into dicts, one level for each slash."""
   inside = [
     name
     for name in flat
@@ -214,6 +215,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(path: Path) -> list[Path]:
+  """Lists the finished checkpoint folders in a folder."""
   return [
     child
     for child in sorted(path.iterdir())
@@ -222,7 +224,7 @@ def _finished(path: Path) -> list[Path]:
 
 
 def _steps(path: Path) -> dict[int, Path]:
-  """Finished steps by number: folders that end in digits and hold arrays."""
+  """Finds finished steps: folders that end in their number and hold arrays."""
   steps, series = {}, set()
   for child in _finished(path):
     found = re.fullmatch(r"(.*?)(\d+)", child.name)
@@ -238,11 +240,12 @@ def _steps(path: Path) -> dict[int, Path]:
 
 
 def _holds_tree(path: Path) -> bool:
+  """Returns whether a folder is an item that holds arrays."""
   return (path / _TREE).is_file()
 
 
 def _store(folder: Path, name: str, zarr3: bool) -> dict[str, Any]:
-  """The tensorstore spec of one array, as orbax lays it out."""
+  """Returns the tensorstore spec of one array, as orbax lays it out."""
   if (folder / "manifest.ocdbt").is_file():
     base = {"driver": "file", "path": f"{folder}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}

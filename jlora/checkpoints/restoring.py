@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints put back on devices, on another mesh than they came from.
+"""Loading checkpoints onto devices, on any mesh.
 
-`save_orbax` writes what lies on devices, every process its own shards; here
-every process reads the regions of its own devices, however the file is cut.
+`save_orbax` writes what lies on devices, every process its own shards. Here
+every process reads the regions of its own devices, however the file is cut, so
+the mesh may differ from the one that was saved.
 """
 
 import functools
@@ -24,27 +25,26 @@ _LEAVES = ("a", "b", "scale")
 def restore(
   checkpoint: Checkpoint, shardings: Mapping[str, Any] | None = None
 ) -> dict[str, jax.Array]:
-  """The arrays of a checkpoint on devices, each shard read by itself.
+  """Loads the arrays of a checkpoint onto devices, each shard read by itself.
 
   Args:
     checkpoint: an open one, of safetensors or orbax.
-    shardings: name -> sharding, of the arrays that are wanted, from
+    shardings: name -> sharding, for the arrays that are wanted, from
       `jlora.sharding.assign` for example; None takes all, on the default
       device.
 
   Returns:
     {name: array}, in the stored dtype. Neither a device nor a process ever has
-    more of an array than its own shards; of an orbax checkpoint a region costs
-    the reading of the stored chunks (as a rule the shards of whoever wrote it)
-    that it touches.
+    more of an array than its own shards. From an orbax checkpoint all stored
+    chunks that a region touches are read; usually a chunk is a shard of the
+    process that wrote it.
 
   Raises:
     ValueError: a name that the checkpoint lacks, or a damaged file.
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints import open_checkpoint
-    >>> from jlora.checkpoints.checkpoint import save_orbax
+    >>> from jlora.checkpoints import open_checkpoint, save_orbax
     >>> mesh = jax.make_mesh((1,), ("x",))
     >>> own = jax.NamedSharding(mesh, jax.P("x"))
     >>> with tempfile.TemporaryDirectory() as tmp:
@@ -72,12 +72,12 @@ def restore(
 def restore_loras(
   checkpoint: Checkpoint, shardings: Mapping[str, Lora] | None = None
 ) -> Loras:
-  """The Loras that `save_orbax` wrote, put on devices.
+  """Loads onto devices the Loras that `save_orbax` wrote.
 
   Args:
     checkpoint: an open one that holds `a`, `b` and `scale` of every path.
-    shardings: {path: Lora of NamedShardings} as
-      `jlora.sharding.adapter_shardings` gives; None: the default device.
+    shardings: {path: Lora of NamedShardings}, from
+      `jlora.sharding.adapter_shardings`; None means the default device.
 
   Returns:
     {path: Lora}, a (..., r, in), b (..., r, out), scale (...), as stored.
@@ -88,8 +88,7 @@ def restore_loras(
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints import open_checkpoint
-    >>> from jlora.checkpoints.checkpoint import save_orbax
+    >>> from jlora.checkpoints import open_checkpoint, save_orbax
     >>> lora = Lora(jnp.ones((1, 2)), jnp.ones((1, 3)), jnp.float32(1))
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   save_orbax(f"{tmp}/c", {"mlp/kernel": lora})

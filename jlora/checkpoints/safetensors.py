@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of a safetensors file: read, validated, and laid out anew.
+"""Reading, checking and writing safetensors files.
 
 A file is eight bytes of little-endian header length, a JSON header
 `{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}`, and the
 arrays' bytes, one after another without holes.
 
-Whatever the official reader refuses is refused here. Refused beyond that:
-names given twice, fields other than the three, dtypes outside the table, and
-shapes that NumPy cannot hold.
+`read_header` refuses whatever the official reader refuses, and besides: names
+given twice, fields other than the three, dtypes outside the table, and shapes
+that NumPy cannot hold. `write_safetensors` and `stream_safetensors` lay out the
+header first, then write each array at its place.
 
 References:
   https://github.com/huggingface/safetensors, section "Format".
@@ -53,7 +54,7 @@ Shapes = Mapping[str, tuple]  # name -> (shape, dtype), or a TensorSpec
 
 
 class TensorSpec(NamedTuple):
-  """What a stored tensor is and where it lies; reading it is not needed.
+  """The shape, dtype and place of a stored tensor, known without reading it.
 
   Attributes:
     shape: lengths of the axes.
@@ -73,7 +74,7 @@ class TensorSpec(NamedTuple):
 
 
 class Header(NamedTuple):
-  """What the head of one file says.
+  """The contents of a file's header.
 
   Attributes:
     spec: name -> TensorSpec, in the order of the bytes.
@@ -87,10 +88,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | os.PathLike) -> Header:
-  """The validated header of a safetensors file; no array is read.
+  """Reads and validates the header of a safetensors file; no array is read.
 
-  Nothing is allocated before the announced length has been compared with the
-  size of the file.
+  The announced length is compared with the size of the file before memory is
+  allocated for it.
 
   Args:
     path: the file; symbolic links are followed.
@@ -136,18 +137,84 @@ def read_header(path: str | os.PathLike) -> Header:
   return Header(in_order, metadata, 8 + length)
 
 
+def write_safetensors(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes a safetensors file, whole or not at all.
+
+  The same tensors always give the same bytes.
+
+  Args:
+    path: the file. An existing one is replaced once the new one is complete.
+    tensors: arrays by name, of any dtype the format has.
+    metadata: strings to strings, stored in the header.
+
+  Raises:
+    ValueError: for a dtype the format lacks, or metadata that is not strings.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints import open_checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_safetensors(f"{folder}/a.safetensors", {"w": np.ones(2)})
+    ...   open_checkpoint(f"{folder}/a.safetensors")["w"]
+    array([1., 1.])
+  """
+  arrays = {name: np.asarray(array) for name, array in tensors.items()}
+  spec = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+  stream_safetensors(path, spec, arrays.items(), metadata)
+
+
+def stream_safetensors(
+  path: str | os.PathLike,
+  spec: Shapes,
+  arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes a safetensors file from arrays that come one by one, in any order.
+
+  The header is laid out from `spec` first, so each array goes straight to its
+  place: one, or part of one, is in memory at a time.
+
+  Args:
+    path: the file. An existing one is replaced once the new one is complete.
+    spec: name -> (shape, dtype), or a TensorSpec: what the file will hold.
+    arrays: (name, array) pairs, each name of `spec` exactly once. Instead of an
+      array, an iterator of consecutive parts of its entries.
+    metadata: strings to strings, stored in the header.
+
+  Raises:
+    ValueError: an array is missing, comes twice, is not in `spec`, or differs
+      from its shape, dtype or (in parts) size there. The file is then not
+      written.
+
+  Example:
+    >>> import tempfile
+    >>> spec = {"a": ((2,), np.float32), "b": ((), np.int8)}
+    >>> arrays = {"b": np.int8(1), "a": np.zeros(2, np.float32)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   stream_safetensors(f"{folder}/x.safetensors", spec, arrays.items())
+    ...   list(read_header(f"{folder}/x.safetensors").spec)
+    ['a', 'b']
+  """
+  files = {Path(path): lay_out_file(path, spec, metadata)}
+  place_arrays(files, arrays)
+
+
 def lay_out_file(
   path: str | os.PathLike,
   tensors: Shapes,
   metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, TensorSpec]]:
-  """The first bytes of a file to be written, and every tensor's place in it.
+  """Returns the header bytes of a new file, and every tensor's place in it.
 
   The widest dtype comes first, then names in order, so every array is aligned
   and the same tensors give the same bytes.
 
   Args:
-    path: the file, for the specs and messages; it is not touched.
+    path: the file, for specs and error messages; it is not touched.
     tensors: name -> (shape, dtype), or a TensorSpec.
     metadata: strings to strings, stored as `__metadata__`.
 
@@ -187,40 +254,16 @@ def lay_out_file(
   }
 
 
-def _announced(
-  path: Path, name: str, shape: Sequence[int], dtype: DTypeLike
-) -> TensorSpec:
-  """The spec of a tensor to be written, its place still open."""
-  dtype = np.dtype(dtype)
-  if not isinstance(name, str) or name == "__metadata__":
-    raise ValueError(f"{path}: {name!r} cannot name a tensor")
-  _check_text(name, path)
-  if dtype not in _CODES:
-    raise ValueError(
-      f"{path}: tensor {name!r} is {dtype}, which safetensors lacks; cast it"
-      f" to one of {', '.join(map(str, _CODES))}"
-    )
-  shape = tuple(int(n) for n in shape)
-  return TensorSpec(shape, dtype, math.prod(shape) * dtype.itemsize, path)
-
-
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-  """The JSON object in `text`; repeated names and negative numbers refused.
+  """Parses a JSON object; refuses repeated names and negative numbers.
 
   Args:
     text: UTF-8.
-    path: where it came from, for the message.
-
-  Returns:
-    The object as a dict.
+    path: where it came from, for the error message.
 
   Raises:
     ValueError: if it is not UTF-8, not JSON, nested too deeply, not an object,
       or has a name twice or a negative integer.
-
-  Example:
-    >>> parse_json(b'{"a": 1}', Path("x.json"))
-    {'a': 1}
   """
   try:
     found = json.loads(
@@ -234,6 +277,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Makes a dict of a JSON object's pairs; raises if a name occurs twice."""
   found = dict(pairs)
   if len(found) != len(pairs):
     names = collections.Counter(name for name, _ in pairs)
@@ -242,13 +286,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _natural(digits: str) -> int:
+  """Parses an integer; raises if it is negative."""
   if digits.startswith("-"):
     raise ValueError(f"negative number {digits[:20]}")
   return int(digits)
 
 
 def _header_length(path: Path, head: bytes, size: int) -> int:
-  """The announced length of the header, if the file can hold it."""
+  """Returns the announced header length; raises if the file cannot hold it."""
   if len(head) < 8:
     raise ValueError(
       f"{path}: {size} bytes, too few for a safetensors file, which begins"
@@ -265,6 +310,7 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 
 
 def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
+  """Returns metadata as a dict; raises unless it maps strings to strings."""
   metadata = {} if metadata is None else metadata
   if not isinstance(metadata, Mapping) or not all(
     isinstance(text, str) for pair in metadata.items() for text in pair
@@ -276,6 +322,7 @@ def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
 
 
 def _check_text(text: str, path: Path) -> None:
+  """Raises unless a text can be stored as UTF-8."""
   try:
     text.encode()
   except UnicodeEncodeError as error:
@@ -283,7 +330,7 @@ def _check_text(text: str, path: Path) -> None:
 
 
 def _parse_entry(path: Path, name: str, entry: Any, base: int) -> TensorSpec:
-  """One tensor's spec; `base` is the byte its offsets count from."""
+  """Parses a tensor's header entry; its offsets count from the byte `base`."""
   _check_text(name, path)
   where = f"{path}: tensor {name!r}"
   if not isinstance(entry, dict) or entry.keys() != _FIELDS:
@@ -319,7 +366,7 @@ def _parse_entry(path: Path, name: str, entry: Any, base: int) -> TensorSpec:
 def _check_cover(
   path: Path, ordered: list[tuple[int, int, str]], position: int, size: int
 ) -> None:
-  """Every byte of the file belongs to exactly one tensor."""
+  """Raises unless every byte of the file belongs to exactly one tensor."""
   for start, end, name in ordered:
     if start != position:
       kind = "leaves a hole" if start > position else "overlaps another"
@@ -339,64 +386,18 @@ def _check_cover(
     )
 
 
-def write_safetensors(
-  path: str | os.PathLike,
-  tensors: Mapping[str, np.ndarray],
-  metadata: Mapping[str, str] | None = None,
-) -> None:
-  """A safetensors file, written whole or not at all; the same bytes each time.
-
-  Args:
-    path: the file; replaced if it exists, once the new one is complete.
-    tensors: arrays by name, of any dtype the format has.
-    metadata: strings to strings, stored in the header.
-
-  Raises:
-    ValueError: for a dtype the format lacks, or metadata that is not strings.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   write_safetensors(f"{folder}/a.safetensors", {"w": np.ones(2)})
-    ...   read_header(f"{folder}/a.safetensors").spec["w"].shape
-    (2,)
-  """
-  arrays = {name: np.asarray(array) for name, array in tensors.items()}
-  spec = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-  stream_safetensors(path, spec, arrays.items(), metadata)
-
-
-def stream_safetensors(
-  path: str | os.PathLike,
-  spec: Shapes,
-  arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
-  metadata: Mapping[str, str] | None = None,
-) -> None:
-  """A safetensors file from arrays that come one by one, in any order.
-
-  The header is laid out from `spec` first, so each array goes straight to its
-  place: one, or part of one, is held at a time.
-
-  Args:
-    path: the file; replaced if it exists, once the new one is complete.
-    spec: name -> (shape, dtype), or a TensorSpec: what the file will hold.
-    arrays: (name, array) pairs, each name of `spec` exactly once. In place of
-      an array an iterator of its parts, whose entries follow each other.
-    metadata: strings to strings, stored in the header.
-
-  Raises:
-    ValueError: if an array is missing, given twice, not announced, or of
-      another shape or dtype than announced, its parts together of another
-      size. The file is then not written.
-
-  Example:
-    >>> import tempfile
-    >>> spec = {"a": ((2,), np.float32), "b": ((), np.int8)}
-    >>> arrays = {"b": np.int8(1), "a": np.zeros(2, np.float32)}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   stream_safetensors(f"{folder}/x.safetensors", spec, arrays.items())
-    ...   list(read_header(f"{folder}/x.safetensors").spec)
-    ['a', 'b']
-  """
-  files = {Path(path): lay_out_file(path, spec, metadata)}
-  place_arrays(files, arrays)
+def _announced(
+  path: Path, name: str, shape: Sequence[int], dtype: DTypeLike
+) -> TensorSpec:
+  """Returns the spec of a tensor to be written, its place still open."""
+  dtype = np.dtype(dtype)
+  if not isinstance(name, str) or name == "__metadata__":
+    raise ValueError(f"{path}: {name!r} cannot name a tensor")
+  _check_text(name, path)
+  if dtype not in _CODES:
+    raise ValueError(
+      f"{path}: tensor {name!r} is {dtype}, which safetensors lacks; cast it"
+      f" to one of {', '.join(map(str, _CODES))}"
+    )
+  shape = tuple(int(n) for n in shape)
+  return TensorSpec(shape, dtype, math.prod(shape) * dtype.itemsize, path)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A change of weights becomes factors, with certificates of what they lose.
+"""Turning weight changes into low-rank factors, with certificates of the error.
 
     delta (..., m, n) -> Factors(u, s, vt),   certificate: exact errors by rank
 
-Factorisers are functions of one signature: `svd`, `gram`, `krylov`; `whitened`
-makes one that weighs the change by what a layer reads.
+Factorisers are functions of one signature: `svd`, `gram`, `krylov`. `whitened`
+weighs the error by what a layer reads and writes.
 """
 
 from jlora.factoring.certificates import Certificate as Certificate

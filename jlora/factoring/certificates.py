@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The certified error of a stored low-rank change, and how near the optimum."""
+"""Certificates: a change's exact error, and a bound on the best possible."""
 
 from typing import Any, NamedTuple
 
@@ -31,17 +31,17 @@ _PROBES = 16
 _SHARE = 0.09
 # Sums of squares in float32 are off by less than this share (5e-7 measured).
 _ROUNDING = 2e-6
-# A squared error under this share of ‖delta‖² comes from the residual itself.
+# A squared error under this share of ‖delta‖² is computed from the residual.
 _CANCELS = 0.05
-# Up to this short side all singular values cost less than bounds on them.
+# Up to this short side all singular values cost less than bounds on them do.
 _SHORT = 512
 
 
 class Certificate(NamedTuple):
-  """What a change loses against a delta, at its rank and every lower one.
+  """The errors of a change at its rank and every lower one, with lower bounds.
 
-  Ranks are nested: the first k units of a Lora are its rank-k version, so the
-  curves below answer for all of them. All float32.
+  The first k units of a Lora are its rank-k version, so each curve below has an
+  entry for every rank. All arrays are float32.
 
   Attributes:
     norm: (...) Frobenius norm of the delta.
@@ -50,9 +50,9 @@ class Certificate(NamedTuple):
       units as stored, k = 0..r.
     changes: (..., r + 1) Frobenius norm of the change.
     projections: (..., r + 1) length of the change along the delta,
-      ⟨delta, change⟩ / ‖delta‖; 0 where the delta is.
+      ⟨delta, change⟩ / ‖delta‖; 0 where the delta is 0.
     floors: (..., r + 1) lower bounds on the error of the best change of rank k;
-      0 where float32 cannot tell it from zero.
+      0 where float32 cannot tell that error from zero.
   """
 
   norm: jax.Array
@@ -64,7 +64,7 @@ class Certificate(NamedTuple):
 
   @property
   def cosines(self) -> jax.Array:
-    """(..., r + 1) cosine between delta and change; 0 where either is 0."""
+    """Returns (..., r + 1) cosines of delta and change; 0 where either is 0."""
     live = self.changes > 0
     return jnp.where(
       live, self.projections / jnp.where(live, self.changes, 1), 0
@@ -74,37 +74,37 @@ class Certificate(NamedTuple):
 def certificate(
   delta: Any, lora: Lora, key: Any = None, *, sums: Sums | None = None
 ) -> Certificate:
-  """The exact error of a stored change and a lower bound on the best possible.
+  """Computes a change's exact error and a lower bound on the best possible one.
 
       error_k² = ‖delta - change_k‖²,   change_k = scale Σ_{i≤k} a_iᵀ b_i,
       best_k²  = ‖delta‖² - Σ_{i≤k} σ_i²
                ≥ ‖delta‖² - max_{t≤k} (Σ_{i≤k-t} θ_i + K_t) - Σ_{i≤k} c_i
 
-  Errors come from ‖delta‖² and the energy each unit adds, its share of
-  ‖change‖² less `2⟨delta, a_iᵀ b_i⟩`; where so little remains that rounding
-  would show (under 22% of the norm), from the residual itself.
+  Errors come from ‖delta‖² and from the energy that each unit adds: its share
+  of ‖change‖² less `2⟨delta, a_iᵀ b_i⟩`. Where so little is left that rounding
+  would show (under 22% of the norm), they come from the residual itself.
 
   With a short side of up to 512 the bound is the best error itself, from
-  deltaᵀ delta. Above, with V the row space of b and H = deltaᵀ delta, θ are the
-  eigenvalues of H within V, c the singular values of its block between V and
-  the rest, and K_t bounds the t largest eigenvalues of H outside V together:
-  `t^(1-1/p) tr(H⊥^p)^(1/p)` for the best p of 1 to 4, p = 1 exact, the others
-  from 16 Gaussian probes, raised so far that one of them is too low with a
-  probability under 4e-6.
+  H = deltaᵀ delta. For longer sides let V be the row space of b. Then θ are the
+  eigenvalues of H within V, and c the singular values of its block between V
+  and the rest. K_t bounds the sum of the t largest eigenvalues of H outside V:
+  `t^(1-1/p) tr(H⊥^p)^(1/p)` for the best p of 1 to 4. p = 1 is exact. The
+  others are estimated from 16 Gaussian probes, and raised so far that the
+  probability that one of them is too low is under 4e-6.
 
   Args:
-    delta: (..., m, n), read as float32; NumPy's or JAX's, as all else.
+    delta: (..., m, n), read as float32; all arrays are NumPy's or all JAX's.
     lora: a (..., r, m), b (..., r, n), scale (...), in their storage dtype:
       rounding is part of the error. Units should be sorted, largest first.
     key: PRNG key of the probes; None is `key(0)`.
-    sums: `sums_of(delta)` where it is known; of a single matrix alone.
+    sums: `sums_of(delta)` if it is known; only for a single matrix.
 
   Returns:
     Certificate; `errors[..., -1] / floors[..., -1]` is an upper bound on the
     ratio to the optimum. Costs as much as three products of `2 m n r`
-    operations and 32 rows more, and a fourth where the residual is formed, in
-    blocks of rows. Nothing but thin products is gathered under sharding, or
-    the delta along a short side of up to 512 that is cut.
+    operations and 32 rows more, and a fourth product where the residual is
+    formed, in blocks of rows. Under sharding only thin products are gathered,
+    and the delta if a short side of up to 512 is cut.
 
   Raises:
     ValueError: the shapes of delta and lora do not fit; `sums` for a batch.
@@ -116,9 +116,9 @@ def certificate(
     ...     jnp.array([50.0, 5.0]))))
     True
 
-  Approximation: the lower bound is ours; it follows Ky Fan's inequality for
-  block matrices and Hölder's for the moments. On pure noise it lies about 6%
-  under the best error, on decaying spectra 3 to 15%.
+  Approximation: the lower bound is our own. It follows from Ky Fan's inequality
+  for block matrices and Hölder's for the moments. On pure noise it lies about
+  6% under the best error, on decaying spectra 3 to 15%.
   """
   given = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
   if delta.shape != given or lora.a.shape[:-1] != lora.b.shape[:-1]:
@@ -138,7 +138,7 @@ def certificate(
 
 
 def _certify(delta, a, b, scale, key, sums):
-  """The certificate of one matrix, everything in units of its top entry."""
+  """Computes the certificate of one matrix, scaled by a power of two."""
   xp = library_of(delta)
   a, b = a.astype(np.float32), b.astype(np.float32)
   b_unit = xp.ldexp(xp.float32(1), exponent_of(b))
@@ -155,7 +155,7 @@ def _certify(delta, a, b, scale, key, sums):
     lambda: norm2 + lost[-1],
     lambda: _residual(delta, a, b, 1 / unit),
   )
-  # From the last rank down, so that nothing cancels where little is left.
+  # Count back from the last rank: nothing cancels where little is left.
   errors2 = xp.concatenate([norm2[None], rest2 + (lost - lost[-1])[1:]])
   norm = xp.sqrt(norm2)
   best2 = norm2 - energies - _ROUNDING * norm2
@@ -170,13 +170,13 @@ def _certify(delta, a, b, scale, key, sums):
 
 
 def _from_zero(x):
-  """(r + 1,) sums of the first 0..r entries."""
+  """Returns the sums of the first 0..r entries, (r + 1,)."""
   xp = library_of(x)
   return xp.concatenate([xp.zeros(1, x.dtype), xp.cumsum(x)])
 
 
 def _residual(delta, a, b, inverse):
-  """‖delta - aᵀb‖², never formed as a whole."""
+  """Computes ‖delta - aᵀb‖² by blocks of rows."""
   xp = library_of(delta)
 
   def squares(rows, columns):
@@ -188,7 +188,10 @@ def _residual(delta, a, b, inverse):
 
 
 def _leading_energies(delta, b, norm2, key, inverse):
-  """`b deltaᵀ`; (r + 1,) upper bounds on the energy of the k largest values."""
+  """Returns `b deltaᵀ`, and bounds on the energy of the k largest values.
+
+  The bounds are upper ones, (r + 1,), for k from 0 to r.
+  """
   xp, rank = library_of(delta), b.shape[0]
   if min(delta.shape) <= _SHORT:
     values = _all_energies(delta, inverse)[:rank]
@@ -197,9 +200,10 @@ def _leading_energies(delta, b, norm2, key, inverse):
   v, within = row_space(b)
 
   def off_v(rows):
+    """Removes what lies in the row space of b from rows."""
     return rows - (rows @ v.T) @ v
 
-  # One product for all that is to be multiplied: delta is read four times.
+  # All rows go through one product, so delta is read only four times.
   probes = off_v(normal(key, (_PROBES, delta.shape[1]), delta))
   first = scaled(times(xp.concatenate([v, probes]), delta.T), inverse)
   second = off_v(scaled(times(first, delta), inverse))
@@ -221,7 +225,7 @@ def _leading_energies(delta, b, norm2, key, inverse):
 
 
 def _all_energies(delta, inverse):
-  """The squared singular values, largest first."""
+  """Returns the squared singular values, largest first."""
   xp = library_of(delta)
   rows = delta if delta.shape[0] <= delta.shape[1] else delta.T
   rows = rows * inverse
@@ -229,7 +233,7 @@ def _all_energies(delta, inverse):
 
 
 def _tail_sums(powers, count):
-  """(r + 1,) bounds on the sum of the t largest eigenvalues outside V."""
+  """Bounds the sum of the t largest eigenvalues outside V, t from 0 to r."""
   xp = library_of(count)
   least = xp.full(count.shape, np.inf, count.dtype)
   for p, power in enumerate(powers, start=2):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The float32 difference of two parameters, and what rounding puts there."""
+"""The float32 difference of two parameters, and figures on its rounding."""
 
 from typing import Any, NamedTuple
 
@@ -14,15 +14,15 @@ _EXPONENT = np.uint32(0x7F800000)
 
 
 class Survey(NamedTuple):
-  """What there was to change, and what storing left of the change.
+  """Figures of a base parameter and its change, found while both are read.
 
   Attributes:
     base_norm: Frobenius norm of the base's parameter, float32.
     noise_std: standard deviation of the error of rounding the finetune to its
-      dtype. Its delta carries noise of this size whatever was learnt; as a
-      matrix (m, n) that has a flat spectrum up to about `std (√m + √n)`.
+      dtype. The delta carries noise of this size whatever was learnt. As a
+      matrix (m, n) the noise has a flat spectrum up to about `std (√m + √n)`.
     unchanged: share of the entries that are equal in both, in [0, 1].
-    is_finite: whether the change is finite throughout.
+    is_finite: whether all entries of the change are finite.
     sums: the sums over the change, zero if it is not finite.
   """
 
@@ -34,15 +34,15 @@ class Survey(NamedTuple):
 
 
 def difference(base: Any, finetuned: Any) -> Any:
-  """`finetuned - base`, upcast before it is subtracted.
+  """Computes `finetuned - base` in float32.
 
   Args:
     base: any shape, any floating dtype, of NumPy or of JAX.
     finetuned: the same shape, its own dtype.
 
   Returns:
-    float32 of that shape, NumPy's if both are; exact to float32 rounding,
-    where a subtraction in bfloat16 loses whatever is under 1/256 of the change.
+    float32 of that shape, NumPy's if both are; exact to float32 rounding. (A
+    subtraction in bfloat16 loses whatever is under 1/256 of the change.)
     Elementwise: keeps its inputs' sharding.
 
   Raises:
@@ -60,21 +60,21 @@ def difference(base: Any, finetuned: Any) -> Any:
 def survey(
   base: Any, finetuned: Any, dtype: Any, room: np.ndarray | None = None
 ) -> tuple[Any, Survey]:
-  """`finetuned - base`, and its surroundings, for which it is too late later.
+  """Computes `finetuned - base`, and figures that need both parameters.
 
       noise_std² = mean(ulp(w)²) / 12,   ulp(w) = 2^(⌊log2 |w|⌋ - mantissa bits)
 
   Args:
     base: the parameter, any shape, any floating dtype, of NumPy or of JAX.
     finetuned: the same shape, its own dtype, of the same library.
-    dtype: the dtype of the file that the finetune comes from.
-    room: for NumPy, float32 of that size or more that the delta may lie in:
-      memory that was used before is several times faster than new.
+    dtype: the dtype of the finetune's file.
+    room: for NumPy, a float32 array of that size or more, in which the delta
+      may lie: memory that was used before is several times faster than new.
 
   Returns:
-    The delta as `difference` gives it, all zeros if it is not finite (LAPACK
-    may not return from NaN), and its Survey. NumPy's arrays are read once, a
-    block that fits the cache at a time.
+    The delta as `difference` gives it, and its Survey. The delta is all zeros
+    if it is not finite, because LAPACK may not return from NaN. NumPy arrays
+    are read once, a block that fits the cache at a time.
 
   Raises:
     ValueError: the shapes differ.
@@ -118,20 +118,23 @@ def survey(
 
 
 def _count(where):
-  """How many are true, float32, of JAX's."""
-  # By rows first: the entries of the largest tensors overflow an int32.
+  """Counts the true entries of a JAX array, in float32."""
+  # By rows first: the largest tensors have more entries than an int32 counts.
   rows = jnp.count_nonzero(jnp.atleast_1d(where), axis=-1)
   return jnp.sum(rows.astype(np.float32))
 
 
 def _by_block(base, finetuned, room):
-  """The delta; ‖base‖², Σ (ulp / ulp(1))² and how many are equal; its Sums."""
+  """Returns the delta, three sums for the survey, and the delta's Sums.
+
+  The three are ‖base‖², Σ (ulp / ulp(1))² and how many entries are equal.
+  """
   room = np.empty(base.size, np.float32) if room is None else room
   delta = room[: base.size].reshape(base.shape)
   left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))
   total, changes = np.zeros(3), []
   scratch = np.empty((3, min(BLOCK, out.size)), np.float32)
-  # Infinities of a damaged file are found by the caller.
+  # The caller reports the infinities of a damaged file.
   with np.errstate(invalid="ignore", over="ignore"):
     for start in range(0, out.size, BLOCK):
       part = slice(start, start + BLOCK)
@@ -146,7 +149,7 @@ def _by_block(base, finetuned, room):
 
 
 def _as_float32(x, room):
-  """A block in float32, in memory that is in the cache where it must be new."""
+  """Returns a block in float32; a converted copy lies in cached memory."""
   if x.dtype == np.float32:
     return x
   np.copyto(room[: x.size], x)
@@ -154,6 +157,7 @@ def _as_float32(x, room):
 
 
 def _check_shapes(base, finetuned):
+  """Raises unless both parameters have the same shape."""
   if base.shape != finetuned.shape:
     raise ValueError(
       f"base {base.shape} and finetuned {finetuned.shape} differ in shape; "

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factorisers: arrays (..., m, n) in, truncated singular triplets out.
+"""Factorisers: functions from matrices to their leading singular triplets.
 
 All share the call `(delta, rank, key) -> Factors`, work on batches over leading
-axes and go through `jit` and `vmap`. Of `krylov` only matrix products touch the
-delta, so a sharded one is never gathered; eigenvalue and singular value
+axes and go through `jit` and `vmap`. `krylov` touches the delta only in matrix
+products, so a sharded one is never gathered; its eigenvalue and singular value
 problems are small and square. Bases are kept with the rank axis first,
 (rows, m), as in a Lora.
 
 A NumPy array is factored on the host by the same algorithm, and the result is
-NumPy's: nothing is compiled, and no more memory than is filled takes part.
+NumPy's. There nothing is compiled, and the work grows only with what is filled.
 """
 
 import functools
@@ -38,16 +38,16 @@ from jlora.numerics.sums import Sums, check_single, exponent_of, sums_of
 
 Factoriser = Callable[..., Factors]
 
-# Operations of LAPACK's eigh and svd in units of matrix product operations that
-# take as long, measured on CPU at sizes 80 to 600.
+# An operation of LAPACK's eigh or svd takes as long as this many of a matrix
+# product, measured on CPU at sizes 80 to 600.
 _EIGH_WEIGHT = 15
 _SVD_WEIGHT = 20
-# Below this many operations nothing is to be saved: take the exact one.
+# Below this many operations there is nothing to save: the exact one is taken.
 _SMALL = 10**7
 
 
 def svd(delta: Any, rank: int, key: Any = None) -> Factors:
-  """The best rank-r approximation, from the full decomposition: the oracle.
+  """Computes the best rank-r approximation from the full decomposition.
 
       delta ≈ u diag(s) vt,   error² = Σ_{i>r} σ_i²   (Eckart and Young, 1936)
 
@@ -79,13 +79,13 @@ def svd(delta: Any, rank: int, key: Any = None) -> Factors:
 
 
 def gram(delta: Any, rank: int, key: Any = None) -> Factors:
-  """Leading triplets through the Gram matrix of the short side.
+  """Computes the leading triplets through the Gram matrix of the short side.
 
       delta deltaᵀ = u diag(s²) uᵀ,   diag(s) vt = uᵀ delta
 
-  Squaring would lose singular values under 1e-2 of the largest; when there are
-  such among the wanted, the large ones are taken off and the rest is squared
-  again, so that one value 1e4 times the others does no harm.
+  Squaring loses singular values under 1e-2 of the largest. If such are wanted,
+  the large ones are removed and the rest is squared again, so that one value
+  1e4 times the others does no harm.
 
   Args:
     delta: (..., m, n), read as float32.
@@ -126,7 +126,7 @@ def krylov(
   tol: float = 5e-4,
   sums: Sums | None = None,
 ) -> Factors:
-  """Leading triplets from a block Krylov space, by Rayleigh-Ritz.
+  """Computes the leading triplets from a block Krylov space, by Rayleigh-Ritz.
 
   The space is spanned by blocks of `rank + oversample` orthonormal rows,
 
@@ -134,9 +134,9 @@ def krylov(
 
   and the triplets are those of delta restricted to it: with q the collected
   rows and z = q delta, the eigenvectors w of z zᵀ give u = qᵀ w and
-  diag(s) vt = wᵀ z. As the images z are kept, the projected problem needs no
-  further product with delta. Where another factoriser needs fewer operations
-  (`cheapest` counts them) that one is taken.
+  diag(s) vt = wᵀ z. The images z are kept, so the projected problem needs no
+  further product with delta. If another factoriser needs fewer operations
+  (`cheapest` counts them), that one is called.
 
   Args:
     delta: (..., m, n), read as float32.
@@ -144,17 +144,17 @@ def krylov(
     key: PRNG key of the start block; None is `key(0)`. The same key gives the
       same product u s vt on any mesh, up to rounding.
     oversample: rows of a block beyond the rank.
-    passes: blocks at the most; `2 passes - 1` products of
+    passes: the most blocks; they cost `2 passes - 1` products of
       `2 m n (rank + oversample)` operations.
-    tol: stops after the third or fourth block when it estimates that more would
-      take less than this share off the squared error. Under `vmap` all stop
-      together.
-    sums: `sums_of(delta)` where it is known; of a single matrix alone.
+    tol: stops after the third or fourth block if more blocks are estimated to
+      reduce the squared error by less than this share. Under `vmap` all
+      matrices stop together.
+    sums: `sums_of(delta)` if it is known; only for a single matrix.
 
   Returns:
     Factors u (..., m, r), s (..., r), vt (..., r, n), float32, orthonormal also
-    where delta is zero or of low rank (s is then 0). Single values of a flat
-    spectrum are less exact than the error is: use `svd` to study those.
+    where delta is zero or of low rank (s is then 0). In a flat spectrum single
+    values are less exact than the total error is: use `svd` to study those.
 
   Raises:
     ValueError: rank or passes below 1, delta without two axes, or `sums` for
@@ -202,7 +202,7 @@ def krylov(
 def cheapest(
   shape: tuple[int, ...], rank: int, *, oversample: int = 16, passes: int = 6
 ) -> Factoriser:
-  """The factoriser that needs the fewest operations for a shape and rank.
+  """Returns the factoriser with the fewest operations for a shape and rank.
 
   Args:
     shape: (m, n).
@@ -211,7 +211,7 @@ def cheapest(
     passes: as for `krylov`.
 
   Returns:
-    `svd` where it is so small that nothing is to be saved, `gram` where the
+    `svd` if the matrix is so small that there is nothing to save, `gram` if the
     short side is small or the Krylov space would fill it, else `krylov`.
 
   Example:
@@ -236,7 +236,7 @@ def cheapest(
 
 
 def recompress(a: Any, b: Any, rank: int) -> Factors:
-  """The best rank-r triplets of `aᵀ b`, from the thin factors alone.
+  """Computes the best rank-r triplets of `aᵀ b` from the thin factors alone.
 
       aᵀ = q_a r_a,  bᵀ = q_b r_b,   aᵀ b = q_a (r_a r_bᵀ) q_bᵀ
 
@@ -285,7 +285,7 @@ def recompress(a: Any, b: Any, rank: int) -> Factors:
 
 
 def factor_specs(lead: Any, rows: Any, columns: Any) -> Factors:
-  """The specs of Factors, from where the sides of their matrix lie.
+  """Returns the specs of Factors, given how their matrix is cut.
 
   Args:
     lead: the mesh axes of each leading axis.
@@ -308,7 +308,7 @@ def factor_specs(lead: Any, rows: Any, columns: Any) -> Factors:
 
 
 def _check(delta: Any, rank: int) -> int:
-  """The rank clipped to what the delta has."""
+  """Checks delta and rank; returns the rank, clipped to the short side."""
   if delta.ndim < 2:
     raise ValueError(f"delta needs two axes or more, got shape {delta.shape}.")
   if rank < 1:
@@ -317,10 +317,11 @@ def _check(delta: Any, rank: int) -> int:
 
 
 def _each(core, delta: Any, known: Sums | None = None) -> Factors:
-  """`core(a, half, ‖a half²‖²)` on each matrix of a batch, signs fixed.
+  """Applies `core` to each matrix of a batch and fixes the signs.
 
-  It factors `a half²`, which is of modulus 1. The scale goes into thin factors
-  where it can: a scaled copy of a costs as much as a product.
+  The call is `core(a, half, ‖a half²‖²)`, and it factors `a half²`, whose
+  largest modulus is about 1. It scales thin factors instead of `a` where it
+  can: a scaled copy of `a` costs as much as a product.
   """
 
   def one(a):
@@ -338,14 +339,14 @@ def _each(core, delta: Any, known: Sums | None = None) -> Factors:
 
 
 def _halves(exponent: Any) -> tuple[Any, Any]:
-  """Powers of two whose squares are 2^-e and 2^e, rounded for an odd e."""
+  """Returns powers of two with squares 2^-e and 2^e, rounded if e is odd."""
   xp = library_of(exponent)
   one = xp.float32(1)
   return xp.ldexp(one, -(exponent // 2)), xp.ldexp(one, exponent // 2)
 
 
 def _fix_signs(u: Any, s: Any, vt: Any) -> Factors:
-  """Triplets with the entry of largest modulus in each column of u positive."""
+  """Makes the entry of largest modulus in each column of u positive."""
   xp = library_of(u)
   index = xp.argmax(xp.abs(u), axis=-2, keepdims=True)
   top = xp.take_along_axis(u, index, axis=-2)
@@ -354,7 +355,7 @@ def _fix_signs(u: Any, s: Any, vt: Any) -> Factors:
 
 
 def _short_side_first(core, a: Any, half: Any, energy: Any):
-  """`core` on the orientation whose rows are the short side."""
+  """Calls `core` on the matrix or its transpose: rows are the short side."""
   if a.shape[0] <= a.shape[1]:
     return core(a, half, energy)
   u, s, vt = core(a.T, half, energy)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of one extracted module, from its certificate, on the host.
+"""The figures of an extracted module for reports, from its certificate.
 
-Everything comes from one factorisation: ranks are nested, so the figures at a
-lower rank need no further pass over the weights.
+All come from one factorisation. Ranks are nested, so the figures at a lower
+rank need no further pass over the weights. Computed on the host.
 """
 
 import math
@@ -14,12 +14,12 @@ from jlora.factoring.certificates import Certificate
 from jlora.factoring.rounding import Learnt, learnt_of
 from jlora.loras import Lora
 
-# float32 norms of 1e30 square to infinity; figures are made in float64.
+# float32 norms of 1e30 square to infinity, so figures are computed in float64.
 _F64 = np.float64
 
 
 class Measured(NamedTuple):
-  """What one module's step gives: the stored factors and all figures' sources.
+  """The stored factors of a module, and all that its figures are computed from.
 
   Attributes:
     lora: a (..., r, in), b (..., r, out) in the storage dtype.
@@ -28,7 +28,7 @@ class Measured(NamedTuple):
     base_norm: Frobenius norm of the base's parameter.
     noise_std: standard deviation of the finetune's rounding to its dtype.
     unchanged: share of the entries that the finetune left as they were.
-    ulps: (3, 32) changes by ulp, from `ulp_histogram`; None: not looked at.
+    ulps: (3, 32) changes by ulp, from `ulp_histogram`; None if not counted.
   """
 
   lora: Lora
@@ -40,9 +40,9 @@ class Measured(NamedTuple):
   ulps: Any = None
 
 
-# At how much of the energy the rank is told.
+# Shares of the energy for which the rank is reported.
 _SHARES = {"rank_90": 0.90, "rank_95": 0.95, "rank_99": 0.99}
-# Of `summarise`, what a module's row tells as it is.
+# The figures of `summarise` that a module's row repeats unchanged.
 _TOLD = (
   "mean_abs_delta",
   "relative_change",
@@ -69,13 +69,13 @@ def summarise(
   unchanged: float,
   ulps: np.ndarray | None = None,
 ) -> dict[str, Any]:
-  """The rank-independent figures of a module and its curves over the rank.
+  """Computes a module's figures that hold at any rank, and curves over ranks.
 
       effective_rank = exp(-Σ p_i log p_i),  p_i = σ_i² / Σ σ²  (entropy rank)
 
   Args:
-    certificate: of the module; leading axes (experts, layers) are taken
-      together: norms and errors are those of all members as one vector, and
+    certificate: of the module. Leading axes (experts, layers) count together:
+      norms and errors are those of all members as one vector, and singular
       value i is the root of the sum of squares of every member's i-th.
     sigma: (..., r) singular values found.
     shape: (..., in, out) of the module.
@@ -83,18 +83,18 @@ def summarise(
     noise_std: standard deviation of the finetuned parameter's rounding.
     unchanged: share of the entries, in [0, 1], that are equal in both
       checkpoints; with updates under half an ulp most are.
-    ulps: changes by ulp, from `ulp_histogram`; None: what was learnt is not
-      told.
+    ulps: changes by ulp, from `ulp_histogram`. None leaves `learnt_norm` and
+      `rounding_share` None.
 
   Returns:
     A dict for JSON: `norm`, `mean_abs_delta`, `relative_change`,
     `stable_rank`, `effective_rank` (of the values found), `rank_90`, `rank_95`
-    and `rank_99` (units of the stored factors that keep this share of the
-    energy; None where all together do not), `noise_floor`, `noise_floor_rank`,
-    `learnt_norm` and `rounding_share` (of the change before it was rounded, and
-    how much of its energy rounding took or covers; both None where that is not
-    identifiable: see `learnt_of`, which estimates them), `unchanged`,
-    `singular_values`, and by rank 0..r `errors`, `changes`, `inner`, `floors`.
+    and `rank_99` (how many units of the stored factors keep this share of the
+    energy; None if all together do not), `noise_floor`, `noise_floor_rank`,
+    `learnt_norm` (of the change before it was rounded) and `rounding_share`
+    (how much of its energy rounding took or hides; `learnt_of` estimates both,
+    and they are None where it cannot), `unchanged`, `singular_values`, and by
+    rank 0..r `errors`, `changes`, `inner`, `floors`.
 
   Example:
     >>> one = np.ones(())
@@ -139,7 +139,7 @@ def summarise(
 
 
 def at_rank(figures: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
-  """The figures of a module at one of its ranks.
+  """Computes the figures of a module at one of its ranks.
 
   Args:
     figures: from `summarise`.
@@ -151,13 +151,15 @@ def at_rank(figures: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     `energy` (the squared share kept), `mse`, `cosine_distance`,
     `optimality`, an upper bound on error / best error at this rank, None where
     the best error cannot be told from zero, and `spectral_bound`, an upper
-    bound on the largest singular value of the error: that of the first triplet
-    left out if it was found, else of the last kept. It holds as far as the
-    factors are the delta's own triplets; above the Frobenius error it is that.
-    A bound, because the value itself (`spectral_norm`) is dear and no nearer:
-    at 2048 x 5632 and rank 64 four to eight turns with 8 probes took 23 to 81%
-    of the factorisation's processor time (loaded) to come within 1 to 2% from
-    below, one probe 8% to come within 6%; the bound was 2% above.
+    bound on the largest singular value of the error: the first singular value
+    left out if it was found, else the last one kept, but at most the Frobenius
+    error. It holds as far as the factors are the delta's own triplets.
+
+    It is a bound because the value itself (`spectral_norm`) costs much and
+    comes no nearer. At 2048 x 5632 and rank 64 four to eight turns with 8
+    probes took 23 to 81% of the factorisation's processor time (on a loaded
+    machine) to come within 1 to 2% from below; one probe took 8% to come
+    within 6%. The bound was 2% above.
 
   Example:
     >>> at_rank({"norm": 5.0, "errors": [5.0, 3.0], "changes": [0.0, 4.0],
@@ -181,7 +183,7 @@ def at_rank(figures: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
 
 
 def row_of(figures: dict[str, Any], rank: int) -> dict[str, Any]:
-  """A module's row, as reports and `compare` have it.
+  """Returns a module's row as reports and `compare` have it.
 
   Args:
     figures: from `summarise`, and `shape`, (..., in, out).
@@ -189,8 +191,8 @@ def row_of(figures: dict[str, Any], rank: int) -> dict[str, Any]:
 
   Returns:
     A dict for JSON: shape, rank, what `at_rank` gives, the figures of
-    `summarise` but its curves, `error` (Frobenius), and `relative_errors` by
-    rank 0..r. Costs nothing: a sweep over ranks is this, called for each.
+    `summarise` without its curves, `error` (Frobenius), and `relative_errors`
+    by rank 0..r. Costs nothing, so it can be called for every rank.
 
   Example:
     >>> one = np.ones(())
@@ -215,7 +217,7 @@ def row_of(figures: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _rank_for(errors: np.ndarray, norm: float, share: float) -> int | None:
-  """The first rank that keeps a share of the energy, if one does."""
-  # A hair less: float32 squares of what is exactly there.
+  """Returns the first rank that keeps a share of the energy, or None."""
+  # The 1e-6 forgives float32's rounding where the share is reached exactly.
   reached = errors**2 <= (1 - share + 1e-6) * norm**2
   return int(np.argmax(reached)) if reached.any() else None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block Krylov spaces of a matrix, grown until they are rich enough.
 
-Nothing here is larger than the basis. Callers set the precision of the
-products. Arrays are those of NumPy or of JAX throughout.
+No array here is larger than the basis. Callers set the precision of products.
+Arrays are all NumPy's or all JAX's.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from jlora.numerics.linalg import (
 
 Multiply = Callable[[Any], Any]
 
-# How many blocks make it worth asking whether they are enough. Where four are
-# not, five rarely are, and asking has its price.
+# After this many blocks a test tells whether they are enough. Where four are
+# not, five rarely are, and the test has its price.
 _ASKED_AT = (3, 4)
 
 
@@ -38,10 +38,10 @@ def iterate(
   passes: int,
   tol: float,
 ) -> tuple[Any, Any]:
-  """Ritz rows and their images from a block Krylov space of a matrix.
+  """Computes the leading Ritz rows of a matrix in a block Krylov space.
 
-  Rows of the basis that are not reached stay zero: they are orthogonal to all
-  and have no image, so they never lead.
+  Rows of the basis that are never filled stay zero. They are orthogonal to all
+  others and have no image, so they are never among the leading ones.
 
   Args:
     forward: rows (k, m) -> their images `rows a` (k, n).
@@ -50,7 +50,7 @@ def iterate(
     energy: `‖a‖²`.
     length: n; static, as all below.
     rank: rows wanted, at most w.
-    passes: blocks at the most.
+    passes: the most blocks.
     tol: as for `krylov`.
 
   Returns:
@@ -70,10 +70,10 @@ def iterate(
   eigenpairs = _keeping(descending_eigh)
 
   def add(at, filled, block, newest, gram):
-    """The block, its images and their products beside the others'."""
+    """Puts the block, its images and their products beside the others."""
     basis, images, projected = filled
     start, last = at * width, xp.maximum(at - 1, 0) * width
-    # All else in these rows is zero: the Lanczos recurrence.
+    # Products with earlier blocks are zero, by the Lanczos recurrence.
     if xp is jnp or at > 0:
       cross = newest @ rows_at(images, last, width).T
       projected = put(projected, cross, (start, last))
@@ -84,7 +84,7 @@ def iterate(
     return basis, images, projected
 
   def follow(count, filled, newest, gram):
-    """The next block, and whether the basis is rich enough without it."""
+    """Returns the next block, and whether the basis is rich enough without."""
     basis, _, projected = filled
     off_basis = _off_basis(basis, count * width, width)
     off, mixed = _residual(backward, newest, gram, off_basis)
@@ -103,6 +103,7 @@ def iterate(
     return block, settled | ~xp.any(block)
 
   def grow(state):
+    """Adds a block to the basis and computes the next one."""
     count, _, block, filled = state
     newest = forward(block)
     gram = rows_gram(newest)
@@ -116,7 +117,7 @@ def iterate(
     return count, done, block, filled
 
   span = passes * width
-  # On the host no row is read before it is filled.
+  # The host never reads a row before it is filled.
   blank = np.empty if xp is np else xp.zeros
   basis, images = (
     blank((span, columns), block.dtype) for columns in (block.shape[1], length)
@@ -130,10 +131,10 @@ def iterate(
 
 
 def _keeping(decompose):
-  """A function of a growing matrix that keeps the host's result of each size.
+  """Wraps a decomposition so that the host keeps its result for each size.
 
-  The question whether a space is rich enough takes the eigenpairs that its Ritz
-  vectors take.
+  The test whether a space is rich enough needs the same eigenpairs as its Ritz
+  vectors.
   """
   kept = {}
 
@@ -148,19 +149,20 @@ def _keeping(decompose):
 
 
 def _filled(count, basis, images, projected):
-  """What is filled so far; all of it where shapes must not hang on values."""
+  """Returns the filled part; in JAX all of it, since shapes are static."""
   if library_of(basis) is jnp:
     return basis, images, projected
   return basis[:count], images[:count], projected[:count, :count]
 
 
 def _is_settled(total, projected, off, mixed, count, rank, tol, eigenpairs):
-  """Whether the space still lacks less than `tol` of the squared error.
+  """Returns whether the space lacks less than `tol` of the squared error.
 
   What it lacks is estimated as Σ |residual|² / (value - mean of the others)
-  over the leading Ritz pairs: for decaying spectra to a few tenths, for flat
-  ones up to 3 times too low. A residual is the newest block's part of the
-  eigenvector times what that block has off the basis, `mixed off`.
+  over the leading Ritz pairs. The estimate is right to a few tenths for
+  decaying spectra, and up to 3 times too low for flat ones. A residual is the
+  newest block's part of the eigenvector times what that block's images lead to
+  outside the basis, `mixed off`.
   """
   xp = library_of(projected)
   width = off.shape[0]
@@ -173,15 +175,16 @@ def _is_settled(total, projected, off, mixed, count, rank, tol, eigenpairs):
   above = values - others
   lacking = xp.sum(residuals / xp.where(above > 0, above, 1.0))
   rest = total - values.sum()
-  # Under this share of the total, rounding decides and another pass is due.
+  # Where less than this share of the total is left, rounding decides the test:
+  # take another pass.
   return (lacking <= tol * rest) & (rest > 1e-5 * total)
 
 
 def _off_basis(basis, filled, width):
-  """A function of rows: what they have off the rows of a basis that are filled.
+  """Returns a function that removes from rows what lies in the filled basis.
 
-  Rows that lay in the basis leave only rounding, which must not be blown up
-  into rows that are not orthogonal to the basis: they come out as zeros.
+  Of rows that lay in the basis only rounding is left. They become zero, because
+  rounding blown up to unit length is not orthogonal to the basis.
   """
   xp = library_of(basis)
 
@@ -191,7 +194,7 @@ def _off_basis(basis, filled, width):
   def off_basis(rows, noise):
     if xp is np:
       rows = off_rows(rows, filled)
-    else:  # in the first passes that is half of the work
+    else:  # the short basis of the first passes halves their work
       rows = branch(
         filled <= 3 * width,
         lambda: off_rows(rows, 3 * width),
@@ -204,16 +207,17 @@ def _off_basis(basis, filled, width):
 
 
 def _residual(backward, images, gram, off_basis):
-  """What `images aᵀ` has off the basis, (w, m), up to a mixing of the rows.
+  """Returns the part of `images aᵀ` outside the basis, its rows mixed.
 
-  Also the mixing (w, w): what the images have off the basis is `mixed off`.
-  The images' inner products are given.
+  The rows (w, m) are mixed to keep weak directions. The second result is the
+  mixing (w, w): unmixed, the part is `mixed off`. `gram` holds the inner
+  products of the images.
   """
   xp = library_of(images)
   eye = xp.eye(images.shape[0], dtype=images.dtype)
 
   def condition():
-    """Keeps directions that a dominant singular value would drown, squared."""
+    """Evens out the images, whose squares would lose weak directions."""
     even = orthonormal_rows(images, 2)
     return even, images @ even.T
 
@@ -223,7 +227,7 @@ def _residual(backward, images, gram, off_basis):
 
 
 def _orthonormal_block(off, off_basis):
-  """The next Krylov block: orthonormal rows of a residual, off the basis."""
+  """Returns the next Krylov block: orthonormal rows, off the basis."""
   rows = orthonormal_rows(off, 2)
   noise = 3e-6 * library_of(off).linalg.norm(rows)
   return orthonormal_rows(off_basis(rows, noise), 2)

@@ -15,7 +15,7 @@ from jlora.messages import name_some
 from jlora.numerics.backends import library_of
 from jlora.paths import flatten
 
-with epy.lazy_imports():  # only where a model is one of linen
+with epy.lazy_imports():  # needed only for linen models
   import flax.linen as nn
 
 Apply = Callable[[Any, jax.Array], Any]
@@ -36,29 +36,29 @@ class Moment(NamedTuple):
 def second_moments(
   apply: Apply, params: Any, batches: Iterable[Any]
 ) -> dict[str, Moment]:
-  """The second moment of what every `nn.Dense` of a linen model reads.
+  """Measures the second moment of what every `nn.Dense` of a linen model reads.
 
       total = Σ_x x xᵀ
 
-  Captured at each call of a Flax linen `nn.Dense`, whatever the model is:
-  `apply` may wrap it in any way, and no change to it is needed. Of
-  `jlora.models` these are all kernels of every family. An embedding has none:
-  it is looked up, and as a tied head it multiplies from its other side. Of a
-  Mixtral every expert computes every token, so its moments are those of all
-  tokens, not of those that the router sends to it. A Dense within `nn.scan`,
-  `nn.remat` or `nn.vmap` is traced apart and cannot be captured; models not of
-  linen have none.
+  Inputs are captured at each call of a Flax linen `nn.Dense`. The model needs
+  no change, and `apply` may wrap it in any way. In `jlora.models` this covers
+  all kernels of every family. Embeddings have no moment: they are looked up,
+  and as a tied head multiply from their other side. In a Mixtral every expert
+  computes every token, so its moments are those of all tokens, not only of
+  those that the router sends to it. A Dense within `nn.scan`, `nn.remat` or
+  `nn.vmap` is traced apart and cannot be captured. Models that are not linen's
+  have no moments.
 
   Args:
     apply: `(params, tokens) -> anything`, calls a linen model. Compiled once
       for each function and shape.
-    params: what it takes.
-    batches: what it takes second, any iterable; read once.
+    params: the first argument of `apply`.
+    batches: second arguments of `apply`; any iterable, read once.
 
   Returns:
     {path: Moment}, keyed by the kernel's path as in `flatten(params)`, such as
-    `layers/0/attn/q/kernel`. A layer called twice adds up; every position
-    counts. In memory at a time: one batch's forward pass and twice `in²`
+    `layers/0/attn/q/kernel`. Several calls of a layer add up, and every
+    position counts. Memory holds one batch's forward pass and twice `in²`
     float32 for every layer.
 
   Raises:
@@ -99,19 +99,19 @@ def second_moments(
 def dense_inputs(
   apply: Apply, params: Any, batch: Any, paths: Iterable[str]
 ) -> dict[str, jax.Array]:
-  """What some `nn.Dense` of a linen model read, path -> (..., in).
+  """Captures what some `nn.Dense` of a linen model read, path -> (..., in).
 
-  As `second_moments` captures them, but whole: of a router's layers, say, to
-  see where prompts lie.
+  Captured as by `second_moments`, but whole: for example the inputs of a
+  router's layers, to see where prompts lie.
 
   Args:
     apply: `(params, tokens) -> anything`, calls a linen model.
-    params: what it takes.
-    batch: what it takes second.
+    params: the first argument of `apply`.
+    batch: the second argument of `apply`.
     paths: kernels, as in `flatten(params)`.
 
   Returns:
-    {path: (..., in)}, of the last call of each.
+    {path: (..., in)}, from the last call of each.
 
   Raises:
     ValueError: a path that no Dense was called for.
@@ -147,9 +147,11 @@ def dense_inputs(
 
 
 def weighted_error(delta: Any, lora: Lora, moment: Any) -> float:
-  """The error of a Lora in what the layer writes, for inputs as they come.
+  """Computes the relative error of a Lora in what a layer writes.
 
       ‖(D - D_r)ᵀ X‖_F / ‖Dᵀ X‖_F,   ‖Eᵀ X‖² = ⟨C E, E⟩,   C = X Xᵀ
+
+  The second moment stands for the layer's inputs X.
 
   Args:
     delta: (in, out), read as float32: finetune less base.
@@ -157,9 +159,9 @@ def weighted_error(delta: Any, lora: Lora, moment: Any) -> float:
     moment: Moment of the inputs, or C itself, (in, in), up to a factor.
 
   Returns:
-    The relative error: 0 where the change is exact for these inputs, 1 for no
-    change at all; 0 where the delta does nothing to them. Costs two products
-    of `2 in² out` operations, and the error is formed.
+    The relative error: 0 if the change is exact for these inputs, 1 for no
+    change at all; also 0 if the delta does nothing to them. Costs two products
+    of `2 in² out` operations, and the memory of the error matrix.
 
   Raises:
     ValueError: shapes that do not fit.
@@ -200,7 +202,7 @@ def weighted_error(delta: Any, lora: Lora, moment: Any) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _capture(apply, params, batch):
-  """{module path: ((in, in) sum, count of inputs)} of one batch."""
+  """Sums x xᵀ over a batch: {module path: ((in, in) sum, count of inputs)}."""
   found: dict[str, tuple[jax.Array, jax.Array]] = {}
 
   def note(call, arguments, options, context):
@@ -220,6 +222,7 @@ def _capture(apply, params, batch):
 
 
 def _moment(rows):
+  """Returns Σ x xᵀ over rows, and how many rows there are."""
   total = jnp.matmul(
     rows.T,
     rows,
@@ -230,7 +233,7 @@ def _moment(rows):
 
 
 def _names_in(params: Any, paths: Iterable[str]) -> dict[str, str]:
-  """Module path -> the kernel's path in params, `params/` before it or not."""
+  """Maps module paths to kernels' paths in params, `params/` first or not."""
   there, paths = set(flatten(params)), list(paths)
   names = {
     path: name

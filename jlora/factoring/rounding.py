@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finetune learnt before its checkpoint was rounded, from what is left.
+"""Estimating what a finetune learnt before its checkpoint was rounded.
 
 An update under half an ulp (the step of the stored format at that weight)
-leaves no trace. Small weights have small ulps: theirs tell how large the
-updates were, also those of the weights beside them that show nothing.
+leaves no trace. Small weights have small ulps. They show how large updates
+were, and so also how large those were that left no trace in the weights beside
+them.
 """
 
 import math
@@ -15,24 +16,24 @@ import numpy as np
 
 from jlora.numerics.backends import library_of
 
-# Exponents below the largest that are told apart, and one bin for all others.
+# Bins: one for each of the 31 largest exponents, and one for all below.
 _BINS = 32
-# Of NumPy's arrays so many entries are looked at, in runs of neighbours: a
-# look at one costs as much as at all that lie in its part of memory.
+# Of a NumPy array this many entries are read, in runs of neighbours: to read
+# one entry of a piece of memory costs as much as to read all of it.
 _LOOKED_AT, _RUN = 2**18, 64
 # Fewer weights than this do not tell what was learnt.
 _LEAST = 50
 
 
 class Learnt(NamedTuple):
-  """What was learnt and what rounding took or added, as estimates.
+  """Estimates of what was learnt, and of what rounding took or added.
 
   Attributes:
     norm: Frobenius norm of the change before it was rounded; None where it
       cannot be identified.
-    rounding_share: squared norm of what rounding did to it over the squared
-      norm of the change, in [0, 1] and from above; 1 where next to all was
-      lost; None as well.
+    rounding_share: squared norm of what rounding did to the change, over the
+      squared norm of the change, in [0, 1]; rather too high than too low. 1
+      where nearly all was lost. None where `norm` is None.
   """
 
   norm: float | None
@@ -40,7 +41,7 @@ class Learnt(NamedTuple):
 
 
 def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
-  """How much weights changed, by the ulp that they are stored with.
+  """Sums squared changes of weights by the ulp the weights are stored with.
 
       ulp(w) = 2^(⌊log2 |w|⌋ - mantissa bits),   w of the base
 
@@ -51,10 +52,11 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
 
   Returns:
     (3, 32) float32: ulp²; how many weights have it; the sum of their squared
-    changes. A column for each exponent, the largest first; the last one, of
-    ulp 0, is of weights that are zero or 2^-31 of the largest. NumPy's are a
-    sample of up to 2^18 entries, in evenly spaced runs; JAX's are all, read
-    once for each column, and are not gathered.
+    changes. There is a column for each exponent, the largest first. The last
+    column, of ulp 0, is for weights that are zero or from about 2^-31 of the
+    largest down. Of a NumPy array up to 2^18 entries are sampled, in evenly
+    spaced runs. Of a JAX array all are read, once for each column, and not
+    gathered.
 
   Example:
     >>> w = np.array([1.0, 1.5, 3.0], np.float32)
@@ -71,7 +73,7 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
     )
   left, right = (_sample(x) for x in (base, finetuned))
   exponents = _exponents(left)
-  with np.errstate(invalid="ignore", over="ignore"):  # told by the caller
+  with np.errstate(invalid="ignore", over="ignore"):  # the caller reports them
     changed = np.square(right - left)
   counts = np.bincount(exponents, minlength=256)
   sums = np.bincount(exponents, changed, minlength=256)
@@ -88,42 +90,45 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
 
 
 def learnt_of(histogram: np.ndarray, norm: float) -> Learnt:
-  """What a finetune learnt, estimated from changes by ulp.
+  """Estimates what a finetune learnt from its changes by ulp.
 
       fine:    the ulps u up to which the mean squared change is at least u²
       m      = Σ_fine (Σ d² - count u² / 12) / Σ_fine count
       norm²  = Σ_fine (Σ d² - count u² / 12) + m Σ_coarse count
       lost²  = Σ count min(u² / 12, m)
 
-  Weights with a fine ulp keep their changes d, and the noise of rounding is
-  subtracted; of weights with a coarse one, whose changes are gone, the same
-  mean square is assumed.
+  Weights with a fine ulp keep their changes d; the noise of rounding is
+  subtracted from these. Weights with a coarse ulp have lost their changes; they
+  are assumed to have had the same mean square.
 
   Args:
-    histogram: as `ulp_histogram` gives it, on the host.
+    histogram: from `ulp_histogram`, on the host.
     norm: Frobenius norm of the stored change; the histogram is scaled to it.
 
   Returns:
-    Learnt. It cannot be identified where fewer than 50 weights are fine: with
-    every update under half an ulp, or in proportion to its weight and small.
+    Learnt. Its fields are None where fewer than 50 weights are fine: if every
+    update is under half an ulp, or small and in proportion to its weight.
 
   Approximation: three assumptions. Updates do not depend on the size of the
-  weight. One rounding: the finetune began at the stored base, ran in a finer
-  format, and was rounded at the end. A rounding error is uniform where updates
-  exceed the ulp.
+  weight. There was one rounding: the finetune began at the stored base, ran in
+  a finer format, and was rounded at the end. A rounding error is uniform where
+  updates exceed the ulp.
 
   Measured on 512 x 512 weights, normal or t, with updates of 0.01 to 10 ulps,
   normal, Laplace, t with 3 degrees of freedom, of rank 1 and 4, 90% zero by
   entry and by row: the norm is 0.88 to 1.06 of the truth, 0.93 to 1.05 from
   0.05 ulps on. The share is 1.0 to 1.6 times the truth for normal updates, the
-  most at half an ulp, and too high for others: up to ten times where nine in
-  ten did not change. For the matrices of a finetune of SmolLM2, both sides
-  rounded to bfloat16 and half of the entries then unchanged, norms are 0.99 to
-  1.03 of the truth, those of the stored changes 1.08 to 1.34. (Where the base
-  is rounded from finer weights as well, as there, the share is too low, by two
-  to three times.) Trained in bfloat16 without a finer copy, an update is lost
-  at each step and on fine weights too: the norm is 0.5 to 1.1 of the sum of
-  random steps, 0.1 to 0.5 of that of 100 or 1000 steps that agree.
+  most at half an ulp. For other updates it is too high, up to ten times where
+  nine in ten weights did not change.
+
+  For the matrices of a finetune of SmolLM2, both sides rounded to bfloat16 and
+  half of the entries then unchanged, norms are 0.99 to 1.03 of the truth; those
+  of the stored changes are 1.08 to 1.34. (Where the base too was rounded from
+  finer weights, as there, the share is two to three times too low.)
+
+  In training in bfloat16 without a finer copy, each step loses its update, on
+  fine weights too. The norm is then 0.5 to 1.1 of that of the sum of random
+  steps, and 0.1 to 0.5 of that of 100 or 1000 steps that agree.
 
   Example:
     >>> u2, count = np.array([1.0, 0.01]), np.array([900.0, 100.0])
@@ -155,11 +160,11 @@ def learnt_of(histogram: np.ndarray, norm: float) -> Learnt:
 
 
 def _sample(x: np.ndarray) -> np.ndarray:
-  """Up to `_LOOKED_AT` entries of an array, in runs that are evenly spaced."""
+  """Takes up to `_LOOKED_AT` entries of an array, in evenly spaced runs."""
   flat = x.reshape(-1)
   if flat.size > _LOOKED_AT:
     step = -(-flat.size * _RUN // _LOOKED_AT)
-    while math.gcd(step, flat.size) > 1:  # runs do not stay in some columns
+    while math.gcd(step, flat.size) > 1:  # else runs keep to the same columns
       step += 1
     runs = flat.size // step
     flat = flat[: runs * step].reshape(runs, step)[:, :_RUN].reshape(-1)
@@ -167,27 +172,30 @@ def _sample(x: np.ndarray) -> np.ndarray:
 
 
 def _exponents(x: Any) -> Any:
-  """The eight bits of a float32's exponent; 0 for zero."""
+  """Returns the eight exponent bits of float32 numbers; 0 for zero."""
   return (x.view(np.uint32) >> np.uint32(23)) & np.uint32(255)
 
 
 def _squared_ulp(exponents: Any, nmant: int, xp: Any) -> Any:
+  """Returns the squared ulp of weights with these exponent bits."""
   return xp.ldexp(xp.float32(1), 2 * (exponents - 127 - nmant))
 
 
 def _total(x: Any) -> Any:
+  """Sums an array, rows first."""
   return jnp.sum(jnp.sum(x, axis=-1) if x.ndim else x)
 
 
 def _compiled_histogram(base: Any, finetuned: Any, nmant: int) -> Any:
-  """A masked sum for each column: nothing but scalars leaves a device."""
+  """Computes the histogram in JAX by masked sums; only scalars are gathered."""
   exponents = _exponents(base).astype(jnp.int32)
   changed = jnp.square(finetuned - base)
   top = jnp.maximum(jnp.max(exponents), 1)
   columns = top - jnp.arange(_BINS - 1)
 
   def sums(column):
-    # The last column is of all that lie below the others.
+    """Returns how many weights a column has and the sum of squared changes."""
+    # The last column holds all weights below the others.
     here = jnp.where(
       column > 0, exponents == column, exponents < jnp.maximum(columns[-1], 1)
     ).astype(jnp.float32)

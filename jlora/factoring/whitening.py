@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank changes that lose least where a layer reads and writes.
+"""Low-rank changes with the least error in what a layer reads and writes.
 
 Truncated SVD weighs every entry of the error alike. Weights made of second
-moments count an error by what it does to the inputs that come, and by what the
-outputs it lands in are worth to the loss.
+moments count an error by what it does to the layer's actual inputs, and by how
+much the loss depends on the outputs that it changes.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from jlora.numerics.backends import library_of
 
 
 class Weight(NamedTuple):
-  """How much each direction of an axis counts: a root of a second moment.
+  """The weight of each direction of an axis: the root of a second moment.
 
   Attributes:
     root: (..., n, n) symmetric, or (..., n) where the weight is diagonal.
-    inverse: of the same shape; zero along directions that count nothing.
+    inverse: of the same shape; zero along directions of no weight.
   """
 
   root: Any
@@ -30,20 +30,20 @@ class Weight(NamedTuple):
 
 
 def full(moment: Any, ridge: float = 0.0) -> Weight:
-  """The weight of a whole second moment, correlations included.
+  """Computes the weight of a whole second moment, correlations included.
 
       root = (C + ridge mean(diag C) I)^½ = v √λ vᵀ
 
   Args:
     moment: Moment, whose mean over inputs is C, or C itself, (..., n, n)
       symmetric, not negative.
-    ridge: share of C's mean eigenvalue that is added to all; bounds how far
-      scarcely seen directions may be given up.
+    ridge: share of C's mean eigenvalue that is added to all eigenvalues. It
+      limits how far directions that inputs rarely have are given up.
 
   Returns:
-    Weight, root and inverse (..., n, n) float32. Eigenvalues under rounding,
-    `n eps max λ`, count as zero. One eigenproblem of n, replicated under
-    sharding.
+    Weight, root and inverse (..., n, n) float32. Eigenvalues that rounding
+    hides, under `n eps max λ`, count as zero. Costs one eigenproblem of size n,
+    which every device solves under sharding.
 
   Raises:
     ValueError: a moment that is not square, or a ridge below 0.
@@ -68,7 +68,7 @@ def full(moment: Any, ridge: float = 0.0) -> Weight:
 
 
 def diagonal(moment: Any, ridge: float = 0.0) -> Weight:
-  """The weight of a second moment's diagonal alone: channels by their size.
+  """Computes the weight of a second moment's diagonal: one number a channel.
 
       root = √(diag C + ridge mean(diag C))
 
@@ -77,7 +77,7 @@ def diagonal(moment: Any, ridge: float = 0.0) -> Weight:
     ridge: as for `full`.
 
   Returns:
-    Weight, root and inverse (..., n) float32. Costs nothing to speak of.
+    Weight, root and inverse (..., n) float32. The cost is negligible.
 
   Raises:
     ValueError: as `full`.
@@ -103,16 +103,16 @@ def whitened(
   outputs: Weight | None = None,
   factor: Factoriser = krylov,
 ) -> Factors:
-  """Leading triplets of a change under a weighted error.
+  """Computes the leading triplets of a change under a weighted error.
 
       min over rank r of ‖L (D - X) R‖,   u s vt = svd(L D R),
       X = (L⁻¹ u) diag(s) (vt R⁻¹)
 
   L is the root of the inputs' second moment C, so that ‖L E‖² = ⟨C E, E⟩ is the
-  mean square of what the layer writes wrongly; R is that of the second moment G
-  of the loss's gradient by what the layer writes. With both, half the squared
-  error is what K-FAC says of the divergence in nats. Without either, it is
-  `factor` itself.
+  mean square error of the layer's output. R is the root of G, the second moment
+  of the loss's gradient with respect to that output. With both, half the
+  squared error is K-FAC's estimate of the divergence in nats. With neither,
+  this is `factor` itself.
 
   Args:
     delta: (..., in, out), read as float32.
@@ -120,15 +120,15 @@ def whitened(
     key: of the factoriser.
     inputs: Weight of the in axis; None weighs all alike.
     outputs: Weight of the out axis; None weighs all alike.
-    factor: what takes L D R apart.
+    factor: the factoriser of L D R.
 
   Returns:
     Factors u (..., in, r), s (..., r), vt (..., r, out), float32, orthonormal
     under the weights, uᵀ C u = 1 = vt G vtᵀ, and s the singular values of
-    L D R, descending: the first k are the optimum of rank k, whose squared
-    error is the sum of all further s². What counts nothing gets no change.
-    Costs a product of `2 in² out` and one of `2 in out²` operations where the
-    weights are full, and the factoriser.
+    L D R, descending. The first k are the optimum of rank k, whose squared
+    error is the sum of all further s². Directions of no weight get no change.
+    Costs the factoriser, and for full weights a product of `2 in² out` and one
+    of `2 in out²` operations.
 
   Raises:
     ValueError: weights that do not fit, or as the factoriser.
@@ -164,7 +164,7 @@ def whitened(
 
 
 def _checked(moment: Any, ridge: float) -> Any:
-  """The mean second moment in float32."""
+  """Checks a moment and a ridge; returns the mean second moment in float32."""
   c = moment.total if isinstance(moment, Moment) else moment
   if c.ndim < 2 or c.shape[-1] != c.shape[-2] or not ridge >= 0:
     raise ValueError(
@@ -176,7 +176,7 @@ def _checked(moment: Any, ridge: float) -> Any:
 
 
 def _roots(values: Any, size: int) -> tuple[Any, Any]:
-  """Square roots and their inverses; nothing where rounding is all there is."""
+  """Returns square roots and their inverses, 0 for values under rounding."""
   xp = library_of(values)
   floor = np.float32(size * np.finfo(np.float32).eps)
   seen = values > floor * values.max(-1, keepdims=True)
@@ -186,19 +186,21 @@ def _roots(values: Any, size: int) -> tuple[Any, Any]:
 
 
 def _times_left(weight: Any, matrix: Any) -> Any:
+  """Computes `weight @ matrix`, for a full or a diagonal weight."""
   if weight.ndim < matrix.ndim:
     return weight[..., None] * matrix
   return weight @ matrix
 
 
 def _times_right(matrix: Any, weight: Any) -> Any:
+  """Computes `matrix @ weight`, for a full or a diagonal weight."""
   if weight.ndim < matrix.ndim:
     return matrix * weight[..., None, :]
   return matrix @ weight
 
 
 def _check_fit(delta: Any, *weights: Weight | None) -> None:
-  """Nothing, if the weights of the in and the out axis fit a delta."""
+  """Raises unless the weights of the in and the out axis fit a delta."""
   for axis, weight in zip((-2, -1), weights, strict=True):
     if weight is None or delta.ndim < 2:
       continue

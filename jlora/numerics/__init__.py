@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays on the host, compiled or sharded; knows no Lora.
+"""Numerical helpers for NumPy, JAX and sharded arrays; internal.
 
 NumPy and JAX arrays go through one algorithm (`backends`), on meshes of devices
-too (`meshes`). Of it users may need the norm of an array of any size and scale.
+too (`meshes`). Nothing here knows of Loras; users may need `norm_of`, the norm
+of an array of any size and scale.
 """
 
 from jlora.numerics.sums import norm_of as norm_of

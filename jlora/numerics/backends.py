@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One algorithm for arrays of NumPy and of JAX: what the two do differently.
+"""What NumPy and JAX do differently, behind one function each.
 
-JAX arrays are traced, compiled and sharded. NumPy arrays stay on the host,
-where nothing has to be compiled and every size may depend on values.
+With them an algorithm is written once. JAX arrays are traced, compiled and
+sharded. NumPy arrays stay on the host, where nothing has to be compiled and
+sizes may depend on values.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jlora.numerics.meshes import run_automatic
 
 
 def library_of(x: Any) -> Any:
-  """The module whose functions take an array: `numpy` or `jax.numpy`.
+  """Returns the module whose functions take an array: `numpy` or `jax.numpy`.
 
   Args:
     x: an array or scalar of either.
@@ -33,15 +34,9 @@ def library_of(x: Any) -> Any:
 
 
 def branch(which: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-  """`yes()` or `no()`, as `which` is true or false.
+  """Calls `yes` or `no`, as `which` is true or false; `lax.cond` for JAX.
 
-  Args:
-    which: a bool scalar of either library.
-    yes: without arguments.
-    no: without arguments, its result shaped as the other's.
-
-  Returns:
-    The result of the one; `lax.cond` for JAX.
+  Both take no arguments, and their results have the same shapes.
 
   Example:
     >>> branch(np.bool_(True), lambda: 1, lambda: 2)
@@ -53,15 +48,12 @@ def branch(which: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
 
 
 def repeat(times: int, step: Callable[[Any, Any], Any], x: Any) -> Any:
-  """`step(turn, x)` applied so many times.
+  """Applies `step(turn, x)` a fixed number of times; compiled once for JAX.
 
   Args:
     times: static.
     step: (turn, x) -> x of the same shape.
     x: an array of either library.
-
-  Returns:
-    The last x; compiled once for JAX.
 
   Example:
     >>> repeat(3, lambda turn, x: x + turn, np.float32(0))
@@ -77,15 +69,12 @@ def repeat(times: int, step: Callable[[Any, Any], Any], x: Any) -> Any:
 def run_while(
   go_on: Callable[[Any], Any], step: Callable[[Any], Any], state: Any
 ) -> Any:
-  """`step(state)` applied as long as `go_on(state)`.
+  """Applies `step(state)` as long as `go_on(state)` is true; returns the state.
 
   Args:
     go_on: state -> bool scalar.
     step: state -> state of the same shapes.
     state: a tuple of arrays, all of one library.
-
-  Returns:
-    The last state.
 
   Example:
     >>> run_while(lambda s: s[0] < 4, lambda s: (2 * s[0],), (np.int32(1),))
@@ -99,15 +88,12 @@ def run_while(
 
 
 def put(x: Any, part: Any, corner: tuple[Any, ...]) -> Any:
-  """An array with a part of it replaced.
+  """Replaces a part of an array; a NumPy array is changed in place.
 
   Args:
-    x: an array; NumPy's is written to.
-    part: as many axes.
+    x: an array.
+    part: with as many axes.
     corner: where the part begins on each axis.
-
-  Returns:
-    The array.
 
   Example:
     >>> put(np.zeros(3), np.ones(2), (1,))
@@ -121,39 +107,22 @@ def put(x: Any, part: Any, corner: tuple[Any, ...]) -> Any:
 
 
 def rows_at(x: Any, start: Any, count: int) -> Any:
-  """Some rows of an array.
-
-  Args:
-    x: an array.
-    start: the first, may be traced.
-    count: how many; static.
-
-  Returns:
-    (count, ...).
-
-  Example:
-    >>> rows_at(np.arange(4), 1, 2)
-    array([1, 2])
-  """
+  """Returns `count` rows from `start` on; the start may be traced."""
   if library_of(x) is jnp:
     return jax.lax.dynamic_slice_in_dim(x, start, count)
   return x[start : start + count]
 
 
 def normal(key: Any, shape: tuple[int, ...], like: Any) -> Any:
-  """Standard normal float32 values, of the library of another array.
+  """Draws standard normal float32 values, in the library of another array.
 
   Args:
-    key: a PRNG key, None for `key(0)`, or for the host uint32 words.
+    key: a PRNG key; None for `key(0)`; on the host also its uint32 words.
     shape: of the result.
-    like: an array of the library that is wanted.
+    like: an array of the wanted library.
 
   Returns:
-    `shape` float32. The libraries draw differently, each always the same.
-
-  Example:
-    >>> normal(None, (2, 3), np.ones(1)).dtype
-    dtype('float32')
+    `shape` float32. NumPy and JAX draw different values, each always the same.
   """
   if library_of(like) is jnp:
     return jax.random.normal(jax.random.key(0) if key is None else key, shape)
@@ -161,14 +130,11 @@ def normal(key: Any, shape: tuple[int, ...], like: Any) -> Any:
 
 
 def words_of(key: Any) -> np.ndarray:
-  """The uint32 words of a PRNG key, on the host.
+  """Returns the uint32 words of a PRNG key, on the host.
 
   Args:
-    key: a PRNG key, typed or raw; None for `key(0)`, without asking JAX; words
-      stay as they are.
-
-  Returns:
-    (words,) uint32.
+    key: a PRNG key, typed or raw. None gives the words of `key(0)` without
+      calling JAX; words come back unchanged.
 
   Example:
     >>> words_of(None), words_of(jax.random.key(7))
@@ -191,7 +157,7 @@ def over_leading(
   *arrays: Any,
   places: Callable[..., Any] | None = None,
 ) -> Any:
-  """A function of single items, applied along leading axes.
+  """Maps a function of single items over leading axes; `vmap` for JAX.
 
   Args:
     function: arrays -> a tuple of arrays.
@@ -201,7 +167,7 @@ def over_leading(
       `run_automatic`; None keeps the leading axes of the first array.
 
   Returns:
-    The function's results with those axes first; `vmap` for JAX.
+    The function's results with those axes first.
 
   Example:
     >>> over_leading(lambda x: (x.sum(),), 1, np.ones((2, 3)))
@@ -222,19 +188,15 @@ def over_leading(
 
 
 def times(rows: Any, matrix: Any) -> Any:
-  """`rows @ matrix`, in the order that is fastest for how the matrix lies.
+  """Computes `rows @ matrix` in the order that is fastest for the memory.
 
   Args:
     rows: (k, m), few of them.
     matrix: (m, n), of the same library.
 
   Returns:
-    (k, n). Of a transposed NumPy matrix it is a view of (n, k): BLAS is about a
-    fifth faster with the large matrix on the left, untransposed.
-
-  Example:
-    >>> times(np.ones((1, 2)), np.array([[1.0, 2.0], [3.0, 4.0]]).T)
-    array([[3., 7.]])
+    (k, n). For a transposed NumPy matrix it is a view of (n, k): BLAS is about
+    a fifth faster with the large matrix on the left, untransposed.
   """
   is_turned = library_of(matrix) is np and matrix.T.flags.c_contiguous
   if is_turned and not matrix.flags.c_contiguous:
@@ -243,18 +205,9 @@ def times(rows: Any, matrix: Any) -> Any:
 
 
 def scaled(x: Any, factor: Any) -> Any:
-  """An array times a number, in the same memory if it is NumPy's.
+  """Multiplies an array by a number, in place if it is NumPy's.
 
-  Args:
-    x: an array that nobody else holds.
-    factor: a number, or whatever broadcasts to x.
-
-  Returns:
-    `x * factor`.
-
-  Example:
-    >>> scaled(np.ones(2), 3.0)
-    array([3., 3.])
+  Nobody else may hold the array.
   """
   if library_of(x) is np:
     x *= factor

@@ -20,16 +20,17 @@ _LOW, _HIGH = 16, 15  # bits of a magnitude that the two passes count by
 
 @jax.jit
 def kth_magnitude(x: Any, count: Any) -> Any:
-  """The largest t for which at least `count` entries have |x| ≥ t.
+  """Returns the largest t for which at least `count` entries have |x| ≥ t.
 
   Args:
     x: (...) float32.
-    count: how many, may be traced. Above the number of entries it gives 0, and
-      0 or below a NaN, which nothing reaches.
+    count: how many; may be traced. More than there are entries gives 0; 0 or
+      less gives NaN, which no entry reaches.
 
   Returns:
-    () float32. NaN counts as the largest of all. Exact up to 2^24 entries, for
-    more to 1e-7 of their number. 31 passes that only read and count.
+    () float32. NaN entries count as the largest. The count is exact up to 2^24
+    entries, beyond that to 1e-7 of their number. Takes 31 passes that only
+    read and count.
 
   Example:
     >>> kth_magnitude(jnp.array([3.0, -5.0, 1.0]), 2)
@@ -41,16 +42,13 @@ def kth_magnitude(x: Any, count: Any) -> Any:
 def kth_of_all(
   parts: Sequence[Any], size: Callable[[Any], Any], count: Any
 ) -> Any:
-  """`kth_magnitude` over the entries of many arrays together.
+  """Returns `kth_magnitude` of the entries of many arrays together.
 
   Args:
     parts: whatever `size` takes, such as pairs of a model and its base.
     size: a part -> (...) float32, not negative. Computed anew in every pass,
       so that nothing of the model's size is kept.
     count: as for `kth_magnitude`.
-
-  Returns:
-    () float32, likewise.
 
   Example:
     >>> kth_of_all([jnp.ones(2), -3 * jnp.ones(1)], jnp.abs, 1)
@@ -131,30 +129,27 @@ def _bin_of(counts: np.ndarray, wanted: int) -> tuple[int, int]:
 
 
 def count_of(density: Any, size: int) -> Any:
-  """How many entries a share of them is: ⌊density · size⌋.
+  """Returns how many entries a share of them is: ⌊density · size⌋ in float32.
 
-  Args:
-    density: in [0, 1], may be traced.
-    size: of the array or model.
-
-  Returns:
-    float32, whole, at least 1 where the density is above 0: no small tensor is
-    erased whole.
+  At least 1 where the density is above 0, so that no small tensor is erased
+  whole. The density, in [0, 1], may be traced.
 
   Example:
     >>> count_of(0.7, 10), count_of(0.01, 10)
     (Array(7., dtype=float32), Array(1., dtype=float32))
   """
   density = jnp.asarray(density).astype(jnp.float32)
-  count = jnp.floor(density * size + 1e-3)  # 0.7 is less in float32
+  count = jnp.floor(density * size + 1e-3)  # float32 rounds 0.7 down
   return jnp.where(density > 0, jnp.clip(count, 1, size), 0.0)
 
 
 def _bits(x: Any) -> Any:
+  """Returns the bits of float32 numbers as int32."""
   return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _count(where: Any) -> Any:
-  # By rows first: the entries of the largest tensors overflow an int32.
+  """Counts the true entries, in float32."""
+  # By rows first: the largest tensors have more entries than an int32 counts.
   rows = jnp.count_nonzero(jnp.atleast_1d(where), axis=-1)
   return jnp.sum(rows.astype(jnp.float32))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decompositions of small and of thin matrices, whole on every device.
+"""Linear algebra of small and of thin matrices, whole on every device.
 
-XLA would cut even a problem of 64 x 64 over the devices of a mesh, and exchange
+XLA would cut even a 64 x 64 problem over the devices of a mesh, and exchange
 more than it saves. Where the mesh is known while JAX traces (`jax.set_mesh`),
-all of them are told to hold the matrix whole; a thin one is gathered for that.
+decompositions here ask for the whole matrix on every device; a thin one is
+gathered for that. Built on them: orthonormal rows, Ritz vectors, and the
+singular triplets of a product of thin factors.
 """
 
 import functools
@@ -19,7 +21,7 @@ from jlora.numerics.backends import branch, library_of, repeat
 
 
 def alike(decompose: Callable[[Any], Any], x: Any) -> Any:
-  """A decomposition that every device makes of the whole of a matrix.
+  """Runs a decomposition of a whole matrix on every device.
 
   Args:
     decompose: array -> arrays.
@@ -44,35 +46,18 @@ def alike(decompose: Callable[[Any], Any], x: Any) -> Any:
 
 
 def thin_qr(x: Any) -> tuple[Any, Any]:
-  """Orthonormal columns and a triangle, `x = q r`, by Householder's method.
+  """Computes `x = q r` by Householder's QR: orthonormal columns and a triangle.
 
-  Args:
-    x: (m, k).
-
-  Returns:
-    q (m, min(m, k)) and r (min(m, k), k).
-
-  Example:
-    >>> q, r = thin_qr(np.array([[3.0], [4.0]]))
-    >>> abs(r).round(6)
-    array([[5.]])
+  For x (m, k): q (m, min(m, k)) and r (min(m, k), k).
   """
   q, r = alike(library_of(x).linalg.qr, x)
   return q, r
 
 
 def thin_svd(x: Any) -> tuple[Any, Any, Any]:
-  """The singular value decomposition of a small matrix.
+  """Computes the thin singular value decomposition of a small matrix.
 
-  Args:
-    x: (m, n).
-
-  Returns:
-    u, s descending, vt, thin.
-
-  Example:
-    >>> thin_svd(np.diag([1.0, 2.0]))[1]
-    array([2., 1.])
+  Returns u, s and vt; s is descending.
   """
   svd = functools.partial(library_of(x).linalg.svd, full_matrices=False)
   u, s, vt = alike(svd, x)
@@ -80,15 +65,15 @@ def thin_svd(x: Any) -> tuple[Any, Any, Any]:
 
 
 def descending_eigh(symmetric: Any) -> tuple[Any, Any]:
-  """Eigenvalues of a symmetric matrix, largest first, and eigenvectors.
+  """Computes a symmetric matrix's eigenvalues, largest first, and eigenvectors.
 
   Args:
     symmetric: (k, k) float32.
 
   Returns:
-    (k,) and (k, k), eigenvectors as columns. On TPUs by Jacobi's method
-    whatever the size: above 256 XLA's own choice there takes more than a minute
-    to compile and 40 MiB of program for each call.
+    (k,) and (k, k), eigenvectors as columns. On TPUs this is Jacobi's method at
+    every size: above 256 XLA's own choice there takes more than a minute to
+    compile, and 40 MiB of program for each call.
 
   Example:
     >>> descending_eigh(np.diag([1.0, 2.0]))[0]
@@ -99,17 +84,20 @@ def descending_eigh(symmetric: Any) -> tuple[Any, Any]:
 
 
 def _eigh(symmetric):
+  """Calls the eigensolver of the library, and in JAX of the platform."""
   if library_of(symmetric) is np:
     return np.linalg.eigh(symmetric)
   return jax.lax.platform_dependent(symmetric, tpu=_jacobi, default=_usual)
 
 
 def _usual(symmetric):
+  """Calls the eigensolver that JAX chooses."""
   values, vectors = jnp.linalg.eigh(symmetric)
   return values, vectors
 
 
 def _jacobi(symmetric):
+  """Calls XLA's Jacobi eigensolver."""
   vectors, values = jax.lax.linalg.eigh(
     symmetric, implementation=jax.lax.linalg.EighImplementation.JACOBI
   )
@@ -117,18 +105,14 @@ def _jacobi(symmetric):
 
 
 def shifted_cholesky(gram: Any, share: Any = 1e-6) -> Any:
-  """The lower factor of inner products, shifted by a share of their trace.
+  """Computes the lower Cholesky factor of a Gram matrix, its diagonal raised.
+
+  The diagonal is raised by a share of the trace. So the factor is finite also
+  for dependent and for zero rows.
 
   Args:
     gram: (k, k), positive semidefinite.
     share: of the trace.
-
-  Returns:
-    (k, k), finite also for dependent and for zero rows.
-
-  Example:
-    >>> shifted_cholesky(np.float32([[4]])).round(3)
-    array([[2.]], dtype=float32)
   """
   xp = library_of(gram)
   shift = share * xp.trace(gram) + np.float32(1e-30)
@@ -141,19 +125,7 @@ def shifted_cholesky(gram: Any, share: Any = 1e-6) -> Any:
 
 
 def inverse_of(lower: Any) -> Any:
-  """The inverse of a lower triangular matrix.
-
-  Args:
-    lower: (k, k).
-
-  Returns:
-    (k, k).
-
-  Example:
-    >>> inverse_of(np.array([[2.0, 0.0], [1.0, 1.0]]))
-    array([[ 0.5,  0. ],
-           [-0.5,  1. ]])
-  """
+  """Inverts a lower triangular matrix."""
   if library_of(lower) is np:
     return np.linalg.inv(lower)
   eye = jnp.eye(lower.shape[0], dtype=lower.dtype)
@@ -163,7 +135,8 @@ def inverse_of(lower: Any) -> Any:
   return alike(lambda lower: solve(lower, eye), lower)
 
 
-# Rows whose directions differ by less than this in energy need no conditioning.
+# Rows need no conditioning where the weakest direction has more than this share
+# of the strongest one's energy.
 _EVEN = 1e-3
 
 # Eigenvalues below this share of the largest are lost in float32 products.
@@ -171,29 +144,19 @@ _GRADED = 1e-4
 
 
 def rows_gram(x: Any) -> Any:
-  """The inner products of all rows, `x xᵀ`.
-
-  Args:
-    x: (r, n).
-
-  Returns:
-    (r, r).
-
-  Example:
-    >>> rows_gram(np.array([[3.0, 4.0]]))
-    array([[25.]])
-  """
+  """Computes the inner products of all rows, `x xᵀ`."""
   return x @ x.T
 
 
 def orthonormal_rows(x: Any, rounds: int) -> Any:
-  """Orthonormal rows of the same span, zero for a row that depends on others.
+  """Returns orthonormal rows of the same span; dependent rows become zero.
 
       x ← c⁻¹ x,   c cᵀ = x xᵀ + shift
 
   The shift keeps the Cholesky factor finite for dependent and zero rows, where
-  the unshifted scheme gives NaN. The last round is run on nearly orthonormal
-  rows and takes a smaller one. What is still short then was rounding noise.
+  the unshifted scheme gives NaN. The last round works on nearly orthonormal
+  rows and takes a smaller shift. A row that is still short after it was
+  rounding noise, and is set to zero.
 
   Args:
     x: (r, n) float32.
@@ -218,21 +181,22 @@ def orthonormal_rows(x: Any, rounds: int) -> Any:
 
 
 def _rows_where(kept, x):
-  """The rows that are kept, and zeros; on the host no copy if all are."""
+  """Sets the rows that are not kept to zero; the host copies only if needed."""
   if library_of(x) is np and kept.all():
     return x
   return library_of(x).where(kept[:, None], x, 0.0)
 
 
 def row_space(x: Any) -> tuple[Any, Any]:
-  """Orthonormal rows that span those of x, and x in terms of them: `x = r q`.
+  """Computes `x = r q`, where q has orthonormal rows that span those of x.
 
   Args:
     x: (r, n) float32, r at most n.
 
   Returns:
-    q (r, n) and r (r, r), to rounding. By Householder's QR, or where NumPy's
-    rows are far from dependent by Cholesky's, twice, for a tenth of the time.
+    q (r, n) and r (r, r), to rounding. Uses Householder's QR; for NumPy rows
+    that are far from dependent two rounds of Cholesky QR, in a tenth of the
+    time.
 
   Example:
     >>> q, r = row_space(np.float32([[3, 4], [0, 5]]))
@@ -250,17 +214,10 @@ def row_space(x: Any) -> tuple[Any, Any]:
 
 
 def is_even(gram: Any) -> Any:
-  """Whether no direction of rows is drowned when they are squared.
+  """Returns whether all directions of rows survive in their Gram matrix.
 
-  Args:
-    gram: (k, k), their inner products.
-
-  Returns:
-    Bool scalar.
-
-  Example:
-    >>> is_even(np.eye(2, dtype=np.float32))
-    np.True_
+  float32 squares lose a direction whose energy is far below that of the
+  strongest. Takes the rows' inner products, (k, k); returns a bool scalar.
   """
   xp = library_of(gram)
   squares = xp.square(xp.diagonal(shifted_cholesky(gram)))
@@ -273,17 +230,17 @@ def ritz_vectors(
   rank: int,
   eigenpairs: Callable[[Any], tuple[Any, Any]] | None = None,
 ) -> Any:
-  """Leading eigenvectors, as rows, of `projected = images imagesᵀ`.
+  """Computes the leading eigenvectors of `projected = images imagesᵀ`, as rows.
 
-  Where eigenvalues under 1e-4 of the largest are wanted, which float32 has
-  lost, the large ones are taken off the images and the rest is squared again.
+  float32 loses eigenvalues under 1e-4 of the largest. Where such are wanted,
+  the large ones are removed from the images and the rest is squared again.
 
   Args:
     projected: (k, k) float32.
     images: (k, n) float32.
     rank: rows wanted; static.
-    eigenpairs: (k, k) -> its eigenvalues, largest first, and eigenvectors; for
-      a caller that has found some before.
+    eigenpairs: (k, k) -> its eigenvalues, largest first, and eigenvectors, for
+      a caller that keeps results; None is `descending_eigh`.
 
   Returns:
     (rank, k) orthonormal rows, largest eigenvalue first.
@@ -298,6 +255,7 @@ def ritz_vectors(
   leading = vectors[:, :rank]
 
   def deflate():
+    """Removes the large eigenvectors from the images and squares the rest."""
     large = values > _GRADED * values[0]
     count = xp.minimum(large.sum(), rank)
     taken = xp.where(large, vectors, 0.0)
@@ -316,7 +274,7 @@ def ritz_vectors(
 
 
 def triplets(rows: Any, images: Any) -> tuple[Any, Any, Any]:
-  """The singular triplets of `rowsᵀ images`, the product never formed.
+  """Computes the singular triplets of `rowsᵀ images` without forming it.
 
       rowsᵀ = q_a r_a,  imagesᵀ = q_b r_b,   rowsᵀ images = q_a (r_a r_bᵀ) q_bᵀ
 
@@ -335,12 +293,13 @@ def triplets(rows: Any, images: Any) -> tuple[Any, Any, Any]:
   xp = library_of(rows)
 
   def plain():
-    """Rows that are orthonormal, images spread over three decades at most."""
+    """Handles orthonormal rows with images that spread over three decades."""
     qb = orthonormal_rows(images, 2)
     u, s, vt = thin_svd(images @ qb.T)
     return rows.T @ u, s, vt @ qb
 
   def careful():
+    """Handles all others, by Householder's QR."""
     qa, ra = thin_qr(rows.T)
     qb, rb = thin_qr(images.T)
     u, s, vt = thin_svd(ra @ rb.T)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays on meshes of devices: where they lie, and functions of them.
+"""Placing arrays on meshes of devices, and running functions of such arrays.
 
-An array over a mesh with Explicit axes says in its type how it is cut. Its
-products ask where each result should lie, and small decompositions refuse cut
-sides. Here such a function is run with Auto axes, as it is on other meshes, and
-only its results are said to lie somewhere.
+On a mesh with Explicit axes the type of an array says how it is cut. There
+every product has to say where its result lies, and small decompositions refuse
+cut sides. `run_automatic` runs a function with Auto axes, as on other meshes,
+and says only of the results where they lie.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +26,14 @@ Entries = tuple[Any, ...]
 
 
 def entries_of(spec: PartitionSpec, axes: int) -> Entries:
-  """The mesh axes of each axis of an array.
+  """Returns for each array axis the mesh axes that cut it, or None.
 
   Args:
-    spec: of the array; may name fewer axes than there are.
-    axes: how many there are.
+    spec: of the array; may name fewer axes than the array has.
+    axes: how many axes the array has.
 
   Returns:
-    A name, a tuple of names or None for each.
+    A name, a tuple of names or None for each axis.
 
   Example:
     >>> entries_of(PartitionSpec("x"), 2)
@@ -43,33 +43,23 @@ def entries_of(spec: PartitionSpec, axes: int) -> Entries:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-  """A mesh of the same devices all of whose axes are Auto.
+  """Returns a mesh of the same devices whose axes are all Auto.
 
-  For functions that do not say where each of their products should lie.
-
-  Args:
-    mesh: any.
-
-  Returns:
-    A mesh.
-
-  Example:
-    >>> automatic(jax.make_mesh((1,), ("x",))).axis_types
-    (Auto,)
+  For functions that do not say where each of their products lies.
   """
   kinds = (AxisType.Auto,) * mesh.devices.ndim
   return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-  """Where an array is known to lie on a mesh.
+  """Returns the NamedSharding of an array, or None if it is not known.
 
   Args:
     x: an array or a tracer of JAX, a ShapeDtypeStruct, or anything else.
 
   Returns:
-    Its NamedSharding; None of arrays elsewhere, and of tracers whose mesh has
-    no Explicit axes: only the compiler knows.
+    Its NamedSharding. None for arrays that lie elsewhere, and for tracers whose
+    mesh has no Explicit axes: only the compiler knows of those.
 
   Example:
     >>> sharding_of(np.ones(2)) is None
@@ -87,17 +77,17 @@ def place_array(
   sharding: jax.sharding.Sharding,
   read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-  """An array on its devices, read shard by shard.
+  """Builds an array on its devices, reading each shard by itself.
 
   Args:
-    shape: of the whole.
-    sharding: where it goes, on the devices of many processes too.
+    shape: of the whole array.
+    sharding: where it goes; may span several processes.
     read: a slice for every axis -> that region.
 
   Returns:
-    The array. Each region is read by itself, and once however many devices
-    hold it: neither a device nor the host ever has more of the array than the
-    shards of this process.
+    The array. Each region is read once, however many devices hold it. Neither
+    a device nor the host ever has more of the array than the shards of this
+    process.
 
   Example:
     >>> mesh = jax.make_mesh((1,), ("x",))
@@ -110,6 +100,7 @@ def place_array(
   seen: dict[str, np.ndarray] = {}
 
   def shard(index: Any) -> np.ndarray:
+    """Returns one region, read only once."""
     if str(index) not in seen:
       seen[str(index)] = read(index)
     return seen[str(index)]
@@ -118,14 +109,14 @@ def place_array(
 
 
 def constrain(tree: Any, shardings: Any) -> Any:
-  """Arrays of which the compiler knows where they are to lie.
+  """Tells the compiler where the arrays of a pytree are to lie.
 
   Args:
     tree: a pytree of arrays, traced or not.
     shardings: the NamedSharding of each.
 
   Returns:
-    The tree. Those of a type with Explicit axes stay as that type says.
+    The tree. Arrays with Explicit axes stay where their types say.
 
   Example:
     >>> mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
@@ -150,19 +141,19 @@ def run_automatic(
   places: Callable[..., Any],
   mesh: Mesh | AbstractMesh | None = None,
 ) -> Any:
-  """`function(*arrays)`, run with Automatic axes where types have others.
+  """Runs `function(*arrays)` with Auto axes, also on a mesh with Explicit ones.
 
   Args:
     function: of arrays.
     arrays: of JAX.
-    places: the entries of each array, in order -> the PartitionSpec of each
-      result, or a prefix of that tree.
-    mesh: that of the arrays, where it is known and their types do not say it;
-      the function then knows it as it does under `jax.set_mesh`.
+    places: takes each array's `entries_of`, in order, and returns the
+      PartitionSpec of each result, or a prefix of that tree.
+    mesh: that of the arrays, if it is known and their types do not tell it;
+      the function then sees it as under `jax.set_mesh`.
 
   Returns:
-    The result. Where no axis is Explicit that is the call alone, and what it
-    gives lies where the compiler puts it.
+    The result. Where no axis is Explicit it is `function(*arrays)` as it is,
+    and lies where the compiler puts it.
 
   Example:
     >>> mesh = jax.make_mesh((1,), ("x",))     # Explicit, by default
@@ -193,4 +184,5 @@ def run_automatic(
 
 
 def _is_explicit(mesh: Any) -> bool:
+  """Returns whether a mesh has Explicit axes."""
   return AxisType.Explicit in mesh.axis_types

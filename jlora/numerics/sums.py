@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over all entries of an array that neither overflow nor vanish.
+"""Sums of squares and moduli of arrays, which neither overflow nor vanish.
 
-Of NumPy's arrays the memory is read once, a block that fits the cache at a
-time; of JAX's the compiler decides.
+A NumPy array is read from memory once, a block that fits the cache at a time.
+For JAX arrays the compiler decides.
 """
 
 import math
@@ -15,12 +15,16 @@ import numpy as np
 
 from jlora.numerics.backends import library_of
 
-# A block of so many entries stays in the cache while it is worked on.
+# A block of this many entries stays in the cache while it is worked on.
 BLOCK = 2**15
 # Rows are summed in blocks of about this many entries: they stay in the cache.
 _ROWS_BLOCK = 2**17
-# Devices over which rows may be cut, or a multiple of their number.
+# Rows are worked on in this many parts, each of which may lie on a device.
 _PARTS = 64
+
+_ONES = np.ones(BLOCK, np.float32)
+# Squares of numbers under 2 to this, summed over a block, need no scaling.
+_MODERATE = 40
 
 
 class Sums(NamedTuple):
@@ -28,7 +32,7 @@ class Sums(NamedTuple):
 
   Attributes:
     exponent: int32, from `exponent_of`; the unit is `2^exponent`.
-    squares: `Σ (x / unit)²`, float32; not finite if an entry is not.
+    squares: `Σ (x / unit)²`, float32; not finite if some entry is not.
     moduli: `Σ |x / unit|`, float32.
   """
 
@@ -38,20 +42,20 @@ class Sums(NamedTuple):
 
   @property
   def unit(self) -> Any:
-    """The power of two, float32."""
+    """Returns the power of two, in float32."""
     xp = library_of(self.squares)
     return xp.ldexp(xp.float32(1), self.exponent)
 
 
 def sums_of(x: Any) -> Sums:
-  """The sums over all entries of an array.
+  """Computes the sums over all entries of an array.
 
   Args:
     x: float32, any shape with entries, of NumPy or of JAX.
 
   Returns:
-    Sums, right within rounding for entries from 1e-38 to 3e38. Relative error
-    of the sums about 1e-7. A sharded array is not gathered.
+    Sums, with a relative error of about 1e-7, for entries from 1e-38 to 3e38.
+    A sharded array is not gathered.
 
   Example:
     >>> sums = sums_of(np.float32([[3e30, -4e30]]))
@@ -70,13 +74,7 @@ def sums_of(x: Any) -> Sums:
 
 
 def added(parts: Sequence[Sums]) -> Sums:
-  """The sums over several arrays together.
-
-  Args:
-    parts: their Sums, of NumPy, one or more.
-
-  Returns:
-    Sums in the largest of their units.
+  """Combines the Sums of several NumPy arrays into one, in their largest unit.
 
   Example:
     >>> added([sums_of(np.float32([x])) for x in (3, -4)]).moduli * 8
@@ -95,18 +93,7 @@ def added(parts: Sequence[Sums]) -> Sums:
 
 
 def check_single(x: Any, sums: Sums | None) -> None:
-  """Refuses sums that are given for a batch of matrices.
-
-  Args:
-    x: (..., m, n).
-    sums: of x, or None.
-
-  Raises:
-    ValueError: sums are given and x has more than two axes.
-
-  Example:
-    >>> check_single(np.ones((2, 2)), sums_of(np.ones((2, 2), np.float32)))
-  """
+  """Raises a ValueError if sums are given for a batch of matrices."""
   if sums is not None and x.ndim > 2:
     raise ValueError(
       f"sums are of one matrix, the delta {x.shape} is a batch: leave them out."
@@ -114,7 +101,7 @@ def check_single(x: Any, sums: Sums | None) -> None:
 
 
 def exponent_of(x: Any) -> Any:
-  """The exponent of a power of two above the largest modulus.
+  """Returns the exponent of a power of two above the largest modulus.
 
   Args:
     x: real, any shape with entries.
@@ -137,17 +124,10 @@ def exponent_of(x: Any) -> Any:
 
 
 def sum_of_squares(x: Any) -> Any:
-  """`Σ x²`, in the dtype of x.
+  """Computes `Σ x²`, in the dtype of x.
 
-  Args:
-    x: real, any shape; contiguous if of NumPy, or it is copied.
-
-  Returns:
-    Scalar. Rounding grows with the sides, not the area.
-
-  Example:
-    >>> sum_of_squares(np.float32([3, 4]))
-    np.float32(25.0)
+  A NumPy array that is not contiguous is copied. Rounding errors grow with the
+  sides of the array, not with its area.
   """
   if library_of(x) is np:
     return x.dtype.type(inner_product(x, x))
@@ -197,32 +177,15 @@ def norm_of(x: np.ndarray) -> float:
   return math.ldexp(math.sqrt(sums.squares), int(sums.exponent))
 
 
-def _of_block(x):
-  xp = library_of(x)
-  exponent = exponent_of(x)
-  if xp is np and abs(exponent) < _MODERATE:
-    inverse = np.ldexp(np.float32(1), -exponent)
-    moduli = np.vdot(np.abs(x), _ONES[: x.size])
-    return Sums(exponent, np.vdot(x, x) * inverse**2, moduli * inverse)
-  x = x * xp.ldexp(xp.float32(1), -exponent)
-  moduli = xp.abs(x)
-  return Sums(exponent, sum_of_squares(x), xp.sum(xp.sum(moduli, axis=-1)))
-
-
-_ONES = np.ones(BLOCK, np.float32)
-# Squares of numbers under 2 to this, summed over a block, need no scaling.
-_MODERATE = 40
-
-
 def sum_over_rows(function: Callable[..., Any], *arrays: Any) -> Any:
-  """The sum of a function over blocks of rows that fit the cache.
+  """Sums a function over blocks of rows that fit the cache.
 
   Args:
     function: blocks (h, ...) -> an array.
     arrays: (m, ...) each, of one library.
 
   Returns:
-    The sum. Arrays are read from memory once, whatever the function does.
+    The sum. Each array is read from memory once, whatever the function does.
 
   Example:
     >>> sum_over_rows(lambda x: x.sum(axis=0), np.ones((5, 2)))
@@ -238,12 +201,13 @@ def sum_over_rows(function: Callable[..., Any], *arrays: Any) -> Any:
       function(*(x[start : start + height] for x in arrays))
       for start in range(0, rows, height)
     )
-  # A block has as many rows of each part, so that parts may lie on devices.
+  # A block takes as many rows of each part, so that parts may lie on devices.
   parts = math.gcd(rows, _PARTS)
   height = max(height // parts, 1)
   cut = [x.reshape(parts, rows // parts, *x.shape[1:]) for x in arrays]
 
   def block(start, height):
+    """Returns the function of one block, with `height` rows of each part."""
     own = (jax.lax.dynamic_slice_in_dim(x, start, height, 1) for x in cut)
     return function(*(x.reshape(-1, *x.shape[2:]) for x in own))
 
@@ -253,3 +217,16 @@ def sum_over_rows(function: Callable[..., Any], *arrays: Any) -> Any:
   if whole == rows // parts:
     return total
   return total + block(whole, rows // parts - whole)
+
+
+def _of_block(x):
+  """Computes the Sums of one block."""
+  xp = library_of(x)
+  exponent = exponent_of(x)
+  if xp is np and abs(exponent) < _MODERATE:
+    inverse = np.ldexp(np.float32(1), -exponent)
+    moduli = np.vdot(np.abs(x), _ONES[: x.size])
+    return Sums(exponent, np.vdot(x, x) * inverse**2, moduli * inverse)
+  x = x * xp.ldexp(xp.float32(1), -exponent)
+  moduli = xp.abs(x)
+  return Sums(exponent, sum_of_squares(x), xp.sum(xp.sum(moduli, axis=-1)))

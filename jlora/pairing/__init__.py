@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two checkpoints: which tensor belongs to which.
+"""Finding which tensors of two checkpoints belong together.
 
-Names may differ by a prefix, heads may be tied on one side, experts fused,
-vocabularies grown: `pair_up` matches what it can and notes how.
+Names may differ by a prefix, a head may be tied on one side, experts fused, a
+vocabulary grown. `pair_up` matches what it can and notes how.
 """
 
 from jlora.pairing.layers import configure_layers as configure_layers

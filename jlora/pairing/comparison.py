@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both tensors of a pair read from disk, and compared before they are."""
+"""Reading both tensors of a pair, and telling whether they are the same."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from jlora.numerics.backends import library_of
 from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of, read_side
 
-_COMPARED = 2**18  # bytes of a tensor that are compared at a time
+_COMPARED = 2**18  # bytes of a tensor to compare at a time
 
 
 def read_pair(
@@ -18,21 +18,21 @@ def read_pair(
   finetuned: Mapping[str, Any],
   rooms: Sequence[Callable[[int], np.ndarray]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Both tensors of a pair, of the base's shape unless the pair is kept whole.
+  """Reads the base's and the finetuned tensor of a pair.
+
+  Unless the pair is kept whole, both have the base's shape: rows that the
+  finetune lacks (a smaller vocabulary) are filled with the base's, so their
+  change is zero.
 
   Args:
     pair: which tensors.
     base: the base, name -> array.
-    finetuned: the finetune. Rows it lacks (a smaller vocabulary) are filled
-      with the base's: their change is zero.
-    rooms: as for `read_side`, one for either side.
-
-  Returns:
-    (base, finetuned).
+    finetuned: the finetune, name -> array.
+    rooms: for each side a `room` as for `read_side`.
 
   Example:
-    >>> from jlora.pairing.pairs import TensorPart
-    >>> pair = Pair("w", (2,), Part("w"), TensorPart("w", (slice(0, 1),)))
+    >>> pair = Pair("w", (2,), TensorPart("w"),
+    ...             TensorPart("w", (slice(0, 1),)))
     >>> read_pair(pair, {"w": np.zeros(2)}, {"w": np.ones(1)})[1]
     array([1., 0.])
   """
@@ -53,22 +53,21 @@ def is_same(
   finetuned: Mapping[str, Any],
   part: tuple[int, int] = (0, 1),
 ) -> bool:
-  """Whether both tensors of a pair hold the same bytes (so NaN equals itself).
+  """Returns whether both tensors of a pair hold the same bytes.
 
-  Read a few rows at a time, up to the first that differ.
+  So NaN equals itself. Reads a few rows at a time, up to the first that differ.
 
   Args:
     pair: which tensors.
     base: the base, name -> array.
-    finetuned: the finetune.
-    part: (which, of how many) parts of the rows to look at.
+    finetuned: the finetune, name -> array.
+    part: (i, n) looks only at the i-th of n parts of the rows, from 0.
 
   Returns:
-    bool. False for what is kept whole, for stacks and for parts of tensors.
+    bool. Always False for pairs kept whole, stacks and parts of tensors.
 
   Example:
-    >>> from jlora.pairing.pairs import TensorPart
-    >>> pair = Pair("w", (2,), Part("w"), TensorPart("w"))
+    >>> pair = Pair("w", (2,), TensorPart("w"), TensorPart("w"))
     >>> is_same(pair, {"w": np.zeros(2)}, {"w": np.zeros(2)})
     True
   """
@@ -90,7 +89,7 @@ def is_same(
 
 
 def _rows_of(pair, spec, base, finetuned, part):
-  """Both tensors of a pair, a few rows at a time where files have rows."""
+  """Yields both tensors of a pair, a few rows at a time if a file has rows."""
   rows = spec.shape[0] if spec.shape else 1
   which, parts = part
   first, last = rows * which // parts, rows * (which + 1) // parts
@@ -107,20 +106,13 @@ def _rows_of(pair, spec, base, finetuned, part):
 
 
 def _words(array: np.ndarray) -> np.ndarray:
-  """The bits of an array, in the longest words that they fill."""
+  """Returns the bits of an array, in the longest words that they fill."""
   bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
   return bits.view(np.uint64) if bits.size % 8 == 0 else bits
 
 
 def is_equal(left: np.ndarray, right: np.ndarray) -> bool:
-  """Whether two tensors hold the same values, whatever their dtypes.
-
-  Args:
-    left: any floating dtype.
-    right: any floating dtype.
-
-  Returns:
-    bool.
+  """Returns whether two tensors hold the same values, whatever their dtypes.
 
   Example:
     >>> is_equal(np.ones(2, np.float16), np.ones(2, np.float32))
@@ -132,36 +124,24 @@ def is_equal(left: np.ndarray, right: np.ndarray) -> bool:
 def stored_dtype(
   checkpoint: Mapping[str, Any], side: TensorPart | Stack
 ) -> np.dtype:
-  """The dtype of a side's file, float8 too.
+  """Returns the dtype of a side of a pair as its file has it, float8 included.
 
-  Args:
-    checkpoint: open, or any mapping from names to arrays.
-    side: of a pair.
-
-  Returns:
-    A dtype; of the first of several tensors.
-
-  Example:
-    >>> stored_dtype({"w": np.ones(2)}, TensorPart("w"))
-    dtype('float64')
+  Of several tensors it is that of the first.
   """
   specs = getattr(checkpoint, "spec", checkpoint)
   return np.dtype(specs[names_of(side)[0]].dtype)
 
 
 def check_finite(path: str, *arrays: Any) -> None:
-  """Nothing, if a parameter's values are numbers.
+  """Raises if a parameter's values are NaN or infinite.
 
   Args:
     path: the parameter's name.
-    arrays: the base's and the finetuned tensor, or the finetuned one; of NumPy,
-      or of JAX and sharded: then all processes must call it.
+    arrays: the base's and the finetuned tensor, or the finetuned one alone, of
+      NumPy or of JAX. If they are sharded all processes must call this.
 
   Raises:
-    ValueError: how many are not, and of which side.
-
-  Example:
-    >>> check_finite("w", np.ones(2))
+    ValueError: tells how many values of which side are not finite.
   """
   for side, array in zip(
     ("base", "finetuned")[-len(arrays) :], arrays, strict=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts that one checkpoint keeps apart and the other fused in one tensor."""
+"""Pairing experts that one checkpoint keeps apart and the other keeps fused."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +17,12 @@ _FUSED_ROLES = {
 
 
 def _stem(experts: str, bare: Callable[[str], str]) -> str:
-  """`...layers.0.mlp.experts` whatever the family calls the block."""
+  """Returns `...layers.0.mlp.experts`, whatever the family calls the block."""
   return bare(experts).replace(".block_sparse_moe.", ".mlp.")
 
 
 def _experts_of(names, bare) -> dict[tuple[str, int, str], str]:
+  """Finds the experts' matrices: (stem, expert, matrix) -> name."""
   found = ((_EXPERT.fullmatch(name), name) for name in names)
   return {
     (_stem(match[1], bare), int(match[2]), match[3]): name
@@ -31,7 +32,7 @@ def _experts_of(names, bare) -> dict[tuple[str, int, str], str]:
 
 
 def _matrices(experts, stem, fused, count):
-  """Names, per expert, of a fused tensor's matrices; None if one lacks."""
+  """Lists the tensors that make up each expert; None if one is missing."""
   rows = []
   for expert in range(count):
     row = [
@@ -52,7 +53,7 @@ def _matrices(experts, stem, fused, count):
 
 
 def _fused_groups(fused_side, fused_names, single_names, bare):
-  """(fused tensor, names of its matrices per expert) that both sides hold."""
+  """Yields each fused tensor and the single tensors that form each expert."""
   experts = _experts_of(single_names, bare)
   for name in list(fused_names):
     match = _FUSED.fullmatch(name)
@@ -65,12 +66,12 @@ def _fused_groups(fused_side, fused_names, single_names, bare):
 
 
 def _is_swapped(side, fused, singles, row) -> bool:
-  """Whether a fused tensor keeps (expert, in, out)."""
+  """Returns whether a fused tensor is stored as (expert, in, out)."""
   out = sum(singles[name].shape[0] for name in row)
   shape = tuple(side[fused].shape[1:])
   sibling = fused.replace("down_proj", "gate_up_proj")
   if shape[0] == shape[1] and sibling in side:
-    # A square matrix does not tell; gate and up are then twice as tall.
+    # A square matrix does not tell, but gate and up together are not square.
     shape, out = tuple(side[sibling].shape[1:]), 2 * out
   return shape != (out, singles[row[0]].shape[1])
 
@@ -82,17 +83,17 @@ def fused_in_finetuned(
   right: dict[str, Any],
   bare: Callable[[str], str],
 ) -> Iterator[Pair]:
-  """Pairs of experts kept apart in the base and fused in the finetune.
+  """Yields pairs of experts kept apart in the base and fused in the finetune.
 
   Args:
     base: name -> anything with a `.shape`.
     finetuned: the same for the finetune.
-    left: names of the base without partner; what is paired is taken out.
+    left: names of the base without a partner; paired names are removed.
     right: the same for the finetune.
     bare: takes wrappers' prefixes off a name.
 
-  Returns:
-    Pairs, one for each expert's matrix, the finetuned side a slice.
+  Yields:
+    One pair for each expert's matrix; the finetuned side is a slice.
 
   Example:
     >>> import numpy as np
@@ -130,17 +131,17 @@ def fused_in_base(
   right: dict[str, Any],
   bare: Callable[[str], str],
 ) -> Iterator[Pair]:
-  """Pairs of experts fused in the base and kept apart in the finetune.
+  """Yields pairs of experts fused in the base and kept apart in the finetune.
 
   Args:
     base: name -> anything with a `.shape`.
     finetuned: the same for the finetune.
-    left: names of the base without partner; what is paired is taken out.
+    left: names of the base without a partner; paired names are removed.
     right: the same for the finetune.
     bare: takes wrappers' prefixes off a name.
 
-  Returns:
-    Pairs, one for each fused tensor, the finetuned side a Stack.
+  Yields:
+    One pair for each fused tensor; the finetuned side is a Stack.
 
   Example:
     >>> import numpy as np

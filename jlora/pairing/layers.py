@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers in the names of tensors: found, counted, renumbered."""
+"""Finding, counting and renumbering the layers in the names of tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,46 +11,46 @@ _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks|block|layer)\.)(\d+)\.(.+)")
 
 
 class LayerNames(NamedTuple):
-  """The layers of a model.
+  """The naming of a model's layers, and how many there are.
 
   Attributes:
-    prefix: what their names begin with, up to the number.
-    count: how many.
+    prefix: what the names of their tensors begin with, up to the number.
+    count: how many layers there are.
   """
 
   prefix: str
   count: int
 
   def place_of(self, name: str) -> tuple[int, str] | None:
-    """The layer of a tensor and the rest of its name; None outside of them."""
+    """Returns the layer of a tensor and the rest of its name, None outside."""
     found = _LAYER.fullmatch(name)
     if found is None or found[1] != self.prefix:
       return None
     return int(found[2]), found[3]
 
   def name_at(self, index: int, rest: str) -> str:
-    """The name of a tensor in a layer."""
+    """Returns the name of a tensor in a layer."""
     return f"{self.prefix}{index}.{rest}"
 
 
 def find_layers(names: Iterable[str], wanted: int | None = None) -> LayerNames:
-  """The layers that a model's tensors lie in.
+  """Finds the layers that a model's tensors lie in.
 
   Args:
     names: of all tensors.
-    wanted: how many the configuration has, to tell those of a vision tower
-      apart; None if it does not say.
+    wanted: how many layers the configuration has, to tell them from those of a
+      vision tower; None if it does not say.
 
   Returns:
-    Layers; of count 0 where no name has a layer's number.
+    LayerNames, of count 0 where no name has a layer's number.
 
   Raises:
-    ValueError: several kinds of layers, none or more than one of which has the
-      wanted count.
+    ValueError: there are several kinds of layers, and not exactly one of them
+      has the wanted count.
 
   Example:
     >>> find_layers(["model.layers.0.q", "model.layers.1.q", "norm"])
-    Layers(prefix='model.layers.', count=2)
+    LayerNames(prefix='model.layers.', count=2)
   """
   found: dict[str, set[int]] = {}
   for name in names:
@@ -70,15 +70,15 @@ def find_layers(names: Iterable[str], wanted: int | None = None) -> LayerNames:
 def configure_layers(
   config: Mapping[str, Any], taken: list[int]
 ) -> dict[str, Any]:
-  """A config.json for the layers that were taken.
+  """Makes the config.json of a model put together from a reference's layers.
 
   Args:
     config: of the reference.
-    taken: which of its layers each new one is like.
+    taken: for each new layer the number of the reference's layer it is like.
 
   Returns:
-    A new configuration: `num_hidden_layers` (or `n_layer`) is their number, and
-    lists that have an entry a layer follow them.
+    A new configuration: `num_hidden_layers` (or `n_layer`, `num_layers`) is the
+    number of new layers, and lists with an entry for each layer follow them.
 
   Example:
     >>> config = {"num_hidden_layers": 2, "layer_types": ["full", "window"]}

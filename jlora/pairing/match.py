@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensor of a finetuned checkpoint belongs to which one of its base.
+"""Matching each tensor of a finetuned checkpoint with one of its base.
 
-Names first, then what users really have: a wrapper's prefix, a head tied on one
-side, a vocabulary grown, experts fused on one side. Whatever is not matched by
-its own name says so in a note, which the ledger carries.
+Names come first, then what real checkpoints have: a wrapper's prefix, a head
+tied on one side, a grown vocabulary, experts fused on one side. A pair that its
+own name did not match has a note, which the report's ledger shows.
 """
 
 import re
@@ -37,7 +37,7 @@ Vocabulary = Callable[[str, tuple[int, ...], tuple[int, ...]], slice | None]
 def keep_whole(
   path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
 ) -> slice | None:
-  """None: a table whose vocabulary changed is kept as the finetuned tensor.
+  """Keeps the whole finetuned table where the vocabulary changed.
 
   Args:
     path: the table's name.
@@ -45,7 +45,7 @@ def keep_whole(
     finetuned: its shape in the finetune.
 
   Returns:
-    None, which means no rows are compared.
+    None: no rows are compared.
 
   Example:
     >>> keep_whole("lm_head.weight", (10, 4), (12, 4)) is None
@@ -57,7 +57,9 @@ def keep_whole(
 def common_rows(
   path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
 ) -> slice | None:
-  """The rows both tables have; rows the finetune added are not represented.
+  """Returns the rows that both tables have; only these are compared.
+
+  Rows that the finetune added are not represented.
 
   Args:
     path: the table's name.
@@ -78,7 +80,7 @@ def common_rows(
 def same_rows(
   path: str, base: tuple[int, ...], finetuned: tuple[int, ...]
 ) -> slice | None:
-  """Nothing: a changed vocabulary is an error.
+  """Raises an error: the vocabulary may not change.
 
   Args:
     path: the table's name.
@@ -86,7 +88,7 @@ def same_rows(
     finetuned: its shape in the finetune.
 
   Raises:
-    ValueError: always, naming the table, both shapes and the other policies.
+    ValueError: always; names the table, both shapes and the other policies.
 
   Example:
     >>> same_rows("lm_head.weight", (10, 4), (12, 4))
@@ -102,7 +104,7 @@ def same_rows(
 
 
 def is_table(path: str) -> bool:
-  """Whether a parameter has a row for each token: an embedding or a head.
+  """Returns whether a parameter has a row for each token: embedding or head.
 
   Args:
     path: its name in a checkpoint.
@@ -123,26 +125,26 @@ def pair_up(
   *,
   vocabulary: Vocabulary = keep_whole,
 ) -> Pairing:
-  """The pairs of two checkpoints, each tensor of both accounted for once.
+  """Pairs the tensors of two checkpoints, each accounted for exactly once.
 
   Args:
     base: name -> anything with a `.shape` (a checkpoint's `.spec`).
     finetuned: the same for the finetune.
-    vocabulary: what happens to an embedding or head whose number of rows
-      differs: `keep_whole`, `common_rows`, `same_rows`, or a function like
-      them.
+    vocabulary: decides about an embedding or head whose number of rows differs:
+      `keep_whole`, `common_rows`, `same_rows`, or a function like them.
 
   Returns:
-    Pairing, pairs in the order of the base.
+    Pairing: the pairs, in the order of the base, and the names on either side
+    that have no partner.
 
   Raises:
-    ValueError: shapes that differ otherwise, up to three named with both.
+    ValueError: shapes that differ in another way; names up to three with both.
 
   Example:
     >>> import numpy as np
-    >>> shape = np.empty((4, 4))
-    >>> pairing = pair_up({"model.q.weight": shape},
-    ...                   {"language_model.model.q.weight": shape})
+    >>> w = np.empty((4, 4))
+    >>> pairing = pair_up({"model.q.weight": w},
+    ...                   {"language_model.model.q.weight": w})
     >>> pairing.pairs[0].note
     'prefix differs: language_model.model.q.weight'
   """
@@ -174,6 +176,7 @@ def pair_up(
 
 
 def _by_name(base, left, right):
+  """Yields pairs of tensors that have the same name."""
   for name in [name for name in left if name in right]:
     del left[name], right[name]
     yield Pair(
@@ -182,7 +185,7 @@ def _by_name(base, left, right):
 
 
 def _by_prefix(base, left, right):
-  """Names that agree once the wrappers' prefixes are off, if only one does."""
+  """Yields pairs whose names agree without prefixes, if each is unique."""
   partners: dict[str, list[str]] = {}
   for name in right:
     partners.setdefault(_bare(name), []).append(name)
@@ -202,6 +205,7 @@ def _by_prefix(base, left, right):
 
 
 def _bare(name: str) -> str:
+  """Takes all wrappers' prefixes off a name."""
   for prefix in _PREFIXES:
     if name.startswith(prefix):
       return _bare(name.removeprefix(prefix))
@@ -209,7 +213,7 @@ def _bare(name: str) -> str:
 
 
 def _by_tie(base, finetuned, left, right):
-  """A head stored on one side, tied to the embedding on the other."""
+  """Yields the pair of a head on one side that is tied on the other."""
   base_head, base_table = (_only(base, rule) for rule in (_HEAD, _EMBEDDING))
   head, table = (_only(finetuned, rule) for rule in (_HEAD, _EMBEDDING))
   if base_head and base_head in left and table and not head:
@@ -235,12 +239,13 @@ def _by_tie(base, finetuned, left, right):
 
 
 def _only(names, rule: str) -> str | None:
+  """Returns the name that matches a rule; None unless exactly one does."""
   found = [name for name in names if re.fullmatch(rule, name)]
   return found[0] if len(found) == 1 else None
 
 
 def _settle_shape(pair: Pair, finetuned, vocabulary: Vocabulary) -> Pair:
-  """The pair with its rows settled, where only the vocabulary differs."""
+  """Applies the vocabulary policy to a table whose number of rows differs."""
   side = pair.finetuned
   if isinstance(side, Stack) or side.index:
     return pair
@@ -259,4 +264,5 @@ def _settle_shape(pair: Pair, finetuned, vocabulary: Vocabulary) -> Pair:
 
 
 def _and(*notes: str) -> str:
+  """Joins notes, leaving out empty ones."""
   return "; ".join(note for note in notes if note)

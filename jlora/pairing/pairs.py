@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pair: a parameter of the base and what the finetune made of it, on disk."""
+"""Pairs of a base parameter and its finetuned values, and how they are read."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jlora.checkpoints.float8 import FLOAT8
 
 
 class TensorPart(NamedTuple):
-  """A tensor on disk or a slice of it, its last two axes exchanged or not."""
+  """A tensor on disk or a slice of it; `swap` exchanges its last two axes."""
 
   name: str
   index: tuple[Any, ...] = ()
@@ -18,22 +18,29 @@ class TensorPart(NamedTuple):
 
 
 class Stack(NamedTuple):
-  """A fused tensor put together: experts stacked, their parts concatenated."""
+  """A fused tensor to be put together from single ones.
+
+  Attributes:
+    experts: for each expert the tensors that are concatenated; the results are
+      stacked.
+    swap: whether the last two axes are then exchanged.
+  """
 
   experts: tuple[tuple[TensorPart, ...], ...]
   swap: bool = False
 
 
 class Pair(NamedTuple):
-  """A parameter of the base and what the finetune made of it.
+  """A parameter of the base, and where its base and finetuned values lie.
 
   Attributes:
     path: the parameter's name in the base, which is the adapter's.
     shape: its shape in the base.
     base: where the base's values lie.
     finetuned: where the finetuned values lie.
-    note: why the two belong together, if the name alone does not say it.
-    whole: the finetuned tensor is to be kept as it is (its shape differs).
+    note: why the two belong together, if the name alone does not tell.
+    whole: whether the finetuned tensor is kept as it is, because its shape
+      differs.
   """
 
   path: str
@@ -45,17 +52,17 @@ class Pair(NamedTuple):
 
 
 class Pairing(NamedTuple):
-  """All pairs, and the names on either side that found no partner."""
+  """All pairs of two checkpoints, and each side's names without a partner."""
 
   pairs: list[Pair]
   only_base: list[str]
   only_finetuned: list[str]
 
 
-# Bytes of a tensor that are read at a time into memory that is there: they
-# stay in the cache until they are put in their place.
+# Bytes of a tensor that are read at a time into reused memory: they stay in the
+# cache until they are in their place.
 _PIECE = 2**19
-# What is larger is read into new memory: what is kept adds up.
+# Larger tensors are read into new memory, since reused memory stays taken.
 _KEPT = 2**25
 
 
@@ -64,14 +71,14 @@ def read_side(
   side: TensorPart | Stack,
   room: Callable[[int], np.ndarray] | None = None,
 ) -> np.ndarray:
-  """The values of one side of a pair.
+  """Reads the values of one side of a pair.
 
   Args:
     checkpoint: an open checkpoint, or any mapping from names to arrays.
-    side: a Part or a Stack of it.
-    room: from a number of bytes to uint8 of that many or more, which the array
-      may lie in: memory that was used before costs less than new. It is asked
-      for whole tensors of files, of up to 32 MiB.
+    side: a TensorPart or a Stack of it.
+    room: number of bytes -> uint8 array of that size or more, in which the
+      result may lie: memory that was used before costs less than new. It is
+      called for whole tensors of files, of up to 32 MiB.
 
   Returns:
     The array, in its stored dtype (float32 for float8).
@@ -99,17 +106,17 @@ def read_side(
 def read_region_of_side(
   checkpoint: Any, side: TensorPart | Stack, region: tuple[slice, ...]
 ) -> np.ndarray:
-  """A region of one side of a pair.
+  """Reads a region of one side of a pair.
 
   Args:
     checkpoint: an open checkpoint, or any mapping from names to arrays.
-    side: a Part or a Stack of it.
-    region: a slice for every axis of what `read_side` would give.
+    side: a TensorPart or a Stack of it.
+    region: a slice for every axis of what `read_side` returns.
 
   Returns:
-    `read(checkpoint, side)[region]`. Of a Part no more is read than
-    `Checkpoint.read` needs for it; of a Stack its experts one by one, those of
-    the region alone.
+    `read_side(checkpoint, side)[region]`. Of a TensorPart no more is read than
+    `Checkpoint.read` needs for the region; of a Stack only the region's
+    experts, one by one.
 
   Example:
     >>> whole = {"w": np.arange(6).reshape(2, 3)}
@@ -141,7 +148,7 @@ def read_region_of_side(
 
 
 def _composed(outer, inner, shape) -> tuple[Any, ...]:
-  """One index for an index, of integers and slices, and one of its result."""
+  """Combines an index of integers and slices with an index of its result."""
   left, found = iter(inner), []
   for entry, size in zip(outer, shape, strict=False):
     if isinstance(entry, slice):
@@ -153,7 +160,7 @@ def _composed(outer, inner, shape) -> tuple[Any, ...]:
 
 
 def _is_plain(checkpoint: Any, side: TensorPart) -> bool:
-  """Whether a side is a whole tensor of a file, in the dtype it is read in."""
+  """Returns whether a side is a whole tensor of a file that fits `room`."""
   spec: Any = getattr(checkpoint, "spec", {}).get(side.name)
   return (
     getattr(spec, "start", None) is not None
@@ -167,7 +174,7 @@ def _is_plain(checkpoint: Any, side: TensorPart) -> bool:
 def _read_into(
   room: Callable[[int], np.ndarray], checkpoint: Any, name: str
 ) -> np.ndarray:
-  """A tensor of a file, read a few rows at a time."""
+  """Reads a tensor of a file into reused memory, a few rows at a time."""
   spec = checkpoint.spec[name]
   array = room(spec.nbytes)[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
   rows = max(1, _PIECE * len(array) // spec.nbytes)
@@ -178,18 +185,7 @@ def _read_into(
 
 
 def names_of(side: TensorPart | Stack) -> list[str]:
-  """The names of the tensors a side of a pair is read from.
-
-  Args:
-    side: a Part or a Stack.
-
-  Returns:
-    Names, each once.
-
-  Example:
-    >>> names_of(TensorPart("w"))
-    ['w']
-  """
+  """Returns the names of the tensors that a side of a pair is read from."""
   if isinstance(side, TensorPart):
     return [side.name]
   return [part.name for parts in side.experts for part in parts]

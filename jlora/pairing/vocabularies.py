@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which token each row of an embedding stands for, by a folder's tokenizer.
+"""Reading which token each row of an embedding stands for.
 
-Merging adds rows up by their number. That is right only where a number is the
-same token in all models, which shapes cannot tell.
+Merging adds rows by their number. That is right only where a number means the
+same token in all models, which shapes cannot tell, but tokenizers can.
 """
 
 import json
@@ -15,18 +15,18 @@ Tokens = dict[int, str]
 
 
 def read_tokens(path: str | os.PathLike) -> Tokens | None:
-  """The token of each row: number -> string.
+  """Reads the token of each row, number -> string, from a folder's tokenizer.
 
   Args:
     path: a checkpoint, its folder or a file in it.
 
   Returns:
-    Of `tokenizer.json`, or else of `vocab.json` or `vocab.txt`, with the tokens
-    that were added. None where there is none of these, or one of another form
-    (a SentencePiece `tokenizer.model` alone cannot be read).
+    The tokens of `tokenizer.json`, or else of `vocab.json` or `vocab.txt`, with
+    the tokens that were added. None if there is none of these files, or if it
+    has another form (a SentencePiece `tokenizer.model` alone cannot be read).
 
   Raises:
-    ValueError: a file that is no JSON.
+    ValueError: a file that is not JSON.
 
   Example:
     >>> import tempfile
@@ -48,6 +48,7 @@ def read_tokens(path: str | os.PathLike) -> Tokens | None:
 
 
 def _of_tokenizer(file: Path) -> Tokens | None:
+  """Reads a tokenizer.json; None if its vocabulary has another form."""
   raw = json.loads(file.read_text("utf-8"))
   vocabulary = raw.get("model", {}).get("vocab")
   if isinstance(vocabulary, Mapping):
@@ -61,6 +62,7 @@ def _of_tokenizer(file: Path) -> Tokens | None:
 
 
 def _of_vocabulary(file: Path) -> Tokens:
+  """Reads a vocab.json, and the added_tokens.json beside it."""
   found = json.loads(file.read_text("utf-8"))
   more = file.with_name("added_tokens.json")
   if more.is_file():
@@ -69,6 +71,7 @@ def _of_vocabulary(file: Path) -> Tokens:
 
 
 def _of_lines(file: Path) -> Tokens:
+  """Reads a vocab.txt, a token on each line."""
   return dict(enumerate(file.read_text("utf-8").splitlines()))
 
 
@@ -82,16 +85,17 @@ _READERS: dict[str, Any] = {
 def differing_rows(
   first: Mapping[int, str], second: Mapping[int, str], rows: int
 ) -> list[str]:
-  """The rows that are one token in one model and another in the other.
+  """Lists the rows that are one token in one model and another in the other.
 
   Args:
     first: number -> token.
-    second: likewise.
-    rows: how many both embeddings have; what is beyond does not count.
+    second: number -> token.
+    rows: how many both embeddings have; rows beyond do not count.
 
   Returns:
-    "row 5 is 'b', not 'a'", with the second one's token first; in order. A
-    row that only one of them names is none: the other keeps it for nothing.
+    Texts such as "row 5 is 'b', not 'a'", the second model's token first, in
+    order. A row that only one model names is not listed: the other leaves it
+    unused.
 
   Example:
     >>> differing_rows({0: "a", 1: "b", 2: "c"}, {0: "a", 1: "x"}, 3)
