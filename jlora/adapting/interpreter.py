@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program of JAX, run with some of its operands Adapted.
+"""Runs a traced JAX program whose arrays may be Adapted.
 
-Operations without an Adapted among their operands are bound as they were.
-Those with one go by the rules; control flow is rebuilt around the same walk.
+Operations without an Adapted operand run as they are. Those with one run by the
+rules. Control flow is rebuilt, with its bodies run in the same way.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ _WITH_BRANCHES = (*SEEN_THROUGH, "dot_general")
 def evaluate(
   jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], said: Said
 ) -> list[Any]:
-  """What a program gives, with an Adapted for any of its arrays.
+  """Runs a jaxpr on arrays and Adapted values.
 
   Args:
     jaxpr: a `jax.extend.core.Jaxpr`.
     consts: its constants.
     args: its arguments; an Adapted stands for an array of its shape and dtype.
-    said: called with the name of a primitive and an Adapted before its dense
-      sum is formed for want of a rule; may raise.
+    said: called with the name of a primitive and an Adapted operand when a rule
+      is missing, before the dense sum is formed; may raise.
 
   Returns:
-    A list of outputs; what is still Adapted comes out so.
+    A list of outputs, of which some may be Adapted.
 
   Example:
     >>> closed = jax.make_jaxpr(jnp.transpose)(jnp.ones((2, 3)))
@@ -57,6 +57,7 @@ def evaluate(
   env: dict[Any, Any] = {}
 
   def read(atom):
+    """Returns the value of a literal or variable."""
     return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
   env.update(zip(jaxpr.constvars, consts, strict=True))
@@ -72,6 +73,7 @@ def evaluate(
 
 
 def _adapted(eqn, operands, said) -> Sequence[Any]:
+  """Runs an equation with Adapted operands, by a rule if there is one."""
   name = eqn.primitive.name
   if name in _CONTROL:
     return _CONTROL[name](eqn, operands, said)
@@ -88,7 +90,7 @@ def _adapted(eqn, operands, said) -> Sequence[Any]:
 
 
 def _densely(name, operands, said):
-  """Operands without an Adapted, each said."""
+  """Replaces Adapted operands by their dense sums, reporting each."""
   dense = []
   for x in operands:
     if is_adapted(x):
@@ -99,7 +101,7 @@ def _densely(name, operands, said):
 
 
 def _bind(eqn, operands) -> Sequence[Any]:
-  """One equation on arrays, by the public way to run a program."""
+  """Runs one equation on arrays, through JAX's public interface."""
   variables, given = [], []
   for atom, value in zip(eqn.invars, operands, strict=True):
     if not isinstance(atom, jex.Literal) and atom not in variables:
@@ -116,7 +118,7 @@ def _bind(eqn, operands) -> Sequence[Any]:
 
 
 def _inline(eqn, operands, said):
-  """A call: its program in place."""
+  """Runs a nested jit or call in place."""
   inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
   found = evaluate(inner.jaxpr, inner.consts, operands, said)
   places = eqn.params.get("out_shardings", (None,) * len(found))
@@ -129,6 +131,7 @@ def _inline(eqn, operands, said):
 
 
 def _remat(eqn, operands, said):
+  """Rebuilds a `jax.checkpoint`."""
   params = eqn.params
 
   @functools.partial(
@@ -141,6 +144,7 @@ def _remat(eqn, operands, said):
 
 
 def _scan(eqn, operands, said):
+  """Rebuilds a `lax.scan`."""
   params = eqn.params
   closed, (count, carried) = params["jaxpr"], _counts_of_scan(params)
   consts, carry = operands[:count], operands[count:carried]
@@ -168,7 +172,7 @@ def _scan(eqn, operands, said):
 
 
 def _counts_of_scan(params) -> tuple[int, int]:
-  """How many operands are constants, and how many those and the carry are."""
+  """Returns how many operands are constants, and constants or carry."""
   if "ft_in" in params:  # JAX from 0.11 on has a tree of (consts, carry, xs)
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts.vals), len(consts.vals) + len(carry.vals)
@@ -176,7 +180,7 @@ def _counts_of_scan(params) -> tuple[int, int]:
 
 
 def _slices_first(value: Adapted, length: int) -> Adapted:
-  """An Adapted of stacked matrices, the stacking axis first in all it has."""
+  """Moves an Adapted's rank and bank axes behind its scanned axis."""
   if value.branches:
     raise ValueError(
       f"{value.path} is scanned over and has a branch; a branch needs a layer "
@@ -184,11 +188,13 @@ def _slices_first(value: Adapted, length: int) -> Adapted:
     )
 
   def first(lead, x):
+    """Moves an array's scanned axis first."""
     wide = [*x.shape]
     wide[lead] = length
     return jnp.moveaxis(jnp.broadcast_to(x, wide), lead, 0)
 
   def lay(change: Change) -> Change:
+    """Moves a change's scanned axis first."""
     own = {
       name: first(change.lead, getattr(change, name))
       for name in ("a", "b", "gate")
@@ -207,6 +213,7 @@ def _slices_first(value: Adapted, length: int) -> Adapted:
 
 
 def _while(eqn, operands, said):
+  """Rebuilds a `lax.while_loop`."""
   params = eqn.params
   split = params["cond_nconsts"]
   start = split + params["body_nconsts"]
@@ -226,6 +233,7 @@ def _while(eqn, operands, said):
 
 
 def _cond(eqn, operands, said):
+  """Rebuilds a `lax.cond` or `lax.switch`."""
   index, *given = operands
 
   def branch(closed, *args):
@@ -238,6 +246,7 @@ def _cond(eqn, operands, said):
 
 
 def _shard_map(eqn, operands, said):
+  """Rebuilds a `jax.shard_map`."""
   params = eqn.params
 
   def run(*args):
@@ -260,7 +269,7 @@ def _shard_map(eqn, operands, said):
 
 
 def _spec(value: Adapted, spec: P) -> Adapted:
-  """Where the parts of an Adapted lie, as a tree of specs."""
+  """Returns the PartitionSpecs of an Adapted's parts, given the parameter's."""
   if value.branches:
     raise ValueError(
       f"{value.path} goes into shard_map and has a branch, of which nothing "
@@ -269,10 +278,12 @@ def _spec(value: Adapted, spec: P) -> Adapted:
   axes = [*spec, *[None] * (value.ndim - len(spec))]
 
   def own(lead, x):
+    """Returns the spec of a factor, unsharded where it does not vary."""
     sizes = zip(axes, x.shape[lead:], strict=True)
     return P(*[None] * lead, *(a if n > 1 else None for a, n in sizes))
 
   def lay(change: Change) -> Change:
+    """Returns the specs of a change."""
     lead = change.lead
     return dataclasses.replace(
       change,
@@ -291,7 +302,7 @@ def _spec(value: Adapted, spec: P) -> Adapted:
   )
 
 
-# Control flow by the name of its primitive, old names and new ones.
+# Control flow primitives by name, in older and newer versions of JAX.
 _CONTROL = {
   "jit": _inline,
   "pjit": _inline,
