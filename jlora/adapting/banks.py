@@ -60,48 +60,6 @@ def make_bank(
   }
 
 
-def _stacked(path: str, loras: Sequence[Lora | None], rank: int) -> Lora:
-  """Stacks one path's Loras, with zeros for those that are missing."""
-  there = [lora for lora in loras if lora is not None]
-  shapes = {_shape(lora) for lora in there}
-  if len(shapes) > 1:
-    raise ValueError(
-      f"{path}: Loras of {name_some(sorted(shapes))} (..., in, out) do not "
-      "belong to one parameter."
-    )
-  dtype = jnp.result_type(*(x for lora in there for x in (lora.a, lora.b)))
-  fill = _zeros(there[0])
-  padded = [_padded(lora or fill, rank, dtype) for lora in loras]
-  return Lora(
-    jnp.stack([lora.a for lora in padded]),
-    jnp.stack([lora.b for lora in padded]),
-    jnp.stack([lora.scale for lora in padded]),
-  )
-
-
-def _shape(lora: Lora) -> tuple[int, ...]:
-  """Returns the shape of a Lora's change, (..., in, out)."""
-  return (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-
-
-def _zeros(like: Lora) -> Lora:
-  """Returns a Lora of zeros of the same shapes."""
-  return Lora(
-    jnp.zeros_like(like.a), jnp.zeros_like(like.b), jnp.zeros_like(like.scale)
-  )
-
-
-def _padded(lora: Lora, rank: int, dtype: Any) -> Lora:
-  """Pads a Lora with zeros up to a rank."""
-
-  def pad(factor):
-    widths = [(0, 0)] * factor.ndim
-    widths[-2] = (0, rank - lora.rank)
-    return jnp.pad(factor.astype(dtype), widths)
-
-  return Lora(pad(lora.a), pad(lora.b), lora.scale.astype(jnp.float32))
-
-
 def laned(change: Change) -> Change:
   """Puts all adapters of a bank on one rank axis; gates the unchosen to zero.
 
@@ -172,3 +130,45 @@ def chosen(change: Change, tokens: int) -> Change:
   in_lanes = len(change.a) * max(4, change.batch * work)
   fetched = len(change.ids) * change.batch * max(12, work)
   return laned(change) if in_lanes < fetched else without_bank(change)
+
+
+def _stacked(path: str, loras: Sequence[Lora | None], rank: int) -> Lora:
+  """Stacks one path's Loras, with zeros for those that are missing."""
+  there = [lora for lora in loras if lora is not None]
+  shapes = {_shape(lora) for lora in there}
+  if len(shapes) > 1:
+    raise ValueError(
+      f"{path}: Loras of {name_some(sorted(shapes))} (..., in, out) do not "
+      "belong to one parameter."
+    )
+  dtype = jnp.result_type(*(x for lora in there for x in (lora.a, lora.b)))
+  fill = _zeros(there[0])
+  padded = [_padded(lora or fill, rank, dtype) for lora in loras]
+  return Lora(
+    jnp.stack([lora.a for lora in padded]),
+    jnp.stack([lora.b for lora in padded]),
+    jnp.stack([lora.scale for lora in padded]),
+  )
+
+
+def _shape(lora: Lora) -> tuple[int, ...]:
+  """Returns the shape of a Lora's change, (..., in, out)."""
+  return (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+
+
+def _zeros(like: Lora) -> Lora:
+  """Returns a Lora of zeros of the same shapes."""
+  return Lora(
+    jnp.zeros_like(like.a), jnp.zeros_like(like.b), jnp.zeros_like(like.scale)
+  )
+
+
+def _padded(lora: Lora, rank: int, dtype: Any) -> Lora:
+  """Pads a Lora with zeros up to a rank."""
+
+  def pad(factor):
+    widths = [(0, 0)] * factor.ndim
+    widths[-2] = (0, rank - lora.rank)
+    return jnp.pad(factor.astype(dtype), widths)
+
+  return Lora(pad(lora.a), pad(lora.b), lora.scale.astype(jnp.float32))

@@ -196,9 +196,6 @@ def _branched(branch, value, x, out_shape, names):
   return _laid_out(found, [*free, *writes], names.out)
 
 
-PRODUCT_RULES = {"dot_general": _dot_general}
-
-
 def _conv(operands, params):
   """Convolves with an Adapted kernel of one feature group."""
   x, value = operands
@@ -246,6 +243,9 @@ def _writes_alone(change: Change, axis: int, ndim: int):
     }:
       return reads, writes
   return None
+
+
+PRODUCT_RULES = {"dot_general": _dot_general}
 
 
 CONVOLUTION_RULES = {"conv_general_dilated": _conv}

@@ -30,121 +30,6 @@ AxisPart = tuple[Factor, ...]
 Axis = tuple[AxisPart, ...]
 
 
-def length(axis: Axis) -> int:
-  """Returns how long an axis is.
-
-  Example:
-    >>> length(((Factor("head", 2), Factor("-", 3)), (Factor("-", 4),)))
-    10
-  """
-  return sum(math.prod(size for _, size in part) for part in axis)
-
-
-def solve_sizes(
-  axes: Sequence[tuple[str, Names, int]], known: Mapping[str, int]
-) -> dict[str, int]:
-  """Computes the size of every permutation from the lengths of the axes.
-
-  Repeatedly solves axes that have a single unknown size.
-
-  Args:
-    axes: for each axis the parameter's path, the factors' names, the length.
-    known: name -> units, where they are given.
-
-  Returns:
-    name -> units, including the known ones.
-
-  Raises:
-    ValueError: sizes that contradict each other or cannot be determined.
-
-  Example:
-    >>> solve_sizes([("w", (("head", "value"),), 6)], {"head": 2})
-    {'head': 2, 'value': 3}
-  """
-  sizes = dict(known)
-  while True:
-    before = len(sizes)
-    for _, axis, total in axes:
-      _solve_axis(axis, total, sizes)
-    if len(sizes) == before:
-      break
-  wrong = [
-    f"{path}: {_text(axis)} is {_text(axis, sizes)}, the axis has {total}"
-    for path, axis, total in axes
-    if not _fits(axis, total, sizes)
-  ]
-  names = [name for _, axis, _ in axes for part in axis for name in part]
-  unknown = [n for n in dict.fromkeys(names) if n not in sizes and n != FIXED]
-  if wrong or unknown:
-    raise ValueError(
-      f"{len(wrong) + len(unknown)} sizes do not agree or are not told: "
-      f"{name_some(wrong + unknown)}. Give sizes, or other rows."
-    )
-  return sizes
-
-
-def give_sizes(axis: Names, total: int, sizes: Mapping[str, int]) -> Axis:
-  """Returns an axis with its factors' sizes; `-` takes the rest of its part.
-
-  Args:
-    axis: names of the factors.
-    total: length of the axis.
-    sizes: name -> units, for all names but `-`.
-
-  Example:
-    >>> give_sizes((("head", "-"),), 6, {"head": 2})
-    ((Factor(name='head', size=2), Factor(name='-', size=3)),)
-  """
-  share = total // len(axis)
-  return tuple(
-    tuple(
-      Factor(
-        name,
-        sizes[name]
-        if name != FIXED
-        else share // math.prod(sizes[n] for n in part if n != FIXED),
-      )
-      for name in part
-    )
-    for part in axis
-  )
-
-
-def _solve_axis(axis, total, sizes) -> None:
-  """Adds an axis's unknown size to `sizes`, if it has exactly one."""
-  unknown = {name for part in axis for name in part if name not in sizes}
-  if len(unknown) != 1 or FIXED in unknown:
-    return
-  (name,) = unknown
-  known = sum(
-    math.prod(sizes[n] for n in part) for part in axis if name not in part
-  )
-  times = sum(
-    math.prod(sizes[n] for n in part if n != name)
-    for part in axis
-    if name in part
-  )
-  if total > known and (total - known) % times == 0:
-    sizes[name] = (total - known) // times
-
-
-def _fits(axis, total, sizes) -> bool:
-  """Returns whether the sizes explain an axis's length, or some are unknown."""
-  try:
-    return length(give_sizes(axis, total, sizes)) == total
-  except KeyError:
-    return any(n not in sizes and n != FIXED for part in axis for n in part)
-
-
-def _text(axis, sizes: Mapping[str, int] | None = None) -> str:
-  """Formats an axis for an error, with its sizes where they are given."""
-  if sizes is None:
-    return " + ".join(" ".join(part) for part in axis)
-  return " + ".join(
-    " x ".join(str(sizes.get(name, name)) for name in part) for part in axis
-  )
-
-
 class Place(NamedTuple):
   """The permutations that act on one parameter, axis by axis.
 
@@ -365,3 +250,118 @@ def _peers_of(found, sizes) -> dict[str, tuple[str, ...]]:
     key: tuple(group[i] for i in range(len(group)))
     for key, group in members.items()
   }
+
+
+def length(axis: Axis) -> int:
+  """Returns how long an axis is.
+
+  Example:
+    >>> length(((Factor("head", 2), Factor("-", 3)), (Factor("-", 4),)))
+    10
+  """
+  return sum(math.prod(size for _, size in part) for part in axis)
+
+
+def solve_sizes(
+  axes: Sequence[tuple[str, Names, int]], known: Mapping[str, int]
+) -> dict[str, int]:
+  """Computes the size of every permutation from the lengths of the axes.
+
+  Repeatedly solves axes that have a single unknown size.
+
+  Args:
+    axes: for each axis the parameter's path, the factors' names, the length.
+    known: name -> units, where they are given.
+
+  Returns:
+    name -> units, including the known ones.
+
+  Raises:
+    ValueError: sizes that contradict each other or cannot be determined.
+
+  Example:
+    >>> solve_sizes([("w", (("head", "value"),), 6)], {"head": 2})
+    {'head': 2, 'value': 3}
+  """
+  sizes = dict(known)
+  while True:
+    before = len(sizes)
+    for _, axis, total in axes:
+      _solve_axis(axis, total, sizes)
+    if len(sizes) == before:
+      break
+  wrong = [
+    f"{path}: {_text(axis)} is {_text(axis, sizes)}, the axis has {total}"
+    for path, axis, total in axes
+    if not _fits(axis, total, sizes)
+  ]
+  names = [name for _, axis, _ in axes for part in axis for name in part]
+  unknown = [n for n in dict.fromkeys(names) if n not in sizes and n != FIXED]
+  if wrong or unknown:
+    raise ValueError(
+      f"{len(wrong) + len(unknown)} sizes do not agree or are not told: "
+      f"{name_some(wrong + unknown)}. Give sizes, or other rows."
+    )
+  return sizes
+
+
+def give_sizes(axis: Names, total: int, sizes: Mapping[str, int]) -> Axis:
+  """Returns an axis with its factors' sizes; `-` takes the rest of its part.
+
+  Args:
+    axis: names of the factors.
+    total: length of the axis.
+    sizes: name -> units, for all names but `-`.
+
+  Example:
+    >>> give_sizes((("head", "-"),), 6, {"head": 2})
+    ((Factor(name='head', size=2), Factor(name='-', size=3)),)
+  """
+  share = total // len(axis)
+  return tuple(
+    tuple(
+      Factor(
+        name,
+        sizes[name]
+        if name != FIXED
+        else share // math.prod(sizes[n] for n in part if n != FIXED),
+      )
+      for name in part
+    )
+    for part in axis
+  )
+
+
+def _solve_axis(axis, total, sizes) -> None:
+  """Adds an axis's unknown size to `sizes`, if it has exactly one."""
+  unknown = {name for part in axis for name in part if name not in sizes}
+  if len(unknown) != 1 or FIXED in unknown:
+    return
+  (name,) = unknown
+  known = sum(
+    math.prod(sizes[n] for n in part) for part in axis if name not in part
+  )
+  times = sum(
+    math.prod(sizes[n] for n in part if n != name)
+    for part in axis
+    if name in part
+  )
+  if total > known and (total - known) % times == 0:
+    sizes[name] = (total - known) // times
+
+
+def _fits(axis, total, sizes) -> bool:
+  """Returns whether the sizes explain an axis's length, or some are unknown."""
+  try:
+    return length(give_sizes(axis, total, sizes)) == total
+  except KeyError:
+    return any(n not in sizes and n != FIXED for part in axis for n in part)
+
+
+def _text(axis, sizes: Mapping[str, int] | None = None) -> str:
+  """Formats an axis for an error, with its sizes where they are given."""
+  if sizes is None:
+    return " + ".join(" ".join(part) for part in axis)
+  return " + ".join(
+    " x ".join(str(sizes.get(name, name)) for name in part) for part in axis
+  )

@@ -186,63 +186,6 @@ def bits_within(
   return dict(zip(sigmas, np.split(counts, ends), strict=True))
 
 
-def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
-  """Returns a times the scale, b, and the widths, without dropped units."""
-  if lora.a.ndim != 2 or lora.b.ndim != 2:
-    raise ValueError(
-      f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
-      "pack the members of a stack one by one."
-    )
-  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
-  b = np.asarray(lora.b, np.float32)
-  widths = np.asarray(bits)
-  if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
-    raise ValueError(
-      f"bits must be one whole number or {len(a)}, one a unit, got "
-      f"{widths.dtype} of shape {widths.shape}."
-    )
-  if widths.size and not (widths.min() >= 0 and widths.max() <= MAX_BITS):
-    raise ValueError(
-      f"bits must be 0 to {MAX_BITS}, got {widths.min()} to {widths.max()}."
-    )
-  widths = np.broadcast_to(widths, len(a))
-  kept = widths > 0
-  return a[kept], b[kept], widths[kept]
-
-
-def _round(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the best steps (k,) and codes (k, n) of rows."""
-  deviation = np.sqrt(np.mean(np.square(rows), axis=1))
-  best = np.full(len(rows), np.inf)
-  steps = np.ones(len(rows), np.float32)
-  codes = np.zeros(rows.shape, np.uint8)
-  for share in _TRIED:
-    step = deviation * np.float32(share * STEPS[width])
-    step = np.where(step > 0, step, np.float32(1))[:, None]
-    half = 2 ** (width - 1)
-    found = np.clip(np.floor(rows / step) + half, 0, 2 * half - 1)
-    lost = np.sum(np.square(rows - (found - half + 0.5) * step), axis=1)
-    better = lost < best
-    best[better] = lost[better]
-    steps[better] = step[better, 0]
-    codes[better] = found[better].astype(np.uint8)
-  # No code stands for 0, so a row of zeros gets a step of 0.
-  return np.where(deviation > 0, steps, 0.0).astype(np.float32), codes
-
-
-def _join(codes: np.ndarray, width: int) -> np.ndarray:
-  """Packs codes into bytes, their lowest bits first."""
-  places = np.arange(width, dtype=np.uint8)
-  return np.packbits((codes[:, None] >> places) & 1)
-
-
-def _split(stream: np.ndarray, width: int, count: int) -> np.ndarray:
-  """Unpacks the first codes of a stream of bits."""
-  bits = np.unpackbits(stream, count=count * width).reshape(count, width)
-  weights = 1 << np.arange(width)
-  return bits @ weights
-
-
 _PARTS = ("bits", "steps", "codes")
 _SHAPES = "jlora_packed_shapes"
 
@@ -317,6 +260,63 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
       "shape; the file is damaged."
     )
   return found
+
+
+def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
+  """Returns a times the scale, b, and the widths, without dropped units."""
+  if lora.a.ndim != 2 or lora.b.ndim != 2:
+    raise ValueError(
+      f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
+      "pack the members of a stack one by one."
+    )
+  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
+  b = np.asarray(lora.b, np.float32)
+  widths = np.asarray(bits)
+  if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
+    raise ValueError(
+      f"bits must be one whole number or {len(a)}, one a unit, got "
+      f"{widths.dtype} of shape {widths.shape}."
+    )
+  if widths.size and not (widths.min() >= 0 and widths.max() <= MAX_BITS):
+    raise ValueError(
+      f"bits must be 0 to {MAX_BITS}, got {widths.min()} to {widths.max()}."
+    )
+  widths = np.broadcast_to(widths, len(a))
+  kept = widths > 0
+  return a[kept], b[kept], widths[kept]
+
+
+def _round(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the best steps (k,) and codes (k, n) of rows."""
+  deviation = np.sqrt(np.mean(np.square(rows), axis=1))
+  best = np.full(len(rows), np.inf)
+  steps = np.ones(len(rows), np.float32)
+  codes = np.zeros(rows.shape, np.uint8)
+  for share in _TRIED:
+    step = deviation * np.float32(share * STEPS[width])
+    step = np.where(step > 0, step, np.float32(1))[:, None]
+    half = 2 ** (width - 1)
+    found = np.clip(np.floor(rows / step) + half, 0, 2 * half - 1)
+    lost = np.sum(np.square(rows - (found - half + 0.5) * step), axis=1)
+    better = lost < best
+    best[better] = lost[better]
+    steps[better] = step[better, 0]
+    codes[better] = found[better].astype(np.uint8)
+  # No code stands for 0, so a row of zeros gets a step of 0.
+  return np.where(deviation > 0, steps, 0.0).astype(np.float32), codes
+
+
+def _join(codes: np.ndarray, width: int) -> np.ndarray:
+  """Packs codes into bytes, their lowest bits first."""
+  places = np.arange(width, dtype=np.uint8)
+  return np.packbits((codes[:, None] >> places) & 1)
+
+
+def _split(stream: np.ndarray, width: int, count: int) -> np.ndarray:
+  """Unpacks the first codes of a stream of bits."""
+  bits = np.unpackbits(stream, count=count * width).reshape(count, width)
+  weights = 1 << np.arange(width)
+  return bits @ weights
 
 
 def _is_whole(packed: Packed) -> bool:

@@ -222,57 +222,6 @@ def init_lora(
   return loras
 
 
-def matrices_of(
-  params: Any, select: Select, views: Iterable[ViewRule] | None = None
-) -> dict[str, tuple[Any, MatrixView]]:
-  """The selected parameters that can be read as matrices.
-
-  Args:
-    params: a pytree of arrays, or of anything with a shape and a dtype.
-    select: `(path, leaf) -> bool`.
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found.
-
-  Returns:
-    {path: (leaf, view)}, in the order of the tree.
-
-  Example:
-    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
-    >>> list(matrices_of(params, is_linear))
-    ['q/kernel']
-  """
-  flat = flatten(params)
-  table = tuple(table_for(flat) if views is None else views)
-  return {
-    path: (leaf, view)
-    for path, leaf in flat.items()
-    if is_matrix(path, leaf)
-    and select(path, leaf)
-    and (view := view_of(path, leaf.shape, table))
-  }
-
-
-def _drawn(draw, key, shape, rank, width, below):
-  """`width * draw - below` for a, zeros for b."""
-  *batch, n_in, n_out = shape
-  a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
-  return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
-
-
-def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
-  wasteful = [
-    f"{path}: {rank} for {shapes[path]}"
-    for path, rank in ranks.items()
-    if rank > min(shapes[path][-2:])
-  ]
-  if wasteful:
-    warnings.warn(
-      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
-      " need no more than its short side.",
-      stacklevel=3,
-    )
-
-
 # ((..., in, out), rank, scale, key) -> a (..., rank, in), b (..., rank, out).
 Start = Callable[[Any, int, float, jax.Array], tuple[Any, Any]]
 
@@ -440,3 +389,54 @@ def relative_to_base(
     b = jnp.concatenate([lora.b, minus], axis=-2)
     found[path] = Lora(a, b, lora.scale)
   return found
+
+
+def matrices_of(
+  params: Any, select: Select, views: Iterable[ViewRule] | None = None
+) -> dict[str, tuple[Any, MatrixView]]:
+  """The selected parameters that can be read as matrices.
+
+  Args:
+    params: a pytree of arrays, or of anything with a shape and a dtype.
+    select: `(path, leaf) -> bool`.
+    views: rules that say how a parameter is read as a matrix; by default those
+      for the names found.
+
+  Returns:
+    {path: (leaf, view)}, in the order of the tree.
+
+  Example:
+    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> list(matrices_of(params, is_linear))
+    ['q/kernel']
+  """
+  flat = flatten(params)
+  table = tuple(table_for(flat) if views is None else views)
+  return {
+    path: (leaf, view)
+    for path, leaf in flat.items()
+    if is_matrix(path, leaf)
+    and select(path, leaf)
+    and (view := view_of(path, leaf.shape, table))
+  }
+
+
+def _drawn(draw, key, shape, rank, width, below):
+  """`width * draw - below` for a, zeros for b."""
+  *batch, n_in, n_out = shape
+  a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
+  return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
+
+
+def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
+  wasteful = [
+    f"{path}: {rank} for {shapes[path]}"
+    for path, rank in ranks.items()
+    if rank > min(shapes[path][-2:])
+  ]
+  if wasteful:
+    warnings.warn(
+      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
+      " need no more than its short side.",
+      stacklevel=3,
+    )

@@ -214,64 +214,6 @@ def plan_full(
   return kept
 
 
-def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:
-  """Returns why a part cannot be stored, or None."""
-  if part.rank == 0:
-    return "rank 0: nothing to write"
-  if part.layout.kind in profile.refused:
-    return profile.refused[part.layout.kind]
-  if part.layout is CONVOLUTION and view.outputs != (0,):
-    return "a kernel not in PyTorch's layout; transpose it first"
-  if not part.layout.wraps_parameter and not part.name.endswith(".weight"):
-    return f"PEFT wraps modules with a `weight`, not {part.name}"
-  return None
-
-
-def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
-  """Raises unless all ranks are allowed and all names differ."""
-  limit = math.inf if profile.max_rank is None else profile.max_rank
-  high = [f"{part.name} ({part.rank})" for part in parts if part.rank > limit]
-  if high:
-    raise ValueError(
-      f"{len(high)} modules have a rank over {limit}, the most that"
-      f" {profile.name} takes: {name_some(high)}. Truncate them."
-    )
-  counts = collections.Counter(part.name for part in parts)
-  twice = [name for name, count in counts.items() if count > 1]
-  if twice:
-    raise ValueError(f"Names given to several Loras: {name_some(twice)}.")
-
-
-def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
-  """Returns why PEFT cannot replace the module of a tensor, or None."""
-  module = name.rpartition(".")[0]
-  missing = [
-    other
-    for other in sorted(base.names)
-    if other.startswith(f"{module}.") and other not in names
-  ]
-  alike = [
-    other for other in sorted(base.modules - saved) if other.endswith(module)
-  ]
-  if not module:
-    return "a parameter of no module, which PEFT cannot replace"
-  if module not in base.modules and name != HEAD:
-    return "the base has no such module"
-  if module in wrapped:
-    return "its module has a Lora; give its change in `biases`"
-  if missing:
-    return f"PEFT replaces whole modules; give also {name_some(missing)}"
-  if alike:
-    return f"PEFT compares ends of names and would replace {name_some(alike)}"
-  if (
-    "/" in path
-    and len(base.shapes.get(path, ())) > 1
-    and not re.fullmatch(TABLES, name)
-  ):
-    return "kept whole only in PyTorch's layout; transpose and rename it first"
-  return None
-
-
 def spec_of(
   parts: Sequence[FilePart],
   carried: Mapping[str, str],
@@ -355,6 +297,64 @@ def arrays_of(
       yield f"{PREFIX}{part.stem}.{BIAS}", bias.astype(part.dtype)
   for name, path in kept.items():
     yield PREFIX + name, np.asarray(full[path])
+
+
+def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:
+  """Returns why a part cannot be stored, or None."""
+  if part.rank == 0:
+    return "rank 0: nothing to write"
+  if part.layout.kind in profile.refused:
+    return profile.refused[part.layout.kind]
+  if part.layout is CONVOLUTION and view.outputs != (0,):
+    return "a kernel not in PyTorch's layout; transpose it first"
+  if not part.layout.wraps_parameter and not part.name.endswith(".weight"):
+    return f"PEFT wraps modules with a `weight`, not {part.name}"
+  return None
+
+
+def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
+  """Raises unless all ranks are allowed and all names differ."""
+  limit = math.inf if profile.max_rank is None else profile.max_rank
+  high = [f"{part.name} ({part.rank})" for part in parts if part.rank > limit]
+  if high:
+    raise ValueError(
+      f"{len(high)} modules have a rank over {limit}, the most that"
+      f" {profile.name} takes: {name_some(high)}. Truncate them."
+    )
+  counts = collections.Counter(part.name for part in parts)
+  twice = [name for name, count in counts.items() if count > 1]
+  if twice:
+    raise ValueError(f"Names given to several Loras: {name_some(twice)}.")
+
+
+def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
+  """Returns why PEFT cannot replace the module of a tensor, or None."""
+  module = name.rpartition(".")[0]
+  missing = [
+    other
+    for other in sorted(base.names)
+    if other.startswith(f"{module}.") and other not in names
+  ]
+  alike = [
+    other for other in sorted(base.modules - saved) if other.endswith(module)
+  ]
+  if not module:
+    return "a parameter of no module, which PEFT cannot replace"
+  if module not in base.modules and name != HEAD:
+    return "the base has no such module"
+  if module in wrapped:
+    return "its module has a Lora; give its change in `biases`"
+  if missing:
+    return f"PEFT replaces whole modules; give also {name_some(missing)}"
+  if alike:
+    return f"PEFT compares ends of names and would replace {name_some(alike)}"
+  if (
+    "/" in path
+    and len(base.shapes.get(path, ())) > 1
+    and not re.fullmatch(TABLES, name)
+  ):
+    return "kept whole only in PyTorch's layout; transpose and rename it first"
+  return None
 
 
 def _stored(part: FilePart, a, b) -> Iterator[tuple[str, np.ndarray]]:
