@@ -167,6 +167,7 @@ def _padded(lora: Lora, rank: int, dtype: Any) -> Lora:
   """Pads a Lora with zeros up to a rank."""
 
   def pad(factor):
+    """Pads one factor."""
     widths = [(0, 0)] * factor.ndim
     widths[-2] = (0, rank - lora.rank)
     return jnp.pad(factor.astype(dtype), widths)

@@ -138,6 +138,7 @@ def _remat(eqn, operands, said):
     jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"]
   )
   def run(*args):
+    """Runs the checkpointed program."""
     return evaluate(params["jaxpr"], (), args, said)
 
   return run(*operands)
@@ -155,6 +156,7 @@ def _scan(eqn, operands, said):
   ]
 
   def body(carry, parts):
+    """Runs one step of the scan."""
     given = [*consts, *carry, *parts]
     found = evaluate(closed.jaxpr, closed.consts, given, said)
     found = _densely("the result of scan", found, said)
@@ -221,10 +223,12 @@ def _while(eqn, operands, said):
   test, body = params["cond_jaxpr"], params["body_jaxpr"]
 
   def go_on(carry):
+    """Runs the loop's condition."""
     given = [*for_test, *carry]
     return evaluate(test.jaxpr, test.consts, given, said)[0]
 
   def step(carry):
+    """Runs the loop's body once."""
     found = evaluate(body.jaxpr, body.consts, [*for_body, *carry], said)
     return _densely("the carry of while", found, said)
 
@@ -237,6 +241,7 @@ def _cond(eqn, operands, said):
   index, *given = operands
 
   def branch(closed, *args):
+    """Runs one branch."""
     found = evaluate(closed.jaxpr, closed.consts, args, said)
     return _densely("the result of cond", found, said)
 
@@ -250,6 +255,7 @@ def _shard_map(eqn, operands, said):
   params = eqn.params
 
   def run(*args):
+    """Runs the program on one shard."""
     found = evaluate(params["jaxpr"], (), args, said)
     return tuple(_densely("the result of shard_map", found, said))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model with programs: `apply` sums them into its weights, `adapt` not.
+"""Runs models with programs, summed into the weights or beside them.
 
 y = x w + Σ_i weight_i f_i(x)
 """

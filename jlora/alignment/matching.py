@@ -278,7 +278,7 @@ def _output(path: str, shape: tuple[int, ...], symmetry: Symmetry) -> int:
 
 
 def _cosine(left, right) -> float:
-  """Computes the cosine of two networks' matrices; norms would dominate."""
+  """Computes the cosine of two networks' matrices, leaving out norms."""
   left = {path: x for path, x in left.items() if x.ndim > 1}
   right = {path: right[path] for path in left}
   norms = inner_product(left, left) * inner_product(right, right)

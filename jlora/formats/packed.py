@@ -263,7 +263,7 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
 
 
 def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
-  """Returns a times the scale, b, and the widths, without dropped units."""
+  """Returns scale times a, b and the widths, without units of 0 bits."""
   if lora.a.ndim != 2 or lora.b.ndim != 2:
     raise ValueError(
       f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "

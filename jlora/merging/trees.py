@@ -91,7 +91,7 @@ def merge(
 def magnitude_thresholds(
   models: Sequence[Any], base: Any, density: Any
 ) -> jax.Array:
-  """Computes the magnitude that a share of all of a model's changes reaches.
+  """Computes for each model the magnitude that a share of its changes reaches.
 
   The TIES paper trims a model as a whole, so that a matrix that changed little
   loses more entries than one that changed much:

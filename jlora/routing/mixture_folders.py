@@ -56,7 +56,7 @@ def save_mixture(
     routers: (experts, d) for every layer, or {layer: (experts, d)}, as from
       `router_rows`.
     chosen: number of experts for each token.
-    max_shard_bytes: maximal size of a file.
+    max_shard_bytes: a new file begins before this size would be exceeded.
 
   Raises:
     ValueError: before anything is written, if the folder exists, the base is of
