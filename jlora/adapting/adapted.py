@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapted: a parameter with programs on it, never summed.
+"""Adapted: a parameter kept together with its programs, never summed.
 
-Factors are kept in the parameter's own layout, with 1 for the axes that they
-do not hang on, so whatever is done to an axis of the parameter is done to the
-same axis of both factors, and neither a view nor an orientation is needed.
+Factors are stored in the parameter's own layout, with length 1 for the axes
+along which they do not vary. So whatever happens to an axis of the parameter
+happens to the same axis of both factors, without any view or orientation.
 """
 
 import dataclasses
@@ -32,15 +32,16 @@ class Change:
       change = Σ_r gate_r a_r b_r,   broadcast against each other
 
   Attributes:
-    a: (r, *w.shape), with 1 for axes it does not hang on; of a bank of
-      adapters (n, r, *w.shape).
+    a: (r, *w.shape), with 1 for axes along which it does not vary; for a bank
+      of n adapters (n, r, *w.shape).
     b: likewise.
-    gate: likewise, constant where nothing batches w: scales and weights.
-    ids: None, or (s,) adapters of the bank that are added; -1 is none.
-    weights: None, or (s,) what those adapters are multiplied by.
-    key: None, or the PRNG key of the dropout of what the change reads.
-    rate: share that is dropped; static.
-    batch: how many rows choose from the bank at a time, under vmap; static.
+    gate: likewise, the product of scales and weights; varies only along w's
+      batch axes.
+    ids: None, or (s,) the bank's adapters that are added; -1 adds none.
+    weights: None, or (s,) factors of those adapters.
+    key: None, or the PRNG key of the dropout of the change's input.
+    rate: share of the input that is dropped; static.
+    batch: number of rows that choose from the bank at once, under vmap; static.
   """
 
   a: jax.Array
@@ -54,7 +55,7 @@ class Change:
 
   @property
   def lead(self) -> int:
-    """Axes before those of the parameter: 1, or 2 for a bank."""
+    """Number of axes before those of the parameter: 1, or 2 for a bank."""
     return 1 if self.ids is None else 2
 
 
@@ -65,17 +66,17 @@ class Change:
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class Adapted:
-  """A parameter and what is added to it, or to what its matmul writes.
+  """A parameter with the programs that change it.
 
-  A leaf of the parameters that `bind` gives; a function that was not wrapped by
-  `adapt` cannot compute with it.
+  `bind` puts these in place of parameters. Only functions wrapped by `adapt`
+  can compute with them.
 
   Attributes:
     w: the base's parameter.
-    changes: low-rank changes; their sum is added.
-    branches: functions of what a matmul with w reads, (..., in) -> (..., out),
-      each a pytree; their values are added to what it writes.
-    rows: None, or (p, ...) more rows of a table, found behind its last.
+    changes: low-rank changes, to be added to w.
+    branches: functions of a matmul's input, (..., in) -> (..., out), each a
+      pytree; their values are added to the output of the matmul with w.
+    rows: None, or (p, ...) further rows of a table, after its last.
     path: the parameter's name, for messages; static.
   """
 
@@ -87,49 +88,35 @@ class Adapted:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Shape of the parameter."""
+    """The parameter's shape."""
     return self.w.shape
 
   @property
   def dtype(self) -> Any:
-    """Dtype of the parameter."""
+    """The parameter's dtype."""
     return self.w.dtype
 
   @property
   def ndim(self) -> int:
-    """Axes of the parameter."""
+    """The parameter's number of axes."""
     return self.w.ndim
 
 
 def is_adapted(x: Any) -> bool:
-  """Whether a leaf is an Adapted.
-
-  Args:
-    x: anything.
-
-  Returns:
-    bool; for `is_leaf` of `jax.tree`.
-
-  Example:
-    >>> is_adapted(Adapted(jnp.ones(2))), is_adapted(jnp.ones(2))
-    (True, False)
-  """
+  """Returns whether a leaf is an Adapted."""
   return isinstance(x, Adapted)
 
 
 def change_of(
   lora: Lora, view: MatrixView, shape: tuple[int, ...], weight: Any = 1.0
 ) -> Change:
-  """The Change of a Lora, its factors in the layout of a parameter.
+  """Returns a Lora as a Change, its factors in the layout of the parameter.
 
   Args:
     lora: a (..., r, in), b (..., r, out), scale (...).
     view: how the parameter is read as (..., in, out).
-    shape: the parameter's.
+    shape: of the parameter.
     weight: multiplies the scale.
-
-  Returns:
-    Change; reshapes and transposes of a and b.
 
   Example:
     >>> lora = Lora(jnp.ones((2, 3)), jnp.ones((2, 5)), jnp.float32(1))
@@ -140,7 +127,7 @@ def change_of(
   count = len(view.batch)
 
   def lay(factor, own):
-    """(*batch, r, columns) as (r, *shape), with 1 where it does not hang."""
+    """Reshapes (*batch, r, columns) to (r, *shape), with 1 on other axes."""
     kept = (*view.batch, *own)
     sizes = tuple(shape[axis] for axis in kept)
     factor = jnp.moveaxis(factor, count, 0)
@@ -158,14 +145,11 @@ def change_of(
 
 
 def over_lead(change: Change, function: Callable[[jax.Array], Any]) -> Change:
-  """A Change of another layout: the same done to a, b and gate.
+  """Applies a function of a parameter's axes to the factors of its Change.
 
   Args:
-    change: of a parameter.
-    function: (*w.shape) -> (*new shape), for arrays with 1 for some axes.
-
-  Returns:
-    Change.
+    change: of the parameter.
+    function: (*w.shape) -> (*new shape); must accept 1 for some of the sizes.
 
   Example:
     >>> one = jnp.ones
@@ -184,14 +168,11 @@ def over_lead(change: Change, function: Callable[[jax.Array], Any]) -> Change:
 
 
 def without_bank(change: Change) -> Change:
-  """The change that the ids of a bank select, on one rank axis.
-
-  Args:
-    change: with or without ids.
+  """Fetches the adapters that a change's ids select, along one rank axis.
 
   Returns:
-    Change without ids, of rank s r; exactly zero for an id of -1, NaN for one
-    that the bank lacks, as `lora_dot_many` has it.
+    Change without ids, of rank s r: exactly zero for an id of -1, NaN for an id
+    outside of the bank, as in `lora_dot_many`.
 
   Example:
     >>> bank = Change(jnp.ones((4, 2, 3, 1)), jnp.ones((4, 2, 1, 5)),
@@ -205,6 +186,7 @@ def without_bank(change: Change) -> Change:
   safe = jnp.clip(ids, 0, count - 1)
 
   def take(x, fill, factor=None):
+    """Selects by ids, 0 for an id of -1 and `fill` for an unknown one."""
     x = x[safe]
     if factor is not None:
       x = x * factor.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
@@ -227,11 +209,11 @@ def without_bank(change: Change) -> Change:
 
 
 def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
-  """The axes of the parameter that a factor hangs on.
+  """Returns the axes of the parameter along which a factor varies.
 
   Args:
     factor: (lead..., *w.shape).
-    ndim: axes of the parameter.
+    ndim: number of axes of the parameter.
 
   Returns:
     Axes of w where the factor is longer than 1.
@@ -245,14 +227,9 @@ def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
 
 
 def dropped(x: jax.Array, change: Change) -> jax.Array:
-  """What a change reads: x / (1 - rate) or 0 where there is dropout.
+  """Applies a change's dropout, if it has a key, to the layer's input x.
 
-  Args:
-    x: what the layer reads.
-    change: with a key, or none.
-
-  Returns:
-    An array like x.
+      x / (1 - rate) with probability 1 - rate, else 0
 
   Example:
     >>> one = jnp.ones
@@ -267,14 +244,7 @@ def dropped(x: jax.Array, change: Change) -> jax.Array:
 
 
 def plus(y: jax.Array, more: jax.Array) -> jax.Array:
-  """The sum in y's dtype.
-
-  Args:
-    y: any shape, floating.
-    more: broadcastable to it.
-
-  Returns:
-    An array like y.
+  """Adds an array to y, in y's dtype.
 
   Example:
     >>> plus(jnp.bfloat16(1), jnp.float32(0.5)).dtype.name
@@ -284,14 +254,9 @@ def plus(y: jax.Array, more: jax.Array) -> jax.Array:
 
 
 def dense_change(change: Change, shape: tuple[int, ...]) -> jax.Array:
-  """The change as an array of the parameter's shape, float32.
+  """Forms a change as a dense float32 array of the parameter's shape.
 
-  Args:
-    change: of a parameter of that shape.
-    shape: the parameter's.
-
-  Returns:
-    float32 of that shape; costs `2 r` operations an entry and its memory.
+  Costs `2 r` operations per entry and the array's memory.
 
   Example:
     >>> one = jnp.ones
@@ -314,17 +279,12 @@ def dense_change(change: Change, shape: tuple[int, ...]) -> jax.Array:
 
 
 def dense_sum(value: Adapted) -> jax.Array:
-  """The parameter with its changes in it, one rounding to its dtype.
+  """Adds an Adapted's changes to its parameter; rounds once to its dtype.
 
-  Args:
-    value: without branches, which have no dense form. Its further rows are no
-      part of the table.
-
-  Returns:
-    An array like `value.w`.
+  The further rows of a table are left out.
 
   Raises:
-    ValueError: it has branches.
+    ValueError: it has branches, which have no dense form.
 
   Example:
     >>> dense_sum(Adapted(jnp.ones(2)))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What JAX's operations on axes and entries do to an Adapted.
+"""Rules for JAX operations that move, slice, scale or add Adapted parameters.
 
-A rule takes the operands and the parameters of a primitive and gives what the
-primitive would, or None where it has no answer; the caller then takes the dense
-sum. Branches and further rows do not survive a change of the axes, except for
-the two that a matmul can see through.
+A rule takes a primitive's operands and parameters and returns the primitive's
+result, or None where it does not apply; the caller then forms the dense sum.
+Only the operations in `SEEN_THROUGH` are applied to an Adapted with branches.
+Operations that change the axes drop further rows.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ PrimitiveRule = Callable[[Sequence[Any], dict[str, Any]], Any]
 
 
 def _axes(value: Adapted, function, factor_function=None) -> Adapted:
-  """The same done to w and, for axes of 1 too, to all factors."""
+  """Applies a function to w, and to the factors, whose axes may be 1."""
   factor_function = factor_function or function
   return dataclasses.replace(
     value,
@@ -32,25 +32,30 @@ def _axes(value: Adapted, function, factor_function=None) -> Adapted:
 
 
 def _transpose(operands, params):
+  """Transposes an Adapted."""
   order = params["permutation"]
   return _axes(operands[0], lambda x: lax.transpose(x, order))
 
 
 def _squeeze(operands, params):
+  """Removes axes of length 1 from an Adapted."""
   axes = params["dimensions"]
   return _axes(operands[0], lambda x: lax.squeeze(x, axes))
 
 
 def _broadcast_in_dim(operands, params):
+  """Broadcasts w; the factors keep 1 on the new axes."""
   value, *sizes = operands
   if sizes:  # of a shape that is not static
     return None
   shape, axes = params["shape"], params["broadcast_dimensions"]
 
   def whole(x):
+    """Broadcasts w."""
     return lax.broadcast_in_dim(x, shape, axes)
 
   def factor(x):
+    """Reshapes a factor, with 1 on the new axes."""
     ones = [1] * len(shape)
     for size, axis in zip(x.shape, axes, strict=True):
       ones[axis] = size
@@ -60,6 +65,7 @@ def _broadcast_in_dim(operands, params):
 
 
 def _reshape(operands, params):
+  """Reshapes an Adapted, unless a factor varies along part of a group."""
   value, *sizes = operands
   if sizes or params["dimensions"] is not None:
     return None
@@ -69,7 +75,7 @@ def _reshape(operands, params):
   groups = _groups(old, new)
 
   def sizes_of(x):
-    """The new sizes of a factor; None if it hangs on a part of a group."""
+    """Returns a factor's new sizes; None if it varies within a group."""
     sizes = []
     for before, after in groups:
       given = [x.shape[axis] for axis in before]
@@ -96,7 +102,7 @@ def _reshape(operands, params):
 
 
 def _groups(old, new):
-  """Pairs of runs of axes, (before, after), with the same count of entries."""
+  """Pairs runs of axes, (before, after), with equal numbers of entries."""
   found, i, j = [], 0, 0
   while i < len(old) or j < len(new):
     before, after, left, right = [], [], 1, 1
@@ -114,6 +120,7 @@ def _groups(old, new):
 
 
 def _slice(operands, params):
+  """Slices an Adapted with static bounds."""
   value = operands[0]
   starts, limits = params["start_indices"], params["limit_indices"]
   strides = params["strides"] or (1,) * len(starts)
@@ -125,7 +132,7 @@ def _slice(operands, params):
 
 
 def _sliced(x, shape, starts, limits, strides):
-  """A factor sliced on the axes that it hangs on."""
+  """Slices a factor along the axes on which it varies."""
   whole = [size != own for size, own in zip(x.shape, shape, strict=True)]
   kept = zip(whole, starts, limits, strides, strict=True)
   ranges = [(0, 1, 1) if w else (i, j, k) for w, i, j, k in kept]
@@ -133,12 +140,14 @@ def _sliced(x, shape, starts, limits, strides):
 
 
 def _dynamic_slice(operands, params):
+  """Slices an Adapted with traced starts."""
   value, *starts = operands
   if any(map(is_adapted, starts)):
     return None
   sizes = params["slice_sizes"]
 
   def factor(x):
+    """Slices a factor along the axes on which it varies."""
     own = [
       (start, size) if length == whole else (jnp.zeros_like(start), 1)
       for start, size, length, whole in zip(
@@ -151,6 +160,7 @@ def _dynamic_slice(operands, params):
 
 
 def _split(operands, params):
+  """Splits an Adapted along an axis."""
   value, axis, start, parts = operands[0], params["axis"], 0, []
   for size in params["sizes"]:
     limits = [*value.shape]
@@ -163,7 +173,7 @@ def _split(operands, params):
 
 
 def _concatenate(operands, params):
-  """Each change stays with its part: its factors are zero beside it."""
+  """Concatenates; each change gets zeros outside of its own part."""
   axis = params["dimension"]
   arrays = [x.w if is_adapted(x) else x for x in operands]
   if any(is_adapted(x) and x.branches for x in operands):
@@ -181,6 +191,7 @@ def _concatenate(operands, params):
 
 
 def _stack(operands, params):
+  """Stacks arrays and Adapted values along a new axis."""
   axis = params["axis"]
   own = range(operands[0].ndim + 1)
   shape = [*operands[0].shape]
@@ -197,10 +208,11 @@ def _stack(operands, params):
 
 
 def _placed(change: Change, axis, size, before, after) -> Change:
-  """A change with zeros before and after its part of an axis."""
+  """Pads a change with zeros before and after its part of an axis."""
   at = change.lead + axis
 
   def pad(x):
+    """Pads a factor along the axis."""
     widths = [(0, 0)] * x.ndim
     widths[at] = (before, after)
     return jnp.pad(x, widths)
@@ -216,7 +228,7 @@ def _placed(change: Change, axis, size, before, after) -> Change:
 
 
 def _scaled(operands, params):
-  """By a scalar: w, the gates of its changes, and nothing else."""
+  """Multiplies an Adapted by a scalar; other products have no rule here."""
   del params
   first, second = operands
   value, by = (first, second) if is_adapted(first) else (second, first)
@@ -226,6 +238,7 @@ def _scaled(operands, params):
 
 
 def _times(value, by):
+  """Multiplies w, the gates of its changes and the rows by a scalar."""
   by = jnp.asarray(by)
   changes = tuple(
     dataclasses.replace(c, gate=c.gate * by.astype(c.gate.dtype))
@@ -236,6 +249,7 @@ def _times(value, by):
 
 
 def _divided(operands, params):
+  """Divides an Adapted by a scalar."""
   value, by = operands
   if is_adapted(by) or not is_adapted(value):
     return None
@@ -243,13 +257,14 @@ def _divided(operands, params):
 
 
 def _negated(operands, params):
+  """Negates an Adapted."""
   del params
   value = operands[0]
   return None if value.branches else _times(value, jnp.array(-1, value.dtype))
 
 
 def _added(operands, params):
-  """Of two parameters, or a parameter and a dense array."""
+  """Adds two Adapted parameters, or one and a dense array."""
   del params
   first, second = operands
   if any(is_adapted(x) and x.shape == () for x in operands):
@@ -263,12 +278,14 @@ def _added(operands, params):
 
 
 def _subtracted(operands, params):
+  """Subtracts, where one or both operands are Adapted."""
   first, second = operands
   negative = _negated([second], params) if is_adapted(second) else -second
   return None if negative is None else _added([first, negative], params)
 
 
 def _converted(operands, params):
+  """Converts an Adapted to a floating dtype."""
   value = operands[0]
   dtype = params["new_dtype"]
   if not jnp.issubdtype(dtype, jnp.floating):
@@ -277,16 +294,19 @@ def _converted(operands, params):
 
 
 def _cast(value: Adapted, dtype) -> Adapted:
+  """Casts w and the further rows; factors keep their dtype."""
   rows = None if value.rows is None else value.rows.astype(dtype)
   return dataclasses.replace(value, w=value.w.astype(dtype), rows=rows)
 
 
 def _stopped(operands, params):
+  """Stops the gradients of all parts of an Adapted."""
   del params
   return jax.tree.map(lax.stop_gradient, operands[0])
 
 
 def _barrier(operands, params):
+  """Puts an optimization barrier around all parts of the operands."""
   del params
   return lax.optimization_barrier(list(operands))
 
@@ -312,7 +332,7 @@ AXIS_RULES: dict[str, PrimitiveRule] = {
   "optimization_barrier": _barrier,
 }
 
-# These are done to w alone: a change has its own place and precision.
+# Applied to w alone: the changes keep their own placement and precision.
 OF_W_ALONE = (
   "copy",
   "copy_p",
@@ -323,7 +343,8 @@ OF_W_ALONE = (
   "sharding_constraint",
 )
 
-# A branch sees what a matmul reads and writes; only these leave that as it is.
+# A branch acts on a matmul's input and output, so only operations that keep
+# these as they are may come between the parameter and its matmul.
 SEEN_THROUGH = (
   "transpose",
   "squeeze",

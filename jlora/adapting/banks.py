@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters side by side: a bank of which rows choose."""
+"""Banks: many adapters in one set of Loras, from which a batch's rows choose.
+
+`make_bank` stacks adapters. `laned` computes with all of them and masks,
+`without_bank` fetches the chosen ones, and `chosen` picks the cheaper way.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,23 +20,23 @@ from jlora.messages import name_some
 def make_bank(
   adapters: Sequence[Mapping[str, Lora]], *, rank: int | None = None
 ) -> Loras:
-  """Adapters as one bank, whose Loras have a leading axis that counts them.
+  """Stacks adapters into one bank, along a new leading axis of its Loras.
 
       a (n, ..., r, in), b (n, ..., r, out), scale (n, ...)
 
   Args:
-    adapters: path -> Lora each. Ranks may differ, and so may the modules: units
-      of zeros fill up what one lacks.
-    rank: of the bank, at least the largest there is; None is that. A larger one
-      leaves room for adapters to come, with no other shape.
+    adapters: path -> Lora each. Ranks and modules may differ: zeros fill up
+      what an adapter lacks.
+    rank: of the bank, at least the adapters' largest; None is the largest. A
+      larger one lets later adapters fit without a change of shapes.
 
   Returns:
     Loras for `adapt_rows` and `bind(..., ids=...)`, in the dtype that holds all
     factors of a path.
 
   Raises:
-    ValueError: no adapters, a rank that does not hold all, or Loras of one path
-      that differ in more than their rank.
+    ValueError: no adapters, a rank below the largest, or Loras of one path that
+      differ in more than their rank.
 
   Example:
     >>> one = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(1))
@@ -56,62 +60,14 @@ def make_bank(
   }
 
 
-def _stacked(path: str, loras: Sequence[Lora | None], rank: int) -> Lora:
-  """One path's Loras, zeros for those that are missing."""
-  there = [lora for lora in loras if lora is not None]
-  shapes = {_shape(lora) for lora in there}
-  if len(shapes) > 1:
-    raise ValueError(
-      f"{path}: Loras of {name_some(sorted(shapes))} (..., in, out) do not "
-      "belong to one parameter."
-    )
-  dtype = jnp.result_type(*(x for lora in there for x in (lora.a, lora.b)))
-  fill = _zeros(there[0])
-  padded = [_padded(lora or fill, rank, dtype) for lora in loras]
-  return Lora(
-    jnp.stack([lora.a for lora in padded]),
-    jnp.stack([lora.b for lora in padded]),
-    jnp.stack([lora.scale for lora in padded]),
-  )
-
-
-def _shape(lora: Lora) -> tuple[int, ...]:
-  return (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-
-
-def _zeros(like: Lora) -> Lora:
-  return Lora(
-    jnp.zeros_like(like.a), jnp.zeros_like(like.b), jnp.zeros_like(like.scale)
-  )
-
-
-def _padded(lora: Lora, rank: int, dtype: Any) -> Lora:
-  """With units of zeros up to a rank."""
-
-  def pad(factor):
-    widths = [(0, 0)] * factor.ndim
-    widths[-2] = (0, rank - lora.rank)
-    return jnp.pad(factor.astype(dtype), widths)
-
-  return Lora(pad(lora.a), pad(lora.b), lora.scale.astype(jnp.float32))
-
-
-# Operations that are done in the time of moving a byte: a v5e's by its data
-# sheet; two x86 cores' as they were measured for products of float32.
-RIDGES = {"tpu": 240, "cpu": 10}
-
-
 def laned(change: Change) -> Change:
-  """All adapters of a bank on one rank axis, the gate of others zero.
+  """Puts all adapters of a bank on one rank axis; gates the unchosen to zero.
 
       g_(i, r) = gate_(i, r) Σ_s weight_s [ids_s = i]
 
-  Args:
-    change: with ids.
-
   Returns:
-    Change without ids, of rank n r. a and b are the bank's own: under vmap over
-    ids they stay one copy.
+    Change without ids, of rank n r. a and b are the bank's own, so that there
+    is one copy of them under vmap over ids.
 
   Example:
     >>> bank = Change(jnp.ones((3, 2, 3, 1)), jnp.ones((3, 2, 1, 5)),
@@ -139,22 +95,27 @@ def laned(change: Change) -> Change:
   )
 
 
+# Operations that take as long as moving one byte. TPU: v5e by its data sheet.
+# CPU: measured on two x86 cores, products of float32.
+RIDGES = {"tpu": 240, "cpu": 10}
+
+
 def chosen(change: Change, tokens: int) -> Change:
-  """A bank's change in the form that costs less for so many tokens a row.
+  """Resolves a bank's ids by `laned` or `without_bank`, whichever costs less.
 
       laned: n max(4, 2 batch tokens / ridge),
       fetched: s batch max(12, 2 tokens / ridge)
 
-  in bytes moved for each number of an adapter, operations turned to bytes.
+  in bytes moved per number of an adapter; `ridge` converts operations to bytes.
 
   Args:
     change: with or without ids.
-    tokens: vectors that a row multiplies with its adapters.
+    tokens: number of vectors that each row multiplies with its adapters.
 
   Returns:
-    Change without ids: `laned` or `without_bank`.
+    Change without ids.
 
-  Approximation: counts, never a clock; see `RIDGES`.
+  Approximation: costs are counted, not measured; see `RIDGES`.
 
   Example:
     >>> bank = Change(jnp.ones((3, 2, 3, 1)), jnp.ones((3, 2, 1, 5)),
@@ -169,3 +130,46 @@ def chosen(change: Change, tokens: int) -> Change:
   in_lanes = len(change.a) * max(4, change.batch * work)
   fetched = len(change.ids) * change.batch * max(12, work)
   return laned(change) if in_lanes < fetched else without_bank(change)
+
+
+def _stacked(path: str, loras: Sequence[Lora | None], rank: int) -> Lora:
+  """Stacks one path's Loras, with zeros for those that are missing."""
+  there = [lora for lora in loras if lora is not None]
+  shapes = {_shape(lora) for lora in there}
+  if len(shapes) > 1:
+    raise ValueError(
+      f"{path}: Loras of {name_some(sorted(shapes))} (..., in, out) do not "
+      "belong to one parameter."
+    )
+  dtype = jnp.result_type(*(x for lora in there for x in (lora.a, lora.b)))
+  fill = _zeros(there[0])
+  padded = [_padded(lora or fill, rank, dtype) for lora in loras]
+  return Lora(
+    jnp.stack([lora.a for lora in padded]),
+    jnp.stack([lora.b for lora in padded]),
+    jnp.stack([lora.scale for lora in padded]),
+  )
+
+
+def _shape(lora: Lora) -> tuple[int, ...]:
+  """Returns the shape of a Lora's change, (..., in, out)."""
+  return (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+
+
+def _zeros(like: Lora) -> Lora:
+  """Returns a Lora of zeros of the same shapes."""
+  return Lora(
+    jnp.zeros_like(like.a), jnp.zeros_like(like.b), jnp.zeros_like(like.scale)
+  )
+
+
+def _padded(lora: Lora, rank: int, dtype: Any) -> Lora:
+  """Pads a Lora with zeros up to a rank."""
+
+  def pad(factor):
+    """Pads one factor."""
+    widths = [(0, 0)] * factor.ndim
+    widths[-2] = (0, rank - lora.rank)
+    return jnp.pad(factor.astype(dtype), widths)
+
+  return Lora(pad(lora.a), pad(lora.b), lora.scale.astype(jnp.float32))

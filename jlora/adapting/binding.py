@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs put on the parameters that they belong to."""
+"""Puts programs on the parameters that they belong to."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +21,13 @@ Programs = Mapping[str, Program]
 
 
 class BoundPrograms(NamedTuple):
-  """Which programs a parameter has, and how it is read as a matrix.
+  """A model's parameters, and the programs that `attach` found for them.
 
   Attributes:
     flat: path -> leaf, of all parameters.
     programs: path -> its programs, each with its weight.
-    views: path -> MatrixView, of those with a Lora.
+    views: path -> MatrixView, of the parameters with a program that can be read
+      as a matrix.
   """
 
   flat: dict[str, Any]
@@ -44,32 +45,34 @@ def bind(
   dropout: tuple[float, jax.Array] | None = None,
   views: Iterable[ViewRule] | None = None,
 ) -> Any:
-  """Parameters with programs on them, for a function that `adapt` wrapped.
+  """Puts programs on parameters, for a function wrapped by `adapt`.
 
       w  →  Adapted: w, Σ_i weight_i scale_i a_iᵀ b_i, branches, rows
 
   Args:
-    params: a pytree of arrays, or one that `bind` gave before.
-    programs: path -> Lora, Rows, Shift or Branch, paths as `flatten` gives
-      them; or several such, whose programs on one parameter add up.
-    weights: one number for each of several; None is 1. With `ids`, (s,).
-    ids: None; or, with one set of Loras whose leading axis counts adapters (as
-      `stack` gives it), a scalar or (s,): which of them are added, -1 for none.
-      `adapt_rows` gives every row its own.
-    batch: how many rows choose at a time where this is called under vmap: it
-      decides how, not what is computed.
-    dropout: (rate, key): of what the Loras read, x / (1 - rate) or 0, as in
-      training; each parameter has its own key.
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found.
+    params: a pytree of arrays, or one returned by `bind`.
+    programs: path -> Lora, Rows, Shift or Branch, with paths as `flatten`
+      returns them; or several such mappings, whose programs on one parameter
+      add up.
+    weights: one number per mapping; None is 1 for each. With `ids`, (s,).
+    ids: None; or, with one bank of Loras from `make_bank`, a scalar or (s,)
+      integers: the bank's adapters that are added, -1 for none. `adapt_rows`
+      gives every row of a batch its own ids.
+    batch: under vmap over ids, the number of rows that choose at once; affects
+      the way of computing, not the result.
+    dropout: (rate, key) of dropout on the input of the Loras, x / (1 - rate) or
+      0, for training; each parameter gets its own key.
+    views: rules for reading a parameter as a matrix; by default those for the
+      names found.
 
   Returns:
-    The pytree; a leaf that a program touches is Adapted, or shifted. Nothing is
-    summed but a Shift. Pure; a and b of several adapters are concatenated.
+    The pytree, in which a parameter with a program is an Adapted. A Shift alone
+    is added right away; nothing else is summed. Pure. The factors of several
+    adapters are concatenated.
 
   Raises:
-    ValueError: a path that is not there, a program that does not fit its
-      parameter, weights that are not one for each; up to three named.
+    ValueError: a path without a parameter, a program that does not fit its
+      parameter, or not one weight per mapping; names up to three.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -113,7 +116,7 @@ def attach(
   *,
   is_bank: bool = False,
 ) -> BoundPrograms:
-  """Programs by the parameter they belong to, checked.
+  """Finds the parameter of every program, and checks that they fit.
 
   Args:
     params: as for `bind`.
@@ -121,9 +124,6 @@ def attach(
     weights: one for each of several sets of programs.
     views: as for `bind`.
     is_bank: the first axis of every Lora counts adapters.
-
-  Returns:
-    Placed.
 
   Raises:
     ValueError: as `bind`.
@@ -171,7 +171,7 @@ def attach(
 
 
 def _said(program: Program) -> str:
-  """A program and its shapes, for an error."""
+  """Formats a program and its shapes, for an error."""
   if isinstance(program, Lora):
     return f"a {program.a.shape}, b {program.b.shape}"
   shapes = [jnp.shape(x) for x in jax.tree.leaves(program)]
@@ -179,7 +179,7 @@ def _said(program: Program) -> str:
 
 
 def _fits(program, leaf, view, is_bank) -> bool:
-  """Whether a program can stand on a parameter."""
+  """Returns whether a program fits a parameter."""
   if not is_floating(leaf.dtype):
     return False
   if isinstance(program, Lora):
@@ -198,7 +198,7 @@ def _fits(program, leaf, view, is_bank) -> bool:
 
 
 def _change(loras, view, shape, ids, weights) -> Change:
-  """One Change of several Loras, or of a bank and the ids in it."""
+  """Makes one Change of several Loras, or of a bank and ids."""
   if ids is not None:
     bank = loras[0][0]
     change = jax.vmap(lambda lora: change_of(lora, view, shape))(bank)
@@ -219,6 +219,7 @@ def _change(loras, view, shape, ids, weights) -> Change:
 
 
 def _add_rows(value: Adapted, program: Rows, weight) -> Adapted:
+  """Appends further rows to an Adapted."""
   rows = program.rows * jnp.asarray(weight, program.rows.dtype)
   if value.rows is not None:
     rows = jnp.concatenate([value.rows, rows.astype(value.rows.dtype)])
@@ -226,24 +227,18 @@ def _add_rows(value: Adapted, program: Rows, weight) -> Adapted:
 
 
 def _add_shift(value: Adapted, program: Shift, weight) -> Adapted:
+  """Adds a Shift to an Adapted's parameter."""
   return dataclasses.replace(value, w=shifted(value.w, program, weight))
 
 
 def _add_branch(value: Adapted, program: Branch, weight) -> Adapted:
+  """Appends a branch to an Adapted."""
   own = dataclasses.replace(program, weight=program.weight * weight)
   return dataclasses.replace(value, branches=(*value.branches, own))
 
 
 def shifted(leaf: jax.Array, program: Shift, weight: Any = 1.0) -> jax.Array:
-  """A parameter with a Shift in it, summed in float32, rounded once.
-
-  Args:
-    leaf: the parameter.
-    program: its Shift.
-    weight: scalar.
-
-  Returns:
-    An array like leaf.
+  """Adds a Shift to a parameter in float32; rounds once to its dtype.
 
   Example:
     >>> shifted(jnp.ones(2), Shift(jnp.ones(2)), 0.5)

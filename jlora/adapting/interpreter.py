@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program of JAX, run with some of its operands Adapted.
+"""Runs a traced JAX program whose arrays may be Adapted.
 
-Operations without an Adapted among their operands are bound as they were.
-Those with one go by the rules; control flow is rebuilt around the same walk.
+Operations without an Adapted operand run as they are. Those with one run by the
+rules. Control flow is rebuilt, with its bodies run in the same way.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ _WITH_BRANCHES = (*SEEN_THROUGH, "dot_general")
 def evaluate(
   jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], said: Said
 ) -> list[Any]:
-  """What a program gives, with an Adapted for any of its arrays.
+  """Runs a jaxpr on arrays and Adapted values.
 
   Args:
     jaxpr: a `jax.extend.core.Jaxpr`.
     consts: its constants.
     args: its arguments; an Adapted stands for an array of its shape and dtype.
-    said: called with the name of a primitive and an Adapted before its dense
-      sum is formed for want of a rule; may raise.
+    said: called with the name of a primitive and an Adapted operand when a rule
+      is missing, before the dense sum is formed; may raise.
 
   Returns:
-    A list of outputs; what is still Adapted comes out so.
+    A list of outputs, of which some may be Adapted.
 
   Example:
     >>> closed = jax.make_jaxpr(jnp.transpose)(jnp.ones((2, 3)))
@@ -57,6 +57,7 @@ def evaluate(
   env: dict[Any, Any] = {}
 
   def read(atom):
+    """Returns the value of a literal or variable."""
     return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
   env.update(zip(jaxpr.constvars, consts, strict=True))
@@ -72,6 +73,7 @@ def evaluate(
 
 
 def _adapted(eqn, operands, said) -> Sequence[Any]:
+  """Runs an equation with Adapted operands, by a rule if there is one."""
   name = eqn.primitive.name
   if name in _CONTROL:
     return _CONTROL[name](eqn, operands, said)
@@ -88,7 +90,7 @@ def _adapted(eqn, operands, said) -> Sequence[Any]:
 
 
 def _densely(name, operands, said):
-  """Operands without an Adapted, each said."""
+  """Replaces Adapted operands by their dense sums, reporting each."""
   dense = []
   for x in operands:
     if is_adapted(x):
@@ -99,7 +101,7 @@ def _densely(name, operands, said):
 
 
 def _bind(eqn, operands) -> Sequence[Any]:
-  """One equation on arrays, by the public way to run a program."""
+  """Runs one equation on arrays, through JAX's public interface."""
   variables, given = [], []
   for atom, value in zip(eqn.invars, operands, strict=True):
     if not isinstance(atom, jex.Literal) and atom not in variables:
@@ -116,7 +118,7 @@ def _bind(eqn, operands) -> Sequence[Any]:
 
 
 def _inline(eqn, operands, said):
-  """A call: its program in place."""
+  """Runs a nested jit or call in place."""
   inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
   found = evaluate(inner.jaxpr, inner.consts, operands, said)
   places = eqn.params.get("out_shardings", (None,) * len(found))
@@ -129,18 +131,21 @@ def _inline(eqn, operands, said):
 
 
 def _remat(eqn, operands, said):
+  """Rebuilds a `jax.checkpoint`."""
   params = eqn.params
 
   @functools.partial(
     jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"]
   )
   def run(*args):
+    """Runs the checkpointed program."""
     return evaluate(params["jaxpr"], (), args, said)
 
   return run(*operands)
 
 
 def _scan(eqn, operands, said):
+  """Rebuilds a `lax.scan`."""
   params = eqn.params
   closed, (count, carried) = params["jaxpr"], _counts_of_scan(params)
   consts, carry = operands[:count], operands[count:carried]
@@ -151,6 +156,7 @@ def _scan(eqn, operands, said):
   ]
 
   def body(carry, parts):
+    """Runs one step of the scan."""
     given = [*consts, *carry, *parts]
     found = evaluate(closed.jaxpr, closed.consts, given, said)
     found = _densely("the result of scan", found, said)
@@ -168,7 +174,7 @@ def _scan(eqn, operands, said):
 
 
 def _counts_of_scan(params) -> tuple[int, int]:
-  """How many operands are constants, and how many those and the carry are."""
+  """Returns how many operands are constants, and constants or carry."""
   if "ft_in" in params:  # JAX from 0.11 on has a tree of (consts, carry, xs)
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts.vals), len(consts.vals) + len(carry.vals)
@@ -176,7 +182,7 @@ def _counts_of_scan(params) -> tuple[int, int]:
 
 
 def _slices_first(value: Adapted, length: int) -> Adapted:
-  """An Adapted of stacked matrices, the stacking axis first in all it has."""
+  """Moves an Adapted's rank and bank axes behind its scanned axis."""
   if value.branches:
     raise ValueError(
       f"{value.path} is scanned over and has a branch; a branch needs a layer "
@@ -184,11 +190,13 @@ def _slices_first(value: Adapted, length: int) -> Adapted:
     )
 
   def first(lead, x):
+    """Moves an array's scanned axis first."""
     wide = [*x.shape]
     wide[lead] = length
     return jnp.moveaxis(jnp.broadcast_to(x, wide), lead, 0)
 
   def lay(change: Change) -> Change:
+    """Moves a change's scanned axis first."""
     own = {
       name: first(change.lead, getattr(change, name))
       for name in ("a", "b", "gate")
@@ -207,6 +215,7 @@ def _slices_first(value: Adapted, length: int) -> Adapted:
 
 
 def _while(eqn, operands, said):
+  """Rebuilds a `lax.while_loop`."""
   params = eqn.params
   split = params["cond_nconsts"]
   start = split + params["body_nconsts"]
@@ -214,10 +223,12 @@ def _while(eqn, operands, said):
   test, body = params["cond_jaxpr"], params["body_jaxpr"]
 
   def go_on(carry):
+    """Runs the loop's condition."""
     given = [*for_test, *carry]
     return evaluate(test.jaxpr, test.consts, given, said)[0]
 
   def step(carry):
+    """Runs the loop's body once."""
     found = evaluate(body.jaxpr, body.consts, [*for_body, *carry], said)
     return _densely("the carry of while", found, said)
 
@@ -226,9 +237,11 @@ def _while(eqn, operands, said):
 
 
 def _cond(eqn, operands, said):
+  """Rebuilds a `lax.cond` or `lax.switch`."""
   index, *given = operands
 
   def branch(closed, *args):
+    """Runs one branch."""
     found = evaluate(closed.jaxpr, closed.consts, args, said)
     return _densely("the result of cond", found, said)
 
@@ -238,9 +251,11 @@ def _cond(eqn, operands, said):
 
 
 def _shard_map(eqn, operands, said):
+  """Rebuilds a `jax.shard_map`."""
   params = eqn.params
 
   def run(*args):
+    """Runs the program on one shard."""
     found = evaluate(params["jaxpr"], (), args, said)
     return tuple(_densely("the result of shard_map", found, said))
 
@@ -260,7 +275,7 @@ def _shard_map(eqn, operands, said):
 
 
 def _spec(value: Adapted, spec: P) -> Adapted:
-  """Where the parts of an Adapted lie, as a tree of specs."""
+  """Returns the PartitionSpecs of an Adapted's parts, given the parameter's."""
   if value.branches:
     raise ValueError(
       f"{value.path} goes into shard_map and has a branch, of which nothing "
@@ -269,10 +284,12 @@ def _spec(value: Adapted, spec: P) -> Adapted:
   axes = [*spec, *[None] * (value.ndim - len(spec))]
 
   def own(lead, x):
+    """Returns the spec of a factor, unsharded where it does not vary."""
     sizes = zip(axes, x.shape[lead:], strict=True)
     return P(*[None] * lead, *(a if n > 1 else None for a, n in sizes))
 
   def lay(change: Change) -> Change:
+    """Returns the specs of a change."""
     lead = change.lead
     return dataclasses.replace(
       change,
@@ -291,7 +308,7 @@ def _spec(value: Adapted, spec: P) -> Adapted:
   )
 
 
-# Control flow by the name of its primitive, old names and new ones.
+# Control flow primitives by name, in older and newer versions of JAX.
 _CONTROL = {
   "jit": _inline,
   "pjit": _inline,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look-ups in an Adapted table, or along one axis of a stack, never summed."""
+"""Rules for look-ups in an Adapted table or stack, without the dense sum."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from jlora.adapting.adapted import (
 
 
 def _gather(operands, params):
-  """Rows of a table, or parts along one axis."""
+  """Looks up rows of an Adapted table, or parts along one axis of a stack."""
   value, indices = operands
   if is_adapted(indices):
     return None
@@ -50,12 +50,12 @@ def _gather(operands, params):
     axis in axes_with(c.a, value.ndim) and axis in axes_with(c.b, value.ndim)
     for c in value.changes
   )
-  # One of a stack of matrices is still a matrix; rows of a table are not.
+  # A matrix taken from a stack is still a parameter; rows of a table are not.
   return found if value.changes and is_batch else dense_sum(found)
 
 
 def _take(indices, axis, params, factor):
-  """The same look-up in a factor; one that does not hang on the axis stays."""
+  """Looks up in a factor; drops the axis where the factor does not vary."""
   numbers = params["dimension_numbers"]
   if factor.shape[axis] == 1:
     kept = [s for i, s in enumerate(factor.shape) if i != axis]
@@ -65,21 +65,22 @@ def _take(indices, axis, params, factor):
       shape[at] = size
     return factor.reshape(shape)
   sizes = tuple(1 if i == axis else s for i, s in enumerate(factor.shape))
-  # An id without a row is NaN, or one of the further rows: w alone says so.
+  # Out-of-range ids are clipped here: w's own look-up fills them with NaN or
+  # with further rows.
   clip = {"mode": lax.GatherScatterMode.CLIP, "fill_value": None}
   given = {**params, **clip, "slice_sizes": sizes}
   return lax.gather_p.bind(factor, indices, **given)
 
 
 def _gated(change: Change, known) -> Change:
-  """A change that is nothing where `known` is 0."""
+  """Returns a change that is zero where `known` is 0."""
   ones = (1,) * change.lead
   known = known.reshape(*ones, *known.shape).astype(change.gate.dtype)
   return dataclasses.replace(change, gate=change.gate * known)
 
 
 def _where_known(indices, count, y, numbers):
-  """1 where an index is one of the table's own, shaped to multiply y."""
+  """Returns 1 where an index lies in the table, shaped to multiply y."""
   known = indices[..., 0] < count
   batch = [i for i in range(y.ndim) if i not in numbers.offset_dims]
   shape = [1] * y.ndim
@@ -89,7 +90,7 @@ def _where_known(indices, count, y, numbers):
 
 
 def _with_rows(y, value, indices, numbers):
-  """Look-ups behind the table's end come from its further rows."""
+  """Replaces look-ups past the table's end by its further rows."""
   rows, count = value.rows, value.shape[0]
   at = jnp.clip(indices[..., 0] - count, 0, rows.shape[0] - 1)
   found = rows.astype(y.dtype)[at]  # (batch..., offsets...)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with an Adapted, never summed.
+"""Rules for matrix products and convolutions with Adapted parameters.
 
-y = x w + Σ ((x aᵀ) g) b + Σ branch(x)
+y = x w + Σ ((x aᵀ) g) b + Σ branch(x), without the dense sum of w and changes.
 """
 
 import math
@@ -28,7 +28,7 @@ with epy.lazy_imports():  # the kernels cost a quarter of a second to import
 
 
 def _dot_general(operands, params):
-  """Any product with one Adapted operand."""
+  """Multiplies two operands of which one is Adapted."""
   first, second = operands
   if is_adapted(first) and is_adapted(second):
     return None
@@ -38,7 +38,7 @@ def _dot_general(operands, params):
 
 
 def _product(value: Adapted, x: Any, params, is_left: bool):
-  """The product of value and x, in either order."""
+  """Computes the product of value and x, in either order."""
   contracted, batched = params["dimension_numbers"]
   own, others = (0, 1) if is_left else (1, 0)
   names = _names(
@@ -59,7 +59,7 @@ def _product(value: Adapted, x: Any, params, is_left: bool):
 
 
 class _Names:
-  """One integer an axis: those of w are its axes, those of x may follow."""
+  """Axis labels of a product, as integers: w's axes first, then x's others."""
 
   def __init__(self, x, out, contracted):
     self.x, self.out, self.contracted = x, out, contracted
@@ -68,6 +68,7 @@ class _Names:
 def _names(
   ndim, x_ndim, own_contracted, x_contracted, own_batch, x_batch, is_left
 ):
+  """Labels the axes of a product with x and of its result."""
   shared = dict(
     zip((*x_contracted, *x_batch), (*own_contracted, *own_batch), strict=True)
   )
@@ -81,7 +82,7 @@ def _names(
 
 
 def _is_plain(value, x, params, names) -> bool:
-  """Whether `lora_dot` computes this product, change and all."""
+  """Returns whether `lora_dot` can compute this product with its change."""
   precision = params.get("precision")
   default = precision is None or all(
     p in (None, lax.Precision.DEFAULT) for p in np.atleast_1d(precision)
@@ -103,7 +104,7 @@ def _is_plain(value, x, params, names) -> bool:
 
 
 def _fused(value: Adapted, x, names):
-  """The product by `lora_dot`; None if the factors do not fit its form."""
+  """Computes the product by `lora_dot`; None if the factors do not fit it."""
   change, axis = value.changes[0], names.contracted[0]
   sides = _sides(change, axis)
   if sides is None:
@@ -120,7 +121,7 @@ def _fused(value: Adapted, x, names):
 
 
 def _sides(change: Change, axis: int):
-  """The factor that hangs on an axis of a matrix and the one on the other."""
+  """Returns the factors that vary along the contracted and the other axis."""
   on_a, on_b = axes_with(change.a, 2), axes_with(change.b, 2)
   if axis not in on_b and 1 - axis not in on_a:
     return change.a, change.b
@@ -130,11 +131,11 @@ def _sides(change: Change, axis: int):
 
 
 def _through(change: Change, x, shape, names, params):
-  """What a change adds to any product, by two thin ones."""
+  """Computes what a change adds to a product, by two thin products."""
   if change.ids is not None:
     tokens = math.prod(x.shape) // math.prod(shape[i] for i in names.contracted)
     more = _through(chosen(change, tokens), x, shape, names, params)
-    # Not even the sign of a zero changes where there is no adapter.
+    # Adding -0 keeps rows without an adapter exact, even the sign of a zero.
     return jnp.where(jnp.any(change.ids >= 0), more, -jnp.zeros_like(more))
   x = dropped(x, change)
   dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
@@ -170,7 +171,7 @@ def _through(change: Change, x, shape, names, params):
 
 
 def _laid_out(found, labels, out):
-  """Axes in the order of the result, 1 where nothing hangs on one."""
+  """Transposes to the result's axes, with 1 where labels are missing."""
   order = [name for name in out if name in labels]
   found = found.transpose([labels.index(name) for name in order])
   sizes = dict(zip(order, found.shape, strict=True))
@@ -178,7 +179,7 @@ def _laid_out(found, labels, out):
 
 
 def _branched(branch, value, x, out_shape, names):
-  """What a branch adds: it reads (..., in) and writes (..., out)."""
+  """Computes what a branch (..., in) -> (..., out) adds to a product."""
   own = range(value.ndim)
   free = [name for name in names.out if name not in own]
   writes = [name for name in own if name not in names.contracted]
@@ -195,11 +196,8 @@ def _branched(branch, value, x, out_shape, names):
   return _laid_out(found, [*free, *writes], names.out)
 
 
-PRODUCT_RULES = {"dot_general": _dot_general}
-
-
 def _conv(operands, params):
-  """A convolution whose kernel is adapted, one group."""
+  """Convolves with an Adapted kernel of one feature group."""
   x, value = operands
   numbers = params["dimension_numbers"]
   out_axis = numbers.rhs_spec[0]
@@ -215,7 +213,7 @@ def _conv(operands, params):
     if side is None:
       return None
     reads, writes = side
-    # The rank axis stands where the kernel has its output features.
+    # The rank axis takes the place of the kernel's output features.
     kernel = jnp.moveaxis(
       jnp.squeeze(jnp.moveaxis(reads, 0, -1), out_axis), -1, out_axis
     )
@@ -238,13 +236,16 @@ def _conv(operands, params):
 
 
 def _writes_alone(change: Change, axis: int, ndim: int):
-  """(reads, writes), if one factor hangs on an axis alone; else None."""
+  """Returns (reads, writes) if one factor varies only along the axis."""
   for reads, writes in ((change.a, change.b), (change.b, change.a)):
     if axis not in axes_with(reads, ndim) and set(axes_with(writes, ndim)) <= {
       axis
     }:
       return reads, writes
   return None
+
+
+PRODUCT_RULES = {"dot_general": _dot_general}
 
 
 CONVOLUTION_RULES = {"conv_general_dilated": _conv}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs on a base model that are no Lora.
+"""The programs on a base model other than Loras: `Rows`, `Shift`, `Branch`.
 
-A program is what stands at a parameter's path in what `bind` is given: a Lora;
-`Rows`, further rows of a table; `Shift`, a dense change of something small; or
-a `Branch`, any function of what the layer reads.
+A program is what `bind` puts on one parameter: a Lora; `Rows`, further rows of
+a table; `Shift`, a dense change of a small parameter; or `Branch`, any function
+of the layer's input.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-  """Further rows of a table: a prompt, or embeddings of words of one's own.
+  """Further rows of an embedding table: a soft prompt, or new words.
 
-  Row i is found under the id `rows of the table + i`. A tied head does not see
-  them: the model never says them.
+  Row i has the id `rows of the table + i`. A tied head does not use them: the
+  model never predicts them.
 
   Attributes:
     rows: (p, d).
@@ -37,7 +37,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shift:
-  """A dense change of a parameter: of norms, scales and biases.
+  """A dense change of a small parameter: a norm, a scale or a bias.
 
   Attributes:
     delta: the parameter's shape.
@@ -57,16 +57,16 @@ class Shift:
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class Branch:
-  """A function of what a layer reads, added to what it writes.
+  """A function of a layer's input whose value is added to the layer's output.
 
       y = x w + weight · function(params, x)
 
-  ControlNet's form: with a last layer of zeros it begins as nothing.
+  This is ControlNet's form: with a last layer of zeros it starts as nothing.
 
   Attributes:
-    function: (params, x (..., in)) -> (..., out); static, so one and the same
-      object for every call.
-    params: its own parameters, any pytree.
+    function: (params, x (..., in)) -> (..., out); static, so pass the same
+      object in every call.
+    params: the function's own parameters, any pytree.
     weight: scalar.
 
   Example:
@@ -80,21 +80,22 @@ class Branch:
   weight: Any = 1.0
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`weight · function(params, x)`."""
+    """Computes `weight · function(params, x)`."""
     found = self.function(self.params, x)
     return found * jnp.asarray(self.weight, found.dtype)
 
 
 def prepend(tokens: jax.Array, table: Any, count: int) -> jax.Array:
-  """Tokens with a prompt before them, as ids behind a table's last row.
+  """Puts the ids of a soft prompt, given as `Rows`, before every text.
 
   Args:
     tokens: (batch, time) integers.
     table: the embedding's parameter, (vocabulary, d).
-    count: rows of the prompt.
+    count: number of rows of the prompt.
 
   Returns:
-    (batch, count + time).
+    (batch, count + time) in the dtype of tokens. The prompt's ids are
+    vocabulary, vocabulary + 1, ...
 
   Example:
     >>> prepend(jnp.array([[5]]), jnp.zeros((9, 2)), 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs on a base model: summed into its parameters, or beside them.
+"""Runs models with programs, summed into the weights or beside them.
 
 y = x w + Σ_i weight_i f_i(x)
 """
@@ -35,27 +35,28 @@ def apply(
   *,
   views: Iterable[ViewRule] | None = None,
 ) -> Any:
-  """Parameters plus the changes of adapters.
+  """Adds the changes of adapters to parameters.
 
       w  ←  round(float32(w) + Σ_i weight_i scale_i a_iᵀ b_i)
 
   Args:
     params: a pytree of arrays.
-    loras: path -> Lora, paths as `flatten` gives them; or several such.
-    weights: one number an adapter; None is 1 for each. A negative one takes an
-      adapter's direction away: task arithmetic's forgetting.
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found.
+    loras: path -> Lora or Shift, paths as `flatten` returns them; or several
+      such mappings.
+    weights: one number per adapter; None is 1 for each. A negative one
+      subtracts an adapter, as task arithmetic does to forget a task.
+    views: rules for reading a parameter as a matrix; by default those for the
+      names found.
 
   Returns:
     The pytree, summed in float32 and rounded once to each leaf's own dtype;
-    leaves without a Lora are the same arrays. Pure and jit-able; forms each
-    change. Keep the base: the sum cannot be undone exactly.
+    leaves without a program are the same arrays. Pure, works under jit; forms
+    each change densely. Keep the base: the sum cannot be undone exactly.
 
   Raises:
-    ValueError: a path that is not there or is no floating matrix, or a shape
-      that does not fit; up to three named with both shapes. Weights that are
-      not one for each adapter.
+    ValueError: a path without a parameter or whose parameter is not a floating
+      matrix, or a shape that does not fit; names up to three with both shapes.
+      Not one weight per adapter. A program without a dense form (Rows, Branch).
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -68,6 +69,7 @@ def apply(
   flat, found, views_of = attach(params, loras, weights, views)
 
   def summed(path, own):
+    """Returns one parameter with its programs added."""
     leaf = flat[path]
     total = leaf.astype(jnp.float32)
     for program, weight in own:
@@ -90,31 +92,37 @@ def apply(
 def adapt(
   fn: Callable[..., Any], *, strict: bool = False
 ) -> Callable[..., Any]:
-  """A function that computes with what `bind` gives, never summing a weight.
+  """Wraps a function so that it computes with parameters from `bind`.
 
       y = x w + ((x aᵀ) g) b        wherever an adapted w is multiplied
 
-  The function is traced as `jit` does and run operation by operation: products
-  in any order of operands and with batches, convolutions, look-ups, transposes,
-  reshapes, slices, casts and sums of adapted weights have rules; scan, while,
-  cond, remat, nested jit and shard_map are rebuilt around the same walk. What
-  has no rule takes the dense sum, correct, said once by name. A function with
-  derivatives of its own (custom_jvp, custom_vjp) that is given an adapted
-  weight is such a case: its derivatives are kept.
+  The sum of w and its changes is never formed. The function is traced as by
+  `jit` and run operation by operation. Products in any order of operands and
+  with batches, convolutions, look-ups, transposes, reshapes, slices, casts and
+  sums of adapted weights have rules. scan, while, cond, remat, nested jit and
+  shard_map are rebuilt, with the rules applied inside. Any other operation on
+  an adapted weight is given the dense sum: the result is correct, and a warning
+  names each such operation once. So is a function with its own derivatives
+  (custom_jvp, custom_vjp), whose derivatives are kept.
 
   Args:
     fn: a pure function of pytrees. It must not look at the values of arrays;
-      arguments that are no arrays (numbers, strings) stay as they are.
-    strict: a missing rule is an error.
+      other arguments (numbers, strings) are passed on as they are.
+    strict: raise an error where a rule is missing.
 
   Returns:
     A function of the same arguments, any array of which may be Adapted; its
     results never are. Differentiable in all parts; works under jit, vmap,
     shard_map. Traces fn at every call: jit what you call often. Adapters of the
-    same shapes share a program.
+    same shapes share a compiled program.
 
   Raises:
-    ValueError: from the function, with `strict`, where a rule is missing.
+    ValueError: from the returned function, with `strict`, where a rule is
+      missing.
+
+  Warns:
+    UserWarning: from the returned function, without `strict`, where a rule is
+      missing.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -128,11 +136,13 @@ def adapt(
 
   @functools.wraps(fn)
   def run(*args, **kwargs):
+    """Runs fn on the arguments by the rules."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
     at = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
     given = [leaves[i] for i in at]
 
     def on_arrays(*arrays):
+      """Calls fn with its arrays replaced."""
       whole = list(leaves)
       for i, array in zip(at, arrays, strict=True):
         whole[i] = array
@@ -144,6 +154,7 @@ def adapt(
     missing: dict[str, str] = {}
 
     def said(name: str, value: Adapted) -> None:
+      """Notes an operation without a rule; raises if strict."""
       missing.setdefault(name, value.path)
       if strict:
         raise ValueError(_no_rule(missing))
@@ -158,10 +169,12 @@ def adapt(
 
 
 def _is_dynamic(leaf: Any) -> bool:
+  """Returns whether a leaf is traced: an array or an Adapted."""
   return isinstance(leaf, Adapted | jax.Array | np.ndarray)
 
 
 def _no_rule(missing: Mapping[str, str]) -> str:
+  """Formats the message that names the operations without a rule."""
   cases = [f"{name} (of {path})" for name, path in missing.items()]
   return (
     "adapt knows no rule for an adapted weight in "
@@ -172,24 +185,25 @@ def _no_rule(missing: Mapping[str, str]) -> str:
 def adapt_rows(
   fn: Callable[..., Any], *, strict: bool = False
 ) -> Callable[..., Any]:
-  """A function of a batch each of whose rows has its own adapters.
+  """Wraps a function so that every row of a batch uses its own adapters.
 
       y_i = fn(params + Σ_s weight_is adapter_(ids_is), x_i)
 
   Args:
     fn: `(params, *batched) -> batched`, for batches of any size, each row of
-      which is computed for itself.
+      which is computed independently.
     strict: as for `adapt`.
 
   Returns:
-    `(params, bank, ids, *batched, weights=None) -> batched`: bank as `stack`
-    gives it, ids (B,) or (B, s) integers, -1 for none, weights of their shape.
-    The whole batch is one program, which fetches each row's adapters or masks
-    those of others, whichever is the less work. Rows of -1 are as the base
-    alone. Other ids, weights and adapters of the same shapes do not recompile.
+    `(params, bank, ids, *batched, weights=None) -> batched`: bank from
+    `make_bank`, ids (B,) or (B, s) integers, -1 for none, weights of the shape
+    of ids. The whole batch is one program, which fetches each row's adapters or
+    masks those of other rows, whichever is less work. Rows of id -1 equal the
+    base's. Other ids, weights and adapters of the same shapes do not recompile.
 
   Raises:
-    ValueError: ids out of range, where they are known.
+    ValueError: from the returned function: ids out of range, unless they are
+      traced.
 
   Example:
     >>> lora = Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 2)),
@@ -204,6 +218,7 @@ def adapt_rows(
   adapted = adapt(fn, strict=strict)
 
   def run(params, bank, ids, *batched, weights=None):
+    """Runs fn on a batch, each row with the adapters of its ids."""
     count = {lora.a.shape[0] for lora in bank.values()}
     if len(count) > 1:
       raise ValueError(
@@ -216,6 +231,7 @@ def adapt_rows(
     batch = len(ids)
 
     def row(ids, weights, *parts):
+      """Runs fn on a batch of one row."""
       parts = jax.tree.map(lambda x: x[None], parts)
       own = bind(params, bank, weights, ids=ids, batch=batch)
       found = adapted(own, *parts)
@@ -234,15 +250,15 @@ def lora_dot(
   *,
   implementation: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-  """Rows times a matrix with a Lora on it, by the fused kernel or by XLA.
+  """Multiplies rows by a matrix with a Lora on it, by a fused kernel or XLA.
 
       y = x w + ((x aᵀ) g) b,   g = gate · scale
 
   Args:
     x: (..., in).
-    w: (in, out), or quantised, as `pallas_kernels.lora_dot` takes it.
+    w: (in, out), or quantised as for `pallas_kernels.lora_dot`.
     lora: a (r, in), b (r, out), scale ().
-    gate: broadcastable to (..., r); None is one.
+    gate: broadcastable to (..., r); None is 1.
     implementation: as for `pallas_kernels.lora_dot.lora_dot`.
 
   Returns:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One permutation matched, with those inside its units: linear assignment.
+"""Finds the best order of one permutation's units, by linear assignment.
 
-Scores are products in float32; only (n, n) of them reach the host, where
-SciPy solves the assignment.
+Permutations inside the units are matched along with it. Scores are computed in
+float32; only (n, n) of them reach the host, where SciPy solves the assignment.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +19,17 @@ from jlora.numerics.backends import library_of
 with epy.lazy_imports():  # half a second
   import scipy.optimize
 
-# Turns that several inner permutations take at the most.
+# How often each of several inner permutations is improved, at most.
 _TURNS = 20
 
 
 class Tensor(NamedTuple):
-  """What a permutation and those inside it act on, of two networks.
+  """One array of two networks, split into the units of a permutation.
 
   Attributes:
     inner: the inner permutations that act on it, in the order of its axes.
-    a: units of the outer one, each (inner ..., rest), float32.
-    b: the same of the network that is put in order.
+    a: units of the outer permutation, each (inner ..., rest), float32.
+    b: the same array of the network whose units are reordered.
   """
 
   inner: tuple[str, ...]
@@ -38,11 +38,11 @@ class Tensor(NamedTuple):
 
 
 class Matched(NamedTuple):
-  """A step of coordinate descent.
+  """The result of matching one permutation and those inside it.
 
   Attributes:
-    permutations: of the family.
-    gain: of the score; 0 if nothing moves.
+    permutations: the new orders.
+    gain: by how much the score rises; 0 if nothing moves.
   """
 
   permutations: Permutations
@@ -50,15 +50,16 @@ class Matched(NamedTuple):
 
 
 def solve(scores: Any, tol: float = 0.0) -> tuple[np.ndarray, float]:
-  """The assignment of largest score, of equal ones that which moves least.
+  """Solves the linear assignment problem, preferring units to stay in place.
 
       max_p Σ_i scores[i, p(i)] + tol max |scores| [p(i) = i]
 
   Args:
     scores: (n, n), finite.
-    tol: a unit moves for more than this share of the largest score; any do
-      for more than it of Σ_i max_j |scores[i, j]|. Units that are never active
-      would move at random without it.
+    tol: a unit moves only if that gains more than this share of the largest
+      score, and nothing moves unless all together gain more than this share of
+      Σ_i max_j |scores[i, j]|. Without it, units that are never active would
+      move at random.
 
   Returns:
     p (n,) int64 and its gain over p(i) = i. O(n³) on the host.
@@ -88,23 +89,23 @@ def tensors_of(
   inner: Sequence[str],
   paths: Sequence[str],
 ) -> Iterator[Tensor]:
-  """The arrays that a permutation and those inside it act on, one at a time.
+  """Yields the arrays that a permutation and those inside it act on.
 
   Args:
     left: path -> array.
-    right: the same of the network that is put in order.
-    layout: of both.
+    right: the same for the network whose units are reordered.
+    layout: of both networks.
     root: the permutation.
     inner: those inside it.
     paths: the parameters that any of them acts on.
 
   Yields:
-    Tensor; an array of several parts gives one for each.
+    Tensor; an array whose axes have several parts gives one for each part.
 
   Example:
     >>> place = Place((((Factor("u", 2),),), ((Factor("-", 3),),)), "", 0, ())
     >>> w = {"w": np.ones((2, 3))}
-    >>> layout = Layout({"w": place}, {"u": 2}, {})
+    >>> layout = UnitLayout({"w": place}, {"u": 2}, {})
     >>> [x.a[0].shape for x in tensors_of(w, w, layout, "u", (), ["w"])]
     [(3,)]
   """
@@ -127,7 +128,7 @@ def tensors_of(
 
 
 def _stacked(left, right, place: Place, inner) -> Iterator[Tensor]:
-  """Of arrays that are units themselves."""
+  """Yields the parts of a stack, whose arrays are the units themselves."""
   sides = []
   for flat in (left, right):
     sides.append([list(_blocks(flat[p], place.axes)) for p in place.peers])
@@ -142,14 +143,14 @@ def _stacked(left, right, place: Place, inner) -> Iterator[Tensor]:
 
 
 def _units(x: Any, order: tuple[int, ...], extra: int) -> Any:
-  """The named axes first, the rest flattened, float32."""
+  """Moves the named axes first and flattens the rest, as float32."""
   rest = tuple(i for i in range(x.ndim) if i not in order)
   x = x.transpose(order + rest).astype(np.float32)
   return x.reshape(*x.shape[: len(order)], -1)
 
 
 def _blocks(x: Any, axes) -> Iterator[tuple[Any, list[str]]]:
-  """The parts of an array, an axis for each factor, and the factors' names."""
+  """Yields an array's parts, one axis per factor, and the factors' names."""
   for i, axis in enumerate(axes):
     if len(axis) > 1:
       start = 0
@@ -170,19 +171,19 @@ def match_family(
   sizes: Mapping[str, int],
   tol: float,
 ) -> Matched:
-  """The best order of a permutation's units and of what is inside each.
+  """Finds the best order of a permutation's units and of what is inside each.
 
   Args:
-    tensors: of `tensors_of`.
+    tensors: from `tensors_of`.
     root: the permutation.
     inner: those inside it.
     sizes: of all of them.
     tol: as for `solve`.
 
   Returns:
-    Matched. Without inner ones, the optimum. With one, too: each pair of units
-    is given its best inner order. With several they take turns, from the
-    order they are in, and the score can but rise.
+    Matched. Optimal with no inner permutation or one: each pair of units is
+    scored with its best inner order. Several inner ones are improved in turn
+    from their current order, so that the score never falls.
 
   Example:
     >>> x = np.float32([[1, 0], [0, 1]])
@@ -205,7 +206,7 @@ def match_family(
 
 
 def _match_nested(tensors, scores, root, inner, sizes, tol) -> Matched:
-  """Inner orders of every pair of units, then the order of the units."""
+  """Matches the insides of every pair of units, then the units."""
   count = sizes[root]
   orders, before = {}, 0.0
   for i in range(count):
@@ -227,7 +228,7 @@ def _match_nested(tensors, scores, root, inner, sizes, tol) -> Matched:
 
 
 def _match_units(pairs, inner, sizes, tol):
-  """The score of two units, their inner orders, and the score before."""
+  """Returns two units' best score, inner orders and current score."""
   orders = {name: np.arange(sizes[name]) for name in inner}
   acting = [
     name
@@ -235,7 +236,7 @@ def _match_units(pairs, inner, sizes, tol):
     if sizes[name] > 1 and any(name in names for names, _, _ in pairs)
   ]
   start = _score(pairs, orders)
-  # Rounding must not keep this going where gains are as small as it is.
+  # A limit, because gains as small as rounding errors could go on forever.
   for _ in range(_TURNS if len(acting) > 1 else 1):
     moved = [_turn(pairs, name, orders, sizes[name], tol) for name in acting]
     if not any(moved):
@@ -244,27 +245,28 @@ def _match_units(pairs, inner, sizes, tol):
 
 
 def _turn(pairs, name, orders, size: int, tol: float) -> bool:
-  """Puts one inner permutation at its best, the others held; if it moved."""
+  """Improves one inner permutation in place; returns whether it moved."""
   scores = np.zeros((size, size))
   for names, a, b in pairs:
     if name in names:
       at = names.index(name)
       other = _unfold(_ordered(names, b, orders, name), at)
       scores += np.asarray(_unfold(a, at) @ other.T)
-  # Gains count from the order that was found so far.
+  # Columns in the order found so far, so that the gain is relative to it.
   step, gain = solve(scores[:, orders[name]], tol)
   orders[name] = orders[name][step]
   return gain > 0
 
 
 def _score(pairs, orders) -> float:
+  """Computes the inner product of paired units under given inner orders."""
   return sum(
     float(_flat(a) @ _flat(_ordered(names, b, orders))) for names, a, b in pairs
   )
 
 
 def _ordered(names, b, orders, but: str = ""):
-  """Units with their inner axes in order, all but one."""
+  """Applies the inner orders to a unit, except that of `but`."""
   for i, name in enumerate(names):
     if name != but and (orders[name] != np.arange(len(orders[name]))).any():
       b = library_of(b).take(b, orders[name], axis=i)
@@ -272,15 +274,17 @@ def _ordered(names, b, orders, but: str = ""):
 
 
 def _unfold(x, axis: int):
+  """Moves an axis first and flattens the rest."""
   return library_of(x).moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
 
 
 def _flat(x):
+  """Flattens an array."""
   return x.reshape(-1)
 
 
 def _matrix(units) -> Any:
-  """Units as rows."""
+  """Returns units as the rows of a matrix."""
   if isinstance(units, list):
     return library_of(units[0]).stack([_flat(unit) for unit in units])
   return units.reshape(units.shape[0], -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coordinate descent over the permutations of a network."""
+"""Matches all permutations of a network, one at a time, until none moves."""
 
 import math
 from collections.abc import Mapping
@@ -31,23 +31,20 @@ def descend(
   sweeps: int,
   tol: float,
 ) -> tuple[Permutations, tuple[float, ...]]:
-  """Coordinate descent over permutations, on top of those already made.
+  """Improves permutations one at a time, the others held, until none moves.
 
   Args:
     left: path -> array.
-    right: the network that is put in order, `found` applied to it.
-    layout: of both.
-    found: all of the layout's permutations, those of `right` so far.
-    key: PRNG key of the order in a sweep.
-    sweeps: at the most.
+    right: the network whose units are reordered, `found` already applied.
+    layout: of both networks.
+    found: all of the layout's permutations, as applied to `right` so far.
+    key: PRNG key of the order in which a sweep visits the permutations.
+    sweeps: maximal number of sweeps.
     tol: as for `match_weights`.
 
   Returns:
-    Permutations that include `found`, and the scores.
-
-  Example:
-    >>> descend({}, {}, Layout({}, {}, {}), {}, None, 1, 0.0)
-    ({}, (0.0, 0.0))
+    Permutations that include `found`, and the score before the first sweep and
+    after each.
   """
   families = {
     root: (inner, paths)
@@ -77,15 +74,16 @@ def descend(
 
 
 def _match(left, right, layout, root, inner, paths, tol) -> Matched:
+  """Matches one permutation and those inside it."""
   pairs = tensors_of(left, right, layout, root, inner, paths)
   sizes = {name: layout.sizes[name] for name in (root, *inner)}
   return match_family(pairs, root, inner, sizes, tol)
 
 
 def _anchored_first(layout: UnitLayout, families) -> list[str]:
-  """Permutations by how many numbers they alone permute, many first.
+  """Sorts permutations by how many numbers they alone permute.
 
-  With the others still in disorder, these are what there is to go by.
+  Those numbers can be compared while the other permutations are still unknown.
   """
   alone = {}
   for root, (inner, paths) in families.items():
@@ -99,10 +97,12 @@ def _anchored_first(layout: UnitLayout, families) -> list[str]:
 
 
 def _touched(layout: UnitLayout, names: set[str]) -> list[str]:
+  """Returns the paths that any of the named permutations acts on."""
   return [p for p, place in layout.places.items() if place.names() & names]
 
 
 def _dot(x, y) -> float:
+  """Computes the inner product of two arrays, in float32."""
   x, y = (z.astype(np.float32).reshape(-1) for z in (x, y))
   if library_of(x) is np:
     return inner_product(x, y)
@@ -110,14 +110,9 @@ def _dot(x, y) -> float:
 
 
 def agreement_of(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
-  """The inner product of two sets of arrays.
+  """Computes the inner product of two networks' parameters.
 
-  Args:
-    left: path -> array.
-    right: the same paths and shapes.
-
-  Returns:
-    Float; float32 sums of blocks, added in float64 for NumPy's arrays.
+  Within an array float32 sums of blocks, added in float64 for NumPy's arrays.
 
   Example:
     >>> agreement_of({"w": np.ones(3)}, {"w": np.ones(3)})
@@ -129,36 +124,24 @@ def agreement_of(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
 def layout_of_pair(
   left: Mapping[str, Any], right: Mapping[str, Any], symmetry: Symmetry
 ) -> UnitLayout:
-  """The layout of two networks, if they are alike and finite.
-
-  Args:
-    left: path -> array.
-    right: the other network.
-    symmetry: of both.
-
-  Returns:
-    Layout.
+  """Returns the layout of two networks of equal shapes and finite entries.
 
   Raises:
     ValueError: paths or shapes differ, NaN or infinity, or as `lay_out_units`.
-
-  Example:
-    >>> layout_of_pair({}, {}, Symmetry(()))
-    Layout(places={}, sizes={}, outer={})
   """
   check_alike(left, right)
   return lay_out_units(symmetry, left)
 
 
 def check_alike(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
-  """Nothing, if arrays have the same paths and shapes and are finite.
+  """Raises unless arrays have the same paths and shapes and are finite.
 
   Args:
-    left: path -> array, `a` in errors.
-    right: the same, `b`.
+    left: path -> array, called `a` in errors.
+    right: path -> array, called `b` in errors.
 
   Raises:
-    ValueError: what differs, or is NaN or infinite; up to three named.
+    ValueError: what differs, or is NaN or infinite; names up to three.
 
   Example:
     >>> check_alike({"w": np.ones(2)}, {"w": np.ones(3)})

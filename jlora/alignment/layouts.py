@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The axes of a network's parameters: what they are made of, and how long.
+"""Lays a symmetry over a network: which permutation acts on which axis.
 
-An axis is a sum of parts, and a part a product of factors, each the units of
-one permutation: `kv.3 group.3 value.3`, or queries, keys and values of one
-product side by side.
+An axis is a concatenation of parts (such as queries, keys and values side by
+side). A part is a product of factors (such as `kv.3 group.3 value.3`), and each
+factor counts the units of one permutation. `lay_out_units` finds all of them
+and their sizes from the parameters' shapes.
 """
 
 import math
@@ -29,134 +30,15 @@ AxisPart = tuple[Factor, ...]
 Axis = tuple[AxisPart, ...]
 
 
-def length(axis: Axis) -> int:
-  """How long an axis is.
-
-  Args:
-    axis: its parts.
-
-  Returns:
-    int.
-
-  Example:
-    >>> length(((Factor("head", 2), Factor("-", 3)), (Factor("-", 4),)))
-    10
-  """
-  return sum(math.prod(size for _, size in part) for part in axis)
-
-
-def solve_sizes(
-  axes: Sequence[tuple[str, Names, int]], known: Mapping[str, int]
-) -> dict[str, int]:
-  """The size of every permutation, from axes with one unknown.
-
-  Args:
-    axes: path of the parameter, names, how long the axis is.
-    known: name -> units, where they are given.
-
-  Returns:
-    name -> units, those that are known too.
-
-  Raises:
-    ValueError: sizes that do not agree, or that nothing tells.
-
-  Example:
-    >>> solve_sizes([("w", (("head", "value"),), 6)], {"head": 2})
-    {'head': 2, 'value': 3}
-  """
-  sizes = dict(known)
-  while True:
-    before = len(sizes)
-    for _, axis, total in axes:
-      _solve_axis(axis, total, sizes)
-    if len(sizes) == before:
-      break
-  wrong = [
-    f"{path}: {_text(axis)} is {_text(axis, sizes)}, the axis has {total}"
-    for path, axis, total in axes
-    if not _fits(axis, total, sizes)
-  ]
-  names = [name for _, axis, _ in axes for part in axis for name in part]
-  unknown = [n for n in dict.fromkeys(names) if n not in sizes and n != FIXED]
-  if wrong or unknown:
-    raise ValueError(
-      f"{len(wrong) + len(unknown)} sizes do not agree or are not told: "
-      f"{name_some(wrong + unknown)}. Give sizes, or other rows."
-    )
-  return sizes
-
-
-def give_sizes(axis: Names, total: int, sizes: Mapping[str, int]) -> Axis:
-  """An axis whose factors have sizes; `-` takes what is left of its part.
-
-  Args:
-    axis: names of the factors.
-    total: how long it is.
-    sizes: name -> units; all but `-`.
-
-  Returns:
-    Axis.
-
-  Example:
-    >>> give_sizes((("head", "-"),), 6, {"head": 2})
-    ((Factor(name='head', size=2), Factor(name='-', size=3)),)
-  """
-  share = total // len(axis)
-  return tuple(
-    tuple(
-      Factor(
-        name,
-        sizes[name]
-        if name != FIXED
-        else share // math.prod(sizes[n] for n in part if n != FIXED),
-      )
-      for name in part
-    )
-    for part in axis
-  )
-
-
-def _solve_axis(axis, total, sizes) -> None:
-  """Adds the size of the axis's only unknown, where it has just one."""
-  unknown = {name for part in axis for name in part if name not in sizes}
-  if len(unknown) != 1 or FIXED in unknown:
-    return
-  (name,) = unknown
-  known = sum(
-    math.prod(sizes[n] for n in part) for part in axis if name not in part
-  )
-  times = sum(
-    math.prod(sizes[n] for n in part if n != name)
-    for part in axis
-    if name in part
-  )
-  if total > known and (total - known) % times == 0:
-    sizes[name] = (total - known) // times
-
-
-def _fits(axis, total, sizes) -> bool:
-  try:
-    return length(give_sizes(axis, total, sizes)) == total
-  except KeyError:
-    return any(n not in sizes and n != FIXED for part in axis for n in part)
-
-
-def _text(axis, sizes: Mapping[str, int] | None = None) -> str:
-  if sizes is None:
-    return " + ".join(" ".join(part) for part in axis)
-  return " + ".join(
-    " x ".join(str(sizes.get(name, name)) for name in part) for part in axis
-  )
-
-
 class Place(NamedTuple):
-  """How one parameter is permuted.
+  """The permutations that act on one parameter, axis by axis.
 
   Attributes:
-    axes: of each axis the parts, of each part the factors.
-    stack: the permutation that exchanges it with its peers, or "".
-    index: which of them it is.
-    peers: their paths in order; its own alone where there is no stack.
+    axes: for each axis its parts, for each part its factors.
+    stack: the permutation that exchanges this array with its peers (such as the
+      other experts'), or "".
+    index: its number among the peers.
+    peers: the peers' paths in order; only its own path without a stack.
   """
 
   axes: tuple[Axis, ...]
@@ -165,7 +47,7 @@ class Place(NamedTuple):
   peers: tuple[str, ...]
 
   def names(self) -> set[str]:
-    """All permutations that act on it."""
+    """Returns the names of all permutations that act on the parameter."""
     found = {f.name for axis in self.axes for part in axis for f in part}
     return (found | {self.stack}) - {FIXED, ""}
 
@@ -176,7 +58,7 @@ class UnitLayout(NamedTuple):
   Attributes:
     places: path -> Place.
     sizes: permutation -> units.
-    outer: permutation -> the one in whose units it is.
+    outer: inner permutation -> the permutation whose units it lies inside.
   """
 
   places: dict[str, Place]
@@ -184,7 +66,7 @@ class UnitLayout(NamedTuple):
   outer: dict[str, str]
 
   def families(self) -> dict[str, tuple[str, ...]]:
-    """Permutations that stand by themselves, each with those inside it."""
+    """Returns each outermost permutation with those inside it."""
     return {
       name: tuple(n for n, out in self.outer.items() if out == name)
       for name in self.sizes
@@ -193,19 +75,20 @@ class UnitLayout(NamedTuple):
 
 
 def lay_out_units(symmetry: Symmetry, shapes: Mapping[str, Any]) -> UnitLayout:
-  """Which permutation acts on which axis of which parameter, and its size.
+  """Finds which permutation acts on which axis of each parameter, and its size.
 
   Args:
-    symmetry: the tables.
+    symmetry: of the network.
     shapes: path -> array, or anything with a shape.
 
   Returns:
-    Layout. Sizes are those the axes tell, beside those that are given.
+    UnitLayout. Sizes come from `symmetry.sizes` or from the axes' lengths.
 
   Raises:
-    ValueError: parameters without a row, sizes that do not agree or that
-      nothing tells, a permutation on two axes of one array (to match it would
-      be a quadratic problem), one inside another that does not act there.
+    ValueError: a parameter has no row; sizes contradict each other or cannot be
+      determined; a permutation acts on two axes of one array (matching it would
+      be a quadratic problem); an inner permutation acts on an axis where its
+      outer one does not.
 
   Example:
     >>> import numpy as np
@@ -246,7 +129,7 @@ def lay_out_units(symmetry: Symmetry, shapes: Mapping[str, Any]) -> UnitLayout:
 
 
 def _read(rows: Iterable[Row], path: str, count: int):
-  """Names of a path's axes; its stack, number and key in it. None: no row."""
+  """Returns a path's axes, stack, number and stack key; None without a row."""
   for pattern, text, stack in rows:
     if not (match := re.fullmatch(pattern, path)):
       continue
@@ -266,16 +149,19 @@ def _read(rows: Iterable[Row], path: str, count: int):
 
 
 def _kind(name: str) -> str:
+  """Returns the kind of a permutation, the part of its name before the dot."""
   return name.split(".")[0]
 
 
 def _names_of(read) -> list[str]:
+  """Returns the permutations that act on a parameter."""
   axes, stack, *_ = read
   names = [name for axis in axes for part in axis for name in part]
   return [name for name in [*names, stack] if name not in (FIXED, "")]
 
 
 def _outer_of(symmetry: Symmetry, found) -> dict[str, str]:
+  """Returns the outer permutation of every inner one."""
   inside = symmetry.inside
   if deep := sorted(set(inside) & set(inside.values())):
     raise ValueError(
@@ -292,7 +178,7 @@ def _outer_of(symmetry: Symmetry, found) -> dict[str, str]:
 
 
 def _check_once(found, outer) -> None:
-  """No name on two axes of an array; none without the one it is inside."""
+  """Raises if a name acts twice on an array, or without its outer one."""
   twice, apart = [], []
   for path, (axes, stack, *_) in found.items():
     seen: set[str] = {stack} - {""}
@@ -322,7 +208,7 @@ def _check_once(found, outer) -> None:
 
 
 def _solve(symmetry: Symmetry, found, shapes) -> dict[str, int]:
-  """The size of every permutation: those of stacks, given ones, and others."""
+  """Computes all sizes from the stacks, the symmetry and the axes."""
   stacked: dict[str, set[int]] = {}
   for _, stack, index, _ in found.values():
     stacked.setdefault(stack, set()).add(index)
@@ -343,7 +229,7 @@ def _solve(symmetry: Symmetry, found, shapes) -> dict[str, int]:
 
 
 def _peers_of(found, sizes) -> dict[str, tuple[str, ...]]:
-  """Key of a stack -> its paths in order, if none is missing."""
+  """Returns each stack key's paths in order; raises if one is missing."""
   members: dict[str, dict[int, str]] = {}
   stacks = {}
   for path, (_, stack, index, key) in found.items():
@@ -364,3 +250,118 @@ def _peers_of(found, sizes) -> dict[str, tuple[str, ...]]:
     key: tuple(group[i] for i in range(len(group)))
     for key, group in members.items()
   }
+
+
+def length(axis: Axis) -> int:
+  """Returns how long an axis is.
+
+  Example:
+    >>> length(((Factor("head", 2), Factor("-", 3)), (Factor("-", 4),)))
+    10
+  """
+  return sum(math.prod(size for _, size in part) for part in axis)
+
+
+def solve_sizes(
+  axes: Sequence[tuple[str, Names, int]], known: Mapping[str, int]
+) -> dict[str, int]:
+  """Computes the size of every permutation from the lengths of the axes.
+
+  Repeatedly solves axes that have a single unknown size.
+
+  Args:
+    axes: for each axis the parameter's path, the factors' names, the length.
+    known: name -> units, where they are given.
+
+  Returns:
+    name -> units, including the known ones.
+
+  Raises:
+    ValueError: sizes that contradict each other or cannot be determined.
+
+  Example:
+    >>> solve_sizes([("w", (("head", "value"),), 6)], {"head": 2})
+    {'head': 2, 'value': 3}
+  """
+  sizes = dict(known)
+  while True:
+    before = len(sizes)
+    for _, axis, total in axes:
+      _solve_axis(axis, total, sizes)
+    if len(sizes) == before:
+      break
+  wrong = [
+    f"{path}: {_text(axis)} is {_text(axis, sizes)}, the axis has {total}"
+    for path, axis, total in axes
+    if not _fits(axis, total, sizes)
+  ]
+  names = [name for _, axis, _ in axes for part in axis for name in part]
+  unknown = [n for n in dict.fromkeys(names) if n not in sizes and n != FIXED]
+  if wrong or unknown:
+    raise ValueError(
+      f"{len(wrong) + len(unknown)} sizes do not agree or are not told: "
+      f"{name_some(wrong + unknown)}. Give sizes, or other rows."
+    )
+  return sizes
+
+
+def give_sizes(axis: Names, total: int, sizes: Mapping[str, int]) -> Axis:
+  """Returns an axis with its factors' sizes; `-` takes the rest of its part.
+
+  Args:
+    axis: names of the factors.
+    total: length of the axis.
+    sizes: name -> units, for all names but `-`.
+
+  Example:
+    >>> give_sizes((("head", "-"),), 6, {"head": 2})
+    ((Factor(name='head', size=2), Factor(name='-', size=3)),)
+  """
+  share = total // len(axis)
+  return tuple(
+    tuple(
+      Factor(
+        name,
+        sizes[name]
+        if name != FIXED
+        else share // math.prod(sizes[n] for n in part if n != FIXED),
+      )
+      for name in part
+    )
+    for part in axis
+  )
+
+
+def _solve_axis(axis, total, sizes) -> None:
+  """Adds an axis's unknown size to `sizes`, if it has exactly one."""
+  unknown = {name for part in axis for name in part if name not in sizes}
+  if len(unknown) != 1 or FIXED in unknown:
+    return
+  (name,) = unknown
+  known = sum(
+    math.prod(sizes[n] for n in part) for part in axis if name not in part
+  )
+  times = sum(
+    math.prod(sizes[n] for n in part if n != name)
+    for part in axis
+    if name in part
+  )
+  if total > known and (total - known) % times == 0:
+    sizes[name] = (total - known) // times
+
+
+def _fits(axis, total, sizes) -> bool:
+  """Returns whether the sizes explain an axis's length, or some are unknown."""
+  try:
+    return length(give_sizes(axis, total, sizes)) == total
+  except KeyError:
+    return any(n not in sizes and n != FIXED for part in axis for n in part)
+
+
+def _text(axis, sizes: Mapping[str, int] | None = None) -> str:
+  """Formats an axis for an error, with its sizes where they are given."""
+  if sizes is None:
+    return " + ".join(" ".join(part) for part in axis)
+  return " + ".join(
+    " x ".join(str(sizes.get(name, name)) for name in part) for part in axis
+  )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Git Re-Basin: the order of one network's units that is closest to another's.
+"""Git Re-Basin: reorders one network's hidden units to match another's.
 
-Networks trained from different starts can be averaged only once their hidden
-units correspond. Finetunes of one base correspond already.
+Networks trained from different starts can be averaged only after their hidden
+units are put in the same order. Finetunes of one base have the same order
+already.
 """
 
 import warnings
@@ -33,18 +34,18 @@ from jlora.numerics.backends import words_of
 from jlora.paths import flatten, unflatten
 from jlora.views import view_of
 
-# Two networks from different starts have no common direction; two finetunes of
-# one base have little else.
+# Cosine of the weights above which two networks count as finetunes of one base.
+# It is about 0 for networks from different starts and about 1 for finetunes.
 _RELATED = 0.8
 
 
 class Alignment(NamedTuple):
-  """An order of the units of one network.
+  """The permutations that matching found, and the scores along the way.
 
   Attributes:
-    permutations: for `permute`.
-    scores: of weights `<a, permuted b>` before the first sweep and after each,
-      never falling; of activations before and after.
+    permutations: to be passed to `permute`.
+    scores: inner products `<a, permuted b>`. For weights, before the first
+      sweep and after each, never falling; for activations, before and after.
   """
 
   permutations: Permutations
@@ -61,37 +62,38 @@ def match_weights(
   sweeps: int = 100,
   tol: float = 1e-6,
 ) -> Alignment:
-  """The order of b's units that brings its weights closest to a's.
+  """Finds the order of b's hidden units that brings its weights closest to a's.
 
       max_π <a, π(b)> = min_π ‖a - π(b)‖,   one permutation at a time:
       C = Σ unfold(a) unfold(π b)ᵀ,   max_p Σ_i C[i, p(i)]
 
-  over all arrays that the permutation acts on, the others held. A permutation
-  with others inside it (heads, experts) is matched with them: the best inner
-  ones of every pair give the pair's score.
+  with C summed over all arrays that the permutation acts on, the other
+  permutations held. A permutation with others inside it (heads, experts) is
+  matched together with them: a pair's score is that of its best inner order.
 
   Args:
-    a: a pytree of arrays; those of NumPy are worked on by the host.
-    b: the network whose units are put in order, the same shapes.
-    symmetry: of both.
+    a: a pytree of arrays; NumPy arrays are processed on the host.
+    b: the network whose units are reordered, the same shapes.
+    symmetry: of both networks.
     start: permutations of b to begin with; None moves nothing.
-    key: PRNG key of the order of permutations in a sweep; None is `key(0)`.
-    sweeps: at the most.
-    tol: a permutation changes if that gains more than this share of its best
-      conceivable score, so that rounding and ties move nothing.
+    key: PRNG key of the order in which a sweep visits the permutations; None
+      is `key(0)`.
+    sweeps: maximal number of sweeps.
+    tol: a permutation changes only if that gains more than this share of the
+      best conceivable score, so that rounding and ties move nothing.
 
   Returns:
-    Alignment. The score never falls; the optimum that is reached is a local
-    one. A sweep costs `2 n` products with every axis of n units, in float32,
-    and O(n³) on the host for each assignment; of heads or experts as much for
-    every pair. One array of each network is upcast at a time; of a sharded one
-    only (n, n) scores reach the host.
+    Alignment. The score never falls; the optimum reached is a local one. A
+    sweep costs `2 n` operations per entry on every axis of n units, in float32,
+    and O(n³) on the host per assignment; for heads and experts, as much for
+    every pair of them. Upcasts one array of each network at a time. From
+    sharded arrays only (n, n) scores reach the host.
 
   Raises:
-    ValueError: paths or shapes differ, NaN or infinity, as `lay_out_units`.
+    ValueError: paths or shapes differ, NaN or infinity, or as `lay_out_units`.
 
   Warns:
-    UserWarning: the networks are aligned already, or have one base.
+    UserWarning: the networks are aligned already, or are finetunes of one base.
 
   Example:
     >>> from jlora.alignment import chain
@@ -104,8 +106,9 @@ def match_weights(
 
   References:
     Ainsworth, Hayase and Srinivasa (2022), algorithm 1; heads and what is
-    inside them as in their issue 6. The first sweep begins where most arrays
-    have no other permutation, which the paper leaves to chance.
+    inside them as in issue 6 of its repository. The first sweep starts with the
+    permutations that alone permute the most numbers; the paper's order is
+    random.
   """
   left, right = flatten(a), flatten(b)
   layout = layout_of_pair(left, right, symmetry)
@@ -126,25 +129,25 @@ def match_activations(
   symmetry: Symmetry,
   like: Any,
 ) -> Alignment:
-  """The order of b's units whose activations are closest to a's.
+  """Finds the order of b's hidden units whose activations are closest to a's.
 
       C = E[x yᵀ],   max_p Σ_i C[i, p(i)]
 
   Args:
-    a: path of a kernel (or norm, or embedding) -> what its module puts out,
-      (..., out), on some data; after the nonlinearity if that is what units
-      are to be compared by. Any number of modules.
-    b: the same of the other network, on the same data in the same order.
-    symmetry: of both.
+    a: path of a kernel (or norm, or embedding) -> its module's outputs,
+      (..., out), on some data; before or after the nonlinearity, whichever the
+      units are to be compared by. Any number of modules.
+    b: the same for the other network, on the same data in the same order.
+    symmetry: of both networks.
     like: the parameters, or anything of their shapes.
 
   Returns:
     Alignment. Permutations that act on none of the given outputs move nothing.
-    Every one is found for itself, by one assignment, so that no order matters.
-    Costs `2 n²` operations a sample and O(n³) on the host.
+    Each permutation is found independently, by one assignment. Costs `2 n²`
+    operations per sample and O(n³) on the host.
 
   Raises:
-    ValueError: paths or shapes differ, a path is no parameter, NaN.
+    ValueError: paths or shapes differ, a path is not a parameter, NaN.
 
   Example:
     >>> from jlora.alignment import chain
@@ -202,27 +205,29 @@ def merge_many(
   sweeps: int = 100,
   tol: float = 1e-6,
 ) -> tuple[Any, list[Permutations]]:
-  """The mean of several networks, and the orders of their units that it takes.
+  """Averages networks after putting their hidden units in one order.
 
       model_i ← match(mean of the others, model_i),  in turn, until none moves
 
   Args:
     models: pytrees of one structure, two or more.
-    symmetry: of all.
-    key: PRNG key of the orders; None is `key(0)`.
-    sweeps: over the models, at the most.
+    symmetry: of all networks.
+    key: PRNG key of the orders in which models and permutations are visited;
+      None is `key(0)`.
+    sweeps: maximal number of sweeps over the models.
     tol: as for `match_weights`.
 
   Returns:
-    The mean, in float32 rounded once to each leaf's dtype, and permutations of
-    each model. Costs a matching a model and sweep; holds all of them and one
-    mean in float32.
+    The mean, computed in float32 and rounded once to each leaf's dtype, and the
+    permutations of each model. Costs one matching per model and sweep; holds
+    all models and one mean in float32.
 
   Raises:
     ValueError: fewer than two models, or as `match_weights`.
 
-  Approximation: models are first aligned with the first one, where the paper
-  starts as they are: a mean of networks in different orders is a poor guide.
+  Approximation: all models are first aligned with the first one. The paper
+  starts from the models as they are, but the mean of networks in different
+  orders is a poor target.
 
   Example:
     >>> from jlora.alignment import chain
@@ -246,6 +251,7 @@ def merge_many(
   current = list(flats)
 
   def align(i: int, target) -> bool:
+    """Aligns model i with a target; returns whether anything moved."""
     own, _ = descend(target, current[i], layout, identity(layout), key, sweeps,
                     tol)  # fmt: skip
     current[i] = permuted(current[i], own, layout)
@@ -266,13 +272,13 @@ def merge_many(
 
 
 def _output(path: str, shape: tuple[int, ...], symmetry: Symmetry) -> int:
-  """The axis of a kernel that its module's outputs are numbered by."""
+  """Returns the axis of a kernel that indexes its module's outputs."""
   view = view_of(path, shape, symmetry.views)
   return -1 if view is None else view.outputs[-1]
 
 
 def _cosine(left, right) -> float:
-  """Of matrices alone: norms start as ones in every network."""
+  """Computes the cosine of two networks' matrices, leaving out norms."""
   left = {path: x for path, x in left.items() if x.ndim > 1}
   right = {path: right[path] for path in left}
   norms = agreement_of(left, left) * agreement_of(right, right)
@@ -280,6 +286,7 @@ def _cosine(left, right) -> float:
 
 
 def _mean(flats, *, rounded: bool = False) -> dict[str, Any]:
+  """Averages networks in float32, optionally rounded to each leaf's dtype."""
   found = {}
   for path, leaf in flats[0].items():
     total = sum(flat[path].astype(np.float32) for flat in flats)
@@ -289,6 +296,7 @@ def _mean(flats, *, rounded: bool = False) -> dict[str, Any]:
 
 
 def _warn_of_relation(is_same: bool, cosine: float) -> None:
+  """Warns if matching was of no use: aligned already, or one base."""
   if is_same:
     warnings.warn(
       "The networks are aligned as they are: no permutation brings them "

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permutations of hidden units: none, one after another, and back.
+"""Permutations of hidden units, and networks and Loras reordered by them.
 
-`{name: array}`: of a permutation that stands by itself (n,), of one inside the
-units of another (outer, n), a row for each unit's place in the result. The
-result's unit k is the source's p[k]; its channel d is channel c[k, d] of that.
+Permutations are a dictionary `{name: array}`. An outermost permutation is (n,);
+one inside the units of another is (outer, n), with a row for each outer unit of
+the result. Unit k of the result is unit p[k] of the source, and its channel d
+is channel c[k, d] of that unit.
 """
 
 from collections.abc import Mapping
@@ -23,16 +24,10 @@ Permutations = dict[str, np.ndarray]
 
 
 def identity(layout: UnitLayout) -> Permutations:
-  """The permutations that move nothing.
-
-  Args:
-    layout: of `lay_out_units`.
-
-  Returns:
-    Permutations, int64.
+  """Returns the permutations that move nothing, int64.
 
   Example:
-    >>> identity(Layout({}, {"head": 2, "value": 3}, {"value": "head"}))
+    >>> identity(UnitLayout({}, {"head": 2, "value": 3}, {"value": "head"}))
     {'head': array([0, 1]), 'value': array([[0, 1, 2],
            [0, 1, 2]])}
   """
@@ -48,20 +43,12 @@ def identity(layout: UnitLayout) -> Permutations:
 def compose(
   second: Permutations, first: Permutations, layout: UnitLayout
 ) -> Permutations:
-  """The permutations that do what one set does, and then another.
+  """Returns the permutations that do what `first` does and then `second`.
 
       p[k] = first[second[k]],   c[k, d] = first_c[second[k], second_c[k, d]]
 
-  Args:
-    second: done last.
-    first: done first.
-    layout: of `lay_out_units`.
-
-  Returns:
-    Permutations.
-
   Example:
-    >>> layout = Layout({}, {"unit": 3}, {})
+    >>> layout = UnitLayout({}, {"unit": 3}, {})
     >>> turn = {"unit": np.array([1, 2, 0])}
     >>> compose(turn, turn, layout)["unit"]
     array([2, 0, 1])
@@ -77,17 +64,10 @@ def compose(
 
 
 def inverse(permutations: Permutations, layout: UnitLayout) -> Permutations:
-  """The permutations that take back what others do.
-
-  Args:
-    permutations: of one layout.
-    layout: that.
-
-  Returns:
-    Permutations.
+  """Returns the permutations that undo the given ones.
 
   Example:
-    >>> inverse({"u": np.array([1, 2, 0])}, Layout({}, {"u": 3}, {}))["u"]
+    >>> inverse({"u": np.array([1, 2, 0])}, UnitLayout({}, {"u": 3}, {}))["u"]
     array([2, 0, 1])
   """
   found = {}
@@ -100,18 +80,15 @@ def inverse(permutations: Permutations, layout: UnitLayout) -> Permutations:
 
 
 def check_permutations(permutations: Permutations, layout: UnitLayout) -> None:
-  """Nothing, if these are permutations of a layout's units.
-
-  Args:
-    permutations: any of the layout's.
-    layout: of `lay_out_units`.
+  """Raises unless all given permutations fit a layout; some may be missing.
 
   Raises:
-    ValueError: names the layout lacks, or arrays that are no permutations of
-      the size; up to three named.
+    ValueError: a name that the layout lacks, or an array that is not a
+      permutation of the right size; names up to three.
 
   Example:
-    >>> check_permutations({"u": np.array([0, 0])}, Layout({}, {"u": 2}, {}))
+    >>> layout = UnitLayout({}, {"u": 2}, {})
+    >>> check_permutations({"u": np.array([0, 0])}, layout)
     Traceback (most recent call last):
     ...
     ValueError: 1 of 1 are no permutations of this network: u (2,) for (2,).
@@ -132,18 +109,7 @@ def check_permutations(permutations: Permutations, layout: UnitLayout) -> None:
 
 
 def is_identity(permutations: Permutations) -> bool:
-  """Whether nothing is moved.
-
-  Args:
-    permutations: any.
-
-  Returns:
-    bool.
-
-  Example:
-    >>> is_identity({"unit": np.array([0, 1])})
-    True
-  """
+  """Returns whether the permutations move nothing."""
   return all(
     (given == np.arange(given.shape[-1])).all()
     for given in permutations.values()
@@ -151,24 +117,23 @@ def is_identity(permutations: Permutations) -> bool:
 
 
 def permute(params: Any, permutations: Permutations, symmetry: Symmetry) -> Any:
-  """The same network with its hidden units in another order.
+  """Reorders the hidden units of a network without changing its function.
 
       w[i, ..., j]  ←  w[p[i], ..., q[j]]      on every axis that has one
 
   Args:
     params: a pytree of arrays, NumPy's or JAX's.
-    permutations: as `match_weights` finds them; a name that is absent moves
-      nothing.
+    permutations: from `match_weights`; a name that is absent moves nothing.
     symmetry: of the network.
 
   Returns:
-    The pytree; the function it computes is the same, up to the rounding of
-    sums in another order. Copies what moves, one array at a time; a sharded
-    axis that is permuted travels between its devices.
+    The pytree. It computes the same function up to rounding, because sums run
+    in another order. Copies what moves, one array at a time; permuting a
+    sharded axis moves data between its devices.
 
   Raises:
-    ValueError: as `lay_out_units`; arrays that are no permutations of their
-      size.
+    ValueError: as `lay_out_units`; an array that is not a permutation of the
+      right size.
 
   Example:
     >>> from jlora.alignment import chain
@@ -188,19 +153,12 @@ def permuted(
   permutations: Permutations,
   layout: UnitLayout,
 ) -> dict[str, Any]:
-  """`permute` for {path: array} whose layout is known: nothing is checked.
+  """Applies permutations to {path: array} whose layout is known, unchecked.
 
   Args:
-    flat: path -> array, paths of the layout, and whole stacks of them.
+    flat: path -> array; of a stack, all arrays.
     permutations: as for `permute`.
-    layout: of `lay_out_units`.
-
-  Returns:
-    path -> array.
-
-  Example:
-    >>> permuted({}, {}, Layout({}, {}, {}))
-    {}
+    layout: from `lay_out_units`.
   """
   found = {}
   for path in flat:
@@ -217,7 +175,7 @@ def permuted(
 def permute_loras(
   loras: Loras, permutations: Permutations, symmetry: Symmetry, like: Any
 ) -> Loras:
-  """Loras of a network for the same network with its units in another order.
+  """Reorders Loras so that they fit a network reordered by `permute`.
 
       a ← a P_inᵀ,   b ← b P_outᵀ;   the rank axis stays as it is
 
@@ -232,11 +190,11 @@ def permute_loras(
       `symmetry.views`.
 
   Returns:
-    path -> Lora. Of experts that change places the Loras change theirs. Costs
-    a copy of the factors.
+    path -> Lora. Where experts change places, their Loras do too. Costs a copy
+    of the factors.
 
   Raises:
-    ValueError: as `permute`; Loras that do not fit their parameter.
+    ValueError: as `permute`; a Lora that does not fit its parameter.
 
   Example:
     >>> from jlora.alignment import chain
@@ -269,14 +227,14 @@ def permute_loras(
 
 
 def _source(path: str, place: Place, permutations) -> str:
-  """Which array comes to stand at a path."""
+  """Returns the path of the array that moves to this path."""
   if place.stack not in permutations:
     return path
   return place.peers[permutations[place.stack][place.index]]
 
 
 def _order(axis, place, permutations, layout) -> np.ndarray | None:
-  """Where each entry of an axis comes from; None if it stays."""
+  """Returns where each entry of an axis comes from; None if none moves."""
   if not any(f.name in permutations for part in axis for f in part):
     return None
   orders, start = [], 0
@@ -302,7 +260,7 @@ def _order(axis, place, permutations, layout) -> np.ndarray | None:
 
 
 def _orders(axes, place, permutations, layout) -> np.ndarray | None:
-  """The same for axes that are read as one."""
+  """Does the same as `_order` for several axes that are flattened into one."""
   orders = [_order(axis, place, permutations, layout) for axis in axes]
   if all(order is None for order in orders):
     return None
@@ -318,7 +276,7 @@ def _orders(axes, place, permutations, layout) -> np.ndarray | None:
 def _views_of(
   loras: Loras, flat, rules: tuple[ViewRule, ...]
 ) -> dict[str, MatrixView]:
-  """How the parameters of Loras are read, if all of them fit."""
+  """Returns how each Lora's parameter is read; raises if one does not fit."""
   found, wrong = {}, []
   for path, lora in loras.items():
     shape = flat[path].shape if path in flat else ()

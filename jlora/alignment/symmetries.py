@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which permutations of hidden units leave a network's function alone, as data.
+"""Tables of the permutations of hidden units that keep a network's function.
 
-A row of a table says, of the parameters that a regex matches, which permutation
-acts on each axis. Axes are divided by commas and align at the right, so that a
-kernel (in, out), a convolution (height, width, in, out) and a bias (out,) share
-a row. An axis of several factors names them in order, `kv.3 group.3 value.3`;
-one of several arrays side by side joins them with `+`; `-` is not permuted. The
-regex's groups fill the names, so that each layer has permutations of its own.
+A row of a table names, for all parameters that its regex matches, the
+permutation that acts on each axis. Commas separate the axes. They align at the
+right, so that a kernel (in, out), a convolution (height, width, in, out) and a
+bias (out,) share a row. An axis that is a product of several factors lists them
+in order, `kv.3 group.3 value.3`. An axis of several arrays side by side joins
+them with `+`. `-` marks what is not permuted. The regex's groups fill the `{}`
+in the names, so that each layer has its own permutations.
 """
 
 import dataclasses
@@ -21,13 +22,13 @@ FIXED = "-"
 
 
 class Row(NamedTuple):
-  """How the axes of some parameters are permuted.
+  """One row of a symmetry: which permutations act on some parameters' axes.
 
   Attributes:
     pattern: regex of whole paths.
-    axes: the names, in the grammar above.
-    stack: the permutation that exchanges whole arrays, for experts kept apart:
-      they are numbered by the last group.
+    axes: the permutations' names, in the grammar of this module's docstring.
+    stack: the permutation that exchanges whole arrays, for experts that are
+      stored as separate arrays; the regex's last group is the array's number.
   """
 
   pattern: str
@@ -37,14 +38,14 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Symmetry:
-  """A family of networks: its rows, and what they leave unsaid.
+  """The permutations of hidden units that keep the function of some networks.
 
   Attributes:
-    rows: the first whose pattern matches a path counts.
-    inside: kind -> kind: permutations inside the units of another, one for each
-      of them; a name's kind is what stands before its dot.
-    sizes: kind -> units, where no axis tells it.
-    views: how kernels are read as (in, out): of Loras and of activations.
+    rows: the table; the first row whose pattern matches a path counts.
+    inside: inner kind -> outer kind. Each unit of the outer permutation has its
+      own inner permutation. A name's kind is the part before its dot.
+    sizes: kind -> units, where the axes' lengths do not determine them.
+    views: how kernels are read as (in, out), for Loras and activations.
 
   Example:
     >>> Symmetry((Row("w", "-, unit"), Row("v", "unit, -"))).sizes
@@ -57,11 +58,11 @@ class Symmetry:
   views: tuple[ViewRule, ...] = FLAX_VIEWS
 
 
-#: Decoders of the Llama family, by the paths of `jlora.models`, whose
-#: `hf_symmetry` makes rows for a checkpoint's names of them. Rotary positions
-#: turn channels of a query and key pairwise by their place, so these stay;
-#: those of values are free. Query heads move within their key's group, groups
-#: as wholes.
+#: Decoders of the Llama family, by the paths of `jlora.models`. Its
+#: `hf_symmetry` turns these rows into rows for a checkpoint's names. Rotary
+#: positions pair up the channels of queries and keys by index, so these cannot
+#: move; the channels of values can. Query heads move within the group of their
+#: key head, and groups move as wholes.
 DECODER = (
   Row(r"embed/embedding", "-, stream"),
   Row(r"(?:layers/\d+/(?:attn|mlp)_norm|norm)/scale", "stream"),
@@ -95,14 +96,14 @@ GPT2 = (
 
 
 def decoder(heads: int, kv_heads: int | None = None) -> Symmetry:
-  """The symmetry of `jlora.models`' Llama, Mistral, Mixtral, Qwen2 and Qwen3.
+  """Returns the symmetry of Llama, Mistral, Mixtral, Qwen2 and Qwen3 models.
 
   Args:
-    heads: of queries.
-    kv_heads: of keys and values; as many without it.
+    heads: number of query heads.
+    kv_heads: number of key and value heads; None means `heads`.
 
   Returns:
-    Symmetry, by `DECODER`.
+    Symmetry for the parameter paths of `jlora.models`, with the rows `DECODER`.
 
   Raises:
     ValueError: kv_heads does not divide heads.
@@ -119,13 +120,13 @@ def decoder(heads: int, kv_heads: int | None = None) -> Symmetry:
 
 
 def gpt2(heads: int) -> Symmetry:
-  """The symmetry of `jlora.models`' GPT-2.
+  """Returns the symmetry of GPT-2 models.
 
   Args:
-    heads: of attention.
+    heads: number of attention heads.
 
   Returns:
-    Symmetry, by `GPT2`.
+    Symmetry for the parameter paths of `jlora.models`, with the rows `GPT2`.
 
   Example:
     >>> gpt2(12).inside
@@ -137,20 +138,21 @@ def gpt2(heads: int) -> Symmetry:
 def chain(
   layers: Sequence[str | Sequence[str]], *, flattened: Collection[str] = ()
 ) -> Symmetry:
-  """The symmetry of layers in a row: an MLP, or convolutions and dense layers.
+  """Returns the symmetry of an MLP or CNN: layers that follow one another.
 
   Args:
-    layers: paths of the modules from input to output; a sequence is a layer and
-      the norms that follow it, each with one number a channel. Means and
-      variances of a batch norm go along.
-    flattened: layers whose input is a flattened image, (height, width,
-      channel) of the layer before.
+    layers: paths of the modules from input to output. A sequence is a layer and
+      the norms that follow it, each with one number per channel; the means and
+      variances of a batch norm are permuted with it.
+    flattened: layers whose input is the flattened (height, width, channel)
+      image of the layer before.
 
   Returns:
-    Symmetry with permutations unit.0, unit.1, ... of all outputs but the last.
+    Symmetry with permutations unit.0, unit.1, ..., one for the outputs of each
+    layer but the last.
 
   Raises:
-    ValueError: a layer in `flattened` that there is not.
+    ValueError: `flattened` names a layer that is not in `layers`.
 
   Example:
     >>> chain(["in", "out"]).rows[0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How two adapters of one base get in each other's way, before they are merged.
+"""Measures how much two adapters of one base conflict, before merging them.
 
-Figures of their changes, from the thin factors, by the host. A change reads
-input directions with a and writes output directions with b; beside every
-overlap stands what random directions would give.
+The figures are computed from the thin factors, on the host. A change reads
+input directions with a and writes output directions with b. Every overlap comes
+with the value that random directions would give.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from jlora.evaluation.overlaps import compare_reads, on_host
 from jlora.loras import Lora, check_loras, exchange
 from jlora.messages import name_some
 
-# Channels whose change is smaller than this share of the largest are at rest.
+# Channels whose change is below this share of the largest count as unchanged.
 _NOISE = 1e-6
-# Entries that are formed at a time, and that a threshold is read from.
+# Entries that are formed at a time, and entries that a threshold is read from.
 _BLOCK, _SAMPLE = 2**20, 2**18
 
 
 def cosine(left: Lora, right: Lora) -> float:
-  """The cosine of two changes as vectors.
+  """Computes the cosine of two changes, read as vectors.
 
       <Δ, Δ'> = scale scale' Σ (a a'ᵀ) ⊙ (b b'ᵀ)
 
@@ -47,6 +47,7 @@ def cosine(left: Lora, right: Lora) -> float:
 
 
 def _inner(left: Lora, right: Lora) -> float:
+  """Computes the inner product of two changes."""
   a, b = (
     x.astype(np.float64) @ y.astype(np.float64).T
     for x, y in ((left.a, right.a), (left.b, right.b))
@@ -55,6 +56,7 @@ def _inner(left: Lora, right: Lora) -> float:
 
 
 def _of_one_parameter(left: Lora, right: Lora) -> tuple[Lora, Lora]:
+  """Returns both on the host; raises if their shapes differ."""
   left, right = on_host(left), on_host(right)
   shapes = [(x.a.shape[-1], x.b.shape[-1]) for x in (left, right)]
   if shapes[0] != shapes[1]:
@@ -66,7 +68,7 @@ def _of_one_parameter(left: Lora, right: Lora) -> tuple[Lora, Lora]:
 
 
 def column_cosine(left: Lora, right: Lora) -> float:
-  """The mean cosine of what two changes do with each input channel.
+  """Computes the mean cosine of two changes' rows, one for each input channel.
 
       mean_j cos(Δ[j], Δ'[j]),   Δ[j] = scale bᵀ a[:, j]
 
@@ -75,8 +77,8 @@ def column_cosine(left: Lora, right: Lora) -> float:
     right: of the same parameter.
 
   Returns:
-    Between -1 and 1; channels that either leaves alone are skipped, and NaN
-    comes of none. O(in r r' + out r r').
+    Between -1 and 1; channels that either does not change are skipped, and NaN
+    if none is left. O(in r r' + out r r').
 
   Raises:
     ValueError: as `cosine`.
@@ -94,6 +96,7 @@ def column_cosine(left: Lora, right: Lora) -> float:
   left, right = _of_one_parameter(left, right)
 
   def product(x, y):
+    """Computes the inner product for each input channel."""
     middle = x.b.astype(np.float64) @ y.b.astype(np.float64).T
     return np.sum(x.a * (middle @ y.a), axis=0)
 
@@ -108,12 +111,12 @@ def column_cosine(left: Lora, right: Lora) -> float:
 
 
 class Signs(NamedTuple):
-  """How often two changes pull a weight in opposite directions.
+  """Shares of entries that two changes move in opposite directions.
 
   Attributes:
-    everywhere: share of the entries that both change; one half at random.
-    large: the same among entries that are large in both.
-    both_large: share of all entries that are; top² at random.
+    everywhere: of the entries that both change; one half at random.
+    large: of the entries that are large in both.
+    both_large: share of entries that are large in both; top² at random.
   """
 
   everywhere: float
@@ -122,14 +125,14 @@ class Signs(NamedTuple):
 
 
 def compare_signs(left: Lora, right: Lora, *, top: float = 0.2) -> Signs:
-  """How often two changes disagree in sign, over all entries.
+  """Counts how often two changes disagree in sign.
 
-  The one figure that needs the dense changes: formed in blocks of 2^20 entries.
+  Only this needs the dense changes, which it forms in blocks of 2^20 entries.
 
   Args:
     left: a (r, in), b (r, out).
     right: of the same parameter.
-    top: the share of each change's entries that counts as large, by modulus.
+    top: share of each change's entries that count as large, by magnitude.
 
   Returns:
     Signs; NaN where no entry counts. Costs `2 in out (r + r')` operations.
@@ -137,8 +140,8 @@ def compare_signs(left: Lora, right: Lora, *, top: float = 0.2) -> Signs:
   Raises:
     ValueError: as `cosine`.
 
-  Approximation: what is large is told from evenly spaced rows, up to 2^18
-  entries; all entries are then counted.
+  Approximation: the threshold for large entries is taken from evenly spaced
+  rows, up to 2^18 entries; then all entries are counted.
 
   Example:
     >>> one = Lora(np.eye(2), np.array([[1, -1], [2, 1.]]), np.float32(1))
@@ -176,25 +179,26 @@ def compare_signs(left: Lora, right: Lora, *, top: float = 0.2) -> Signs:
 
 
 def _rows(lora: Lora, at) -> np.ndarray:
-  """Some rows of a change, without what could underflow in its scale."""
+  """Computes some rows of a change, without its scale's magnitude."""
   return np.sign(lora.scale) * (lora.a[:, at].T @ lora.b)
 
 
 def compare_adapters(
   left: Mapping[str, Lora], right: Mapping[str, Lora], *, leading: int = 8
 ) -> dict[str, dict[str, Any]]:
-  """All figures of two adapters, by module.
+  """Measures how two adapters conflict and overlap, by module.
 
   Args:
     left: path -> Lora.
     right: the other adapter of the same base.
-    leading: as for `compare_reads`.
+    leading: number of strongest directions for the `leading` figures.
 
   Returns:
-    {path: row} for the modules both have, in the order of the first; a row is
-    for JSON: cosine, column_cosine, sign_conflict, sign_conflict_large, and
-    for `read` and `write` the fields of Shared, `read_overlap`, `read_level`
-    and so on, angles as lists. Costs what `compare_signs` does.
+    {path: row} for the modules of both, in the order of the first. A row can be
+    written as JSON: cosine, column_cosine, sign_conflict, sign_conflict_large,
+    and for `read` (input) and `write` (output) directions the fields of Shared,
+    `read_overlap`, `read_level` and so on, angles as lists. Costs
+    `2 in out (r + r')` operations per module, for the signs.
 
   Raises:
     ValueError: no module in common, or modules that do not fit.
@@ -235,19 +239,21 @@ def compare_adapters(
 def find_intruders(
   w: Any, lora: Lora, *, top: int = 10, threshold: float = 0.5
 ) -> np.ndarray:
-  """Leading output directions of a changed weight that the base hardly has.
+  """Finds leading output directions of a changed weight that the base lacks.
 
       max_i |<v_j(w + Δ), v_i(w)>| < threshold,   j = 1, ..., top
 
   Args:
     w: (in, out), the base's weight.
     lora: a (r, in), b (r, out).
-    top: directions that are looked at.
-    threshold: the cosine under which one is an intruder.
+    top: number of leading directions to check.
+    threshold: a direction is an intruder if its cosine with every direction of
+      the base is below this.
 
   Returns:
-    (count, 2): the index j from 0 and the largest cosine of every intruder.
-    Costs two singular value decompositions on the host, O(in out min(in, out)).
+    (count, 2) float64: the index j from 0 and the largest cosine of every
+    intruder. Costs two singular value decompositions on the host,
+    O(in out min(in, out)).
 
   Raises:
     ValueError: a Lora of another shape.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How differently two sets of parameters make a model speak, and how well.
+"""Compares models by their outputs: KL divergence, agreement and loss.
 
-Works with any `apply(params, tokens) -> logits`. Beyond what that returns
-nothing as large as the logits is formed: see `logits.py`.
+Works with any `apply(params, tokens) -> logits`. The logits are read in blocks
+of the vocabulary, so nothing else of their size is formed.
 """
 
 import functools
@@ -14,33 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# float32 of a block of so many words is what is formed beside the logits.
+# Vocabulary entries that are converted to float32 at a time.
 _BLOCK = 4096
-# Under any logit, and differences of two such still are finite.
+# Lower than any logit, but differences of two such numbers are finite.
 _LOW = -1e30
 
 
 def divergence_of(
   logits_p: jax.Array, logits_q: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The divergence of two arrays of logits at every position.
+  """Computes the KL divergences of two arrays of logits at every position.
 
       KL(p || q) = E_p[(p - max p) - (q - max q)] + log S_q - log S_p,
       S = Σ exp(x - max x)
 
-  Distances from the own maximum keep what rounding would take from the
-  logarithms of small probabilities and large logits.
+  Subtracting each side's own maximum avoids the rounding errors of logarithms
+  of small probabilities and of large logits.
 
   Args:
     logits_p: (..., vocab), any floating dtype.
     logits_q: the same shape.
 
   Returns:
-    KL(p || q) and KL(q || p), nats, and 1 where both have the same largest
-    logit, else 0: (...) float32 each. Rounding is about 1e-6 nats either way,
-    so that a mean over positions is far better, and one position may be a
-    little below 0. One pass over blocks of the vocabulary; shard the leading
-    axes, not the vocabulary.
+    KL(p || q) and KL(q || p), nats, and 1 where the largest logit is at the
+    same word, else 0: (...) float32 each. Rounding errors are about 1e-6 nats
+    in either direction, so a single position can be slightly below 0; they
+    average out in means. One pass over blocks of the vocabulary; shard the
+    leading axes, not the vocabulary.
 
   Raises:
     ValueError: the shapes differ.
@@ -59,6 +59,7 @@ def divergence_of(
   side = (zero + _LOW, zero, zero, jnp.zeros(zero.shape, jnp.int32))
 
   def add(state, start, size):
+    """Adds a block of the vocabulary to both sides' states."""
     p, q = _block(logits_p, start, size), _block(logits_q, start, size)
     tops = [
       jnp.maximum(one[0], jnp.max(x, axis=-1))
@@ -72,7 +73,8 @@ def divergence_of(
     )
 
   p, q = _over_blocks(add, (side, side), logits_p.shape[-1])
-  # Logarithms of like sums would round more than they differ.
+  # If the sums are similar, their logarithms would round to more than they
+  # differ.
   apart = (q[1] - p[1]) / p[1]
   rest = jnp.where(
     jnp.abs(apart) < 0.5, jnp.log1p(apart), jnp.log(q[1]) - jnp.log(p[1])
@@ -82,7 +84,7 @@ def divergence_of(
 
 
 def loss_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """The loss of a target word at every position.
+  """Computes the cross-entropy of a target word at every position.
 
       loss = log Σ_v exp(x_v - max x) - (x_target - max x)
 
@@ -91,8 +93,7 @@ def loss_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     targets: (...) integers.
 
   Returns:
-    (...) float32, nats; NaN where the target is not in the vocabulary. One
-    pass over blocks of the vocabulary; shard the leading axes.
+    (...) float32, nats; NaN where the target is not in the vocabulary.
 
   Example:
     >>> round(float(loss_of(jnp.zeros((2,)), jnp.int32(1))), 4)
@@ -101,6 +102,7 @@ def loss_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
   zero = jnp.zeros(logits.shape[:-1], jnp.float32)
 
   def add(state, start, size):
+    """Adds a block of the vocabulary to the maximum and the sum."""
     top, total = state
     x = _block(logits, start, size)
     new = jnp.maximum(top, jnp.max(x, axis=-1))
@@ -112,56 +114,15 @@ def loss_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return jnp.log(total) - (target.astype(jnp.float32) - top)
 
 
-def _advance(side, new, moved, other_moved, x, far, other_far, start):
-  """A side's (max, sum, sum weighted by the distance, argmax), a block on."""
-  top, total, weighted, index = side
-  weights = jnp.exp(far)
-  # A word that is ruled out adds nothing, whatever the other side says.
-  terms = jnp.where(weights > 0, weights * (far - other_far), 0.0)
-  faded = jnp.exp(moved)
-  # Before the first word that counts the shift is as large as _LOW.
-  shifted = faded * (weighted + total * (moved - other_moved))
-  place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-  first = jnp.where(x == new[..., None], place, x.shape[-1])
-  here = start + jnp.min(first, axis=-1)
-  return (
-    new,
-    total * faded + jnp.sum(weights, axis=-1),
-    jnp.where(total * faded > 0, shifted, 0.0) + jnp.sum(terms, axis=-1),
-    jnp.where(new > top, here, index),
-  )
-
-
-def _block(logits, start, size):
-  kind, words = logits.dtype, logits
-  if kind.itemsize == 2:
-    # Of bfloat16 XLA's CPU compiler would make float32 as a whole.
-    words = jax.lax.bitcast_convert_type(logits, jnp.uint16)
-  part = jax.lax.dynamic_slice_in_dim(words, start, size, -1)
-  if kind.itemsize == 2:
-    part = jax.lax.bitcast_convert_type(part, kind)
-  return part.astype(jnp.float32)
-
-
-def _over_blocks(add: Any, state: Any, size: int) -> Any:
-  """`add(state, start, length)` for every block, the last one shorter."""
-  whole, rest = divmod(size, _BLOCK)
-  if whole:
-    state = jax.lax.fori_loop(
-      0, whole, lambda turn, state: add(state, turn * _BLOCK, _BLOCK), state
-    )
-  return add(state, jnp.int32(whole * _BLOCK), rest) if rest else state
-
-
 Apply = Callable[[Any, jax.Array], jax.Array]
 Mask = Callable[[np.ndarray], np.ndarray]
 
 
 class Divergence(NamedTuple):
-  """How far the predictions of q lie from those of p.
+  """The mean divergence of two models' predictions, p and q.
 
-  Standard errors are over sequences (rows of the batches), not over tokens:
-  tokens of one text are correlated. They are NaN for a single sequence.
+  Standard errors are over sequences (rows of the batches), not over tokens,
+  because tokens of one text are correlated. They are NaN for a single sequence.
 
   Attributes:
     kl: mean KL(p || q), nats per token.
@@ -171,7 +132,7 @@ class Divergence(NamedTuple):
     agreement: share of tokens, in [0, 1], whose likeliest next token is the
       same; of equal logits the first counts.
     agreement_error: its standard error.
-    tokens: positions that were counted.
+    tokens: number of positions counted.
   """
 
   kl: float
@@ -184,13 +145,13 @@ class Divergence(NamedTuple):
 
 
 class Score(NamedTuple):
-  """How well a model predicts given text.
+  """The loss of a model on given text.
 
   Attributes:
     loss: nats per predicted token.
     loss_error: its standard error over sequences; NaN for a single one.
     perplexity: exp(loss).
-    tokens: tokens that were predicted.
+    tokens: number of predicted tokens.
   """
 
   loss: float
@@ -207,32 +168,32 @@ def mean_kl(
   *,
   mask: Mask | None = None,
 ) -> Divergence:
-  """The mean divergence of two models' next-token distributions.
+  """Computes the mean KL divergence of two models' next-token predictions.
 
       KL(p || q) = Σ_v p_v (log p_v - log q_v),   p = softmax(logits of p)
 
   Args:
     apply: `(params, tokens (batch, time) int) -> logits (batch, time, vocab)`,
-      any floating dtype. Compiled once for each function and shape: pass the
-      same function, not a new lambda, to use that again.
-    params_p: parameters of p, the finetune as a rule.
-    params_q: parameters of q, in a structure that `apply` takes as well: base
-      or base with an adapter.
-    batches: (batch, time) integers each, of NumPy or of JAX (sharded over the
-      batch if so wished), of any lengths; every shape compiles once.
+      any floating dtype. Compiled once for each function and shape, so pass the
+      same function, not a new lambda, in later calls.
+    params_p: parameters of p, usually the finetune.
+    params_q: parameters of q, in any structure that `apply` takes: the base, or
+      the base with an adapter.
+    batches: (batch, time) integers each, NumPy or JAX (possibly sharded over
+      the batch), of any lengths; every shape compiles once.
     mask: tokens (batch, time), NumPy -> bool (batch, time), which positions
-      count; None: all do.
+      count; None counts all.
 
   Returns:
     Divergence, in nats. Costs two forward passes. Sums are float32 within a
-    position, float64 over positions; one position is right to about 1e-6 nats
-    and 1e-6 of its size, means of many to far less. Where q rules out what p
-    may say it is infinite.
+    position and float64 over positions. One position has an error of about 1e-6
+    nats and 1e-6 of its size; means have far less. Infinite where q gives
+    probability 0 to a word that p does not.
 
   Raises:
-    ValueError: no batch or no position counts, tokens that are not (batch,
-      time) integers, logits of p and q that differ in shape, or NaN among the
-      sums of a counted position.
+    ValueError: no batch or no counted position, tokens that are not (batch,
+      time) integers, logits of p and q that differ in shape, or NaN at a
+      counted position.
 
   Example:
     >>> table = lambda params, tokens: params[tokens]
@@ -255,7 +216,7 @@ def score(
   *,
   mask: Mask | None = None,
 ) -> Score:
-  """The mean loss of a model on text, each token predicted from those before.
+  """Computes the mean loss of a model on text, and its perplexity.
 
       loss = mean_t -log softmax(logits_t)[token_{t+1}]
 
@@ -263,8 +224,8 @@ def score(
     apply: as for `mean_kl`.
     params: the model's parameters.
     batches: (batch, time) integers each, time 2 or more.
-    mask: tokens (batch, time), NumPy -> bool (batch, time), which tokens count
-      as predicted ones; None: all do. The first of a row never does.
+    mask: tokens (batch, time), NumPy -> bool (batch, time), which predicted
+      tokens count; None counts all. The first of a row never counts.
 
   Returns:
     Score, in nats. Costs a forward pass.
@@ -281,6 +242,7 @@ def score(
   step = functools.partial(_lose, apply)
 
   def predicted(tokens):
+    """Returns the mask of positions whose next token counts."""
     counts = _counted(tokens, mask)
     # Position t predicts token t + 1, the last position nothing.
     shifted = np.zeros(tokens.shape, bool)
@@ -294,7 +256,7 @@ def score(
 
 
 def recovered(kl: float, kl_base: float) -> float:
-  """The share of a finetune's effect that an adapter keeps.
+  """Returns the share of a finetune's effect that an adapter keeps.
 
       recovered = 1 - KL_r / KL_0
 
@@ -303,8 +265,8 @@ def recovered(kl: float, kl_base: float) -> float:
     kl_base: KL(finetuned || base), nats per token.
 
   Returns:
-    1 if nothing is lost, 0 if nothing is gained, negative if it is worse than
-    the base.
+    float: 1 if nothing is lost, 0 if nothing is kept, negative if the adapter
+    is worse than the base.
 
   Raises:
     ValueError: kl_base is not above 0: there is no effect to keep.
@@ -321,7 +283,7 @@ def recovered(kl: float, kl_base: float) -> float:
 
 
 def _mean_over(step, params, batches, mask, names):
-  """Means over tokens, their errors over rows, and the count of tokens."""
+  """Returns means over tokens, their errors over rows, and the count."""
   rows = [np.zeros((0, len(names) + 1))]
   for batch in batches:
     tokens = _checked(batch)
@@ -341,7 +303,7 @@ def _mean_over(step, params, batches, mask, names):
 
 
 def _ratios(rows: np.ndarray) -> tuple[list[float], list[float], int]:
-  """Sums over sums, and their standard errors as ratios over rows.
+  """Computes ratios of sums over rows, and the ratios' standard errors.
 
   mean = Σ s_i / Σ n_i,   error² = N / (N - 1) Σ (s_i - mean n_i)² / (Σ n)²
   """
@@ -362,6 +324,7 @@ def _ratios(rows: np.ndarray) -> tuple[list[float], list[float], int]:
 
 
 def _checked(batch: Any) -> jax.Array:
+  """Returns a batch on the device; raises unless valid tokens."""
   tokens = jax.device_put(batch)
   shape, dtype = np.shape(tokens), getattr(tokens, "dtype", type(batch))
   if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
@@ -376,6 +339,7 @@ def _checked(batch: Any) -> jax.Array:
 
 
 def _counted(tokens: np.ndarray, mask: Mask | None) -> np.ndarray:
+  """Returns the mask of counted tokens; raises if it does not fit."""
   if mask is None:
     return np.ones(tokens.shape, bool)
   counts = np.asarray(mask(tokens))
@@ -388,7 +352,7 @@ def _counted(tokens: np.ndarray, mask: Mask | None) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compare(apply, params_p, params_q, tokens):
-  """KL(p || q), KL(q || p) and agreement, (batch, time) float32 each."""
+  """Computes KL(p || q), KL(q || p) and agreement, (batch, time) each."""
   logits = apply(params_p, tokens), apply(params_q, tokens)
   _check_logits(tokens, logits[0])
   return divergence_of(*logits)
@@ -396,15 +360,58 @@ def _compare(apply, params_p, params_q, tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _lose(apply, params, tokens):
-  """The loss at each position but the last, whose figure means nothing."""
+  """Computes the loss at each position; the last one's has no meaning."""
   logits = apply(params, tokens)
   _check_logits(tokens, logits)
   return (loss_of(logits, jnp.roll(tokens, -1, axis=1)),)
 
 
 def _check_logits(tokens: jax.Array, logits: jax.Array) -> None:
+  """Raises unless logits are (batch, time, vocab)."""
   if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
     raise ValueError(
       f"`apply` gave {logits.shape} for tokens {tokens.shape}; needed are "
       "logits (batch, time, vocab)."
     )
+
+
+def _advance(side, new, moved, other_moved, x, far, other_far, start):
+  """Updates a side's (max, sum, weighted sum, argmax) by one block."""
+  top, total, weighted, index = side
+  weights = jnp.exp(far)
+  # A word of probability 0 adds nothing, whatever the other side's logit.
+  terms = jnp.where(weights > 0, weights * (far - other_far), 0.0)
+  faded = jnp.exp(moved)
+  # Before the first word of nonzero probability the shift is as large as _LOW.
+  shifted = faded * (weighted + total * (moved - other_moved))
+  place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  first = jnp.where(x == new[..., None], place, x.shape[-1])
+  here = start + jnp.min(first, axis=-1)
+  return (
+    new,
+    total * faded + jnp.sum(weights, axis=-1),
+    jnp.where(total * faded > 0, shifted, 0.0) + jnp.sum(terms, axis=-1),
+    jnp.where(new > top, here, index),
+  )
+
+
+def _block(logits, start, size):
+  """Reads a block of the vocabulary as float32."""
+  kind, words = logits.dtype, logits
+  if kind.itemsize == 2:
+    # Otherwise XLA's CPU compiler converts the whole bfloat16 array to float32.
+    words = jax.lax.bitcast_convert_type(logits, jnp.uint16)
+  part = jax.lax.dynamic_slice_in_dim(words, start, size, -1)
+  if kind.itemsize == 2:
+    part = jax.lax.bitcast_convert_type(part, kind)
+  return part.astype(jnp.float32)
+
+
+def _over_blocks(add: Any, state: Any, size: int) -> Any:
+  """Runs `add(state, start, length)` over all blocks."""
+  whole, rest = divmod(size, _BLOCK)
+  if whole:
+    state = jax.lax.fori_loop(
+      0, whole, lambda turn, state: add(state, turn * _BLOCK, _BLOCK), state
+    )
+  return add(state, jnp.int32(whole * _BLOCK), rest) if rest else state

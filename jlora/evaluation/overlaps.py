@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much the subspaces of two adapters have in common."""
+"""Measures how much the subspaces of two adapters have in common."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,22 +13,22 @@ from jlora.loras import Lora, exchange
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of
 
-# Units weaker than this share of the strongest are rounding: no directions.
+# Units weaker than this share of the strongest count as zero.
 _NOISE = 1e-6
 
 
 def overlap(left: Lora, right: Lora) -> Any:
-  """How much of one adapter's leading input directions lies in another's.
+  """Computes the overlap of two adapters' leading input directions.
 
       φ(i, j) = ‖U_iᵀ U'_j‖² / min(i, j),   U_i the first i singular vectors
 
-  1 where the smaller span lies within the larger, about max(i, j) / in for
-  random ones. `overlap(exchange(left), exchange(right))` is that of what the
-  adapters write.
+  φ is 1 where the smaller span lies within the larger, and about max(i, j) / in
+  for random ones. `overlap(exchange(left), exchange(right))` compares output
+  directions.
 
   Approximation: the paper takes singular vectors of the factor A alone, which
-  change when A and B are multiplied by a matrix and its inverse. These are of
-  the change aᵀ b, which does not; at full rank the spans are the same.
+  depend on the factorisation. Here they are those of the change aᵀ b, which
+  does not; at full rank the spans are the same.
 
   Args:
     left: a (..., r, in), b (..., r, out).
@@ -36,11 +36,11 @@ def overlap(left: Lora, right: Lora) -> Any:
 
   Returns:
     (..., r, r') float32, entry [i-1, j-1] is φ(i, j). Costs a QR of each
-    factor; nothing of the weight's size is formed. Units of no strength have
-    arbitrary directions. NumPy's arrays are worked on by the host.
+    factor; nothing of the weight's size is formed. Units of zero strength have
+    arbitrary directions. NumPy arrays are processed on the host.
 
   Raises:
-    ValueError: inputs of different size.
+    ValueError: the inputs differ in size.
 
   Example:
     >>> a, b = np.eye(4)[:2] * np.array([[2.0], [1.0]]), np.eye(2)
@@ -67,14 +67,14 @@ def overlap(left: Lora, right: Lora) -> Any:
 
 
 class Shared(NamedTuple):
-  """What two sets of directions in a space have in common.
+  """The overlap and angles of two sets of directions.
 
   Attributes:
     overlap: `‖QᵀQ'‖² / min(k, k')`: 1 where the smaller span lies within the
       larger; NaN if either is empty.
-    level: the same of random spans, max(k, k') / n.
+    level: the expected overlap of random spans, max(k, k') / n.
     leading: the overlap of the few strongest directions of each alone.
-    leading_level: the same of random ones.
+    leading_level: the expected overlap of as many random ones.
     angles: (min(k, k'),) principal angles in degrees, smallest first.
   """
 
@@ -86,25 +86,25 @@ class Shared(NamedTuple):
 
 
 def compare_reads(left: Lora, right: Lora, *, leading: int = 8) -> Shared:
-  """The input directions that two adapters of one parameter both read.
+  """Compares the input directions that two adapters read.
 
       cos(angles) = singular values of QᵀQ',   Q = orthonormal span of aᵀ b
 
-  What they write is `compare_reads(exchange(left), exchange(right))`. What one
-  writes that the next layer's other reads, of the residual stream, is
-  `compare_reads(exchange(writer), reader)`.
+  `compare_reads(exchange(left), exchange(right))` compares output directions.
+  `compare_reads(exchange(writer), reader)` compares the outputs of one with the
+  inputs of another, later in the residual stream.
 
   Args:
     left: a (r, in), b (r, out).
     right: a (r', in), b (r', out').
-    leading: directions of the second pair of figures.
+    leading: number of strongest directions for the `leading` figures.
 
   Returns:
-    Shared; the same for any factors of the same changes. Costs a QR of each
-    factor on the host.
+    Shared; it depends on the changes alone, not on their factorisation. Costs a
+    QR of each factor on the host.
 
   Raises:
-    ValueError: inputs of different size, or stacks of Loras.
+    ValueError: the inputs differ in size, or stacks of Loras.
 
   Example:
     >>> one, two = (Lora(np.float32(a), np.eye(2, dtype=np.float32),
@@ -131,7 +131,7 @@ def compare_reads(left: Lora, right: Lora, *, leading: int = 8) -> Shared:
     return Shared(nan, nan, nan, nan, np.zeros(0))
   cosines = np.linalg.svd(one.T @ two, compute_uv=False)
   sines = _sines(one, two)
-  # Each is exact where the other is not: near 90 and near 0 degrees.
+  # arccos is exact near 90 degrees, arcsin near 0.
   angles = np.degrees(
     np.where(
       cosines > 0.7,
@@ -150,7 +150,7 @@ def compare_reads(left: Lora, right: Lora, *, leading: int = 8) -> Shared:
 
 
 def _sines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-  """Of the principal angles, ascending: what the smaller has off the larger."""
+  """Computes the sines of the principal angles, ascending."""
   if one.shape[1] < two.shape[1]:
     one, two = two, one
   off = two - one @ (one.T @ two)
@@ -158,10 +158,10 @@ def _sines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 
 
 def _span(lora: Lora) -> np.ndarray:
-  """(in, k) float64, the directions that a change reads, strongest first."""
+  """Returns an orthonormal basis (in, k) of a change's inputs, float64."""
   lora = on_host(lora)
   u, s, _ = recompress(lora.a, lora.b, lora.rank)
-  # Zero the units of no strength: their directions are anything.
+  # Leave out units of zero strength: their directions are arbitrary.
   kept = s > _NOISE * s[0] if lora.scale != 0 else np.zeros(len(s), bool)
   return np.linalg.qr(u[:, kept].astype(np.float64))[0]
 
@@ -169,20 +169,20 @@ def _span(lora: Lora) -> np.ndarray:
 def link_layers(
   paths: Iterable[str], writers: str, readers: str, *, ahead: int = 1
 ) -> list[tuple[str, str]]:
-  r"""Pairs of modules of which one writes what the other reads, layers later.
+  r"""Pairs modules that write the residual stream with later ones that read it.
 
   Args:
-    paths: of an adapter.
-    writers: regex of whole paths that write to the residual stream; its first
-      group is the layer's number.
-    readers: the same of those that read from it.
-    ahead: how many layers further on the reader is.
+    paths: of an adapter's modules.
+    writers: regex of whole paths of modules that write to the residual stream;
+      its first group is the layer's number.
+    readers: the same for modules that read from it.
+    ahead: how many layers after the writer the reader is.
 
   Returns:
     [(writer, reader)], in the order of paths.
 
   Raises:
-    ValueError: no such pair.
+    ValueError: there is no such pair.
 
   Example:
     >>> link_layers(["h/0/o", "h/0/q", "h/1/q"], r"h/(\d+)/o", r"h/(\d+)/q")
@@ -214,22 +214,23 @@ def compare_layers(
   *,
   leading: int = 8,
 ) -> dict[tuple[str, str], Shared]:
-  """Whether what one adapter writes falls into what another reads further on.
+  """Compares one adapter's outputs with another's inputs in later layers.
 
   Args:
     first: the adapter that reads.
     second: the adapter that writes.
-    links: (path that writes, path that reads), of `link_layers`.
-    leading: as for `compare_reads`.
+    links: (path that writes, path that reads), from `link_layers`.
+    leading: number of strongest directions for the `leading` figures.
 
   Returns:
-    {link: Shared}, the span of the second's b against that of the first's a.
+    {link: Shared}, comparing the span of the second's b with that of the
+    first's a.
 
   Raises:
-    ValueError: widths that differ, or a module that is not there.
+    ValueError: the widths differ, or a module is missing.
 
-  Approximation: the norm between the two scales each channel and is left out,
-  as is what layers in between do.
+  Approximation: the norm between the two, which scales each channel, is left
+  out, and so are the layers in between.
 
   Example:
     >>> w = Lora(np.eye(3)[:1], np.eye(2)[:1], np.float32(1))
@@ -257,21 +258,7 @@ def compare_layers(
 
 
 def on_host(lora: Lora) -> Lora:
-  """A single Lora in NumPy's float32.
-
-  Args:
-    lora: a (r, in), b (r, out).
-
-  Returns:
-    Lora.
-
-  Raises:
-    ValueError: it is a stack of several.
-
-  Example:
-    >>> on_host(Lora(np.eye(2), np.eye(2), np.float32(1))).a.dtype
-    dtype('float32')
-  """
+  """Converts a Lora to NumPy float32; raises if it is a stack of several."""
   if lora.a.ndim != 2:
     raise ValueError(
       f"a {lora.a.shape} is a stack of Loras; compare its members one by one."

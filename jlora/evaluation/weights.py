@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What given Loras lose of a finetune, in the weights: nothing is factored."""
+"""Measures how much of a finetune's weight change given Loras miss.
+
+Works for any Loras, extracted or trained; the change itself is not factored.
+"""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -39,7 +42,7 @@ def compare(
   *,
   views: Iterable[ViewRule] | None = None,
 ) -> dict[str, dict[str, Any]]:
-  """The figures of given Loras against a finetune, by path.
+  """Measures given Loras against a finetune's change of the weights, by path.
 
       delta = finetuned - base,   change = scale aᵀ b,   error = delta - change
 
@@ -47,29 +50,30 @@ def compare(
     base: a pytree of arrays, or an open checkpoint.
     finetuned: the finetune, as for `extract`.
     loras: path -> Lora, extracted or trained; paths of the base.
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found.
+    views: rules for reading a parameter as a matrix; by default those for the
+      names found.
 
   Returns:
-    {path: row}, in the order of loras. A row is for JSON and has what a row of
-    `report.json` has (`row_of`): among others rank (nominal), mse,
-    cosine_distance, mean_abs_delta, relative_error, energy, effective_rank (the
-    entropy rank), stable_rank, rank_90, rank_95, rank_99, noise_floor_rank,
-    relative_change, learnt_norm and rounding_share (None where what was learnt
-    is not identifiable: `jlora.factoring.rounding`) and unchanged. Besides:
-    `spectral_error`, an estimate from below of the largest singular value of
-    the error (of the worst member of a batch), by power iteration; and `bytes`
-    of the factors.
+    {path: row}, in the order of loras. A row can be written as JSON and has the
+    fields of a row of `report.json` (`row_of`): among others rank (nominal),
+    mse, cosine_distance, mean_abs_delta, relative_error, energy, effective_rank
+    (the entropy rank), stable_rank, rank_90, rank_95, rank_99,
+    noise_floor_rank, relative_change, learnt_norm and rounding_share (None
+    where what was learnt cannot be told from rounding, see
+    `jlora.factoring.rounding`) and unchanged. In addition: `spectral_error`,
+    the largest singular value of the error (of the worst member of a batch),
+    estimated from below by power iteration; and `bytes` of the factors.
 
-    `singular_values`, and the ranks and the bound made from them, are the
-    delta's own within the row space of b. Figures by rank take the units in
-    their order; a trained Lora's are in none, so sort them first (`recompress`)
-    if ranks below the nominal one matter. One module is in memory at a time; it
-    costs four to five products of `2 in out rank` operations and 32 reads of
-    the delta. NumPy's arrays are worked on by the host, JAX's where they are.
+    `singular_values`, and the ranks and the bound computed from them, are those
+    of the delta within the row space of b. Figures by rank take the units in
+    their stored order. A trained Lora's units are not sorted by strength, so
+    sort them first (`recompress`) if ranks below the nominal one matter. One
+    module is in memory at a time. It costs four to five products of
+    `2 in out rank` operations and 32 reads of the delta. NumPy arrays are
+    processed on the host, JAX arrays on their devices.
 
   Raises:
-    ValueError: Loras that have no pair of parameters, or do not fit it.
+    ValueError: a Lora without a pair of parameters, or that does not fit it.
 
   Example:
     >>> base = {"w": np.zeros((2, 2), np.float32)}
@@ -111,18 +115,18 @@ def compare(
 
 
 def spectral_norm(delta: Any, lora: Lora, key: Any = None) -> Any:
-  """The largest singular value of what a Lora lacks, estimated from below.
+  """Estimates the largest singular value of a Lora's error, from below.
 
       error = delta - scale aᵀ b,   q ← orth(error errorᵀ q), eight times
 
   Args:
-    delta: (..., m, n), read as float32; NumPy's or JAX's, as all else.
+    delta: (..., m, n), read as float32; NumPy or JAX, like the Lora.
     lora: a (..., r, m), b (..., r, n), scale (...).
     key: PRNG key of the start block; None is `key(0)`.
 
   Returns:
-    (...) float32. Never above the true value but for rounding, and within 2%
-    even of a flat spectrum. Costs 17 products of the delta with 8 columns;
+    (...) float32. Never above the true value up to rounding, and within 2% of
+    it even for a flat spectrum. Costs 17 products of the delta with 8 columns;
     the error is not formed. A sharded delta is not gathered.
 
   Example:
@@ -132,6 +136,7 @@ def spectral_norm(delta: Any, lora: Lora, key: Any = None) -> Any:
   """
 
   def one(delta, a, b, scale):
+    """Estimates the norm for one matrix."""
     delta, a, b = (x.astype(np.float32) for x in (delta, a, b))
     a, xp = a * scale.astype(np.float32), library_of(delta)
     q = normal(key, (delta.shape[1], min(_PROBES, *delta.shape)), delta)
@@ -148,9 +153,10 @@ def spectral_norm(delta: Any, lora: Lora, key: Any = None) -> Any:
 
 
 def _measure(base, finetuned, lora, view, stored):
-  """Measured for a given Lora, and the spectral norm of the error."""
+  """Measures a Lora; returns Measured and the error's spectral norm."""
 
   def step(base, finetuned, *leaves):
+    """Computes the figures of one parameter."""
     delta, found = survey(base, finetuned, stored)
     delta, is_exchanged = in_stored_order(delta, view)
     mine = exchange(Lora(*leaves)) if is_exchanged else Lora(*leaves)
@@ -181,9 +187,10 @@ _measure_compiled = functools.partial(
 
 
 def _values_within(delta, b):
-  """(..., r) singular values of a delta in the row space of b."""
+  """Computes singular values (..., r) of a delta in b's row space."""
 
   def one(delta, b):
+    """Computes the values for one matrix."""
     xp = library_of(delta)
     rows = xp.linalg.qr(b.astype(np.float32).T)[0].T @ delta.T
     values = xp.linalg.svd(rows @ rows.T, compute_uv=False, hermitian=True)
@@ -195,6 +202,7 @@ def _values_within(delta, b):
 
 
 def _figures(path, measured, shape) -> dict[str, Any]:
+  """Converts measurements to a row of figures; raises if not finite."""
   found = jax.tree.map(np.asarray, measured.certificate)
   if not np.isfinite(found.norm).all():
     raise ValueError(
@@ -214,7 +222,7 @@ def _figures(path, measured, shape) -> dict[str, Any]:
 
 
 def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
-  """How each Lora's parameter is read, if all of them fit."""
+  """Returns how each Lora's parameter is read; raises if one does not fit."""
   missing = [path for path in loras if path not in pairs]
   if missing or not loras:
     raise ValueError(
@@ -239,6 +247,7 @@ def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
 
 
 def _check_finite(path: str, lora: Lora) -> None:
+  """Raises unless a Lora is finite."""
   leaves = {"a": lora.a, "b": lora.b, "scale": lora.scale}
   bad = [
     name
@@ -253,5 +262,5 @@ def _check_finite(path: str, lora: Lora) -> None:
 
 
 def _leaves(tree: Any) -> Mapping[str, Any]:
-  """{path: leaf}; an open checkpoint stays lazy."""
+  """Flattens a tree to {path: leaf}; an open checkpoint stays lazy."""
   return tree if hasattr(tree, "spec") else flatten(tree)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint with an adapter on it, read as if they had been merged."""
+"""Reads a checkpoint with an adapter on it as if they had been merged."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,10 +15,10 @@ from jlora.views import table_for, view_of
 
 
 class AdaptedCheckpoint(Mapping[str, np.ndarray]):
-  """A base and an adapter folder as one lazy mapping.
+  """A base and an adapter folder as one lazy mapping, name -> tensor.
 
-  What the adapter changes is float32, not rounded to the base's dtype, and is
-  formed when it is asked for. The adapter is held in memory.
+  A tensor that the adapter changes is computed on access, in float32, not
+  rounded to the base's dtype. The adapter is held in memory.
 
   Args:
     base: an open checkpoint.
@@ -61,7 +61,7 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
 
 
 def open_model(name: str) -> Any:
-  """A checkpoint, or one with an adapter on it.
+  """Opens a checkpoint, or a checkpoint with an adapter on it.
 
   Args:
     name: a path, or `base+adapter`.
@@ -85,17 +85,14 @@ def open_model(name: str) -> Any:
 
 
 def files_of(model: Any) -> list[Checkpoint]:
-  """The checkpoints that a model is read from.
-
-  Args:
-    model: from `open_model`.
+  """Returns the checkpoints that a model from `open_model` is read from.
 
   Returns:
-    One, or the base and the adapter's.
+    The checkpoint alone, or the base's and the adapter's.
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> from jlora.checkpoints import write_safetensors
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
     ...   len(files_of(open_model(tmp)))

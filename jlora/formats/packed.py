@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loras in few bits: more rank for the same bytes.
+"""Quantises Loras to few bits, so that the same bytes hold a larger rank.
 
-Every unit has a bit width of its own and one step per side. Units are about
-Gaussian, so what a width loses is known beforehand, and widths can be chosen as
-ranks are: by squared error for each byte.
+`pack` and `unpack` convert, `bits_within` chooses bit widths for a budget of
+bytes, `save_packed` and `load_packed` write and read files. Every unit (rank-1
+term) has its own bit width, and one step for each of its two factors. Their
+entries are about Gaussian, so the error of a width is known beforehand, and
+widths can be chosen like ranks: by squared error per byte.
 """
 
 import json
@@ -26,16 +28,16 @@ STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569,
          0.0308)  # fmt: skip
 MAX_BITS = 8
 _UNIT_BYTES = 9  # its width and two steps
-# Steps tried for each unit, as shares of the normal variable's.
+# Steps tried for each unit, relative to the normal variable's.
 _TRIED = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75)
 
 
 class Packed(NamedTuple):
-  """A Lora of one matrix in few bits, on the host.
+  """A Lora of one matrix, quantised to few bits, in host memory.
 
   Attributes:
     shape: (in, out).
-    bits: (r,) uint8, bits an entry of each unit, 1 to 8.
+    bits: (r,) uint8, bits per entry of each unit, 1 to 8.
     steps: (2, r) float32, distance of neighbouring values of a and of b.
     codes: (bytes,) uint8: the units' codes, a before b, without gaps within
       units of equal width.
@@ -48,28 +50,28 @@ class Packed(NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    """Bytes stored."""
+    """Number of bytes stored."""
     return self.bits.nbytes + self.steps.nbytes + self.codes.nbytes
 
 
 def pack(lora: Lora, bits: Any = 4) -> Packed:
-  """A Lora's units rounded to few bits each.
+  """Quantises a Lora to few bits per entry.
 
       a_ij ≈ step_i (code_ij - 2^(bits-1) + 1/2),   code in 0..2^bits - 1
 
-  The step of each side of each unit is the one of seven about the Gaussian
-  optimum that loses least. The scale is folded into a.
+  Seven steps near the Gaussian optimum are tried for each row of a and b; the
+  one of least squared error is taken. The scale is folded into a.
 
   Args:
     lora: a (r, in), b (r, out), scale (), of any floating dtype.
-    bits: an entry, one width or (r,); a unit of 0 bits is dropped.
+    bits: per entry, one width or (r,); a unit of 0 bits is dropped.
 
   Returns:
     Packed, units in the order of the Lora. It loses about `1 - (1 - LOST)²` of
     each unit's energy. O(r (in + out)) on the host.
 
   Raises:
-    ValueError: bits outside 0..8, not one a unit, or a stacked Lora.
+    ValueError: bits outside 0..8, not one width per unit, or a stacked Lora.
 
   Example:
     >>> a, b = np.ones((2, 3)), np.array([[1.0, -1.0], [0.5, 0.5]])
@@ -97,10 +99,10 @@ def pack(lora: Lora, bits: Any = 4) -> Packed:
 
 
 def unpack(packed: Packed) -> Lora:
-  """The Lora that a packed one stands for.
+  """Converts a packed Lora back to float32 factors.
 
   Args:
-    packed: as `pack` gives it.
+    packed: from `pack`.
 
   Returns:
     Lora of NumPy arrays: a (r, in), b (r, out) float32, scale 1.
@@ -130,13 +132,13 @@ def bits_within(
   shapes: Mapping[str, tuple[int, int]],
   max_bytes: int,
 ) -> dict[str, np.ndarray]:
-  """The bit widths that lower the total squared error most within a budget.
+  """Chooses bit widths that minimise the squared error for a number of bytes.
 
       minimise Σ σ² lost(bits),   lost = 1 - (1 - LOST[bits])²
 
-  Every further bit of a unit gains less than the one before, so bits are bought
-  in the order of gain for each byte: the optimum but for the last unit. What is
-  worth least gets 0 bits: rank and width are chosen at once.
+  Every further bit of a unit gains less than the one before, so bits are spent
+  in the order of gain per byte, which is optimal up to the last unit. Units
+  that gain least get 0 bits, so this chooses the ranks as well.
 
   Args:
     spectra: path -> (r,) singular values, descending.
@@ -144,10 +146,10 @@ def bits_within(
     max_bytes: of all packed factors together.
 
   Returns:
-    {path: (r,) int}, bits of each unit, 0 to 8.
+    {path: (r,) int}, bits per entry of each unit, 0 to 8.
 
   Raises:
-    ValueError: paths that differ, or a budget below 1.
+    ValueError: the paths differ, or the budget is below 1.
 
   Example:
     >>> bits_within({"q": [9.0, 3.0, 0.1]}, {"q": (64, 64)}, 120)
@@ -155,7 +157,7 @@ def bits_within(
 
   References:
     Reverse water-filling: Cover and Thomas, Elements of Information Theory,
-    theorem 10.3.3, with a table of a real quantiser for the exponential.
+    theorem 10.3.3, with a real quantiser's error instead of the exponential.
   """
   if set(spectra) != set(shapes):
     odd = sorted(set(spectra) ^ set(shapes))
@@ -173,7 +175,7 @@ def bits_within(
   )
   cost = np.repeat(entry[:, None], MAX_BITS, axis=1)
   cost[:, 0] += _UNIT_BYTES
-  # The first bit is dear; the second must not come before it.
+  # The first bit costs more per gain; the second must not come before it.
   rate = np.minimum.accumulate(worth / cost, axis=1).ravel()
   order = np.argsort(-rate, kind="stable")
   order = order[rate[order] > 0]
@@ -184,77 +186,20 @@ def bits_within(
   return dict(zip(sigmas, np.split(counts, ends), strict=True))
 
 
-def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
-  """A with the scale, b, and the widths of the units that stay."""
-  if lora.a.ndim != 2 or lora.b.ndim != 2:
-    raise ValueError(
-      f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
-      "pack the members of a stack one by one."
-    )
-  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
-  b = np.asarray(lora.b, np.float32)
-  widths = np.asarray(bits)
-  if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
-    raise ValueError(
-      f"bits must be one whole number or {len(a)}, one a unit, got "
-      f"{widths.dtype} of shape {widths.shape}."
-    )
-  if widths.size and not (widths.min() >= 0 and widths.max() <= MAX_BITS):
-    raise ValueError(
-      f"bits must be 0 to {MAX_BITS}, got {widths.min()} to {widths.max()}."
-    )
-  widths = np.broadcast_to(widths, len(a))
-  kept = widths > 0
-  return a[kept], b[kept], widths[kept]
-
-
-def _round(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Steps (k,) and codes (k, n) of rows, by the step that loses least."""
-  deviation = np.sqrt(np.mean(np.square(rows), axis=1))
-  best = np.full(len(rows), np.inf)
-  steps = np.ones(len(rows), np.float32)
-  codes = np.zeros(rows.shape, np.uint8)
-  for share in _TRIED:
-    step = deviation * np.float32(share * STEPS[width])
-    step = np.where(step > 0, step, np.float32(1))[:, None]
-    half = 2 ** (width - 1)
-    found = np.clip(np.floor(rows / step) + half, 0, 2 * half - 1)
-    lost = np.sum(np.square(rows - (found - half + 0.5) * step), axis=1)
-    better = lost < best
-    best[better] = lost[better]
-    steps[better] = step[better, 0]
-    codes[better] = found[better].astype(np.uint8)
-  # A row of zeros has no middle value: its step takes it there.
-  return np.where(deviation > 0, steps, 0.0).astype(np.float32), codes
-
-
-def _join(codes: np.ndarray, width: int) -> np.ndarray:
-  """Codes as a stream of bits, the lowest first, filled up to whole bytes."""
-  places = np.arange(width, dtype=np.uint8)
-  return np.packbits((codes[:, None] >> places) & 1)
-
-
-def _split(stream: np.ndarray, width: int, count: int) -> np.ndarray:
-  """The first codes of a stream of bits."""
-  bits = np.unpackbits(stream, count=count * width).reshape(count, width)
-  weights = 1 << np.arange(width)
-  return bits @ weights
-
-
 _PARTS = ("bits", "steps", "codes")
 _SHAPES = "jlora_packed_shapes"
 
 
 def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
-  """A safetensors file of packed Loras, written whole or not at all.
+  """Writes packed Loras to a safetensors file, whole or not at all.
 
   Args:
     path: the file.
-    packed: path -> Packed, in storage `<path>.bits`, `.steps` and `.codes`;
-      the shapes are in the file's metadata.
+    packed: path -> Packed, stored as `<path>.bits`, `.steps` and `.codes`; the
+      shapes are in the file's metadata.
 
   Raises:
-    ValueError: nothing is to be written.
+    ValueError: `packed` is empty.
 
   Example:
     >>> import tempfile
@@ -277,9 +222,9 @@ def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
 
 
 def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
-  """The packed Loras of a file.
+  """Reads the packed Loras of a file.
 
-  `unpack` makes Loras of them, which `save_peft` exports as any others.
+  `unpack` converts them to Loras, which `save_peft` can export.
 
   Args:
     path: a file that `save_packed` wrote.
@@ -288,8 +233,8 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
     path -> Packed.
 
   Raises:
-    ValueError: another file, a tensor missing or left over, or codes that do
-      not fit their bits and shape; up to three named.
+    ValueError: not such a file, a tensor missing or left over, or codes that do
+      not fit their bits and shape; names up to three.
 
   Example:
     >>> load_packed("/nowhere.safetensors")
@@ -317,8 +262,65 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
   return found
 
 
+def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
+  """Returns scale times a, b and the widths, without units of 0 bits."""
+  if lora.a.ndim != 2 or lora.b.ndim != 2:
+    raise ValueError(
+      f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
+      "pack the members of a stack one by one."
+    )
+  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
+  b = np.asarray(lora.b, np.float32)
+  widths = np.asarray(bits)
+  if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
+    raise ValueError(
+      f"bits must be one whole number or {len(a)}, one a unit, got "
+      f"{widths.dtype} of shape {widths.shape}."
+    )
+  if widths.size and not (widths.min() >= 0 and widths.max() <= MAX_BITS):
+    raise ValueError(
+      f"bits must be 0 to {MAX_BITS}, got {widths.min()} to {widths.max()}."
+    )
+  widths = np.broadcast_to(widths, len(a))
+  kept = widths > 0
+  return a[kept], b[kept], widths[kept]
+
+
+def _round(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the best steps (k,) and codes (k, n) of rows."""
+  deviation = np.sqrt(np.mean(np.square(rows), axis=1))
+  best = np.full(len(rows), np.inf)
+  steps = np.ones(len(rows), np.float32)
+  codes = np.zeros(rows.shape, np.uint8)
+  for share in _TRIED:
+    step = deviation * np.float32(share * STEPS[width])
+    step = np.where(step > 0, step, np.float32(1))[:, None]
+    half = 2 ** (width - 1)
+    found = np.clip(np.floor(rows / step) + half, 0, 2 * half - 1)
+    lost = np.sum(np.square(rows - (found - half + 0.5) * step), axis=1)
+    better = lost < best
+    best[better] = lost[better]
+    steps[better] = step[better, 0]
+    codes[better] = found[better].astype(np.uint8)
+  # No code stands for 0, so a row of zeros gets a step of 0.
+  return np.where(deviation > 0, steps, 0.0).astype(np.float32), codes
+
+
+def _join(codes: np.ndarray, width: int) -> np.ndarray:
+  """Packs codes into bytes, their lowest bits first."""
+  places = np.arange(width, dtype=np.uint8)
+  return np.packbits((codes[:, None] >> places) & 1)
+
+
+def _split(stream: np.ndarray, width: int, count: int) -> np.ndarray:
+  """Unpacks the first codes of a stream of bits."""
+  bits = np.unpackbits(stream, count=count * width).reshape(count, width)
+  weights = 1 << np.arange(width)
+  return bits @ weights
+
+
 def _is_whole(packed: Packed) -> bool:
-  """Whether the parts belong together."""
+  """Returns whether bits, steps, codes and shape fit each other."""
   bits, sides = packed.bits, sum(packed.shape)
   counts = [np.sum(bits == width) * width for width in range(1, MAX_BITS + 1)]
   return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges of whole models: any method, parameter by parameter."""
+"""Merges whole models or adapters, parameter by parameter, by any method."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -30,35 +30,35 @@ def merge(
   key: jax.Array | None = None,
   settings: PathSettings | None = None,
 ) -> Any:
-  """Models or adapters of one structure, put together parameter by parameter.
+  """Merges models or adapters of one structure, parameter by parameter.
 
       merged[path] = method([model[path], ...], weights, base[path], **settings)
 
   Args:
     models: n pytrees of arrays, `{path: array}` mappings or Loras.
-    method: any of `jlora.merging`; of Loras, `concat`, `svd_merge`,
+    method: any method of `jlora.merging`; for Loras `concat`, `svd_merge`,
       `core_space` or `knots`. `functools.partial` sets its options.
-    base: what the models were finetuned from, of the same structure. Adapters
-      are changes already and have none.
+    base: the model that the models were finetuned from, of the same structure.
+      None for adapters, which are changes already.
     weights: (n,); None is ones.
     key: PRNG key; None is `key(0)`. Each parameter uses `key_for(key, path)`,
-      so neither their order nor which there are changes a result.
+      so its result does not depend on the other parameters or their order.
     settings: options of the method, for all parameters or as a function of the
-      path; `weights` among them replaces those above.
+      path; a `weights` among them replaces the argument.
 
   Returns:
-    A pytree like the first model, `{path: array}` of mappings that are none.
-    Leaves have the first model's dtype, computed in float32 and rounded once,
-    with n + 1 float32 copies of a parameter at a time; a program for each
-    shape, method and settings, so keep a partial for the next call. Leaves not
-    floating are the first model's. One that stands in several places (tied
-    weights) is merged once, as at the first of them. Pure: jit it as a whole,
-    with what is tied closed over.
+    A pytree like the first model; `{path: array}` if that is a mapping but not
+    a pytree. Leaves are computed in float32 and rounded once to the first
+    model's dtype, with n + 1 float32 copies of one parameter at a time. Each
+    shape, method and set of settings compiles a program, so reuse a partial in
+    later calls. Non-floating leaves are the first model's. A leaf that occurs
+    in several places (tied weights) is merged once, with the settings of the
+    first. Pure: jit it as a whole, and close over tied weights.
 
   Raises:
-    ValueError: no models, names or shapes that differ, leaves that are not
-      floating and differ (or are traced, so that nobody knows), a base for
-      adapters, or the method's own, with the path.
+    ValueError: no models, names or shapes that differ, non-floating leaves that
+      differ (or are traced, so that they cannot be compared), a base for
+      adapters, or the method's own error, with the path.
 
   Example:
     >>> models = [{"w": jnp.zeros(2), "step": 3}, {"w": jnp.ones(2), "step": 3}]
@@ -91,10 +91,10 @@ def merge(
 def magnitude_thresholds(
   models: Sequence[Any], base: Any, density: Any
 ) -> jax.Array:
-  """The magnitude that a share of each model's changes reaches, over all of it.
+  """Computes for each model the magnitude that a share of its changes reaches.
 
-  TIES trims a model as a whole, so that a matrix that changed little loses
-  more than one that changed much:
+  The TIES paper trims a model as a whole, so that a matrix that changed little
+  loses more entries than one that changed much:
 
       merge(models, method=ties, base=base, settings={
         "threshold": magnitude_thresholds(models, base, 0.2)})
@@ -105,11 +105,11 @@ def magnitude_thresholds(
     density: share to keep, one for all models or (n,).
 
   Returns:
-    (n,) float32. Reads all parameters 31 times, one at a time, and keeps
-    nothing of their size. Tied weights count once.
+    (n,) float32, one threshold per model. Reads all parameters 31 times, one at
+    a time, and stores nothing of their size. Tied weights count once.
 
   Raises:
-    ValueError: names or shapes that differ, Loras, or nothing that is floating.
+    ValueError: names or shapes that differ, Loras, or no floating parameter.
 
   Example:
     >>> base = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
@@ -122,6 +122,7 @@ def magnitude_thresholds(
   density = jnp.broadcast_to(jnp.asarray(density, jnp.float32), (len(flat),))
 
   def of_model(own, share):
+    """Computes the threshold of one model."""
     pairs = {
       (id(own[path]), id(below[path])): (below[path], own[path])
       for path in own
@@ -138,13 +139,13 @@ def magnitude_thresholds(
 
 @jax.jit
 def _threshold(pairs: Sequence[tuple[Any, Any]], density: Any) -> Any:
-  """The magnitude that a share of all changes reaches."""
+  """Computes the magnitude that a share of all changes reaches."""
   count = count_of(density, sum(leaf.size for leaf, _ in pairs))
   return kth_of_all(pairs, lambda pair: jnp.abs(difference(*pair)), count)
 
 
 def _merged(path, leaves, under, method, options, key):
-  """One parameter's merge, its errors with the path."""
+  """Merges one parameter; adds its path to errors."""
   known = {name: x for name, x in options.items() if is_known(x)}
   traced = {name: x for name, x in options.items() if name not in known}
   static = tuple((name, _hashable(x)) for name, x in known.items())
@@ -159,9 +160,9 @@ def _merged(path, leaves, under, method, options, key):
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _run(leaves, base, key, traced, method, static):
-  """A method's result: one program for all parameters of a shape.
+  """Runs a method, compiled once for all parameters of a shape.
 
-  Settings that are known stay so, and are checked.
+  Settings that are not traced are static, so that the method can check them.
   """
   options = {**dict(static), **traced}
   weights = options.pop("weights")
@@ -176,7 +177,7 @@ def _run(leaves, base, key, traced, method, static):
 
 
 def _hashable(value: Any) -> Any:
-  """Arrays and lists of numbers as tuples."""
+  """Converts arrays and lists of numbers to tuples."""
   if isinstance(value, list | tuple):
     return tuple(_hashable(x) for x in value)
   if isinstance(value, jax.Array | np.ndarray | np.generic):
@@ -185,7 +186,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _same(leaves: list[Any]) -> Any:
-  """The first of leaves that must be equal."""
+  """Returns the first of the leaves; raises unless all are equal."""
   if not all(is_known(leaf) for leaf in leaves):
     raise ValueError(
       "not floating, and traced: whether the models agree cannot be known. "
@@ -201,7 +202,7 @@ def _same(leaves: list[Any]) -> Any:
 
 
 def _check(flat: Sequence[Mapping[str, Any]], below: Any) -> None:
-  """The door: names, kinds and shapes."""
+  """Raises unless all models have the same names, kinds and shapes."""
   others = [(f"model {i}", own) for i, own in enumerate(flat)][1:]
   if below is not None:
     others.append(("base", below))
@@ -241,7 +242,7 @@ def _check_paths(
 
 
 def _shape(leaf: Any) -> Any:
-  """What must agree: a Lora's in and out, an array's shape, or the kind."""
+  """Returns what must agree: shape, a Lora's in and out, or the dtype."""
   if _is_lora(leaf):
     return "Lora", *leaf.a.shape[:-2], leaf.a.shape[-1], leaf.b.shape[-1]
   if not _is_array(leaf):
@@ -251,8 +252,10 @@ def _shape(leaf: Any) -> Any:
 
 
 def _is_lora(leaf: Any) -> bool:
+  """Returns whether a leaf is a Lora."""
   return isinstance(leaf, Lora)
 
 
 def _is_array(leaf: Any) -> bool:
+  """Returns whether a leaf is an array."""
   return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

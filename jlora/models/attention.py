@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Half of all pairs are of a query and its future. Four blocks of queries leave
-# out three quarters of that half; below so many queries it is not worth it.
+# In half of all pairs, the key is in the query's future. Computing queries in
+# four blocks skips three quarters of that half. With fewer queries than _MANY
+# it does not pay.
 _BLOCKS, _MANY = 4, 192
 
 
 class Span(NamedTuple):
-  """The positions that a call computes, and what is remembered of them.
+  """The positions that a call computes, and the size of the cache.
 
   Attributes:
-    start: of the first token, an int, or () int32 where a cache holds those
-      before it.
-    length: positions that the cache has room for; None remembers nothing.
-    skip: (batch,) int32, how many tokens of each text are padding before its
-      first; None where none is.
+    start: position of the first token, an int; or () int32 with a cache of the
+      tokens before it.
+    length: number of positions that the cache has room for; None for no cache.
+    skip: (batch,) int32, number of padding tokens before each text; None for no
+      padding.
   """
 
   start: int | jax.Array = 0
@@ -31,10 +32,10 @@ class Span(NamedTuple):
   skip: jax.Array | None = None
 
   def positions(self, time: int) -> jax.Array:
-    """Where tokens stand in their texts, (1 or batch, time) int32.
+    """Returns the positions of tokens in their texts, (1 or batch, time) int32.
 
     Args:
-      time: how many tokens there are, from `start`.
+      time: number of tokens, from `start`.
     """
     places = jnp.arange(time)[None] + self.start
     if self.skip is None:
@@ -42,7 +43,7 @@ class Span(NamedTuple):
     return jnp.maximum(places - self.skip[:, None], 0)
 
 
-#: A text from its start, nothing remembered.
+#: A text from its start, without a cache.
 WHOLE = Span()
 
 
@@ -53,21 +54,21 @@ def attend(
   window: int | None = None,
   span: Span = WHOLE,
 ) -> jax.Array:
-  """Values averaged over each position's past, weighted by softmax(q k / √d).
+  """Computes causal attention: each position's past, by softmax(q k / √d).
 
   Args:
     q: (batch, time, heads, d), any float dtype, of the span's positions.
-    k: (batch, past, kv_heads, d), of the positions from 0; each head serves
-      heads / kv_heads queries. What lies ahead of a query is not looked at, nor
-      is padding, but by itself.
+    k: (batch, past, kv_heads, d), of the positions from 0; each key head serves
+      heads / kv_heads query heads. A query does not see later positions or
+      padding; a padding token sees itself.
     v: (batch, past, kv_heads, d).
-    window: positions seen, the present one included; None for all.
-    span: where the queries start, and where their texts do.
+    window: number of positions seen, the present one included; None for all.
+    span: positions of the queries and starts of their texts.
 
   Returns:
     (batch, time, heads, d) in the dtype of `q`; the softmax is float32. Holds
-    heads * time * past numbers per example. Many queries of a static start
-    are taken in four blocks.
+    heads * time * past numbers per example. Many queries of a static start are
+    computed in four blocks.
 
   Example:
     >>> x = jnp.eye(2)[None, :, None]
@@ -80,7 +81,7 @@ def attend(
   time = q.shape[1]
   if not isinstance(span.start, int) or time < _MANY:
     return _attend(q, k, v, window, span)
-  # A block's future is left out of its products, not only out of its sums.
+  # A block's products leave out its future; a mask would only zero the results.
   parts, size = [], -(-time // _BLOCKS)
   for at in range(0, time, size):
     start, stop = span.start + at, span.start + at + size
@@ -90,10 +91,11 @@ def attend(
 
 
 def _attend(q, k, v, window, span):
+  """Computes attention of one block of queries."""
   batch, time, heads, d = q.shape
   past, kv_heads = k.shape[1:3]
   grouped = (batch, kv_heads, heads // kv_heads, time)
-  # The queries of a group side by side: one product for each kv head.
+  # Put the queries of a group next to each other: one product per key head.
   q = q.reshape(batch, time, kv_heads, -1, d).transpose(0, 2, 3, 1, 4)
   q = q.reshape(batch, kv_heads, -1, d)
   scores = jnp.einsum(
@@ -108,7 +110,7 @@ def _attend(q, k, v, window, span):
     is_text = np.arange(past)[None] >= span.skip[:, None]
     seen &= is_text[:, None, None, None] | (age == 0)[None, None, None]
   scores = jnp.where(seen, scores / math.sqrt(d), -jnp.inf)
-  # Each position sees itself, so no row's largest score is infinite.
+  # Each position sees itself, so every row's largest score is finite.
   most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   weights = jnp.exp(scores - most)
   y = jnp.einsum(
@@ -127,14 +129,14 @@ def turns(
   time: int,
   dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the angles of some positions, for `rotate`.
+  """Computes the cosines and sines of rotary positions' angles.
 
       cos(t f_i), sin(t f_i),   t = start - skip, ..., start - skip + time - 1
 
   Args:
     frequencies: d/2 angles per position, in radians.
-    span: where the positions start; its length bounds a traced start.
-    time: how many there are.
+    span: where the positions start; with a traced start it needs a length.
+    time: number of positions.
     dtype: of the result; the angles are float64.
 
   Returns:
@@ -152,7 +154,7 @@ def turns(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Channels of x turned pairwise by their position's angle (RoPE).
+  """Rotates pairs of channels of x by their position's angle (RoPE).
 
   Channel i is paired with channel i + d/2, as Hugging Face stores them:
 
@@ -161,7 +163,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   Args:
     x: (batch, time, heads, d), any float dtype.
-    cos: (1 or batch, time, 1, d/2), as `turns` gives it, in the dtype of `x`.
+    cos: (1 or batch, time, 1, d/2), from `turns`, in the dtype of `x`.
     sin: the same.
 
   Returns:
@@ -185,18 +187,18 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def remember(
   module: nn.Module, k: jax.Array, v: jax.Array, span: Span
 ) -> tuple[jax.Array, jax.Array]:
-  """Keys and values of all positions so far: those given and those cached.
+  """Adds keys and values to a layer's cache; returns those of all positions.
 
   Args:
     module: the layer whose collection "cache" holds `keys` and `values`,
-      each (batch, length, kv_heads, d); made at the first call.
+      each (batch, length, kv_heads, d); created at the first call.
     k: (batch, time, kv_heads, d), of the span's positions.
     v: the same.
     span: where they start, and the cache's length, if there is one.
 
   Returns:
-    Two arrays (batch, past, kv_heads, d), positions counted from 0; zeros
-    where none has been given.
+    Two arrays (batch, past, kv_heads, d), from position 0; zeros at positions
+    that are not computed yet.
 
   Example:
     >>> class Layer(nn.Module):
@@ -221,5 +223,5 @@ def remember(
     kept[name].value = jax.lax.dynamic_update_slice_in_dim(
       kept[name].value, new, span.start, axis=1
     )
-  # The prompt attends to itself alone, not to the room left for what follows.
+  # The prompt attends to itself alone, not to the cache's unused positions.
   return (k, v) if is_first else (kept["keys"].value, kept["values"].value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face `config.json` says about a decoder."""
+"""Reads the shape of a decoder from a Hugging Face `config.json`."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from jlora.messages import name_some
 
 
 class Family(NamedTuple):
-  """What a `model_type` means beside its config.
+  """The properties of a `model_type` that its config does not state.
 
   Attributes:
-    qkv_bias: biases on q, k, v whatever else is said.
-    qk_norm: norms on q and k.
-    windowed: whether `sliding_window` is heeded.
-    mixture: a mixture of experts for an MLP.
+    qkv_bias: whether q, k and v always have biases.
+    qk_norm: whether q and k have norms.
+    windowed: whether `sliding_window` is used.
+    mixture: whether a mixture of experts replaces the MLP.
   """
 
   qkv_bias: bool = False
@@ -56,14 +56,14 @@ LLAMA3 = (
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What `config.json` says about the network, in the field's short names.
+  """The sizes and switches of a network of the Llama family.
 
   Attributes:
     window: positions attended to, the present one included; None for all.
-    tied: the head is the embedding, transposed.
-    frequencies: head_dim / 2 rotary frequencies, in radians a position.
-    experts: MLPs of a layer, each of width `mlp`; 0 for a plain one.
-    chosen: how many of them a token goes through.
+    tied: whether the head is the embedding, transposed.
+    frequencies: head_dim / 2 rotary frequencies, in radians per position.
+    experts: number of MLPs of a layer, each of width `mlp`; 0 for a plain MLP.
+    chosen: number of experts for each token.
     dtype: of the parameters and of the computation.
   """
 
@@ -88,16 +88,16 @@ class Shape:
 
 
 def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
-  """The rotary frequencies a `config.json` asks for, in radians a position.
+  """Computes a config's rotary frequencies, in radians per position.
 
       f_i = theta^(-2i/d)
 
-  `rope_type` llama3 divides the slow ones by `factor`, leaves the fast ones,
-  and blends between.
+  `rope_type` llama3 divides the slow ones by `factor`, keeps the fast ones, and
+  interpolates between.
 
   Args:
     config: the file's content, of transformers 4 or 5.
-    head_dim: d, channels of one head.
+    head_dim: d, number of channels of one head.
 
   Returns:
     d/2 numbers, descending.
@@ -131,7 +131,7 @@ def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
 
 
 def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
-  """The network that a Hugging Face `config.json` describes.
+  """Reads the network's shape from a Hugging Face `config.json`.
 
   Args:
     config: the file's content.
@@ -186,14 +186,10 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
 
 
 def require(config: Mapping, keys: Sequence[str]) -> None:
-  """Nothing, if a config has all of some keys.
-
-  Args:
-    config: the content of a `config.json`.
-    keys: what it needs.
+  """Raises unless a config has all required keys.
 
   Raises:
-    ValueError: which it lacks, three of them by name.
+    ValueError: names up to three missing keys.
 
   Example:
     >>> require({"a": 1}, ["a", "b"])

@@ -3,9 +3,9 @@
 
 Llama and its relatives differ in a few switches, all read from the folder's
 `config.json`: Mistral (a window), Mixtral (a mixture of MLPs), Qwen2 (biases on
-q, k, v), Qwen3 (norms on q and k). Every layer is written out, never scanned:
-each parameter has a path of its own and a transformation of the function meets
-every product.
+q, k, v), Qwen3 (norms on q and k). Layers are unrolled, not scanned, so that
+each parameter has its own path, and transformations of the function see every
+product.
 """
 
 import flax.linen as nn
@@ -42,13 +42,13 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """Attention and MLP, each behind a norm and added to the stream."""
+  """A decoder layer: attention and MLP, each after a norm, with residuals."""
 
   shape: Shape
 
   @nn.compact
   def __call__(self, x: jax.Array, turns: Turns, span: Span) -> jax.Array:
-    """Maps the stream x (batch, time, hidden) to the next layer's."""
+    """Maps the residual stream x (batch, time, hidden)."""
     s = self.shape
     mlp = Mixture(s, name="moe") if s.experts else Mlp(s, name="mlp")
     x = x + Attention(s, name="attn")(rms_norm(s, "attn_norm")(x), turns, span)
@@ -56,26 +56,26 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-  """The layers in order, their parameters under '0', '1', ..."""
+  """All layers in order, their parameters under '0', '1', ..."""
 
   shape: Shape
 
   @nn.compact
   def __call__(self, x: jax.Array, turns: Turns, span: Span) -> jax.Array:
-    """Maps the stream x (batch, time, hidden) through every layer."""
+    """Maps the residual stream x (batch, time, hidden)."""
     for i in range(self.shape.layers):
       x = Layer(self.shape, name=str(i))(x, turns, span)
     return x
 
 
 class Decoder(nn.Module):
-  """Tokens (batch, time) int32 to next-token logits (batch, time, vocab)."""
+  """A language model of the Llama family, tokens to next-token logits."""
 
   shape: Shape
 
   @nn.compact
   def __call__(self, tokens: jax.Array, span: Span = WHOLE) -> jax.Array:
-    """Logits of the token after each position; of the last with a cache."""
+    """Computes logits at each position; with a cache, at the last one."""
     s = self.shape
     embed = nn.Embed(
       s.vocab, s.hidden, name="embed", dtype=s.dtype, param_dtype=s.dtype

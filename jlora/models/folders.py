@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face folders in and out: config.json, weights, tokenizer."""
+"""Reads and writes Hugging Face model folders: config.json and weights."""
 
 import json
 import os
@@ -30,7 +30,7 @@ Folder = str | os.PathLike[str]
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
-  """The content of a folder's `config.json`.
+  """Reads a folder's `config.json`.
 
   Args:
     folder: a Hugging Face model folder.
@@ -61,26 +61,26 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   rules: Rules = RULES,
 ) -> tuple[networks.Model, networks.Params]:
-  """The model in a Hugging Face folder: its function and its parameters.
+  """Loads the model in a Hugging Face folder: its function and its parameters.
 
   Covers Llama, SmolLM, Mistral, Mixtral, Qwen2, Qwen3 and GPT-2. Logits of tiny
   random models are within 1e-5 of those of transformers 5.23 in float32. In
   bfloat16 they are off by 1.5 to 1.9% (root mean squares), GPT-2's by 1%,
-  Mixtral's by 5 to 8%, where a rounded score chooses another expert; those of
-  transformers are off by 1.6 to 1.9%, 1% and 4 to 8%.
+  Mixtral's by 5 to 8%, because a rounded score can choose another expert; those
+  of transformers are off by 1.6 to 1.9%, 1% and 4 to 8%.
 
-  Reads one tensor at a time; the tree is what it costs in memory.
+  Reads one tensor at a time, so memory holds little more than the parameters.
 
   Args:
-    folder: holds `config.json` and safetensors weights, one file or sharded;
-      of Mixtral with the experts apart or in one tensor, as transformers 5
-      keeps them inside.
-    dtype: of the parameters and of the computation; rounded to once.
-    mesh: devices to place the parameters on, each shard read by itself; its
-      axes become Auto: the compiler places what is in between. None puts them
-      whole on the default device.
-    rules: (regex for a whole path, PartitionSpec), the first match decides and
-      without one a leaf is whole on every device. The default ones cut the
+    folder: holds `config.json` and safetensors weights, in one file or several.
+      Mixtral's experts may be separate tensors, or fused in one as transformers
+      5 holds them in memory.
+    dtype: of the parameters, rounded once, and of the computation.
+    mesh: devices to place the parameters on, each shard read separately. Its
+      axes become Auto, so the compiler places intermediate results. None puts
+      the parameters whole on the default device.
+    rules: (regex for a whole path, PartitionSpec); the first match counts, and
+      a leaf without one is whole on every device. The default rules shard the
       width of every MLP, the heads, and the vocabulary over an axis "model".
 
   Returns:
@@ -88,8 +88,8 @@ def load(
     with kernels (in, out) at paths like `layers/0/attn/q/kernel`.
 
   Raises:
-    ValueError: if the config is not covered, names or shapes of the tensors
-      are not those the config asks for, or the rules do not fit the mesh.
+    ValueError: the config is not covered, names or shapes of the tensors are
+      not those of the config, or the rules do not fit the mesh.
 
   Example:
     >>> config = dict(model_type="llama", vocab_size=9, hidden_size=8,
@@ -115,7 +115,7 @@ def load(
   shapes = {path: source.shape for path, source in sources.items()}
   _check_shapes(shapes, _expected(apply), folder)
   rules = rules_for(shapes) if rules is RULES else rules
-  # The networks do not say where each of their products should lie.
+  # Auto axes: the networks do not specify shardings of their products.
   shardings = assign(shapes, automatic(mesh), rules) if mesh else {}
   flat = {
     path: place_leaf(checkpoint, source, dtype, shardings.get(path))
@@ -125,7 +125,7 @@ def load(
 
 
 def _expected(apply: networks.Model) -> dict[str, tuple[int, ...]]:
-  """The shape of every parameter by its path."""
+  """Returns the shape of every parameter by its path."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   params = jax.eval_shape(apply.network.init, jax.random.key(0), tokens)
   return {path: leaf.shape for path, leaf in flatten(params["params"]).items()}
@@ -137,7 +137,7 @@ def _check_tied(
   checkpoint: Checkpoint,
   folder: Folder,
 ) -> None:
-  """Raises unless a tied model's second copy of the embedding is one."""
+  """Raises if a tied model's separate head differs from the embedding."""
   embedding = next(
     sources[path].name
     for path in ("embed/embedding", "wte/embedding")
@@ -151,7 +151,7 @@ def _check_tied(
 
 
 def _check_shapes(found: Mapping, expected: Mapping, folder: Folder) -> None:
-  """Raises unless there are just the paths and shapes that are expected."""
+  """Raises unless the paths and shapes found are those expected."""
   wrong = [
     f"{names.to_hf(path)[0]} {found.get(path)} for {expected.get(path)}"
     for path in sorted(found.keys() | expected.keys())
@@ -173,7 +173,7 @@ def save(
 ) -> pathlib.Path:
   """Writes a folder that `load` and transformers read; returns its path.
 
-  The folder appears whole or not at all: it is written beside its place and
+  The folder appears whole or not at all: it is written under another name and
   renamed.
 
   Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text continued token by token, with a cache of keys and values."""
+"""Generates text token by token, with a cache of keys and values."""
 
 import functools
 
@@ -22,35 +22,35 @@ def generate(
   key: jax.Array | None = None,
   temperature: float = 0.0,
 ) -> jax.Array:
-  """The tokens that a model says next, (batch, steps) int32.
+  """Generates the next tokens of prompts, by sampling or greedily.
 
       t_n ~ softmax(logits(t_0, ..., t_{n-1}) / temperature),
 
-  the largest logit where the temperature is 0. One compiled program: the
-  prompts together, then a scan. It is compiled once for a shape of prompts and
-  a number of steps: not again for other parameters of the same model, such as
-  `jlora.apply` gives, nor for another positive temperature.
+  or the largest logit if the temperature is 0. One compiled program runs the
+  prompts at once and then a scan over the steps. It is compiled once for each
+  shape of prompts and number of steps, and not again for other parameters of
+  the same model, as from `jlora.apply`, or another positive temperature.
 
   Args:
-    apply: as `load` and `init` give it.
+    apply: a Model, from `load` or `init`.
     params: its parameters; may be sharded.
-    tokens: (batch, time) int, prompts; shorter ones are filled at their ends.
-    steps: how many tokens follow each prompt; the end of a text is not looked
-      for, so cut there.
-    lengths: (batch,) int, how many tokens each prompt has, from 1 to time; None
-      means that they fill the rows. What a row says is then what it would say
-      alone, up to float rounding.
+    tokens: (batch, time) int, prompts; pad shorter ones at their ends.
+    steps: how many tokens follow each prompt. It does not stop at the end of a
+      text; cut there.
+    lengths: (batch,) int, number of tokens of each prompt, from 1 to time; None
+      is time for all. Padding does not affect a row's continuation, up to float
+      rounding.
     key: PRNG key of the samples; None means `jax.random.key(0)`. The samples
-      of a row depend on the rows beside it.
-    temperature: not negative; 1 samples from the model as it is.
+      of a row depend on the other rows of the batch.
+    temperature: not negative; 1 samples from the model's own distribution.
 
   Returns:
-    (batch, steps) int32, without the prompts. Beside the parameters it costs
+    (batch, steps) int32, without the prompts. Beside the parameters it holds
     2 layers (time + steps) kv_heads head_dim numbers per row.
 
   Raises:
-    ValueError: for prompts without a token, lengths that do not fit, no steps,
-      a negative temperature, or more positions than a GPT-2 has.
+    ValueError: prompts without a token, lengths that do not fit, no steps, a
+      negative temperature, or more positions than a GPT-2 has.
 
   Example:
     >>> from jlora import models
@@ -89,7 +89,7 @@ def generate(
 
 
 def _check_lengths(lengths: np.ndarray, batch: int, time: int) -> None:
-  """Raises unless there is a length of 1 to time for every prompt."""
+  """Raises unless every prompt has a length from 1 to time."""
   if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
     raise ValueError(
       f"lengths are ({batch},) integers, one a prompt, got {lengths.dtype} "
@@ -112,23 +112,25 @@ def _check_lengths(lengths: np.ndarray, batch: int, time: int) -> None:
 def _generate(
   apply, params, tokens, steps, lengths, key, temperature, *, is_greedy
 ):
-  """The prompts at once, then one token a step."""
+  """Runs the prompts at once, then one token a step."""
   time, skip = tokens.shape[1], None
   if lengths is not None:
-    # Padding goes before the prompts: what is said next then stands in line.
+    # Move padding before the prompts, so that all of them end at one position.
     skip = time - lengths
     places = (jnp.arange(time)[None] - skip[:, None]) % time
     tokens = jnp.take_along_axis(tokens, places, axis=1)
-  # The last token is said, never read.
+  # The last token is returned, but never an input.
   length = time + steps - 1
 
   def choose(logits, key):
+    """Chooses the next token (batch, 1) from logits (batch, vocab)."""
     logits = logits.astype(jnp.float32)
     if is_greedy:
       return jnp.argmax(logits, -1)[:, None]
     return jax.random.categorical(key, logits / temperature)[:, None]
 
   def step(carry, key):
+    """Computes the next token; puts out the one before."""
     cache, token, position = carry
     span = Span(position, length, skip)
     logits, cache = apply.extend(params, token, span, cache)

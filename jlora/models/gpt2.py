@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 in Flax: learned positions, layer norms, one product for q, k and v.
 
-Paths keep GPT-2's own names, `h/0/attn/c_attn/kernel`: the fused product has no
-counterpart among the Llama family's.
+Paths keep GPT-2's own names, `h/0/attn/c_attn/kernel`, because the fused
+product has no counterpart in the Llama family.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jlora.models.attention import WHOLE, Span, attend, remember
 from jlora.models.config import require
 from jlora.models.layers import linear_layer
 
-#: key of config.json -> the values covered here, its default first.
+#: key of config.json -> the supported values, its default first.
 COVERED = {
   "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
   "add_cross_attention": (False,),
@@ -30,11 +30,11 @@ GPT2_REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Shape:
-  """What `config.json` says about the network, in the field's short names.
+  """The sizes and switches of a GPT-2.
 
   Attributes:
     positions: the longest text, in tokens.
-    tied: the head is the embedding, transposed.
+    tied: whether the head is the embedding, transposed.
     dtype: of the parameters and of the computation.
   """
 
@@ -50,7 +50,7 @@ class Gpt2Shape:
 
 
 def read_gpt2(config: Mapping, dtype: Any = jnp.float32) -> Gpt2Shape:
-  """The network that GPT-2's `config.json` describes.
+  """Reads the network's shape from a GPT-2's `config.json`.
 
   Args:
     config: the file's content.
@@ -88,13 +88,13 @@ def read_gpt2(config: Mapping, dtype: Any = jnp.float32) -> Gpt2Shape:
 
 
 class Gpt2Norm(nn.Module):
-  """(x - mean) / sqrt(var + eps) * scale + bias, in float32 whatever x is."""
+  """A layer norm, (x - mean) / sqrt(var + eps) * scale + bias, in float32."""
 
   shape: Gpt2Shape
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (batch, time, hidden), rounded to its own dtype at the end."""
+    """Normalises x (batch, time, hidden); rounds to its dtype at the end."""
     scale, bias = (
       self.param(name, start, x.shape[-1:], self.shape.dtype)[None, None]
       for name, start in (
@@ -110,7 +110,7 @@ class Gpt2Norm(nn.Module):
 
 
 class Gpt2Attention(nn.Module):
-  """Causal attention whose queries, keys and values are one product."""
+  """Causal attention that computes q, k and v in one product."""
 
   shape: Gpt2Shape
 
@@ -126,52 +126,52 @@ class Gpt2Attention(nn.Module):
 
 
 class Gpt2Mlp(nn.Module):
-  """c_proj(gelu(c_fc(x))), the gelu by its tanh approximation."""
+  """The MLP c_proj(gelu(c_fc(x))), with gelu's tanh approximation."""
 
   shape: Gpt2Shape
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (batch, time, hidden) position by position."""
+    """Maps x (batch, time, hidden), each position independently."""
     s = self.shape
     y = jax.nn.gelu(linear_layer(s.mlp, s.dtype, "c_fc", bias=True)(x))
     return linear_layer(s.hidden, s.dtype, "c_proj", bias=True)(y)
 
 
 class Gpt2Layer(nn.Module):
-  """Attention and MLP, each behind a norm and added to the stream."""
+  """A GPT-2 layer: attention and MLP, each after a norm, with residuals."""
 
   shape: Gpt2Shape
 
   @nn.compact
   def __call__(self, x: jax.Array, span: Span) -> jax.Array:
-    """Maps the stream x (batch, time, hidden) to the next layer's."""
+    """Maps the residual stream x (batch, time, hidden)."""
     s = self.shape
     x = x + Gpt2Attention(s, name="attn")(Gpt2Norm(s, name="ln_1")(x), span)
     return x + Gpt2Mlp(s, name="mlp")(Gpt2Norm(s, name="ln_2")(x))
 
 
 class Gpt2Layers(nn.Module):
-  """The layers in order, their parameters under '0', '1', ..."""
+  """All layers in order, their parameters under '0', '1', ..."""
 
   shape: Gpt2Shape
 
   @nn.compact
   def __call__(self, x: jax.Array, span: Span) -> jax.Array:
-    """Maps the stream x (batch, time, hidden) through every layer."""
+    """Maps the residual stream x (batch, time, hidden)."""
     for i in range(self.shape.layers):
       x = Gpt2Layer(self.shape, name=str(i))(x, span)
     return x
 
 
 class Gpt2(nn.Module):
-  """Tokens (batch, time) int32 to next-token logits (batch, time, vocab)."""
+  """A GPT-2, from tokens (batch, time) int32 to next-token logits."""
 
   shape: Gpt2Shape
 
   @nn.compact
   def __call__(self, tokens: jax.Array, span: Span = WHOLE) -> jax.Array:
-    """Logits of the token after each position; of the last with a cache."""
+    """Computes logits at each position; with a cache, at the last one."""
     s, time = self.shape, tokens.shape[1]
     if (span.length or time) > s.positions:
       raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that the decoder's parts share: linear, norm and gated MLP."""
+"""The decoder's basic layers: linear, norm, gated MLP, mixture of experts."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from jlora.models.config import Shape
 def linear_layer(
   features: int, dtype: Any, name: str, *, bias: bool = False
 ) -> nn.Dense:
-  """A linear layer whose kernel is (in, out), at a path of its own.
+  """Makes a linear layer with a kernel (in, out).
 
   Args:
-    features: outputs.
+    features: number of outputs.
     dtype: of the parameters and of the computation.
     name: the last part of its path.
     bias: whether it has one.
@@ -34,7 +34,7 @@ def linear_layer(
 
 
 def rms_norm(shape: Shape, name: str) -> "Norm":
-  """A root-mean-square norm over the last axis, at a path of its own.
+  """Makes a root-mean-square norm over the last axis.
 
   Args:
     shape: gives its epsilon and dtype.
@@ -52,14 +52,14 @@ def rms_norm(shape: Shape, name: str) -> "Norm":
 
 
 class Norm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * scale, in float32 whatever x is."""
+  """A norm, x / sqrt(mean(x^2) + eps) * scale, in float32 for any x."""
 
   eps: float
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (..., features), rounded to its own dtype before `scale`."""
+    """Normalises x (..., features); rounds to its dtype before `scale`."""
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.dtype)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
@@ -67,13 +67,13 @@ class Norm(nn.Module):
 
 
 class Mlp(nn.Module):
-  """The gated layer down(silu(gate(x)) * up(x)), called SwiGLU."""
+  """A gated MLP (SwiGLU), down(silu(gate(x)) * up(x))."""
 
   shape: Shape
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (batch, time, hidden) position by position."""
+    """Maps x (batch, time, hidden), each position independently."""
     s = self.shape
     gate = linear_layer(s.mlp, s.dtype, "gate", bias=s.mlp_bias)(x)
     up = linear_layer(s.mlp, s.dtype, "up", bias=s.mlp_bias)(x)
@@ -88,7 +88,7 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, gates: jax.Array) -> jax.Array:
-    """Maps x (batch, time, hidden) by gates (batch, time, experts) float32."""
+    """Sums the MLPs of x, weighted by gates (batch, time, experts)."""
     y = jnp.zeros(x.shape, jnp.float32)
     for i in range(self.shape.experts):
       out = Mlp(self.shape, name=str(i))(x).astype(jnp.float32)
@@ -97,20 +97,20 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-  """The sum of the chosen experts' outputs, weighted by the router.
+  """A mixture of experts with a router, k experts for each token.
 
       y = sum_e g_e expert_e(x),   g = softmax over the k largest of x @ router
 
-  Every expert computes every token, and the gates of those not chosen are
-  zero: exact, of static shape, and each product keeps a path of its own. It
-  costs experts / k times the products that the choice needs.
+  Every expert computes every token, with gates of zero for those not chosen:
+  exact, of static shape, and every product has its own parameter path. It costs
+  experts / k times the products that the chosen experts need.
   """
 
   shape: Shape
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (batch, time, hidden) position by position."""
+    """Maps x (batch, time, hidden), each position independently."""
     s = self.shape
     scores = linear_layer(s.experts, s.dtype, "router")(x)
     gates = choose(scores.astype(jnp.float32), s.chosen)
@@ -118,16 +118,16 @@ class Mixture(nn.Module):
 
 
 def choose(scores: jax.Array, count: int) -> jax.Array:
-  """The softmax over the largest scores, zero elsewhere.
+  """Computes the softmax over the largest scores, zero elsewhere.
 
       g_e = exp(s_e) / sum_{j in top k} exp(s_j) if e in top k, else 0
 
   Args:
     scores: (..., experts) float32.
-    count: k, how many are chosen; of equal scores the first.
+    count: k, number of chosen experts; of equal scores the first.
 
   Returns:
-    (..., experts) float32, each row's sum 1.
+    (..., experts) float32; each row sums to 1.
 
   Example:
     >>> choose(jnp.array([1.0, 5.0, 1.0, 5.0]), 2).tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of the models' parameters: Hugging Face and Flax.
+"""Translates parameter names between Hugging Face and Flax.
 
 One table serves both directions: reading a checkpoint into a Flax tree, and
 naming the modules of an adapter that was extracted from such a tree:
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jlora.messages import name_some
 
 #: (Hugging Face module, Flax path of the module, kind of its leaves).
-#: `{}` is the number of the layer, the next one that of the expert.
+#: The first `{}` is the number of the layer, the second that of the expert.
 MODULES = (
   ("model.embed_tokens", "embed", "embedding"),
   ("model.layers.{}.input_layernorm", "layers/{}/attn_norm", "norm"),
@@ -57,21 +57,21 @@ LEAVES = {
   "conv1d": (("weight", "kernel", False), ("bias", "bias", False)),
 }
 
-#: (part of a name in MODULES, regex of how it is spelled): GPT-2 may be saved
-#: without its head, and transformers 5 calls Mixtral's router `mlp` inside.
+#: (part of a name in MODULES, regex of its spellings). GPT-2 may be saved
+#: without its head; transformers 5 calls Mixtral's router `mlp` in memory.
 SPELLINGS = (
   ("transformer.", r"(?:transformer\.)?"),
   (".block_sparse_moe.gate.", r"\.(?:block_sparse_moe|mlp)\.gate\."),
 )
 
 #: (regex of a tensor of all experts, (expert, out, in); Flax modules of its
-#: rows, in order), as transformers 5 keeps them inside.
+#: rows, in order), as transformers 5 holds them in memory.
 FUSED = (
   (r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj", ("gate", "up")),
   (r"model\.layers\.(\d+)\.mlp\.experts\.down_proj", ("down",)),
 )
 
-#: Regexes of tensors that are no parameters: causal masks, rotary angles.
+#: Regexes of tensors that are not parameters: causal masks, rotary angles.
 CONSTANTS = (
   r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
   r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -79,14 +79,15 @@ CONSTANTS = (
 
 
 class LeafSource(NamedTuple):
-  """Where a leaf lies in a checkpoint: a tensor, or a part of one.
+  """The tensor of a checkpoint, or the part of one, that holds a leaf.
 
   Attributes:
     name: the tensor's.
     shape: the leaf's, (in, out) for a kernel.
-    transposed: whether the tensor keeps (out, in).
-    expert: index on the tensor's first axis, None if it is all of the leaf's.
-    row: the first one, on the axis of outputs of such an expert.
+    transposed: whether the tensor is (out, in).
+    expert: index on the tensor's first axis; None if the leaf is the whole
+      tensor.
+    row: the leaf's first row on the output axis, within that expert.
   """
 
   name: str
@@ -99,16 +100,16 @@ class LeafSource(NamedTuple):
 def find_sources(
   shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, LeafSource]:
-  """Where a checkpoint keeps each leaf, by the leaf's Flax path.
+  """Finds the tensor, or part of one, that holds each leaf of the Flax tree.
 
   Args:
-    shapes: name -> shape of every tensor.
+    shapes: name -> shape of every tensor of a checkpoint.
 
   Returns:
-    Path -> Source. Tensors of `CONSTANTS` are left out.
+    Flax path -> LeafSource. Tensors of `CONSTANTS` are left out.
 
   Raises:
-    ValueError: for a name that no parameter has, or two names of one leaf.
+    ValueError: a name that no parameter has, or two names of one leaf.
 
   Example:
     >>> find_sources({"lm_head.weight": (9, 4)})["head/kernel"].shape
@@ -139,7 +140,7 @@ def find_sources(
 def _fused_sources(
   name: str, shape: tuple[int, ...]
 ) -> Iterable[tuple[str, LeafSource]]:
-  """(path, source) of every kernel in a tensor of all experts; else none."""
+  """Yields (path, source) of every kernel in a tensor of all experts."""
   for pattern, modules in FUSED:
     if (match := re.fullmatch(pattern, name)) and len(shape) == 3:
       experts, out, into = shape[0], shape[1] // len(modules), shape[2]
@@ -150,7 +151,7 @@ def _fused_sources(
 
 
 def _rows() -> list[tuple[tuple[str, str], bool]]:
-  """((Hugging Face name, Flax path), transposed) of every parameter."""
+  """Returns ((Hugging Face name, Flax path), transposed) of all parameters."""
   return [
     ((f"{module}.{hf_leaf}", f"{path}/{leaf}"), transposed)
     for module, path, kind in MODULES
@@ -159,13 +160,9 @@ def _rows() -> list[tuple[tuple[str, str], bool]]:
 
 
 def pattern_of(name: str) -> str:
-  r"""The regex of a name with `{}` for its numbers, in all of its spellings.
+  r"""Returns a regex for a name of `MODULES` with its leaf, in all spellings.
 
-  Args:
-    name: of either column of `MODULES`, with its leaf.
-
-  Returns:
-    A regex of whole names; a group for each number.
+  The regex matches whole names and has a group for each number, `{}`.
 
   Example:
     >>> pattern_of("transformer.h.{}.ln_1.weight")
@@ -178,7 +175,7 @@ def pattern_of(name: str) -> str:
 
 
 def _find(name: str, column: int) -> tuple[str, bool]:
-  """The other column's name of `name`, and whether the leaf is transposed."""
+  """Translates a name to the other column; also returns whether transposed."""
   rows = _rows()
   for pair, transposed in rows:
     if match := re.fullmatch(pattern_of(pair[column]), name):
@@ -190,17 +187,17 @@ def _find(name: str, column: int) -> tuple[str, bool]:
 
 
 def from_hf(name: str) -> tuple[str, bool]:
-  """The Flax path of a Hugging Face parameter, and whether to transpose it.
+  """Returns the Flax path of a Hugging Face name, and whether to transpose.
 
   Args:
-    name: a tensor's name in a checkpoint, in any of its spellings; not one
-      that holds all experts (see `find_sources`).
+    name: a tensor's name in a checkpoint, in any of its spellings; not that of
+      a tensor of all experts.
 
   Returns:
     The path, and True where torch's (out, in) is Flax's (in, out).
 
   Raises:
-    ValueError: if the models have no such parameter.
+    ValueError: the models have no such parameter.
 
   Example:
     >>> from_hf("model.layers.3.self_attn.q_proj.weight")
@@ -212,17 +209,17 @@ def from_hf(name: str) -> tuple[str, bool]:
 
 
 def to_hf(path: str) -> tuple[str, bool]:
-  """The Hugging Face name of a Flax path: the inverse of `from_hf`.
+  """Returns the Hugging Face name of a Flax path, and whether to transpose.
 
   Args:
     path: a parameter's path in a tree of `jlora.models`.
 
   Returns:
-    The tensor's name as transformers saves it, and True where it is to be
-    transposed.
+    The tensor's name as transformers saves it, and True where Flax's (in, out)
+    is torch's (out, in). The inverse of `from_hf`.
 
   Raises:
-    ValueError: if the models have no such parameter.
+    ValueError: the models have no such parameter.
 
   Example:
     >>> to_hf("layers/3/mlp/down/kernel")
@@ -232,7 +229,7 @@ def to_hf(path: str) -> tuple[str, bool]:
 
 
 def hf_name(path: str) -> str:
-  """The Hugging Face name of a Flax path: the `rename` of `jlora.save_peft`.
+  """Returns the Hugging Face name of a Flax path, for `save_peft`'s `rename`.
 
   Args:
     path: a parameter's path in a tree of `jlora.models`.
@@ -241,7 +238,7 @@ def hf_name(path: str) -> str:
     The parameter's name as transformers saves it.
 
   Raises:
-    ValueError: if the models have no such parameter.
+    ValueError: the models have no such parameter.
 
   Example:
     >>> hf_name("layers/3/attn/q/kernel")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as pure functions of their parameters, by what a config says."""
+"""Builds networks from configs, as pure functions of their parameters."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from jlora.models.config import FAMILIES, Shape, read_shape
 from jlora.models.decoder import Decoder
 from jlora.models.gpt2 import Gpt2, Gpt2Shape, read_gpt2
 
-#: model_type -> (the reader of its config, its module).
+#: model_type -> (function that reads its config, Flax module).
 NETWORKS = {
   **dict.fromkeys(FAMILIES, (read_shape, Decoder)),
   "gpt2": (read_gpt2, Gpt2),
@@ -27,11 +27,11 @@ Cache = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A pure function `model(params, tokens) -> logits`, hashable.
+  """A network as a pure, hashable function, `model(params, tokens) -> logits`.
 
   Attributes:
-    shape: what the network looks like; `shape.tied` tells whether its head is
-      its embedding.
+    shape: its sizes and switches; `shape.tied` tells whether its head is its
+      embedding.
     network: its Flax module.
 
   Example:
@@ -47,34 +47,34 @@ class Model:
   network: nn.Module
 
   def __call__(self, params: Params, tokens: jax.Array) -> jax.Array:
-    """Logits of the token after each position.
+    """Computes logits of the token after each position.
 
     Args:
       params: nested dict.
-      tokens: (batch, time) int32. Every one is attended to: pad on the right
-        and ignore what follows.
+      tokens: (batch, time) int32. There is no mask of padding: pad on the right
+        and ignore the logits there.
 
     Returns:
       (batch, time, vocab) in the parameters' dtype.
 
     Raises:
-      ValueError: if the text is longer than a GPT-2's learned positions.
+      ValueError: the text is longer than a GPT-2's learned positions.
     """
     return self.network.apply({"params": params}, tokens)  # pyright: ignore
 
   def extend(
     self, params: Params, tokens: jax.Array, span: Span, cache: Cache
   ) -> tuple[jax.Array, Cache]:
-    """Logits after the last token, and the cache with these tokens in it.
+    """Computes logits after the last token, and adds the tokens to the cache.
 
     Args:
       params: nested dict.
       tokens: (batch, time) int32, the next ones of each text.
       span: position of the first of them, and the length of the cache.
-      cache: as the call before gave it; {} where `span.start` is 0.
+      cache: as returned by the call before; {} where `span.start` is 0.
 
     Returns:
-      logits (batch, vocab), and a nested dict of keys and values
+      logits (batch, vocab), and the cache, a nested dict of keys and values
       (batch, length, kv_heads, d).
 
     Raises:
@@ -87,19 +87,19 @@ class Model:
 
 
 def build(config: Mapping, *, dtype: Any = jnp.float32) -> Model:
-  """The pure function `apply(params, tokens) -> logits` of a config.
+  """Builds the pure function `apply(params, tokens) -> logits` of a config.
 
   Args:
     config: the content of a Hugging Face `config.json`.
     dtype: of the parameters and of the computation.
 
   Returns:
-    A `Model`. Equal configs give the same one, so that `jit` compiles a pair
-    of models once.
+    A `Model`. Equal configs give the same object, so that `jit` compiles once
+    for a base and its finetune.
 
   Raises:
-    ValueError: for a family that is not covered, or as `read_shape` and
-      `read_gpt2`.
+    ValueError: a family, activation or other setting that is not covered, or a
+      missing key.
 
   Example:
     >>> config = dict(model_type="gpt2", vocab_size=9, n_embd=8, n_layer=1,
@@ -118,14 +118,14 @@ def build(config: Mapping, *, dtype: Any = jnp.float32) -> Model:
 
 @functools.cache
 def _build(shape: Any, network: Any) -> Model:
-  """One function for each shape."""
+  """Returns one Model for each shape."""
   return Model(shape, network(shape))
 
 
 def init(
   config: Mapping, key: jax.Array, *, dtype: Any = jnp.float32
 ) -> tuple[Model, Params]:
-  """A randomly initialised model: its function and its parameters.
+  """Initialises a model at random; returns its function and its parameters.
 
   Args:
     config: the content of a Hugging Face `config.json`.
@@ -133,7 +133,7 @@ def init(
     dtype: of the parameters and of the computation.
 
   Returns:
-    `apply` as `build` gives it, and the nested dict of parameters: kernels
+    A `Model`, as from `build`, and the nested dict of parameters: kernels
     (in, out), `layers/0/attn/q/kernel` and so on.
 
   Raises:
@@ -147,6 +147,6 @@ def init(
     (8, 24)
   """
   model = build(config, dtype=dtype)
-  # One compiled program; op by op it would take seconds.
+  # Compiled as one program, because op by op it would take seconds.
   variables = jax.jit(model.network.init)(key, jnp.zeros((1, 1), jnp.int32))
   return model, dict(variables["params"])

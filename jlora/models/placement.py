@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves of a checkpoint placed on devices, shard by shard."""
+"""Places the leaves of a checkpoint on devices, shard by shard."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from jlora.models.names import LeafSource
 from jlora.numerics import meshes
 from jlora.sharding import Rules, matches
 
-#: (regex of a whole path, spec): each pair of products is cut along the width
-#: between them, embeddings and heads along the vocabulary.
+#: (regex of a whole path, spec): each pair of products is sharded along the
+#: width between them, embeddings and heads along the vocabulary.
 RULES = (
   (r".*/(q|k|v|gate|up|c_attn|c_fc)/kernel", PartitionSpec(None, "model")),
   (r".*/(q|k|v|gate|up|c_attn|c_fc)/bias", PartitionSpec("model")),
@@ -26,13 +26,15 @@ RULES = (
 
 
 def rules_for(shapes: Mapping[str, Sequence[int]]) -> Rules:
-  """Those of `RULES` that match a leaf of a model: no family has all names.
+  """Returns the rules of `RULES` that match any leaf of a model.
+
+  No family of models has leaves for all of them.
 
   Args:
-    shapes: path -> shape.
+    shapes: path -> shape, all leaves of the model.
 
   Returns:
-    Rules.
+    Rules, a list of (regex, PartitionSpec).
 
   Example:
     >>> rules_for({"embed/embedding": (9, 4)})
@@ -47,16 +49,13 @@ def place_leaf(
   dtype: Any,
   sharding: NamedSharding | None = None,
 ) -> jax.Array:
-  """A leaf of a checkpoint on its devices.
+  """Reads a leaf of a checkpoint onto its devices, shard by shard.
 
   Args:
     checkpoint: an open one.
-    source: where the leaf lies in it.
-    dtype: of the result, rounded to once.
+    source: which tensor, or part of one, holds the leaf.
+    dtype: of the result, rounded once.
     sharding: None puts it on the default device.
-
-  Returns:
-    The array, read shard by shard (`jlora.numerics.meshes.place_array`).
 
   Raises:
     ValueError: as `Checkpoint.read`.
@@ -68,7 +67,8 @@ def place_leaf(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(2, 3)})
     ...   checkpoint = open_checkpoint(folder)
-    ...   place_leaf(checkpoint, Source("w", (3, 2), True), jnp.float32).shape
+    ...   source = LeafSource("w", (3, 2), transposed=True)
+    ...   place_leaf(checkpoint, source, jnp.float32).shape
     (3, 2)
   """
   whole = (slice(None),) * len(source.shape)
@@ -81,7 +81,7 @@ def place_leaf(
 def _read(
   checkpoint: Checkpoint, source: LeafSource, index: Sequence[slice], dtype: Any
 ) -> np.ndarray:
-  """A region of a leaf, read where the tensor keeps it."""
+  """Reads a region of a leaf from the tensor that holds it."""
   ends = [
     cut.indices(side)[:2] for cut, side in zip(index, source.shape, strict=True)
   ]

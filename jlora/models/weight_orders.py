@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which orders of hidden units a Hugging Face checkpoint may have.
+"""Translates symmetries of hidden units to Hugging Face names.
 
-The tables of `jlora.alignment.symmetries` name the paths of these models,
-kernels (in, out). A checkpoint's own table is the same one, read through
-`names`.
+The tables of `jlora.alignment.symmetries` are for the Flax paths of these
+models, with kernels (in, out). A checkpoint's table is the same one, translated
+by `names`.
 """
 
 import re
@@ -15,22 +15,22 @@ from jlora.views import GPT2_VIEWS
 
 
 def hf_symmetry(symmetry: Symmetry) -> Symmetry:
-  """The symmetry of a checkpoint with Hugging Face's names and orientations.
+  """Translates a symmetry to a checkpoint's Hugging Face names and axis order.
 
       w[out, in] of a torch Linear has the axes of w[in, out], exchanged
 
   Args:
-    symmetry: of these models' paths: `decoder(heads, kv_heads)` for Llama,
-      Mistral, Mixtral, Qwen2 and Qwen3, `gpt2(heads)`.
+    symmetry: for these models' paths: `decoder(heads, kv_heads)` for Llama,
+      Mistral, Mixtral, Qwen2 and Qwen3, or `gpt2(heads)`.
 
   Returns:
-    Symmetry with rows of the checkpoint's names, in any of their spellings; a
-    Linear's weight (out, in), a Conv1D's of GPT-2 (in, out). What is no
-    parameter, causal masks say, stays. Of a Mixtral with each expert's weights
-    apart, as files have them.
+    Symmetry with rows for the checkpoint's names, in any of their spellings. A
+    Linear's weight is (out, in), that of GPT-2's Conv1D (in, out). Tensors that
+    are not parameters, such as causal masks, are not permuted. For a Mixtral,
+    each expert's weights are separate tensors, as in files.
 
   Raises:
-    ValueError: rows for paths that these models do not have.
+    ValueError: the symmetry has rows for paths that these models lack.
 
   Example:
     >>> from jlora.alignment import decoder
@@ -55,10 +55,11 @@ def hf_symmetry(symmetry: Symmetry) -> Symmetry:
       f"{name_some(unknown)}. Write rows for the checkpoint's own names."
     )
   rows = (*found, *(Row(pattern, FIXED) for pattern in CONSTANTS))
-  # GPT-2's rules are torch's, and its own before them.
+  # GPT-2's rules are its own, followed by torch's, so they fit all models.
   return Symmetry(rows, symmetry.inside, symmetry.sizes, GPT2_VIEWS)
 
 
 def _first(symmetry: Symmetry, path: str) -> Row | None:
+  """Returns the first row that matches a path, or None."""
   matching = (x for x in symmetry.rows if re.fullmatch(x.pattern, path))
   return next(matching, None)

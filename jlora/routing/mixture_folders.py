@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Mixtral checkpoint whose experts are the MLPs of finetunes of one base.
+"""Writes a Mixtral checkpoint that combines finetunes of one base.
 
-Attention, embeddings and norms are the base's.
+Its experts are the finetunes' MLPs; attention, embeddings and norms are the
+base's.
 """
 
 import json
@@ -24,7 +25,7 @@ from jlora.views import LINEAR, as_parameter
 
 Expert = Checkpoint | Mapping[str, Lora]
 
-# Base's name -> Mixtral's, of layer {0} and expert {1}.
+# Parts of an MLP: the base's name -> Mixtral's.
 _PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _MLP = "model.layers.{0}.mlp.{1}.weight"
 _EXPERT = "model.layers.{0}.block_sparse_moe.experts.{1}.{2}.weight"
@@ -41,27 +42,28 @@ def save_mixture(
   chosen: int = 2,
   max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-  """A Mixtral checkpoint whose experts are the MLPs of finetunes of one base.
+  """Writes a Mixtral checkpoint whose experts are the MLPs of finetunes.
 
-  One tensor is in memory at a time. The folder appears under its name when it
-  is complete; transformers, vLLM and `jlora.models` load it.
+  Holds one tensor in memory at a time. The folder gets its name once it is
+  complete; transformers, vLLM and `jlora.models` load it.
 
   Args:
     folder: must not exist.
-    base: an open folder of a Llama or Mistral without biases: all but the MLPs
-      is from it, tokenizer and configuration too.
-    experts: of each expert an open checkpoint of the base's shapes, or an
-      adapter {name: Lora} whose MLP changes are added to the base's.
-    routers: (experts, d) for every layer, or {layer: (experts, d)}, as
-      `router_rows` gives them.
-    chosen: experts that a token goes through.
-    max_shard_bytes: a new file begins before this size is passed.
+    base: an open checkpoint of a Llama or Mistral without biases. Everything
+      but the MLPs comes from it, tokenizer and configuration too.
+    experts: for each expert an open checkpoint of the base's shapes, or an
+      adapter {name: Lora} whose changes are added to the base's MLPs.
+    routers: (experts, d) for every layer, or {layer: (experts, d)}, as from
+      `router_rows`.
+    chosen: number of experts for each token.
+    max_shard_bytes: a new file begins before this size would be exceeded.
 
   Raises:
     ValueError: before anything is written, if the folder exists, the base is of
-      another family, shapes differ, or routers or `chosen` do not fit. A
-      warning names changes of an adapter that are not of the MLPs: they are
-      left out.
+      another family, shapes differ, or routers or `chosen` do not fit.
+
+  Warns:
+    UserWarning: an adapter changes modules other than MLPs, which are left out.
 
   Example:
     >>> import tempfile
@@ -109,7 +111,7 @@ def save_mixture(
 
 
 def _check_base(base: Checkpoint, config: Mapping[str, Any]) -> list[int]:
-  """The base's layers; an error if it is not of the family."""
+  """Returns the base's layer numbers; raises if it cannot be a Mixtral."""
   kind = config.get("model_type")
   if kind not in _FAMILIES:
     raise ValueError(
@@ -129,7 +131,7 @@ def _check_base(base: Checkpoint, config: Mapping[str, Any]) -> list[int]:
 
 
 def _check_experts(base, experts, layers) -> None:
-  """Nothing, if every expert has MLPs of the base's shapes."""
+  """Raises unless every expert has MLPs of the base's shapes."""
   mlps = {_MLP.format(i, part) for i in layers for part in _PARTS}
   if not experts:
     raise ValueError("A mixture needs at least one expert.")
@@ -160,11 +162,12 @@ def _check_experts(base, experts, layers) -> None:
 
 
 def _shape(lora: Lora) -> tuple[int, ...]:
+  """Returns the shape (..., out, in) of a Lora's change."""
   return (*lora.a.shape[:-2], lora.b.shape[-1], lora.a.shape[-1])
 
 
 def _rows_of(routers, layers, experts, d) -> dict[int, np.ndarray]:
-  """Layer -> router."""
+  """Returns layer -> router; raises if one does not fit."""
   is_each = isinstance(routers, Mapping)
   found = {
     i: np.asarray(routers[i] if is_each else routers, np.float32)
@@ -186,7 +189,7 @@ def _rows_of(routers, layers, experts, d) -> dict[int, np.ndarray]:
 
 
 def _renamed(base: Checkpoint, layers: Sequence[int]) -> dict[str, tuple]:
-  """MLP name -> (layer, part)."""
+  """Returns MLP name -> (layer, part)."""
   return {
     _MLP.format(i, part): (i, part)
     for i in layers
@@ -196,7 +199,7 @@ def _renamed(base: Checkpoint, layers: Sequence[int]) -> dict[str, tuple]:
 
 
 def _spec_of(base, layers, experts) -> dict[str, Any]:
-  """Name -> (shape, dtype) of the mixture, a layer's experts together."""
+  """Returns name -> (shape, dtype) of the mixture, layer by layer."""
   places, spec = _renamed(base, layers), {}
   for name, stored in base.spec.items():
     if name not in places:
@@ -215,7 +218,7 @@ def _spec_of(base, layers, experts) -> dict[str, Any]:
 
 
 def _arrays_of(base, experts, rows, layers) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, array) of the mixture, one at a time."""
+  """Yields (name, array) of the mixture, one at a time."""
   places = _renamed(base, layers)
   for name, stored in base.spec.items():
     if name not in places:
@@ -230,7 +233,7 @@ def _arrays_of(base, experts, rows, layers) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
-  """An expert's tensor: its own, or the base's with the change added."""
+  """Returns an expert's tensor, or the base's plus the expert's change."""
   if isinstance(expert, Checkpoint):
     return expert[name]
   if name not in expert:
@@ -241,7 +244,7 @@ def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
 
 
 def _mixed(config, experts: int, chosen: int) -> dict[str, Any]:
-  """config.json of the mixture."""
+  """Returns the mixture's config.json."""
   taken = {
     k: v for k, v in config.items() if k not in ("mlp_bias", "attention_bias")
   }

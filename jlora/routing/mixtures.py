@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finetunes of one base as experts, each token sent through a few of them.
+"""Mixes finetunes of one base as experts, a few of them for each token.
 
 y = Σ_e g_e expert_e(x),   g = softmax over the k largest of x rowsᵀ
 """
@@ -16,27 +16,31 @@ from jlora.adapting.binding import Programs, bind
 from jlora.adapting.transforms import adapt
 from jlora.messages import name_some
 
-_MOST_ALIKE = 5.0  # condition number of the rows from which we warn
+_MOST_ALIKE = 5.0  # condition number of the rows above which we warn
 
 
 def router_rows(
   positive: Sequence[Any], negative: Sequence[Any] | None = None
 ) -> np.ndarray:
-  """A router from hidden states of example prompts, (experts, d) float32.
+  """Computes a router's rows from hidden states of example prompts.
 
       row_e = v_e / ‖v_e‖,   v_e = mean of positive_e - mean of negative_e
 
   Args:
-    positive: of each expert (prompts, d), what the router will read for prompts
-      that are the expert's: take them with `dense_inputs`.
-    negative: likewise of prompts that are not; None is none.
+    positive: for each expert (prompts, d), the router's inputs on prompts that
+      should go to the expert; collect them with `dense_inputs`.
+    negative: the same on prompts that should not; None is none.
 
   Returns:
-    (experts, d). A token whose hidden state lies along a row goes there.
+    (experts, d) float32. A token whose hidden state points along a row goes to
+    that expert.
 
   Raises:
     ValueError: shapes that do not fit, states that are not finite, or two
-      experts with the same row: their prompts say the same.
+      experts with the same row, because their prompts are alike.
+
+  Warns:
+    UserWarning: the rows are nearly dependent.
 
   Example:
     >>> router_rows([np.array([[3.0, 0.0]]), np.array([[0.0, 2.0]])])
@@ -46,8 +50,8 @@ def router_rows(
   References:
     mergekit-moe's "hidden" gates, as their documentation describes them.
 
-  Approximation: the states here are those that the router reads, behind the
-    norm; which ones mergekit averages is known to us at second hand.
+  Approximation: the states are the router's inputs, after the norm. Which
+    states mergekit averages is not documented at first hand.
   """
   rows = _means("positive", positive, None)
   if negative is not None:
@@ -84,17 +88,17 @@ def router_rows(
 
 
 def random_rows(key: jax.Array, experts: int, d: int) -> np.ndarray:
-  """A router of random directions, to be trained: (experts, d) float32.
+  """Draws a router's rows at random, to be trained.
 
   Args:
     key: PRNG key.
-    experts: how many.
+    experts: number of experts.
     d: hidden size.
 
   Returns:
-    Rows of length 1 in the mean. For a uniform router take zeros: every expert
-    then has the same score, and with `chosen` below their number the first
-    ones are taken always.
+    (experts, d) float32, rows of length about 1. Zeros would give every expert
+    the same score, so that with `chosen` below their number the first ones are
+    always taken.
 
   Example:
     >>> random_rows(jax.random.key(0), 2, 3).shape
@@ -112,23 +116,24 @@ def mix_experts(
   *,
   chosen: int = 2,
 ) -> jax.Array:
-  """A mixture whose experts stay adapters of one block, never summed.
+  """Runs a mixture of experts that are one block with different adapters.
 
       y = Σ_e g_e block(params + change_e, x),
       g = softmax over the `chosen` largest of x rowsᵀ, zero elsewhere
 
   Args:
-    block: (params, x (..., d)) -> (..., out), an MLP say.
+    block: (params, x (..., d)) -> (..., out), for example an MLP.
     params: its parameters, shared by all experts.
-    experts: of each the programs on params, path -> Lora.
-    rows: (experts, d), as `router_rows` gives them.
+    experts: for each expert its programs on params, path -> Lora.
+    rows: (experts, d), as from `router_rows`.
     x: (..., d).
-    chosen: experts that a token goes through.
+    chosen: number of experts for each token.
 
   Returns:
-    (..., out) in x's dtype. Every expert computes every token and the gates of
-    those not chosen are zero: exact, of static shape, for experts times the
-    block's operations and none of its memory. Pure; differentiable.
+    (..., out) in x's dtype. Every expert computes every token, with gates of
+    zero for those not chosen: exact and of static shape, but it costs the
+    block's operations times the number of experts. The adapters are never
+    summed into weights. Pure; differentiable.
 
   Raises:
     ValueError: rows that do not fit, or `chosen` out of range.
@@ -165,18 +170,7 @@ def mix_experts(
 
 
 def check_chosen(chosen: int, experts: int) -> None:
-  """Nothing, if so many of the experts can be chosen.
-
-  Args:
-    chosen: experts that a token goes through.
-    experts: how many there are.
-
-  Raises:
-    ValueError: if chosen is out of range.
-
-  Example:
-    >>> check_chosen(2, 3)
-  """
+  """Raises unless `chosen` is between 1 and the number of experts."""
   if not 1 <= chosen <= experts:
     raise ValueError(
       f"chosen is {chosen}; of {experts} experts take 1 to {experts}."
@@ -184,9 +178,9 @@ def check_chosen(chosen: int, experts: int) -> None:
 
 
 def _means(name: str, states: Sequence[Any], d: int | None) -> np.ndarray:
-  """The mean of each expert's (prompts, d), in float64; of none, zeros.
+  """Averages each expert's (prompts, d) in float64; no prompts give zeros.
 
-  Without d the first expert's counts, and each needs a prompt.
+  Without d, the first expert's is used, and each expert needs a prompt.
   """
   wide = [np.asarray(own, np.float64) for own in states]
   needs_prompts = d is None

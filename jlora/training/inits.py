@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to begin training with, that change nothing yet.
+"""Initial adapters for training: LoRA, rsLoRA, PiSSA and OLoRA.
+
+`init_lora` makes adapters that change nothing yet. `split_base` moves a part of
+the weights into an adapter, and `relative_to_base` undoes that after training.
 
 There is no DoRA here. Its layer is `m ⊙ (x@w + scale (x@aᵀ)@b) / ‖w + scale
-aᵀb‖`: the base's own product is scaled by a norm that depends on a and b. That
+aᵀb‖`: it scales the base's own product by a norm that depends on a and b. That
 is neither a gate on the rank axis nor a sum of changes, so stacking, gating,
-truncating and merging would all be wrong for it without an error. Bring a
-finished one in as the change of weights it amounts to, by `extract`.
+truncating and merging would silently be wrong for it. Import a finished DoRA
+adapter by `extract`, as the change of weights it amounts to.
 """
 
 import dataclasses
@@ -32,14 +35,14 @@ Scaling = Callable[[float, int], float]
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], rank: int):
-  """A uniform a and a zero b.
+  """Draws a uniform a and sets b to zero, as loralib does.
 
       a ~ U(-1/√in, 1/√in),   b = 0
 
   Args:
     key: PRNG key.
     shape: (..., in, out) of the parameter read as a matrix.
-    rank: units.
+    rank: number of units.
 
   Returns:
     a (..., rank, in), b (..., rank, out), float32.
@@ -50,21 +53,22 @@ def kaiming(key: jax.Array, shape: tuple[int, ...], rank: int):
     ((2, 4), True, 0.0)
 
   References:
-    microsoft/LoRA, loralib: Kaiming's with a = √5. The paper has a Gaussian.
+    microsoft/LoRA, loralib: Kaiming's initialisation with a = √5. The paper
+    uses a Gaussian.
   """
   bound = 1 / math.sqrt(shape[-2])
   return _drawn(jax.random.uniform, key, shape, rank, 2 * bound, bound)
 
 
 def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int):
-  """A normal a and a zero b.
+  """Draws a normal a and sets b to zero, as the LoRA paper does.
 
       a ~ N(0, 1/rank²),   b = 0
 
   Args:
     key: PRNG key.
     shape: (..., in, out) of the parameter read as a matrix.
-    rank: units.
+    rank: number of units.
 
   Returns:
     a (..., rank, in), b (..., rank, out), float32.
@@ -75,13 +79,13 @@ def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int):
     ((2, 4), 0.0)
 
   References:
-    Hu et al. (2021), section 4.1, which gives no variance; that of PEFT.
+    Hu et al. (2021), section 4.1, which gives no variance; PEFT's is used.
   """
   return _drawn(jax.random.normal, key, shape, rank, 1 / rank, 0.0)
 
 
 def reversed_normal(key: jax.Array, shape: tuple[int, ...], rank: int):
-  """A zero a and a normal b: for tables of rows by token.
+  """Sets a to zero and draws a normal b, for embedding tables.
 
       a = 0,   b ~ N(0, 1)
 
@@ -90,15 +94,10 @@ def reversed_normal(key: jax.Array, shape: tuple[int, ...], rank: int):
   Args:
     key: PRNG key.
     shape: (..., tokens, features).
-    rank: units.
+    rank: number of units.
 
   Returns:
     a (..., rank, tokens), b (..., rank, features), float32.
-
-  Example:
-    >>> a, b = reversed_normal(jax.random.key(0), (4, 3), 2)
-    >>> float(a.sum()), b.shape
-    (0.0, (2, 3))
 
   References:
     microsoft/LoRA, loralib, `Embedding`.
@@ -109,7 +108,7 @@ def reversed_normal(key: jax.Array, shape: tuple[int, ...], rank: int):
   return zero, drawn
 
 
-#: What loralib does: the first rule that matches a path gives its init.
+#: loralib's initialisation; the first rule that matches a path counts.
 LORALIB: tuple[tuple[str, Init], ...] = (
   (EMBEDDINGS, reversed_normal),
   (r".*", kaiming),
@@ -117,14 +116,14 @@ LORALIB: tuple[tuple[str, Init], ...] = (
 
 
 def by_rank(alpha: float, rank: int) -> float:
-  """The scale of LoRA, alpha / rank.
+  """Returns the scale of LoRA, alpha / rank.
 
   Args:
     alpha: a number chosen once for all ranks.
     rank: of the module.
 
   Returns:
-    The scale.
+    float, the scale.
 
   Example:
     >>> [by_rank(16, rank) for rank in (1, 16, 64, 256)]
@@ -134,21 +133,22 @@ def by_rank(alpha: float, rank: int) -> float:
 
 
 def by_root(alpha: float, rank: int) -> float:
-  """The scale of rank-stabilised LoRA, alpha / √rank.
+  """Returns the scale of rank-stabilised LoRA, alpha / √rank.
 
   Args:
     alpha: a number chosen once for all ranks.
     rank: of the module.
 
   Returns:
-    The scale.
+    float, the scale.
 
   Example:
     >>> [by_root(16, rank) for rank in (1, 16, 64, 256)]
     [16.0, 4.0, 2.0, 1.0]
 
   References:
-    Kalajdzievski (2023), rsLoRA: alpha / rank stalls at high ranks.
+    Kalajdzievski (2023), rsLoRA: with alpha / rank, training stalls at high
+    ranks.
   """
   return alpha / math.sqrt(rank)
 
@@ -165,7 +165,7 @@ def init_lora(
   views: Iterable[ViewRule] | None = None,
   dtype: Any = jnp.float32,
 ) -> Loras:
-  """An adapter that changes nothing yet.
+  """Makes a new adapter for training, which changes nothing yet.
 
       a, b = init(key of the path, (..., in, out), rank),   scale(alpha, rank)
 
@@ -174,22 +174,25 @@ def init_lora(
     rank: of every module, or {path: rank}: modules not named are left out. It
       is not clipped.
     key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`.
-    select: `(path, leaf) -> bool`, which parameters get one; all layers'
-      matrices without it, and no embedding.
+    select: `(path, leaf) -> bool`, which parameters get a Lora; by default all
+      layers' matrices and no embedding.
     init: a function, or rules (regex of the path, function).
-    alpha: the numerator of the scale. The paper takes the first rank it tries,
-      loralib 1; none is right everywhere.
+    alpha: the numerator of the scale. The paper uses the first rank it tries,
+      loralib 1; no value is right everywhere.
     scaling: `by_rank`, `by_root`, or any function of (alpha, rank).
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found.
-    dtype: of a and b. Train in float32 whatever the base has.
+    views: rules for reading a parameter as a matrix; by default those for the
+      names found.
+    dtype: of a and b. Train in float32, whatever the base's dtype.
 
   Returns:
-    {path: Lora}, scale float32. Costs what the factors take.
+    {path: Lora}, scale float32. Allocates the factors alone.
 
   Raises:
-    ValueError: nothing selected, a rank below 1 or for a path that is no
+    ValueError: nothing selected, a rank below 1 or for a path that is not a
       module, or a path that no rule of `init` matches.
+
+  Warns:
+    UserWarning: a rank above the matrix's shorter side.
 
   Example:
     >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
@@ -222,57 +225,6 @@ def init_lora(
   return loras
 
 
-def matrices_of(
-  params: Any, select: Select, views: Iterable[ViewRule] | None = None
-) -> dict[str, tuple[Any, MatrixView]]:
-  """The selected parameters that can be read as matrices.
-
-  Args:
-    params: a pytree of arrays, or of anything with a shape and a dtype.
-    select: `(path, leaf) -> bool`.
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found.
-
-  Returns:
-    {path: (leaf, view)}, in the order of the tree.
-
-  Example:
-    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
-    >>> list(matrices_of(params, is_linear))
-    ['q/kernel']
-  """
-  flat = flatten(params)
-  table = tuple(table_for(flat) if views is None else views)
-  return {
-    path: (leaf, view)
-    for path, leaf in flat.items()
-    if is_matrix(path, leaf)
-    and select(path, leaf)
-    and (view := view_of(path, leaf.shape, table))
-  }
-
-
-def _drawn(draw, key, shape, rank, width, below):
-  """`width * draw - below` for a, zeros for b."""
-  *batch, n_in, n_out = shape
-  a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
-  return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
-
-
-def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
-  wasteful = [
-    f"{path}: {rank} for {shapes[path]}"
-    for path, rank in ranks.items()
-    if rank > min(shapes[path][-2:])
-  ]
-  if wasteful:
-    warnings.warn(
-      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
-      " need no more than its short side.",
-      stacklevel=3,
-    )
-
-
 # ((..., in, out), rank, scale, key) -> a (..., rank, in), b (..., rank, out).
 Start = Callable[[Any, int, float, jax.Array], tuple[Any, Any]]
 
@@ -285,13 +237,13 @@ def principal(
   *,
   factor: Factoriser = krylov,
 ):
-  """The start of PiSSA: the largest singular triplets of the weight.
+  """Takes the weight's largest singular triplets as the factors (PiSSA).
 
       weight ≈ u diag(s) vt,   a = √(s/scale) uᵀ,   b = √(s/scale) vt
 
   Args:
     weight: (..., in, out).
-    rank: units.
+    rank: number of units.
     scale: of the adapter.
     key: PRNG key of the factoriser.
     factor: a factoriser.
@@ -313,15 +265,15 @@ def principal(
 
 
 def orthogonal(weight: Any, rank: int, scale: float, key: jax.Array):
-  """The start of OLoRA: the first units of the weight's QR decomposition.
+  """Takes the first units of the weight's QR decomposition (OLoRA).
 
       weightᵀ = Q R,   b = (the first columns of Q)ᵀ,   a = the first rows of R
 
   Args:
     weight: (..., in, out).
-    rank: units.
-    scale: not looked at: the adapter is taken off the base with its scale.
-    key: not looked at.
+    rank: number of units.
+    scale: unused: `split_base` subtracts the adapter times its scale.
+    key: unused.
 
   Returns:
     a (..., rank, in), b (..., rank, out), float32. Decomposes the whole weight.
@@ -350,18 +302,18 @@ def split_base(
   scaling: Scaling = by_rank,
   views: Iterable[ViewRule] | None = None,
 ) -> tuple[Loras, Any]:
-  """An adapter made of parts of the weights, and the rest of the weights.
+  """Splits weights into an adapter to be trained and a frozen rest.
 
       rest = w - scale aᵀ b
 
-  Train the adapter on the rest, then call `relative_to_base`: on the base as
-  it was the adapter means nothing.
+  Train the adapter on the rest, then call `relative_to_base`: the trained
+  adapter does not fit the original base.
 
   Args:
     params: a pytree of arrays.
-    rank: as for `init_lora`; at most what the matrix allows.
+    rank: as for `init_lora`; at most the matrix's shorter side.
     key: as for `init_lora`.
-    start: `principal` (PiSSA) or `orthogonal` (OLoRA).
+    start: which part of a weight: `principal` (PiSSA) or `orthogonal` (OLoRA).
     select: as for `init_lora`.
     alpha: as for `init_lora`.
     scaling: as for `init_lora`.
@@ -369,11 +321,11 @@ def split_base(
 
   Returns:
     Loras in float32, and a pytree like params in its dtypes. Adapter and rest
-    sum to params but for one rounding to the leaf's dtype; in bfloat16 that is
-    no small error.
+    sum to params up to one rounding to the leaf's dtype, which is not a small
+    error in bfloat16.
 
   Raises:
-    ValueError: as `init_lora`, or a rank above what the matrix allows.
+    ValueError: as `init_lora`, or a rank above the matrix's shorter side.
 
   Example:
     >>> params = {"q": {"kernel": jnp.diag(jnp.array([3.0, 2.0, 1.0]))}}
@@ -407,20 +359,20 @@ def split_base(
 def relative_to_base(
   trained: Mapping[str, Lora], start: Mapping[str, Lora]
 ) -> Loras:
-  """A plain adapter of the base as it was, from one that began as a part of it.
+  """Converts an adapter trained after `split_base` to one of the original base.
 
       scale' a'ᵀ b' - scale aᵀ b,   one adapter of twice the rank, exactly
 
   Args:
     trained: path -> Lora, after training on the rest.
-    start: the same paths, as `split_base` gave them.
+    start: path -> Lora, as `split_base` returned them.
 
   Returns:
-    Loras with a (..., 2r, in), b (..., 2r, out) and the scale of `trained`;
-    only concatenation.
+    Loras with a (..., 2r, in), b (..., 2r, out) and the scale of `trained`; the
+    factors are only concatenated.
 
   Raises:
-    ValueError: paths that differ.
+    ValueError: the paths differ.
 
   Example:
     >>> one = Lora(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.float32(1))
@@ -440,3 +392,49 @@ def relative_to_base(
     b = jnp.concatenate([lora.b, minus], axis=-2)
     found[path] = Lora(a, b, lora.scale)
   return found
+
+
+def matrices_of(
+  params: Any, select: Select, views: Iterable[ViewRule] | None = None
+) -> dict[str, tuple[Any, MatrixView]]:
+  """Returns the selected parameters that can be read as matrices.
+
+  Returns:
+    {path: (leaf, view)}, in the order of the tree.
+
+  Example:
+    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> list(matrices_of(params, is_linear))
+    ['q/kernel']
+  """
+  flat = flatten(params)
+  table = tuple(table_for(flat) if views is None else views)
+  return {
+    path: (leaf, view)
+    for path, leaf in flat.items()
+    if is_matrix(path, leaf)
+    and select(path, leaf)
+    and (view := view_of(path, leaf.shape, table))
+  }
+
+
+def _drawn(draw, key, shape, rank, width, below):
+  """Returns `width * draw - below` for a, zeros for b."""
+  *batch, n_in, n_out = shape
+  a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
+  return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
+
+
+def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
+  """Warns of ranks above a matrix's shorter side."""
+  wasteful = [
+    f"{path}: {rank} for {shapes[path]}"
+    for path, rank in ranks.items()
+    if rank > min(shapes[path][-2:])
+  ]
+  if wasteful:
+    warnings.warn(
+      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
+      " need no more than its short side.",
+      stacklevel=3,
+    )

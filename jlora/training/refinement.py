@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors trained on: an adapter nearer to the finetune in what the model says.
+"""Trains an extracted adapter further, to match the finetune's outputs.
 
-The best low-rank change in weights is not the best in outputs. A few steps on
-unlabelled text, the finetune being the teacher, close a part of the gap.
+The low-rank change nearest in weights is not the nearest in outputs. A few
+steps of distillation on unlabelled text, with the finetune as the teacher,
+close a part of the gap.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +23,12 @@ Apply = Callable[[Any, jax.Array], jax.Array]
 
 
 class Refiner(NamedTuple):
-  """An `init` and an `update`, pure, in the manner of optax.
+  """A pair of pure functions `init` and `update`, as in optax.
 
   Attributes:
     init: loras -> state.
-    update: (loras, state, base, finetuned, tokens) -> (loras, state, kl), the
-      divergence being that before the step, in nats per token.
+    update: (loras, state, base, finetuned, tokens) -> (loras, state, kl), with
+      the divergence before the step, in nats per token.
   """
 
   init: Callable[[Loras], Any]
@@ -41,9 +42,12 @@ def distance(
   loras: Mapping[str, Lora],
   tokens: jax.Array,
 ) -> jax.Array:
-  """How far base and adapter are from the finetune, differentiable.
+  """Computes the mean KL divergence of base and adapter from the finetune.
 
       mean over positions of KL(p_finetuned ‖ p_base+adapter)
+
+  Differentiable in the Loras. Holds both models' logits and forms the summed
+  weights; to measure without gradients use `mean_kl`.
 
   Args:
     model: `(params, tokens) -> logits`.
@@ -53,8 +57,7 @@ def distance(
     tokens: (batch, time) int32; every position counts.
 
   Returns:
-    () float32, nats per token. Holds both models' logits and forms the summed
-    weights; for measuring without gradients take `mean_kl`.
+    () float32, nats per token.
 
   Example:
     >>> model = lambda params, tokens: params["w"][tokens]
@@ -71,20 +74,20 @@ def distance(
 
 
 def refine(model: Apply, optimiser: "optax.GradientTransformation") -> Refiner:
-  """The refiner of a model: factors in, factors that say the same more nearly.
+  """Makes the init and update functions that distil a finetune into an adapter.
 
       a, b  ←  optimiser(∇ KL(p_finetuned ‖ p_base + scale aᵀ b))
 
   Args:
     model: `(params, tokens) -> logits`.
     optimiser: an optax transformation of the factors' gradient. Factors from
-      `extract` have entries about `√(σ/in)` and `√(σ/out)`: a hundredth of that
-      is a fitting step for Adam.
+      `extract` have entries of about `√(σ/in)` and `√(σ/out)`; a hundredth of
+      that is a fitting learning rate for Adam.
 
   Returns:
-    Refiner. Scales stay; ranks and dtypes stay; gradients are of a and b in
-    float32 if they are. Jit `update`, donate loras and state. A step costs a
-    forward of the teacher, a forward and backward of the student, and the dense
+    Refiner. Scales, ranks and dtypes stay; gradients have the dtypes of a and
+    b. Jit `update` and donate loras and state. A step costs a forward pass of
+    the teacher, a forward and backward pass of the student, and the dense
     change and gradient of every adapted weight.
 
   Example:
@@ -104,10 +107,14 @@ def refine(model: Apply, optimiser: "optax.GradientTransformation") -> Refiner:
   """
 
   def init(loras):
+    """Returns the optimiser's initial state."""
     return optimiser.init(_factors(loras))
 
   def update(loras, state, base, finetuned, tokens):
+    """Takes a step; returns Loras, state and divergence before the step."""
+
     def loss(factors):
+      """Computes the divergence for given factors."""
       return distance(model, base, finetuned, _with(loras, factors), tokens)
 
     factors = _factors(loras)
@@ -119,11 +126,12 @@ def refine(model: Apply, optimiser: "optax.GradientTransformation") -> Refiner:
 
 
 def _factors(loras):
-  """What is trained: the scales are not."""
+  """Returns the factors of Loras, without the scales."""
   return {path: (lora.a, lora.b) for path, lora in loras.items()}
 
 
 def _with(loras, factors):
+  """Replaces the factors of Loras."""
   return {
     path: Lora(a, b, loras[path].scale) for path, (a, b) in factors.items()
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of a training run: stop at any time, go on exactly."""
+"""Saves and loads a training run's state, so that it continues exactly."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from jlora.paths import flatten, unflatten
 
 
 class Snapshot(NamedTuple):
-  """All that a run needs to go on as if it had never been stopped.
+  """The complete state of a training run.
 
   Attributes:
     programs: path -> program.
@@ -31,20 +31,20 @@ class Snapshot(NamedTuple):
 
 
 def save_snapshot(folder: str | os.PathLike, snapshot: Snapshot) -> Path:
-  """The path of a finished orbax checkpoint of a run, `folder/step`.
+  """Writes a snapshot of a run as the orbax checkpoint `folder/step`.
 
-  A run that is killed here leaves the older snapshots; the new one has its name
-  only once it is whole.
+  The new one gets its name once it is complete, so a run that is killed while
+  writing still has its older snapshots.
 
   Args:
     folder: of all snapshots of the run.
-    snapshot: what to keep.
+    snapshot: the state to save.
 
   Returns:
-    The path.
+    The snapshot's path.
 
   Raises:
-    ValueError: there is one of this step.
+    ValueError: a snapshot of this step exists.
 
   Example:
     >>> import tempfile
@@ -59,18 +59,19 @@ def save_snapshot(folder: str | os.PathLike, snapshot: Snapshot) -> Path:
 
 
 def load_snapshot(folder: str | os.PathLike, like: Snapshot) -> Snapshot:
-  """A run as the newest finished snapshot has it, bit for bit.
+  """Reads the newest finished snapshot of a run, exactly as it was saved.
 
   Args:
-    folder: as for `save_snapshot`, or one step's own.
-    like: one of the same structure, shapes and dtypes, as a fresh run has it.
+    folder: as for `save_snapshot`, or the folder of one step.
+    like: a Snapshot of the same structure, shapes and dtypes, such as that of a
+      fresh run.
 
   Returns:
     Snapshot.
 
   Raises:
     ValueError: there is none, or its leaves differ from `like` in name, shape
-      or dtype; up to three named.
+      or dtype; names up to three.
 
   Example:
     >>> import tempfile
@@ -102,12 +103,14 @@ def load_snapshot(folder: str | os.PathLike, like: Snapshot) -> Snapshot:
 
 
 def _as_tree(snapshot: Snapshot) -> Snapshot:
+  """Converts a snapshot's key and step to arrays."""
   return snapshot._replace(
     key=jax.random.key_data(snapshot.key), step=np.asarray(snapshot.step)
   )
 
 
 def _as_leaves(snapshot: Snapshot) -> dict[str, Any]:
+  """Flattens a snapshot to {path: array}."""
   return {
     name: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
     for name, leaf in flatten(_as_tree(snapshot)).items()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs trained on a frozen base: pure pairs of init and update.
+"""Trains Loras and other programs on a frozen base.
 
-Only the programs have gradients and optimiser state. The loop, its batches and
-its schedule are the caller's; any optax transformation is an optimiser, and
-gradients are accumulated by `optax.MultiSteps` around one.
+Only the programs have gradients and optimiser state. The caller writes the
+loop, its batches and its schedule. Any optax transformation can be the
+optimiser; `optax.MultiSteps` around one accumulates gradients.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Loss = Callable[..., jax.Array]
 Programs = Mapping[str, Program]
 Dropout = tuple[float, jax.Array] | None
 
-# What is trained of a program: scales and weights stay.
+# The trained fields of each program; scales and weights are not trained.
 _TRAINED = {
   Lora: ("a", "b"),
   Rows: ("rows",),
@@ -36,13 +36,12 @@ _TRAINED = {
 
 
 class Trainer(NamedTuple):
-  """An `init` and an `update`, pure, in the manner of optax.
+  """A pair of pure functions `init` and `update`, as in optax.
 
   Attributes:
     init: programs -> state.
     update: (programs, state, params, *batch, key=None) -> (programs, state,
-      loss), the loss being that before the step. The key is of this step's
-      dropout.
+      loss), with the loss before the step. The key is for this step's dropout.
   """
 
   init: Callable[[Programs], Any]
@@ -56,7 +55,7 @@ def beside(
   batch: tuple[Any, ...],
   dropout: Dropout = None,
 ) -> jax.Array:
-  """A loss with the programs beside the weights, as `adapt` computes it.
+  """Computes a loss with the programs beside the weights, by `adapt`.
 
       y = x w + ((drop(x) aᵀ) g) b
 
@@ -70,7 +69,7 @@ def beside(
     dropout: as for `bind`.
 
   Returns:
-    ().
+    (), the loss.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -88,20 +87,20 @@ def summed(
   batch: tuple[Any, ...],
   dropout: Dropout = None,
 ) -> jax.Array:
-  """A loss with the programs in the weights, as `apply` sums them.
+  """Computes a loss with the programs summed into the weights, by `apply`.
 
-  For functions that look at their weights, not only multiply by them. Forms
-  every change and every gradient of a weight.
+  For functions that do more with their weights than multiply by them. Forms
+  every dense change and every gradient of a weight.
 
   Args:
     loss: `(params, *batch) -> ()`.
     params: its parameters.
     programs: path -> Lora or Shift.
     batch: the loss's other arguments.
-    dropout: must be None: a sum has no input of its own.
+    dropout: must be None, because a summed Lora has no separate input.
 
   Returns:
-    ().
+    (), the loss.
 
   Raises:
     ValueError: with dropout.
@@ -125,29 +124,30 @@ def train(
   dtype: Any = None,
   dropout: float = 0.0,
 ) -> Trainer:
-  """The trainer of programs: a step of them down a loss, the base frozen.
+  """Makes the init and update functions that train programs on a frozen base.
 
       a, b  ←  optimiser(∇ loss(params with scale aᵀ b, batch))
 
   Args:
     loss: `(params, *batch) -> ()`, any pure function of the parameters.
-    optimiser: an optax transformation of the gradient of what is trained,
+    optimiser: an optax transformation; it gets gradients of the trained fields,
       {path: {"a": ..., "b": ...}}.
-    through: how programs meet the parameters, `beside` or `summed`.
-    dtype: what the programs compute in, as bfloat16 beside a bfloat16 base;
-      None is their own. What is stored and updated keeps its dtype: make it
-      float32.
-    dropout: share of the numbers that a Lora's branch reads that are zero in a
-      step; the base's own product is whole.
+    through: how programs are combined with the parameters, `beside` or
+      `summed`.
+    dtype: dtype in which the programs compute, such as bfloat16 beside a
+      bfloat16 base; None is their own. The stored programs keep their dtype,
+      which should be float32.
+    dropout: probability with which each number of a Lora's input is zeroed in a
+      step; the base's own input is not.
 
   Returns:
-    Trainer. Trained are a and b of a Lora, the rows of Rows, the delta of a
-    Shift, the params of a Branch; scales and weights stay. Jit `update`, donate
-    programs and state. Beside the base a step holds 1 gradient of the programs
-    and what the optimiser has (2 for Adam).
+    Trainer. It trains a and b of a Lora, the rows of Rows, the delta of a
+    Shift, the params of a Branch; scales and weights stay. Jit `update` and
+    donate programs and state. Beside the base, a step holds one gradient of the
+    programs and the optimiser's state (two copies for Adam).
 
   Raises:
-    ValueError: a dropout out of [0, 1), or one without a key at the step.
+    ValueError: a dropout outside [0, 1); from `update`, dropout without a key.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
@@ -166,9 +166,11 @@ def train(
     raise ValueError(f"dropout is a share in [0, 1), got {dropout}.")
 
   def init(programs):
+    """Returns the optimiser's initial state."""
     return optimiser.init(trained_part(programs))
 
   def update(programs, state, params, *batch, key=None):
+    """Takes a step; returns programs, state and the loss before the step."""
     if dropout and key is None:
       raise ValueError(
         f"dropout {dropout} needs key=; give each step its own, as "
@@ -176,6 +178,7 @@ def train(
       )
 
     def value_of(part):
+      """Computes the loss of the trained part."""
       own = with_part(programs, _cast(part, dtype))
       drop = (dropout, key) if dropout else None
       return through(loss, params, own, batch, drop).astype(jnp.float32)
@@ -190,13 +193,13 @@ def train(
 
 
 def trained_part(programs: Programs) -> dict[str, dict[str, Any]]:
-  """What of programs is trained, as a tree for an optimiser.
+  """Returns the trained fields of programs, as a pytree for an optimiser.
 
   Args:
     programs: path -> program.
 
   Returns:
-    {path: {field: arrays}}, the very arrays.
+    {path: {field: arrays}}; the arrays are not copied.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
@@ -212,14 +215,7 @@ def trained_part(programs: Programs) -> dict[str, dict[str, Any]]:
 def with_part(
   programs: Programs, part: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """Programs with other values of what is trained.
-
-  Args:
-    programs: path -> program.
-    part: as `trained_part` gives it.
-
-  Returns:
-    {path: program}.
+  """Replaces fields of programs, given as by `trained_part`.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
@@ -233,13 +229,13 @@ def with_part(
 
 
 def lora_plus(ratio: float) -> "optax.GradientTransformation":
-  """The last link of an optimiser: b learns so many times faster than a.
+  """Makes an optax transformation that lets b learn faster than a (LoRA+).
 
       update of b  ←  ratio · update of b
 
-  After an optimiser whose step is proportional to its learning rate, as all of
-  optax's are, this is a learning rate of `ratio` times that of a; weight decay
-  is part of it, as in the paper's code.
+  Put it last. After an optimiser whose step is proportional to its learning
+  rate, as all of optax's are, b's learning rate is `ratio` times that of a.
+  Weight decay is scaled too, as in the paper's code.
 
   Args:
     ratio: of b's learning rate to a's, at least 1. No value is right
@@ -247,7 +243,7 @@ def lora_plus(ratio: float) -> "optax.GradientTransformation":
 
   Returns:
     A transformation without state, for `optax.chain(optax.adam(1e-4),
-    lora_plus(16))`. What is neither a nor b stays.
+    lora_plus(16))`. Updates of fields other than b are unchanged.
 
   Raises:
     ValueError: a ratio below 1.
@@ -266,6 +262,7 @@ def lora_plus(ratio: float) -> "optax.GradientTransformation":
     raise ValueError(f"LoRA+ needs a ratio of at least 1, got {ratio}.")
 
   def scaled(keys, update):
+    """Scales the update of a leaf named b."""
     name = jax.tree_util.keystr(keys[-1:], simple=True)
     return update * jnp.asarray(ratio, update.dtype) if name == "b" else update
 
@@ -275,6 +272,7 @@ def lora_plus(ratio: float) -> "optax.GradientTransformation":
 
 
 def _cast(part: Any, dtype: Any) -> Any:
+  """Casts all arrays to a dtype, unless it is None."""
   if dtype is None:
     return part
   return jax.tree.map(lambda x: x.astype(dtype), part)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of `adapter_config.json`: ranks, scales, targets, refusals.
+"""Interprets `adapter_config.json`: ranks, scales, targets, refused entries.
 
-A configuration says by patterns which modules of a base are wrapped and at
-which rank and scale. The rules here are PEFT's own, so that a folder is read
-as PEFT reads it, and refused where PEFT would do more than plain LoRA.
+A configuration says by patterns which modules of a base are wrapped, at which
+rank and scale. The rules here are PEFT's own, so that a folder is read as PEFT
+reads it, and refused if PEFT would do more than plain LoRA.
 
 References:
   huggingface/peft 0.21.2, `utils/other.py` (patterns),
@@ -17,8 +17,8 @@ from typing import Any
 
 from jlora.formats.peft.layouts import PARAMETER_ORDER
 
-# Configuration entries with which a module is not base + scale * B @ A, or is
-# so only for another base. Anything but None, False and empty is refused.
+# Configuration entries with which a module is not base + scale * B @ A, or only
+# for another base. Any value but None, False and empty is refused.
 REFUSED = {
   "alora_invocation_tokens": "the change depends on the position (aLoRA)",
   "arrow_config": "the change depends on a router",
@@ -33,7 +33,7 @@ REFUSED = {
   "use_qalora": "inputs are pooled (QALoRA)",
   "velora_config": "activations are compressed (VeLoRA)",
 }
-# Initial values that move part of the base's weight into the adapter.
+# Initialisations that move part of the base's weight into the adapter.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 _READ = {
   "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules",
@@ -41,7 +41,7 @@ _READ = {
   "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
   "target_parameters", "use_rslora",
 }  # fmt: skip
-# Entries that say how the adapter was trained or made, not what it is.
+# Entries about how the adapter was trained or made, which change nothing here.
 _HARMLESS = {
   "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode",
   "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
@@ -51,15 +51,15 @@ _HARMLESS = {
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
-  """Nothing, if the configuration describes plain LoRA that can be read.
+  """Raises unless a configuration describes plain LoRA that can be read.
 
   Args:
     config: the contents of `adapter_config.json`.
-    place: where it came from, for the message.
+    place: the file's name, for the message.
 
   Raises:
-    ValueError: another method than LoRA, an entry that changes what the
-      tensors mean, an unknown entry that is set, or r missing or below 1.
+    ValueError: a method other than LoRA, an entry that changes what the tensors
+      mean, an unknown entry that is set, or r missing or below 1.
 
   Example:
     >>> check_config({"peft_type": "LORA", "r": 2, "use_dora": True}, "x")
@@ -100,18 +100,15 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any):
-  r"""The value of the first pattern that matches a name, by PEFT's own rule.
+  r"""Returns the value of the first pattern that matches a name, as PEFT does.
 
-  A pattern matches as a regex at the end of the name, after a dot or from the
-  beginning: `(.*\.)?(pattern)$`.
+  A pattern is a regex for the end of the name, from a dot or from the start:
+  `(.*\.)?(pattern)$`.
 
   Args:
     patterns: `rank_pattern` or `alpha_pattern`.
     name: a module's name, or a parameter's for `target_parameters`.
-    default: what comes out when nothing matches.
-
-  Returns:
-    The value or the default.
+    default: returned when nothing matches.
 
   Example:
     >>> by_pattern({"q_proj": 4, r"^h\.1\.k$": 2}, "h.1.q_proj", 8)
@@ -124,7 +121,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any):
 
 
 def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-  """The rank and the effective scale that a configuration gives a module.
+  """Returns the rank and effective scale that a configuration gives a module.
 
       scale = lora_alpha / r,  or  lora_alpha / sqrt(r)  with use_rslora
 
@@ -133,7 +130,7 @@ def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
     name: the module's name, or the parameter's for `target_parameters`.
 
   Returns:
-    (rank, scale), both after the patterns.
+    (rank, scale), with the patterns applied.
 
   Example:
     >>> rank_and_scale({"r": 4, "lora_alpha": 6, "use_rslora": True}, "q")
@@ -148,15 +145,15 @@ def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
 
 
 def is_targeted(config: Mapping[str, Any], module: str) -> bool:
-  """Whether PEFT puts a LoRA on a module of this name.
+  """Returns whether PEFT puts a LoRA on a module of this name.
+
+  Modules in `exclude_modules` or `modules_to_save` get none. With
+  `target_modules` "all-linear" all others count, because a name does not tell
+  whether a module is linear.
 
   Args:
     config: the contents of `adapter_config.json`.
-    module: a full module name. With `target_modules` "all-linear" any module
-      that is not excluded counts, since the kinds of modules are not known.
-
-  Returns:
-    The answer, with `exclude_modules` and `modules_to_save` taken out.
+    module: a full module name.
 
   Example:
     >>> is_targeted({"target_modules": ["q_proj"]}, "h.0.q_proj")
@@ -172,7 +169,7 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
 
 
 def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
-  """The parameters of a module that PEFT wraps, the innermost first.
+  """Returns the parameters of a module that PEFT wraps, the innermost first.
 
   Args:
     config: the contents of `adapter_config.json`.
@@ -182,7 +179,7 @@ def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
     Last parts of names from `target_parameters`; empty if there are none.
 
   Raises:
-    ValueError: several, of which the nesting is not known.
+    ValueError: PEFT wraps several, in an order that is not known.
 
   Example:
     >>> entries = {"target_parameters": ["experts.down_proj",
@@ -206,14 +203,7 @@ def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
-  """Whether PEFT replaces the whole module (`modules_to_save`).
-
-  Args:
-    config: the contents of `adapter_config.json`.
-    module: a full module name.
-
-  Returns:
-    The answer, for the module itself or one that holds it.
+  """Returns whether `modules_to_save` names a module or one that contains it.
 
   Example:
     >>> is_saved({"modules_to_save": ["norm"]}, "model.norm")
@@ -228,19 +218,19 @@ def is_saved(config: Mapping[str, Any], module: str) -> bool:
 def shortest_targets(
   modules: Iterable[str], others: Collection[str]
 ) -> list[str] | str:
-  """A `target_modules` entry that wraps exactly the given modules.
+  """Makes a `target_modules` entry that wraps exactly the given modules.
 
-  Leaf names (`q_proj`) where every module of that leaf is meant, as people
-  write them; full names elsewhere. vLLM checks the leaf of each tensor's own
-  name, so both serve it alike.
+  Uses last names (`q_proj`) where every module of that last name is wrapped, as
+  people write them, and full names elsewhere. vLLM compares the last names of
+  the tensors, so it accepts both.
 
   Args:
     modules: full names of the modules to wrap.
     others: full names of all other modules of the base.
 
   Returns:
-    A sorted list; or one regex where a full name is also the end of another
-    module's name, which no list can tell apart.
+    A sorted list. One regex instead, if a full name is also the end of another
+    module's name, since a list would match both.
 
   Example:
     >>> shortest_targets(["h.0.q", "h.1.q", "h.0.k"], ["h.1.k"])
@@ -258,7 +248,7 @@ def shortest_targets(
 
 
 def _matches(targets: Collection[str] | str, name: str) -> bool:
-  """PEFT's rule: a regex for the whole name, or names and ends of names."""
+  """Matches as PEFT does: a regex for the name, or a list of name endings."""
   if isinstance(targets, str):
     return re.fullmatch(targets, name) is not None
   parts = name.split(".")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in an adapter file: what PEFT asks of them beyond single modules.
+"""Prepares the Loras of mixture-of-experts layers as PEFT expects them.
 
 References:
   huggingface/peft 0.21.2, `utils/transformers_weight_conversion.py` (separate
@@ -18,8 +18,8 @@ from jlora.formats.peft.parts import (
   zero_part,
 )
 
-# Model types of which PEFT 0.21 takes every module with these names for an
-# expert, also the shared experts and the dense layers, which it then drops.
+# Model types for which PEFT 0.21 takes every module of these names for an
+# expert, even shared experts and dense layers, whose LoRAs it then drops.
 _EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 _TAKEN_FOR_EXPERTS = {
   "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
@@ -29,20 +29,19 @@ _TAKEN_FOR_EXPERTS = {
   "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker",
   "solar_open",
 }  # fmt: skip
-# Model types whose separate experts transformers 5 fuses and PEFT 0.21 does
-# not convert.
+# Model types whose separate experts transformers 5 fuses, but whose LoRAs PEFT
+# 0.21 does not convert.
 _NOT_CONVERTED = {"qwen2_moe"}
 
 
 def stack_experts(
   parts: Sequence[FilePart], base: Base, left: dict[str, str]
 ) -> list[FilePart]:
-  """The parts with separate experts as PEFT can stack them.
+  """Adds and pads parts so that PEFT can stack separate experts.
 
   PEFT on transformers 5 stacks a layer's experts into one tensor, at the rank
-  `r` of the configuration: every expert has to be there, of that rank, and so
-  has the router, which changes its name. What is short is padded with units
-  that are zero.
+  `r` of the configuration. So every expert has to be there, at that rank, and
+  so does the router, if it has a Lora. Missing experts and units become zeros.
 
   Args:
     parts: all parts.
@@ -50,7 +49,7 @@ def stack_experts(
     left: receives path -> reason, where PEFT would drop the change.
 
   Returns:
-    Parts, those without a path last.
+    Parts, the added zeros last.
 
   Example:
     >>> from jlora.formats.peft.parts import describe_base, parts_of
@@ -90,9 +89,9 @@ def stack_experts(
 def nest_parameters(
   parts: Sequence[FilePart], left: dict[str, str]
 ) -> list[FilePart]:
-  """The parts with the depths of their wrappers.
+  """Sets the depths of parts where PEFT wraps several parameters of a module.
 
-  PEFT wraps every parameter of a module around the wrapper of the one before.
+  PEFT nests these wrappers, each around the one before.
 
   Args:
     parts: all parts.
@@ -103,7 +102,7 @@ def nest_parameters(
 
   Example:
     >>> from jlora.formats.peft.layouts import EXPERTS
-    >>> up = Part("x", None, "e.gate_up_proj", EXPERTS, (), (), None)
+    >>> up = FilePart("x", None, "e.gate_up_proj", EXPERTS, (), (), None)
     >>> down = up._replace(name="e.down_proj")
     >>> [part.stem for part in nest_parameters([up, down], {})]
     ['e.base_layer', 'e']
@@ -130,7 +129,7 @@ def nest_parameters(
 
 
 def _dropped(part: FilePart, base: Base, left: dict[str, str]) -> bool:
-  """Whether PEFT would drop a part; the reason goes to `left`."""
+  """Returns whether PEFT would drop a part; adds the reason to `left`."""
   is_expert = re.fullmatch(SPLIT_EXPERTS, part.name)
   leaf = part.module.rpartition(".")[2]
   if is_expert and base.model_type in _NOT_CONVERTED:

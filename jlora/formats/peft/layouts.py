@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PEFT adapter folder: how tensors lie in it, what consumers accept.
+"""The PEFT folder's tensor layouts, and what its consumers accept.
 
-A folder holds `adapter_model.safetensors`, two tensors for every changed
+A folder holds `adapter_model.safetensors`, with two tensors for every changed
 module, and `adapter_config.json`, which says which modules to wrap and how the
-product of the two is scaled. What differs between kinds of layers is a row of
-`LAYOUTS`; what differs between consumers is a `Profile`.
+product of the two is scaled. `LAYOUTS` has a row for each kind of layer, and
+each consumer (PEFT, vLLM) has a `Profile`.
 
 References:
   huggingface/peft 0.21.2, `tuners/lora/layer.py`; vllm `lora/peft_helper.py`.
@@ -20,21 +20,21 @@ TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 
-# Parameters that PEFT wraps on one module, the outermost wrapper last: the
-# order in which transformers' modules define them, which no file records.
+# Parameters that PEFT wraps on one module, the outermost wrapper last. This is
+# the order in which transformers' modules define them; no file records it.
 PARAMETER_ORDER = ("gate_up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Profile:
-  """What one consumer of adapter folders accepts.
+  """The limits of one consumer of adapter folders.
 
   Attributes:
-    name: how the consumer is called in messages.
-    max_rank: the largest rank it takes, or None.
-    refused: kind of change -> why it cannot be carried. Kinds are those of
-      `LAYOUTS`, and "bias", and "full" for tensors kept whole.
-    stacks_experts: whether separate experts are stacked when they are loaded.
+    name: the consumer's name, for messages.
+    max_rank: the largest rank it accepts, or None.
+    refused: kind of change -> why the consumer refuses it. Kinds are those of
+      `LAYOUTS`, and "bias", and "full" for tensors stored whole.
+    stacks_experts: whether it stacks separate experts on loading.
 
   Example:
     >>> VLLM.max_rank, sorted(VLLM.refused)
@@ -49,8 +49,8 @@ class Profile:
 
 PEFT = Profile("PEFT", stacks_experts=True)
 
-# Any rank up to the largest value of --max-lora-rank loads: a server compares
-# r with its own setting and takes each module's rank from the tensors.
+# max_rank is the largest value of --max-lora-rank. A server compares `r` with
+# its own setting and takes each module's rank from the tensors.
 VLLM = Profile(
   "vLLM",
   max_rank=512,
@@ -63,7 +63,7 @@ VLLM = Profile(
 
 
 class FileLayout(NamedTuple):
-  """How a Lora of one kind of layer is stored.
+  """The layout in a file of the Loras of one kind of layer.
 
   Attributes:
     kind: the kind's name.
@@ -73,7 +73,7 @@ class FileLayout(NamedTuple):
       `kernel` is a convolution's (in channels, height, width).
     load: (stored A, stored B, rank) -> (a, b).
     wraps_parameter: whether PEFT wraps the parameter (`target_parameters`)
-      and not its module, which then is of a class that PEFT does not know.
+      instead of its module, because it does not know the module's class.
   """
 
   kind: str
@@ -85,28 +85,33 @@ class FileLayout(NamedTuple):
 
 
 def _store_matrix(a, b, kernel):
+  """Returns a and bᵀ."""
   return a, b.T
 
 
 def _load_matrix(a, b, rank):
+  """Reverts `_store_matrix`."""
   return a, b.T
 
 
 def _store_convolution(a, b, kernel):
+  """Returns a with the kernel's axes, and bᵀ as a 1x1 convolution."""
   ones = (1,) * (len(kernel) - 1)
   return a.reshape(len(a), *kernel), b.T.reshape(*b.shape[::-1], *ones)
 
 
 def _load_convolution(a, b, rank):
+  """Reverts `_store_convolution`."""
   return a.reshape(len(a), -1), b.reshape(len(b), -1).T
 
 
 def _store_experts(a, b, kernel):
-  """A by expert then unit, B's columns by unit then expert, as PEFT reads."""
+  """Orders A by expert then unit, B's columns by unit then expert."""
   return a.reshape(-1, a.shape[-1]), b.T.reshape(b.shape[-1], -1)
 
 
 def _load_experts(a, b, rank):
+  """Reverts `_store_experts`."""
   return a.reshape(-1, rank, a.shape[-1]), b.reshape(len(b), rank, -1).T
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model by names and shapes, and the parts an adapter file is made of.
+"""Describes the base model, and splits Loras into the parts of a PEFT file.
 
-A part is one Lora of the file: one for most parameters, several for a stack of
-scanned layers, two for an embedding whose table is the output head as well.
+A part is one LoRA layer of the file. Most parameters have one part, a stack of
+scanned layers has one for each layer, and an embedding that is also the output
+head has two.
 """
 
 import math
@@ -36,12 +37,12 @@ TABLES = TORCH_VIEWS[0][0]
 INPUT_EMBEDDINGS = r"(.*\.)?(embed_tokens|wte|word_embeddings)\.weight"
 HEAD = "lm_head.weight"
 SPLIT_EXPERTS = r"(.*\.experts)\.\d+\..*"
-# Where experts are fused, routers are modules of their own classes.
+# In models with fused experts, routers have module classes unknown to PEFT.
 ROUTERS = r".*\.(gate|router)\.weight"
 
 
 class Base(NamedTuple):
-  """The base model, as far as names and shapes of its parameters tell.
+  """The base model's names, modules, shapes and views.
 
   Attributes:
     shapes: shape of every parameter, by its path.
@@ -50,8 +51,8 @@ class Base(NamedTuple):
     modules: every module, from the names.
     table: how its parameters are read as matrices.
     model_type: from config.json, or None.
-    tied_head: whether the output head is the input embedding.
-    splits_experts: whether each expert's matrices are parameters of their own.
+    tied_head: whether the output head shares the input embedding's table.
+    splits_experts: whether each expert's matrices are separate parameters.
     rename: path -> Hugging Face name or names.
   """
 
@@ -67,11 +68,11 @@ class Base(NamedTuple):
 
 
 class FilePart(NamedTuple):
-  """One Lora of the file: where it is read and how it is stored.
+  """One LoRA layer of the file: which Lora it holds and how it is stored.
 
   Attributes:
-    path: its path; None for a zero Lora that only carries a bias.
-    index: which of the flattened leading axes; None for all of them.
+    path: the Lora's path; None for a zero Lora, as for a bias without a Lora.
+    index: the matrix's index in a stacked Lora; None for the whole Lora.
     name: the parameter's Hugging Face name.
     layout: a row of `LAYOUTS`.
     a: shape of the first factor, (..., r, in).
@@ -95,22 +96,22 @@ class FilePart(NamedTuple):
 
   @property
   def rank(self) -> int:
-    """Units of each matrix."""
+    """The rank of each matrix's Lora."""
     return self.a[-2]
 
   @property
   def module(self) -> str:
-    """The module that PEFT wraps."""
+    """The name of the module that holds the parameter."""
     return self.name.rpartition(".")[0]
 
   @property
   def target(self) -> str:
-    """What PEFT compares with a pattern."""
+    """The name that PEFT compares with its patterns."""
     return self.name if self.layout.wraps_parameter else self.module
 
   @property
   def stem(self) -> str:
-    """The keys of its tensors, up to the layout's ending."""
+    """The common beginning of its tensors' keys."""
     return self.module + ".base_layer" * self.depth
 
 
@@ -120,17 +121,14 @@ def describe_base(
   task_type: str | None,
   rename: Rename | None,
 ) -> Base:
-  """The base model's names, modules and views.
+  """Collects what is known of the base model from its parameters' shapes.
 
   Args:
-    like: path -> anything with `.shape`, every parameter; of an open
-      checkpoint only the `.spec` is looked at.
+    like: path -> anything with `.shape`, every parameter; of an open checkpoint
+      only the `.spec` is read.
     model_type: from config.json, or None.
     task_type: PEFT's task name; only "CAUSAL_LM" can have a tied head.
     rename: path -> Hugging Face name, or a sequence of them; None keeps paths.
-
-  Returns:
-    Base.
 
   Example:
     >>> like = {"h.0.q.weight": np.ones((2, 3))}
@@ -166,19 +164,14 @@ def describe_base(
 
 
 def is_transposed(part: FilePart, base: Base) -> bool:
-  """Whether the module is a `Conv1D`, which keeps its weight (in, out).
+  """Returns whether a part's module is a `Conv1D`, whose weight is (in, out).
 
-  Args:
-    part: a part.
-    base: the base model.
-
-  Returns:
-    The answer, by `model_type`.
+  Depends on the base's `model_type`.
 
   Example:
     >>> base = describe_base({}, "gpt2", None, None)
-    >>> part = FilePart("x", None, "h.0.c_fc.weight", LINEAR, (1, 1), (1, 1),
-    ...                 None)
+    >>> part = FilePart("x", None, "h.0.c_fc.weight", LINEAR_FILE, (1, 1),
+    ...                 (1, 1), None)
     >>> is_transposed(part, base)
     True
   """
@@ -191,7 +184,7 @@ def is_transposed(part: FilePart, base: Base) -> bool:
 def parts_of(
   path: str, lora: Lora, view: MatrixView, base: Base, dtype: Any
 ) -> list[FilePart]:
-  """The parts of one Lora: one, or one a layer, or one more for a tied head.
+  """Splits a Lora into its parts: one, one per layer, or a second for the head.
 
   Args:
     path: the parameter's path.
@@ -204,7 +197,7 @@ def parts_of(
     Parts, in the order of the Hugging Face names.
 
   Raises:
-    ValueError: `rename` gives another number of names than there are matrices.
+    ValueError: `rename` does not return one name per matrix.
 
   Example:
     >>> lora = Lora(np.ones((1, 5)), np.ones((1, 4)), np.float32(1))
@@ -239,12 +232,7 @@ def parts_of(
 def layout_of(
   path: str, view: MatrixView, base: Base
 ) -> tuple[FileLayout, tuple[int, ...]]:
-  """How PEFT stores the Lora of a parameter, and a convolution's kernel.
-
-  Args:
-    path: the parameter's path.
-    view: its view.
-    base: the base model.
+  """Returns the file layout of a parameter's Lora, and a convolution's kernel.
 
   Returns:
     A row of `LAYOUTS`, and (in channels, height, width) or ().
@@ -271,13 +259,7 @@ def layout_of(
 def zero_part(
   module: str, rank: int, dtype: Any, base: Base
 ) -> FilePart | None:
-  """A part that changes nothing, for a module that must be in the file.
-
-  Args:
-    module: a module's Hugging Face name.
-    rank: its rank.
-    dtype: storage dtype.
-    base: the base model.
+  """Makes a part of zeros, for a linear module that must be in the file.
 
   Returns:
     A part without a path; None if the base has no such linear module.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of an adapter goes where in a PEFT folder, decided before writing.
+"""Plans the tensors of a PEFT file from shapes, then computes them.
 
-A plan is made from shapes alone. Whatever the format or the consumer cannot
-carry ends in `left` with its reason, so that nothing is dropped silently.
+`plan_loras`, `plan_biases` and `plan_full` decide what goes where, from shapes
+alone. What the format or the consumer cannot hold is added to `left` with the
+reason, so that nothing is dropped silently. `spec_of` and `arrays_of` then
+describe and yield the tensors.
 """
 
 import collections
@@ -42,7 +44,7 @@ def plan_loras(
   dtype: Any,
   left: dict[str, str],
 ) -> list[FilePart]:
-  """The parts that the Loras become, in the Loras' order; each is read once.
+  """Plans the parts of all Loras, in their order; reads each Lora once.
 
   Args:
     loras: path -> Lora, may be lazy.
@@ -55,8 +57,8 @@ def plan_loras(
     Parts; none of rank 0.
 
   Raises:
-    ValueError: Loras that are malformed, not in the base, not of its shape, or
-      of too high a rank; two parts of one name.
+    ValueError: a Lora is malformed, not for a parameter of the base, not of its
+      shape, or of too high a rank; two parts have one name.
 
   Example:
     >>> import jax.numpy as jnp
@@ -105,7 +107,7 @@ def plan_biases(
   profile: Profile,
   left: dict[str, str],
 ) -> tuple[list[FilePart], dict[str, str]]:
-  """Which module carries which bias, and zero Loras for those without one.
+  """Assigns biases to modules, and adds zero Loras to modules without a Lora.
 
   Args:
     biases: path of a bias -> its change.
@@ -168,7 +170,7 @@ def plan_full(
   profile: Profile,
   left: dict[str, str],
 ) -> dict[str, str]:
-  """Which tensors are kept whole: {Hugging Face name: path}.
+  """Plans the tensors that are stored whole, as {Hugging Face name: path}.
 
   PEFT replaces modules, not parameters, and finds them by the ends of names.
 
@@ -180,10 +182,10 @@ def plan_full(
     left: receives path -> reason.
 
   Returns:
-    Names; of a tied embedding also the head's.
+    Names; for a tied embedding also the head's.
 
   Raises:
-    ValueError: a parameter that has a Lora as well.
+    ValueError: a parameter has a Lora as well.
 
   Example:
     >>> from jlora.formats.peft.parts import describe_base
@@ -212,8 +214,93 @@ def plan_full(
   return kept
 
 
+def spec_of(
+  parts: Sequence[FilePart],
+  carried: Mapping[str, str],
+  full: Mapping[str, Any],
+  kept: Mapping[str, str],
+) -> dict[str, tuple]:
+  """Returns key -> (shape, dtype) of every tensor that `arrays_of` yields.
+
+  Args:
+    parts: the Loras of the file.
+    carried: module -> path of its bias; if any, every part has one.
+    full: path -> whole tensor.
+    kept: Hugging Face name -> path in `full`.
+
+  Returns:
+    The spec that `stream_safetensors` takes.
+
+  Example:
+    >>> from jlora.formats.peft.layouts import LINEAR_FILE
+    >>> f4 = np.dtype("f4")
+    >>> part = FilePart("q", None, "q.weight", LINEAR_FILE, (1, 3), (1, 2), f4)
+    >>> [shape for shape, _ in spec_of([part], {}, {}, {}).values()]
+    [(1, 3), (2, 1)]
+  """
+  spec = {}
+  for part in parts:
+    a = np.broadcast_to(np.empty((), part.dtype), part.a)
+    b = np.broadcast_to(np.empty((), part.dtype), part.b)
+    for key, array in _stored(part, a, b):
+      spec[key] = array.shape, part.dtype
+    if carried:
+      spec[f"{PREFIX}{part.stem}.{BIAS}"] = part.b[-1:], part.dtype
+  leaves = getattr(full, "spec", full)
+  for name, path in kept.items():
+    leaf = leaves[path]
+    spec[PREFIX + name] = leaf.shape, leaf.dtype
+  return spec
+
+
+def arrays_of(
+  parts: Sequence[FilePart],
+  loras: Mapping[str, Lora],
+  biases: Mapping[str, Any],
+  carried: Mapping[str, str],
+  full: Mapping[str, Any],
+  kept: Mapping[str, str],
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (key, array) for every tensor of the file.
+
+  Scales are multiplied into b, in float32, before the one rounding to the
+  storage dtype.
+
+  Args:
+    parts: the Loras of the file, those of one path next to each other.
+    loras: path -> Lora; each is read once, and one is held at a time.
+    biases: path -> change of a bias.
+    carried: module -> path in `biases`.
+    full: path -> whole tensor.
+    kept: Hugging Face name -> path in `full`.
+
+  Example:
+    >>> from jlora.formats.peft.layouts import LINEAR_FILE
+    >>> f4 = np.dtype("f4")
+    >>> part = FilePart("q", None, "q.weight", LINEAR_FILE, (1, 3), (1, 2), f4)
+    >>> lora = Lora(np.ones((1, 3), f4), np.ones((1, 2), f4), np.float32(2))
+    >>> dict(arrays_of([part], {"q": lora}, {}, {}, {}, {}))[
+    ...   "base_model.model.q.lora_B.weight"]
+    array([[2.],
+           [2.]], dtype=float32)
+  """
+  for path, group in itertools.groupby(parts, lambda part: part.path):
+    factors = None if path is None else _folded(loras[path])
+    for part in group:
+      a, b = _factors(part, factors)
+      yield from _stored(part, a.astype(part.dtype), b.astype(part.dtype))
+      if not carried:
+        continue
+      bias = np.zeros(part.b[-1:])
+      if part.module in carried:
+        bias = np.asarray(biases[carried[part.module]])
+      yield f"{PREFIX}{part.stem}.{BIAS}", bias.astype(part.dtype)
+  for name, path in kept.items():
+    yield PREFIX + name, np.asarray(full[path])
+
+
 def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:
-  """Why a part cannot be carried, or None."""
+  """Returns why a part cannot be stored, or None."""
   if part.rank == 0:
     return "rank 0: nothing to write"
   if part.layout.kind in profile.refused:
@@ -226,7 +313,7 @@ def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:
 
 
 def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
-  """Nothing, if ranks are allowed and names differ."""
+  """Raises unless all ranks are allowed and all names differ."""
   limit = math.inf if profile.max_rank is None else profile.max_rank
   high = [f"{part.name} ({part.rank})" for part in parts if part.rank > limit]
   if high:
@@ -241,7 +328,7 @@ def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
 
 
 def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
-  """Why PEFT cannot replace the module of a tensor, or None."""
+  """Returns why PEFT cannot replace the module of a tensor, or None."""
   module = name.rpartition(".")[0]
   missing = [
     other
@@ -270,103 +357,15 @@ def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
   return None
 
 
-def spec_of(
-  parts: Sequence[FilePart],
-  carried: Mapping[str, str],
-  full: Mapping[str, Any],
-  kept: Mapping[str, str],
-) -> dict[str, tuple]:
-  """Key -> (shape, dtype) of every tensor that `arrays_of` gives.
-
-  Args:
-    parts: the Loras of the file.
-    carried: module -> path of its bias; if any, every part has one.
-    full: path -> whole tensor.
-    kept: Hugging Face name -> path in `full`.
-
-  Returns:
-    The spec that `stream_safetensors` takes.
-
-  Example:
-    >>> from jlora.formats.peft.layouts import LINEAR_FILE
-    >>> f4 = np.dtype("f4")
-    >>> part = Part("q", None, "q.weight", LINEAR, (1, 3), (1, 2), f4)
-    >>> [shape for shape, _ in spec_of([part], {}, {}, {}).values()]
-    [(1, 3), (2, 1)]
-  """
-  spec = {}
-  for part in parts:
-    a = np.broadcast_to(np.empty((), part.dtype), part.a)
-    b = np.broadcast_to(np.empty((), part.dtype), part.b)
-    for key, array in _stored(part, a, b):
-      spec[key] = array.shape, part.dtype
-    if carried:
-      spec[f"{PREFIX}{part.stem}.{BIAS}"] = part.b[-1:], part.dtype
-  leaves = getattr(full, "spec", full)
-  for name, path in kept.items():
-    leaf = leaves[path]
-    spec[PREFIX + name] = leaf.shape, leaf.dtype
-  return spec
-
-
-def arrays_of(
-  parts: Sequence[FilePart],
-  loras: Mapping[str, Lora],
-  biases: Mapping[str, Any],
-  carried: Mapping[str, str],
-  full: Mapping[str, Any],
-  kept: Mapping[str, str],
-) -> Iterator[tuple[str, np.ndarray]]:
-  """(key, array) of every tensor of the file.
-
-  Scales are multiplied into b, in float32, before the one rounding to the
-  storage dtype.
-
-  Args:
-    parts: the Loras of the file, those of one path side by side.
-    loras: path -> Lora; each is read once, and one is held at a time.
-    biases: path -> change of a bias.
-    carried: module -> path in `biases`.
-    full: path -> whole tensor.
-    kept: Hugging Face name -> path in `full`.
-
-  Yields:
-    Tensors as PEFT stores them.
-
-  Example:
-    >>> from jlora.formats.peft.layouts import LINEAR_FILE
-    >>> f4 = np.dtype("f4")
-    >>> part = Part("q", None, "q.weight", LINEAR, (1, 3), (1, 2), f4)
-    >>> lora = Lora(np.ones((1, 3), f4), np.ones((1, 2), f4), np.float32(2))
-    >>> dict(arrays_of([part], {"q": lora}, {}, {}, {}, {}))[
-    ...   "base_model.model.q.lora_B.weight"]
-    array([[2.],
-           [2.]], dtype=float32)
-  """
-  for path, group in itertools.groupby(parts, lambda part: part.path):
-    factors = None if path is None else _folded(loras[path])
-    for part in group:
-      a, b = _factors(part, factors)
-      yield from _stored(part, a.astype(part.dtype), b.astype(part.dtype))
-      if not carried:
-        continue
-      bias = np.zeros(part.b[-1:])
-      if part.module in carried:
-        bias = np.asarray(biases[carried[part.module]])
-      yield f"{PREFIX}{part.stem}.{BIAS}", bias.astype(part.dtype)
-  for name, path in kept.items():
-    yield PREFIX + name, np.asarray(full[path])
-
-
 def _stored(part: FilePart, a, b) -> Iterator[tuple[str, np.ndarray]]:
-  """The two tensors of a part, under their keys."""
+  """Yields the two tensors of a part with their keys."""
   a, b = part.layout.store(a, b, part.kernel)
   yield f"{PREFIX}{part.stem}.{part.layout.a}", a
   yield f"{PREFIX}{part.stem}.{part.layout.b}", b
 
 
 def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
-  """The factors, the scale multiplied into the second."""
+  """Returns the factors, with the scale multiplied into the second."""
   scale = np.asarray(lora.scale, np.float32)[..., None, None]
   b = np.asarray(lora.b)
   if (scale != 1).any():
@@ -375,7 +374,7 @@ def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _factors(part: FilePart, factors) -> tuple[np.ndarray, np.ndarray]:
-  """A part's own factors: of its index, in its order, of its rank."""
+  """Selects, swaps and pads a Lora's factors as a part needs them."""
   if factors is None:
     return np.zeros(part.a, part.dtype), np.zeros(part.b, part.dtype)
   a, b = factors[::-1] if part.swapped else factors
@@ -386,7 +385,7 @@ def _factors(part: FilePart, factors) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _padded(factor: np.ndarray, rank: int) -> np.ndarray:
-  """A factor (..., r, n) with zero units up to a rank."""
+  """Pads a factor (..., r, n) with zeros up to a rank."""
   missing = rank - factor.shape[-2]
   if not missing:
     return factor

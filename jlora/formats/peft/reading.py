@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT adapter folders read back, strictly.
+"""Reads PEFT adapter folders strictly.
 
-PEFT itself ignores tensors that it has no place for, and fills up missing
-ones with zeros. Here both are errors.
+PEFT ignores tensors that it cannot place, and fills missing ones with zeros.
+Here both are errors.
 """
 
 import collections
@@ -41,7 +41,7 @@ from jlora.loras import Lora
 from jlora.messages import name_some
 from jlora.views import table_for, view_of
 
-# The endings of keys: a module's wrapper, then what it holds.
+# A key without its prefix: the module, nested wrappers, and the tensor's role.
 _KEY = re.compile(
   r"(?P<module>.+?)(?P<nest>(\.base_layer)*)\."
   r"(?P<role>lora_A\.weight|lora_B\.weight|lora_B\.bias"
@@ -57,13 +57,13 @@ _ROLES = {
 
 
 class PeftAdapter(NamedTuple):
-  """What an adapter folder says, by Hugging Face parameter names.
+  """The contents of an adapter folder, by Hugging Face parameter names.
 
   Attributes:
     loras: parameter -> Lora, as stored, with the effective scale.
     biases: bias parameter -> its change (out,) float32; zeros are left out.
-    full: parameter -> its new value. The table under an embedding's LoRA,
-      which PEFT stores beside it, is here too: the Lora adds to it.
+    full: parameter -> its new value. PEFT stores an embedding's table beside
+      its LoRA; that table is here too, and the Lora adds to it.
   """
 
   loras: dict[str, Lora]
@@ -87,28 +87,28 @@ def load_peft(
   like: Mapping[str, Any] | None = None,
   model_type: str | None = None,
 ) -> PeftAdapter:
-  """The Loras, biases and whole tensors of a PEFT adapter folder.
+  """Reads the Loras, biases and whole tensors of a PEFT adapter folder.
 
       scale = lora_alpha / r   (/ sqrt(r) with use_rslora), after the patterns
 
   Args:
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    like: parameter -> anything with `.shape`, every parameter of the base; if
+    like: parameter -> anything with `.shape`, every parameter of the base. If
       given, shapes must fit, every module that the configuration targets must
-      be there, and what a tied head repeats is not returned twice.
-    model_type: `model_type` of the base's config.json, with `like`.
+      be there, and a tied head's copy of the embedding's change is left out.
+    model_type: `model_type` of the base's config.json, used with `like`.
 
   Returns:
     PeftAdapter, in the dtypes of the file.
 
   Raises:
-    ValueError: a method other than plain LoRA, tensors the configuration does
-      not explain, an A without its B, ranks that disagree with each other or
-      with the configuration, and what does not fit `like`.
+    ValueError: a method other than plain LoRA, tensors that the configuration
+      does not explain, an A without its B, ranks that disagree with each other
+      or with the configuration, or anything that does not fit `like`.
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> from jlora.checkpoints import write_safetensors
     >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
     ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}
     >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 4,
@@ -149,7 +149,7 @@ def load_peft(
 
 
 def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
-  """{(module, nesting): {role: key}} and {parameter: key}, of every key."""
+  """Sorts keys into {(module, depth): {role: key}} and {parameter: key}."""
   found: dict[tuple[str, int], dict[str, str]] = {}
   full: dict[str, str] = {}
   unexplained = []
@@ -181,7 +181,7 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
 
 
 def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
-  """Every LoRA layer, its ranks compared with the configuration."""
+  """Returns every LoRA layer; raises if one contradicts the configuration."""
   wrappers, wrong = [], []
   depths = collections.Counter(module for module, _ in found)
   for (module, nest), keys in found.items():
@@ -218,7 +218,7 @@ def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
 def _layout(
   key: str, shape: tuple[int, ...], parameters: list[str]
 ) -> FileLayout:
-  """How the tensors of a LoRA layer lie, by their names and axes."""
+  """Returns the file layout of a LoRA layer, from its key and shape."""
   if parameters:
     return EXPERTS
   if key.endswith(EMBEDDING.a):
@@ -227,7 +227,7 @@ def _layout(
 
 
 def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:
-  """The Lora of a layer; a single expert is a plain matrix."""
+  """Reads the Lora of a layer; a single expert becomes a plain matrix."""
   a, b = wrapper.layout.load(
     file[wrapper.keys["a"]], file[wrapper.keys["b"]], wrapper.rank
   )
@@ -238,13 +238,13 @@ def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:
 
 
 def _shapes(like: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """The shape of every parameter; an open checkpoint is not read."""
+  """Returns the shape of every parameter, without reading a checkpoint."""
   leaves = getattr(like, "spec", like)
   return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
 def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
-  """Wrappers and whole tensors without a head that repeats the embedding."""
+  """Drops a head that repeats the embedding it is tied to."""
   if HEAD in shapes:
     return wrappers, full
   heads = [wrapper for wrapper in wrappers if wrapper.name == HEAD]
@@ -269,7 +269,7 @@ def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
 
 
 def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
-  """Nothing, if the file has every module of an explicit target list."""
+  """Raises unless the file has every module of an explicit target list."""
   if (
     config.get("target_modules") == "all-linear"
     or config.get("layers_to_transform") is not None
@@ -292,7 +292,7 @@ def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
 
 
 def _check_shapes(wrappers: list[_Wrapper], file, shapes, table) -> None:
-  """Nothing, if every Lora fits the parameter it changes."""
+  """Raises unless every Lora fits the parameter it changes."""
   wrong = []
   for wrapper in wrappers:
     view = view_of(wrapper.name, shapes.get(wrapper.name, ()), table)

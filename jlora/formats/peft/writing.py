@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters as PEFT folders and as merged checkpoints, and PEFT folders back.
+"""Writes PEFT adapter folders.
 
     Loras, biases, full         ─► save_peft   ─► adapter folder ─► load_peft
     base, Loras, biases, full   ─► save_merged ─► checkpoint folder
 
-Scales are folded into the factors and `r == lora_alpha == max rank`, with
-`rank_pattern == alpha_pattern`: a reader that knows the patterns and one that
-only looks at the tensors both come to scale 1.
+Scales are folded into the factors. `r` and `lora_alpha` are the largest rank,
+and `rank_pattern` equals `alpha_pattern`, so the scale is 1 both for a reader
+that knows the patterns and for one that only looks at the tensors.
 """
 
 import json
@@ -59,41 +59,41 @@ def save_peft(
   rename: Rename | None = None,
   overwrite: bool = False,
 ) -> dict[str, str]:
-  """What could not be carried, by parameter; the rest is in an adapter folder.
+  """Writes a PEFT adapter folder; returns the changes that it cannot hold.
 
   Args:
-    folder: created if needed; `adapter_model.safetensors`, and last
-      `adapter_config.json`, are written whole or not at all, and as the same
-      bytes each time.
-    loras: path -> Lora. May be lazy: one is held at a time, each is read
-      twice, once for its shape.
+    folder: created if needed. `adapter_model.safetensors`, and then
+      `adapter_config.json`, are written whole or not at all. Equal arguments
+      give equal bytes.
+    loras: path -> Lora. May be lazy: one is held at a time, and each is read
+      twice, the first time for its shape.
     like: path -> anything with `.shape`, every parameter of the base. It names
       the modules that must stay untouched and gives the axes' roles.
     biases: path of a bias -> its change (out,). PEFT has one switch for all
-      modules, so every other module gets a zero bias, and PEFT then applies
-      but does not merge the adapter where the base has no bias.
+      modules, so every other module gets a zero bias. Where the base has no
+      bias, PEFT can then apply the adapter but not merge it.
     full: path -> new value, for what is not low-rank (norms, new vocabulary).
-      May be lazy. All parameters of a module must be there, and the base's
-      vocabulary must have been resized before PEFT loads a longer one.
-    profile: the consumer; `VLLM` carries neither `biases` nor `full`. For
-      `PEFT`, which stacks separate experts when transformers 5 does, each
-      expert of a changed layer is written, with zero units up to rank r.
+      May be lazy. It needs all parameters of a module. Before PEFT loads a
+      longer vocabulary, the base's has to be resized.
+    profile: the consumer; `VLLM` accepts neither `biases` nor `full`. `PEFT`
+      stacks separate experts when transformers 5 does, so every expert of a
+      changed layer is written, padded with zeros to rank r.
     dtype: storage dtype of factors and biases; None keeps each factor's own.
     base_model: name or path of the base, for the configuration.
     task_type: PEFT's task name, or None. With "CAUSAL_LM" a base without
-      `lm_head.weight` is taken to have a tied head; both ends then carry the
-      change. PEFT applies it rightly but merges a tied LoRA twice: use
-      `save_merged` there.
+      `lm_head.weight` is assumed to have a tied head; then both the embedding
+      and the head get the change. PEFT applies that correctly but merges a tied
+      LoRA twice: use `save_merged` to merge it.
     model_type: `model_type` of the base's config.json.
-    rename: path -> name in the Hugging Face model, for every path of `like`
-      and of the changes. For a parameter with leading axes (scanned layers)
-      a sequence of names, one per index. Some checkpoints need one too: that
-      of GPT-2 lacks the `transformer.` that its causal model puts before.
+    rename: path -> name in the Hugging Face model, for every path of `like` and
+      of the changes. For a parameter with leading axes (scanned layers) a
+      sequence of names, one per index. Needed for some checkpoints too: GPT-2's
+      lacks the prefix `transformer.` of its causal model.
     overwrite: whether an adapter in the folder may be replaced.
 
   Returns:
     {path: reason} for each entry of `loras`, `biases` and `full` that the
-    format or the profile cannot carry, and for modules of rank 0.
+    format or the profile cannot hold, and for modules of rank 0.
 
   Raises:
     ValueError: before anything is written, if the folder holds an adapter, a
@@ -102,6 +102,8 @@ def save_peft(
 
   Example:
     >>> import tempfile
+    >>> import jax
+    >>> import jax.numpy as jnp
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
     >>> like = {"h.0.q.weight": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -146,9 +148,9 @@ def _configuration(
   kept: Mapping[str, str],
   base: Base,
 ) -> dict[str, Any]:
-  """`adapter_config.json`, without an entry that says nothing.
+  """Returns the contents of `adapter_config.json`, without empty entries.
 
-  PEFT versions refuse or warn of entries they do not know.
+  PEFT refuses or warns of entries that its version does not know.
   """
   rank = max(part.rank for part in parts)
   patterns = {
@@ -182,7 +184,7 @@ def _configuration(
 def _write_folder(
   folder: Path, spec, arrays, config: Mapping[str, Any]
 ) -> None:
-  """Both files; an adapter that was there stays until the new one is whole."""
+  """Writes both files, then replaces the adapter that was there."""
   folder.mkdir(parents=True, exist_ok=True)
   suffix = f"{secrets.token_hex(4)}.tmp"
   tensors, text = (

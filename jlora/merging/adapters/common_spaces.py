@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges of Loras in a small space that all of their changes lie in.
+"""Merges Loras in a small space that contains all of their changes.
 
 A method that works entry by entry, as TIES does, needs coordinates that mean
-the same for all adapters. Those of the factors do not: they change with the
-factors' gauge. The spaces here are told by the changes alone, where singular
-values differ; the sign of a coordinate is arbitrary, for all adapters alike.
+the same for all adapters. Entries of the factors do not: equal changes have
+many factorisations (R a, R⁻ᵀ b). The coordinates here depend on the changes
+alone, as long as singular values differ. Only the sign of each coordinate is
+arbitrary, and it is the same for all adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,30 +35,33 @@ def core_space(
   rank: int | None = None,
   **settings: Any,
 ) -> Lora:
-  """Loras merged by a method of arrays in the space that they span together.
+  """Merges Loras by a method for arrays, in the space that they span together.
 
       Δ_i = Pᵀ C_i Q,   Δ = Pᵀ method([C_i]) Q
 
-  P (k, in) and Q (l, out) are orthonormal rows, the singular vectors of all
-  changes beside each other and of all above each other: they span what is read
-  and what is written, nothing is lost, and C_i has the size of the ranks.
+  P (k, in) and Q (l, out) are orthonormal rows, the singular vectors of
+  [Δ_1 ... Δ_n] and of [Δ_1; ...; Δ_n]. They span all inputs that the changes
+  read and all outputs that they write, so nothing is lost, and each C_i is only
+  as large as the ranks.
 
   Args:
-    loras: of one parameter, n of them; ranks may differ.
-    weights: (n,), the method's.
-    base: unused: the Cs are changes, of a base of zeros.
-    key: the method's.
+    loras: n Loras of one parameter; ranks may differ.
+    weights: (n,), passed to the method.
+    base: unused; the method gets a base of zeros, because the Cs are changes.
+    key: passed to the method.
     method: `(stack, weights, base, *, key, **settings) -> array`, such as
       `ties`, `tsv` or `iso_c`.
-    rank: of the result; None is all, min(Σ r_i, in, out).
-    **settings: the method's.
+    rank: of the result; None is the full min(Σ r_i, in, out).
+    **settings: passed to the method.
 
   Returns:
-    Lora of scale 1 in the first's dtype, balanced, units by strength.
-    O((in + out) (Σ r_i)²), and the method on (n, Σ r_i, Σ r_i).
+    Lora of scale 1 in the first's dtype, balanced, its units in descending
+    order of strength. O((in + out) (Σ r_i)²), and the method on
+    (n, Σ r_i, Σ r_i).
 
   Raises:
-    ValueError: Loras that do not belong to one parameter, or the method's.
+    ValueError: the Loras do not belong to one parameter, or the method's own
+      error.
 
   Example:
     >>> from jlora.merging import iso_c
@@ -69,12 +73,13 @@ def core_space(
            [0., 2.]], dtype=float32)
 
   References:
-    Core Space merging (Panariello et al., 2025). Its P and Q are those of the
-    factors as they are, which depend on their gauge.
+    Core Space merging (Panariello et al., 2025). The paper computes P and Q
+    from the factors themselves, so they depend on the factorisation.
   """
   del base
 
   def merged(key, pairs, weights):
+    """Merges the Loras of one layer."""
     p, _ = _directions([(b, a) for a, b in pairs])
     q, _ = _directions(pairs)
     cores = jnp.stack([(p @ a.T) @ (b @ q.T) for a, b in pairs])
@@ -97,30 +102,32 @@ def knots(
   tol: float = 1e-5,
   **settings: Any,
 ) -> Lora:
-  """Loras merged by a method of arrays, aligned by a joint decomposition.
+  """Merges Loras by a method for arrays, aligned by a joint SVD (KnOTS).
 
       [Δ_1ᵀ ... Δ_nᵀ] = U S [V_1ᵀ ... V_nᵀ],   Δᵀ = U method([S V_iᵀ])
 
-  U (out, k) holds the directions that the adapters write, together; a method
-  sees what each adapter puts there, (k, in).
+  U (out, k) holds the output directions of all adapters together. The method
+  merges each adapter's coordinates in them, (k, in).
 
   Args:
-    loras: of one parameter, n of them; ranks may differ.
-    weights: (n,), the method's.
-    base: unused: S V_iᵀ are changes, of a base of zeros.
-    key: the method's.
-    method: as for `core_space`; the paper's are `ties` and `dare_ties`.
-    rank: of the result; None is all, min(Σ r_i, in, out).
-    tol: share of the largest σ under which a direction is none. The authors'
-      code has 1e-5 itself, not a share.
-    **settings: the method's.
+    loras: n Loras of one parameter; ranks may differ.
+    weights: (n,), passed to the method.
+    base: unused; the method gets a base of zeros, as S V_iᵀ are changes.
+    key: passed to the method.
+    method: as for `core_space`; the paper uses TIES and DARE-TIES.
+    rank: of the result; None is the full min(Σ r_i, in, out).
+    tol: directions with σ below this share of the largest are dropped. The
+      authors' code drops those with σ below 1e-5, not relative.
+    **settings: passed to the method.
 
   Returns:
-    Lora of scale 1 in the first's dtype, balanced, units by strength. No
-    change is formed: O((in + out) (Σ r_i)²), and the method on (n, Σ r_i, in).
+    Lora of scale 1 in the first's dtype, balanced, its units in descending
+    order of strength. No dense change is formed: O((in + out) (Σ r_i)²), and
+    the method on (n, Σ r_i, in).
 
   Raises:
-    ValueError: Loras that do not belong to one parameter, or the method's.
+    ValueError: the Loras do not belong to one parameter, or the method's own
+      error.
 
   Example:
     >>> eye, one = jnp.eye(2), jnp.ones(())
@@ -136,6 +143,7 @@ def knots(
   del base
 
   def merged(key, pairs, weights):
+    """Merges the Loras of one layer."""
     q, s = _directions(pairs)
     q = q * (s > tol * s[0]).astype(s.dtype)[:, None]
     tasks = jnp.stack([(q @ b.T) @ a for a, b in pairs])
@@ -150,16 +158,17 @@ def knots(
 
 
 def _applied(method, changes, weights, key, settings):
-  """A method of arrays on changes of no base."""
+  """Runs a method for arrays on changes, with a base of zeros."""
   none = jnp.zeros_like(changes[0])
   return method(changes, weights, none, key=key, **settings)
 
 
 def _directions(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-  """The directions that changes aᵀ b write, together, and how strongly.
+  """Returns the joint output directions of changes aᵀ b, and their strengths.
 
-  Right singular vectors of all changes above each other, as rows; by thin QRs,
-  as aᵀ b = q_a (r_a b) and the orthonormal q_a does not matter.
+  These are the right singular vectors, as rows, of the changes stacked on top
+  of each other. Thin QRs suffice: aᵀ b = q_a (r_a b), and the orthonormal q_a
+  does not affect right singular vectors.
   """
   rows = [jnp.linalg.qr(a.T)[1] @ b for a, b in pairs]
   q, r = jnp.linalg.qr(jnp.concatenate(rows).T)
@@ -170,7 +179,7 @@ def _directions(pairs: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
 def _over_layers(
   merged, loras: Sequence[Lora], weights: Any, key: Any, rank: Any
 ) -> Lora:
-  """A merge `(key, pairs, weights) -> Factors`, for each layer of a Lora."""
+  """Runs `(key, pairs, weights) -> Factors` for each layer of the Loras."""
   if rank is not None and rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}.")
   pairs = [
@@ -187,6 +196,7 @@ def _over_layers(
   keys = jax.random.split(key, leading) if leading else key
 
   def one(key, *flat):
+    """Merges one layer, given the factors one after the other."""
     return merged(key, list(zip(flat[::2], flat[1::2], strict=True)), weights)
 
   flat = [x for pair in pairs for x in pair]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact sums of Loras by concatenation of their rank axes, and back to a rank.
+"""Sums Loras exactly, by concatenating their rank axes, and reduces ranks.
 
-No change of the layer's size is formed, and all depends on the changes alone:
-not on which of the equal factors (R a, R⁻ᵀ b) describe them. Sums of the
-factors themselves, as in PEFT's `linear`, have cross terms a_iᵀ b_j that do.
-NumPy's Loras are worked on by the host, where nothing is compiled.
+No dense change is formed. Results depend on the changes alone, not on which of
+the equal factorisations (R a, R⁻ᵀ b) describes them. Sums of the factors
+themselves, as in PEFT's `linear`, do depend on it, by cross terms a_iᵀ b_j.
+NumPy Loras are processed on the host, without compiling anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,26 +24,26 @@ from jlora.numerics.backends import library_of
 def concat(
   loras: Sequence[Lora], weights: Any, base: Any = None, *, key: Any = None
 ) -> Lora:
-  """The weighted sum of Loras: their units side by side.
+  """Adds Loras exactly, with weights, by concatenating their factors.
 
       Σ w_i s_i a_iᵀ b_i = aᵀ b,   a = [a_1; ...],   b = [w_1 s_1 b_1; ...]
 
-  Weights (1, -1) are a difference, (-1,) is the negation.
+  Weights (1, -1) subtract, (-1,) negates.
 
   Args:
-    loras: of one parameter, n of them; ranks may differ.
+    loras: n Loras of one parameter; ranks may differ.
     weights: (n,), may be negative or zero.
-    base: unused; there so that every method has the same call.
+    base: unused; there so that all methods have the same arguments.
     key: unused, likewise.
 
   Returns:
-    Lora of the ranks' sum and scale 1, in the first's dtype: exact in float32,
-    b rounded once in less. What is not finite comes through. Moves no more than
-    the factors; keeps the sharding of in and out.
+    Lora whose rank is the ranks' sum, scale 1, in the first's dtype: exact in
+    float32, b rounded once in a narrower dtype. NaN and infinity are kept.
+    Moves no more data than the factors; keeps the sharding of in and out.
 
   Raises:
-    ValueError: Loras that do not belong to one parameter, or weights that are
-      not one for each.
+    ValueError: the Loras do not belong to one parameter, or not one weight per
+      Lora.
 
   Example:
     >>> one = np.ones((1, 2), np.float32)
@@ -65,22 +65,22 @@ def svd_merge(
   key: Any = None,
   rank: int,
 ) -> Lora:
-  """The Lora of a rank that is nearest to a weighted sum of Loras.
+  """Computes the best approximation of given rank to a weighted sum of Loras.
 
       error² = Σ_{k > rank} σ_k²,   σ the singular values of Σ w_i s_i a_iᵀ b_i
 
   Args:
-    loras: of one parameter, n of them; ranks may differ.
+    loras: n Loras of one parameter; ranks may differ.
     weights: (n,), may be negative or zero.
     base: unused.
     key: unused.
     rank: at least 1; clipped to min(Σ r_i, in, out).
 
   Returns:
-    Lora of scale 1 in the first's dtype, balanced, its units by strength: the
-    first are the best Lora of any smaller rank. Two thin QRs and the svd of a
-    Σ r_i square: O((in + out) (Σ r_i)²), where PEFT's `svd` decomposes the
-    dense change. A scale of NaN where something is not finite.
+    Lora of scale 1 in the first's dtype, balanced, its units in descending
+    order of strength: the first k are the best Lora of rank k. Two thin QRs and
+    the svd of a Σ r_i square matrix: O((in + out) (Σ r_i)²), where PEFT's `svd`
+    decomposes the dense change. The scale is NaN where a factor is not finite.
 
   Raises:
     ValueError: a rank below 1, or as `concat`.
@@ -99,14 +99,15 @@ def svd_merge(
 
 
 def truncate(lora: Lora, rank: int) -> Lora:
-  """The nearest Lora of a smaller rank, balanced, its units by strength.
+  """Reduces a Lora to the nearest one of a smaller rank.
 
   Args:
     lora: a (..., r, in), b (..., r, out), scale (...).
-    rank: as for `svd_merge`, of which this is the case of one.
+    rank: at least 1; clipped to min(r, in, out).
 
   Returns:
-    Lora likewise.
+    Lora of scale 1 in the same dtype, balanced, its units in descending order
+    of strength: `svd_merge` of a single Lora.
 
   Raises:
     ValueError: a rank below 1, or a malformed Lora.
@@ -121,16 +122,16 @@ def truncate(lora: Lora, rank: int) -> Lora:
 
 
 def fill_missing(adapters: Sequence[Mapping[str, Lora]]) -> list[Loras]:
-  """Adapters that all name the same modules, Loras of zeros where one had none.
+  """Adds Loras of zeros so that all adapters have the same modules.
 
-  `merge` wants names to match; this says that what is missing is no change.
+  `merge` needs equal names; use this if a missing module means no change.
 
   Args:
     adapters: path -> Lora each.
 
   Returns:
-    As many, each with all paths, in the order they are first met; zeros have
-    rank 1.
+    The same number of adapters, each with all paths, in the order of first
+    occurrence; the added zeros have rank 1.
 
   Example:
     >>> one = Lora(jnp.ones((2, 3)), jnp.ones((2, 5)), jnp.float32(2))
@@ -141,6 +142,7 @@ def fill_missing(adapters: Sequence[Mapping[str, Lora]]) -> list[Loras]:
   paths = list(dict.fromkeys(path for own in adapters for path in own))
 
   def none(like):
+    """Returns a Lora of zeros of rank 1."""
     unit = Lora(like.a[..., :1, :], like.b[..., :1, :], like.scale)
     return jax.tree.map(lambda x: library_of(x).zeros_like(x), unit)
 
@@ -151,15 +153,11 @@ def fill_missing(adapters: Sequence[Mapping[str, Lora]]) -> list[Loras]:
 
 
 def weighted(loras: Sequence[Lora], weights: Any) -> list[tuple[Any, Any]]:
-  """The factors of Loras with weights and scales taken into b.
-
-  Args:
-    loras: of one parameter, n of them.
-    weights: (n,).
+  """Returns the factors of Loras, with weights and scales multiplied into b.
 
   Returns:
-    n pairs a (..., r_i, in) and w_i scale_i b (..., r_i, out), float32, of
-    NumPy where all are.
+    n pairs a (..., r_i, in) and w_i scale_i b (..., r_i, out), float32; NumPy
+    arrays if all arguments are.
 
   Raises:
     ValueError: as `concat`.
@@ -183,16 +181,16 @@ def weighted(loras: Sequence[Lora], weights: Any) -> list[tuple[Any, Any]]:
 
 
 def finite(a: Any, b: Any) -> tuple[tuple[Any, Any], Any]:
-  """Factors to be decomposed, and a scale that is NaN where they may not be.
+  """Replaces factors that are not finite by zeros, with a scale of NaN.
 
-  LAPACK may not return from NaN.
+  On NaN, LAPACK may not return.
 
   Args:
     a: (..., r, in) float32.
     b: (..., r, out) float32.
 
   Returns:
-    Both, zeros where either is not finite throughout, and (...) of 1 or NaN.
+    a and b, zeros where either has NaN or infinity, and (...) of 1 or NaN.
 
   Example:
     >>> one = np.ones((1, 2), np.float32)
@@ -207,18 +205,18 @@ def finite(a: Any, b: Any) -> tuple[tuple[Any, Any], Any]:
 
 
 def _joined(loras: Sequence[Lora], weights: Any) -> Lora:
-  """The weighted sum in float32."""
+  """Concatenates Loras to their weighted sum, in float32."""
   pairs = weighted(loras, weights)
   xp = library_of(pairs[0][0])
   a, b = (xp.concatenate(x, axis=-2) for x in zip(*pairs, strict=True))
-  # Ones made of the scales: newer JAX forgets where `ones_like` is to lie.
+  # Computed from the scale, as `ones_like` loses the sharding in newer JAX.
   scale = loras[0].scale
   ones = xp.logical_or(scale == scale, True).astype(np.float32)
   return Lora(a, b, ones)
 
 
 def _check(loras: Sequence[Lora]) -> None:
-  """The door of all methods of Loras."""
+  """Raises unless these are Loras of one parameter."""
   if not isinstance(loras, list | tuple) or not all(
     isinstance(lora, Lora) for lora in loras
   ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted means of models, entry by entry."""
+"""Means of models: linear, passthrough, nearswap and model stock."""
 
 import math
 from typing import Any
@@ -28,15 +28,15 @@ def linear(
   key: Any = None,
   normalize: bool = True,
 ) -> Any:
-  """The weighted mean of models.
+  """Computes the weighted mean of models.
 
       θ = Σ w_i θ_i / Σ w_i
 
   Args:
     stack: (n, ...) floating.
     weights: (n,).
-    base: unused; there so that every method has the same call. A mean of
-      models is the base plus the mean of their changes.
+    base: unused; there so that all methods have the same arguments. The mean of
+      models equals the base plus the mean of their changes.
     key: unused, likewise.
     normalize: False leaves out the division.
 
@@ -44,7 +44,7 @@ def linear(
     (...) in the stack's dtype. Elementwise: keeps the sharding.
 
   Raises:
-    ValueError: weights of sum zero, or as `read_inputs`.
+    ValueError: the weights sum to zero, or as `read_inputs`.
 
   Example:
     >>> linear(jnp.array([[1.0], [5.0]]), jnp.array([3.0, 1.0]))
@@ -62,11 +62,11 @@ def linear(
 def passthrough(
   stack: Any, weights: Any, base: Any = None, *, key: Any = None
 ) -> Any:
-  """A single model's own parameter, times its weight.
+  """Returns a single model's parameter times its weight.
 
   Args:
     stack: (1, ...) floating.
-    weights: (1,); 1 gives it back exactly.
+    weights: (1,); with 1 the parameter is returned exactly.
     base: unused.
     key: unused.
 
@@ -93,7 +93,7 @@ def nearswap(
   key: Any = None,
   t: Any,
 ) -> Any:
-  """The base, with a model's entries taken over where they are near to its own.
+  """Moves every entry of the base towards a model's, by at most t.
 
       θ = θ_0 + c (θ_1 - θ_0),   c = clip(w t / max(|θ_1 - θ_0|, 1e-6), 0, 1)
 
@@ -102,8 +102,8 @@ def nearswap(
     weights: (1,), multiplies t.
     base: (...), the model that is changed.
     key: unused.
-    t: how far entries may move, in units of the weights themselves: whatever
-      differs by less is taken over, and no entry moves further.
+    t: how far entries may move, in the parameters' own units. Entries that
+      differ by less become the model's.
 
   Returns:
     (...) in the stack's dtype. Elementwise: keeps the sharding.
@@ -138,29 +138,30 @@ def model_stock(
   key: Any = None,
   axis: int | None = None,
 ) -> Any:
-  """A point between the base and the mean of its finetunes.
+  """Interpolates between the base and its finetunes' mean, by their angles.
 
       θ = t mean(θ_i) + (1 - t) θ_0,   t = n c / (1 + (n - 1) c)
 
-  with c the mean cosine of all pairs of changes: what finetunes share is
-  learnt, where they differ is chance, and the more of them the less it counts.
+  c is the mean cosine of all pairs of changes. What finetunes share is taken as
+  learnt and where they differ as noise, which a mean of more models averages
+  out.
 
   Args:
     stack: (n, ...) floating, two models or more.
-    weights: (n,), all equal: the paper's mean is plain.
+    weights: (n,), all equal: the paper's mean is unweighted.
     base: (...).
     key: unused.
-    axis: that of a single model along which vectors lie, for an angle each, as
-      mergekit's `filter_wise`; None is one angle for the tensor.
+    axis: of a single model; vectors along it have an angle each, as with
+      mergekit's `filter_wise`. None is one angle for the whole tensor.
 
   Returns:
-    (...) in the stack's dtype. The base where changes are at right angles or
-    obtuse, for which the formula gives t below 0. `n (n - 1) / 2` inner
-    products, of which only sums travel under sharding.
+    (...) in the stack's dtype. The base where changes are orthogonal or obtuse,
+    for which the formula gives t <= 0. `n (n - 1) / 2` inner products; under
+    sharding only their sums move between devices.
 
   Raises:
-    ValueError: a single model, no base, weights known to differ, or as
-      `read_inputs`.
+    ValueError: a single model, no base, weights that differ (unless traced), or
+      as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.5, 3**0.5 / 2]])   # 60 degrees

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers of which any part can be drawn alone, wherever it lies."""
+"""Draws random numbers for any part of a tensor, without drawing the rest."""
 
 import math
 from typing import Any
@@ -13,20 +13,20 @@ _HALF = 16
 
 
 def uniform(key: Any, shape: tuple[int, ...], start: Any = None) -> Any:
-  """Numbers in [0, 1) of entries, each known by the key and its own place.
+  """Draws numbers in [0, 1), each from the key and its index alone.
 
       u_i = 2⁻²³ ⌊w_i / 2⁹⌋,   w_i = the words of block(key, i), one xor other
 
-  the very numbers of `jax.random.uniform` for keys of Threefry. JAX gives them
-  from the first on only, and on CPUs round by round through memory: five times
-  slower than here, where a program has them in one loop.
+  These are the numbers of `jax.random.uniform` for Threefry keys. JAX draws
+  only whole arrays, and on CPUs writes each round to memory, which takes five
+  times as long as the single loop here.
 
   Args:
-    key: PRNG key. Of another generator than Threefry, two words drawn with it
+    key: PRNG key. With a generator other than Threefry, two words drawn with it
       are the key.
     shape: of the part.
-    start: (2,) uint32 of `place_of`, the part's first entry; None is 0. Those
-      that follow are next to it, in the order of a flat array.
+    start: (2,) uint32 from `place_of`, the index of the part's first entry;
+      None is 0. The part's entries are consecutive in the flat tensor.
 
   Returns:
     shape, float32. Elementwise: the same under any sharding.
@@ -49,10 +49,10 @@ def uniform(key: Any, shape: tuple[int, ...], start: Any = None) -> Any:
 
 
 def place_of(index: int) -> np.ndarray:
-  """A place in a tensor that may have more than 2^32 entries.
+  """Splits an index of a flat tensor into two 32-bit halves.
 
   Args:
-    index: in the flat tensor.
+    index: may exceed 2^32.
 
   Returns:
     (2,) uint32, the high and the low half.
@@ -65,7 +65,7 @@ def place_of(index: int) -> np.ndarray:
 
 
 def block(key: Any, high: Any, low: Any) -> tuple[Any, Any]:
-  """Threefry's two words for each counter.
+  """Computes Threefry's two random words for each counter.
 
   Args:
     key: (2,) uint32.
@@ -94,13 +94,14 @@ def block(key: Any, high: Any, low: Any) -> tuple[Any, Any]:
 
 
 def _two_words(key: Any) -> Any:
+  """Returns a PRNG key's two words."""
   is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   words = jax.random.key_data(key) if is_typed else key
   return words if words.shape == (2,) else jax.random.bits(key, (2,))
 
 
 def _places(shape: tuple[int, ...]) -> tuple[Any, Any]:
-  """The high and low halves of the places of a whole array's entries."""
+  """Returns the high and low halves of all indices of an array."""
   high, low = jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32)
   for axis in range(len(shape)):
     at = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -111,7 +112,7 @@ def _places(shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _times(x: Any, by: int) -> tuple[Any, Any]:
-  """The 64 bits of products, from 16 bits times 16."""
+  """Multiplies 32-bit integers; returns the product's high and low halves."""
   most = 2**_HALF - 1
   x0, x1 = x & most, x >> _HALF
   y0, y1 = (jnp.uint32(half & most) for half in (by, by >> _HALF))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every merge of arrays is given: read as float32 and checked."""
+"""Checks the arguments of merging methods, and sums over models.
+
+`read_inputs` is how every method for arrays reads its arguments.
+"""
 
 import functools
 import math
@@ -15,12 +18,12 @@ from jlora.loras import Lora
 
 
 class Inputs(NamedTuple):
-  """What a merge works on, all float32.
+  """The checked arguments of a merging method, all float32.
 
   Attributes:
     models: (n, ...).
-    weights: (n,), NumPy's if they are known.
-    base: (...), zeros where none was given.
+    weights: (n,), a NumPy array unless they are traced.
+    base: (...), zeros if none was given.
   """
 
   models: Any
@@ -29,7 +32,7 @@ class Inputs(NamedTuple):
 
   @property
   def deltas(self) -> Any:
-    """(n, ...), what each model changes of the base."""
+    """The models' changes of the base, (n, ...)."""
     return self.models - self.base[None]
 
 
@@ -42,7 +45,7 @@ def read_inputs(
   needs_base: bool = False,
   counts: tuple[int, float] = (1, math.inf),
 ) -> Inputs:
-  """The arguments of a merge of arrays in float32, if they fit each other.
+  """Checks the arguments of a merging method and converts them to float32.
 
   Args:
     method: its name, for errors.
@@ -50,15 +53,15 @@ def read_inputs(
     weights: (n,).
     base: (...) floating, or None.
     needs_base: whether None is an error.
-    counts: how many models the method takes, at least and at most.
+    counts: the minimal and maximal number of models.
 
   Returns:
     Inputs. Sharding is kept.
 
   Raises:
-    ValueError: what is no floating stack (Loras among it), a number of models
-      that the method does not take, weights that are not one for each model or
-      known not to be finite, no base where one is needed, or one of another
+    ValueError: `stack` is not a floating stack (or holds Loras), the number of
+      models is not in `counts`, not one weight per model, weights that are not
+      finite (unless traced), no base where one is needed, or a base of another
       shape.
 
   Example:
@@ -88,19 +91,19 @@ def read_inputs(
 
 
 def numbers(name: str, values: Any, count: int) -> Any:
-  """One float32 number a model.
+  """Converts numbers to one float32 number per model.
 
   Args:
-    name: what they are called in errors.
+    name: their name, for errors.
     values: (n,), or one for all.
     count: n.
 
   Returns:
-    (n,) float32, of NumPy where they are known: checks that look at them then
-    work under `jit` as well.
+    (n,) float32, a NumPy array unless they are traced, so that checks of the
+    values work under `jit` as well.
 
   Raises:
-    ValueError: another shape, or a value that is known not to be finite.
+    ValueError: another shape, or a value that is not finite (unless traced).
 
   Example:
     >>> numbers("density", 0.5, 2)
@@ -120,16 +123,10 @@ def numbers(name: str, values: Any, count: int) -> Any:
 
 
 def shares(weights: Any) -> Any:
-  """Weights divided by their sum.
-
-  Args:
-    weights: (n,) float32.
-
-  Returns:
-    (n,) float32 of sum 1, of the same library.
+  """Divides weights (n,) by their sum.
 
   Raises:
-    ValueError: a sum of zero. Under `jit` it gives infinities or NaN.
+    ValueError: a sum of zero. Traced weights give infinities or NaN instead.
 
   Example:
     >>> shares(np.float32([1, 3]))
@@ -145,85 +142,41 @@ def shares(weights: Any) -> Any:
 
 
 def is_known(value: Any) -> bool:
-  """Whether values can be looked at: not while they are traced.
-
-  Args:
-    value: an array, a number, or a list of them.
-
-  Returns:
-    bool.
-
-  Example:
-    >>> is_known(jnp.ones(2))
-    True
-  """
+  """Returns whether all values of a pytree are available, not traced."""
   return not any(isinstance(x, Tracer) for x in jax.tree.leaves(value))
 
 
 def along_models(weights: Any, models: Any) -> Any:
-  """Numbers of models, shaped to be multiplied with their stack.
-
-  Args:
-    weights: (n,).
-    models: (n, ...).
-
-  Returns:
-    (n, 1, ...).
-
-  Example:
-    >>> along_models(jnp.ones(2), jnp.ones((2, 3, 4))).shape
-    (2, 1, 1)
-  """
+  """Reshapes weights (n,) to (n, 1, ...), to multiply models (n, ...)."""
   return weights.reshape(-1, *(1,) * (models.ndim - 1))
 
 
 def weighted_sum(weights: Any, models: Any) -> Any:
-  """`Σ_i weight_i model_i`.
+  """Computes `Σ_i weight_i model_i`, in float32.
 
-  Args:
-    weights: (n,) float32.
-    models: (n, ...) float32.
-
-  Returns:
-    (...) float32, elementwise: no accelerator's matrix unit rounds it.
-
-  Example:
-    >>> weighted_sum(jnp.array([1.0, 2.0]), jnp.ones((2, 2)))
-    Array([3., 3.], dtype=float32)
+  Elementwise, so that no accelerator's matrix unit rounds it.
   """
   return over_models(along_models(weights, models) * models)
 
 
 def over_models(stack: Any) -> Any:
-  """The sum over the first axis, one model after the other.
+  """Sums over the first axis, one model after the other.
 
-  Not `jnp.sum`: XLA's CPU backend gives that to a library which needs a second
-  for a million entries where few are added up, and its own loop 3 ms.
-
-  Args:
-    stack: (n, ...) numbers.
-
-  Returns:
-    (...).
-
-  Example:
-    >>> over_models(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-    Array([4., 6.], dtype=float32)
+  Not `jnp.sum`: on CPUs, XLA passes short sums over millions of entries to a
+  library that needs a second where this loop needs 3 ms.
   """
   return functools.reduce(operator.add, (stack[i] for i in range(len(stack))))
 
 
 def inner(left: Any, right: Any, axis: int | None = None) -> Any:
-  """Inner products of tensors read as vectors, their axes kept with length 1.
+  """Computes inner products of tensors, keeping summed axes with length 1.
+
+  Sums axis by axis, because one long float32 sum loses digits.
 
   Args:
     left: (...) float32.
     right: the same number of axes.
-    axis: that along which vectors lie; None is the whole tensor.
-
-  Returns:
-    (1, ...), or `axis` of length 1. Summed by rows first: one long sum of
-    float32 loses digits.
+    axis: to sum over; None sums over all.
 
   Example:
     >>> inner(jnp.ones((2, 3)), jnp.ones((2, 3))), inner(
@@ -241,31 +194,12 @@ def inner(left: Any, right: Any, axis: int | None = None) -> Any:
 
 
 def euclidean_norm(x: Any, axis: int | None = None) -> Any:
-  """The Euclidean norms of tensors read as vectors.
-
-  Args:
-    x: (...) float32.
-    axis: as for `inner`.
-
-  Returns:
-    As `inner`.
-
-  Example:
-    >>> euclidean_norm(jnp.array([3.0, 4.0]))
-    Array([5.], dtype=float32)
-  """
+  """Computes Euclidean norms, over the axes that `inner` sums over."""
   return jnp.sqrt(inner(x, x, axis))
 
 
 def divided(x: Any, by: Any) -> Any:
-  """`x / by`, and x itself where `by` is 0.
-
-  Args:
-    x: float32.
-    by: float32, broadcasts to x.
-
-  Returns:
-    As x.
+  """Returns `x / by`, or x where `by` is 0.
 
   Example:
     >>> divided(jnp.array([3.0, 3.0]), jnp.array([0.0, 2.0]))
@@ -275,6 +209,7 @@ def divided(x: Any, by: Any) -> Any:
 
 
 def _check_stack(method: str, stack: Any) -> None:
+  """Raises unless given a stack of floating arrays."""
   if isinstance(stack, list | tuple) and any(
     isinstance(one, Lora) for one in stack
   ):

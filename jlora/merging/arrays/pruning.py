@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task vectors thinned out before they are added: DARE, DELLA, Breadcrumbs.
+"""Merging methods that drop entries of changes: DARE, DELLA, Breadcrumbs.
 
-The papers' rescaling is the default, mergekit's is `rescale=match_l1`. Of each
-there is a form that adds what is left, `elect=None`, and one that lets signs be
-elected first, `elect=by_mass`; mergekit names them `x_linear` and `x_ties`.
+The papers' rescaling is the default; mergekit's is `rescale=match_l1`. Each
+method has a form that adds what is left, `elect=None`, and one that first
+elects a sign for each entry, `elect=by_mass`; mergekit calls them `x_linear`
+and `x_ties`.
 """
 
 import functools
@@ -45,30 +46,31 @@ def dare(
   start: Any = None,
   lengths: Any = None,
 ) -> Any:
-  """The base plus the sum of changes of which most entries were dropped.
+  """Adds changes to the base after dropping most entries at random (DARE).
 
       θ = θ_0 + λ Σ w_i m_i δ_i / density,   m_i ~ Bernoulli(density)
 
-  mergekit's `dare_linear`; with `elect=by_mass` its `dare_ties`.
+  This is mergekit's `dare_linear`; with `elect=by_mass` its `dare_ties`.
 
   Args:
     stack: (n, ...) floating.
     weights: (n,).
     base: (...).
-    key: PRNG key; None is `key(0)`. Every entry of every model is drawn for
-      itself, so models are not interchangeable. Model i's entry j is known by
-      `fold_in(key, i)` and j alone.
-    density: probability of an entry to stay, one for all or (n,); 0.1 is the
+    key: PRNG key; None is `key(0)`. Entry j of model i is drawn from
+      `fold_in(key, i)` and j alone, so the models' order matters.
+    density: probability to keep an entry, one for all or (n,); 0.1 is the
       paper's p = 0.9.
-    rescale: `inverse_keep` as in the paper, `match_l1` as in mergekit,
+    rescale: `inverse_keep` as in the paper, `match_l1` as in mergekit, or
       `unscaled`.
-    elect: as for `combine`.
-    normalize: divides by Σ |w_i| of those that agree.
+    elect: a function of the weighted changes that elects each entry's sign,
+      such as `by_mass`; changes of the other sign are left out. None adds all.
+    normalize: divide by Σ |w_i| of the models that agree with the sign.
     scale: λ.
-    start: of a piece, the place of its first entry in the tensor: (2,) uint32
-      of `draws.place_of`. What is kept is then what the whole keeps there.
-    lengths: (n, 2) for `match_l1`, of the whole tensor: the sum over its pieces
-      of `dare_lengths`. None takes the stack's.
+    start: if the stack is a piece of a larger tensor, the index there of its
+      first entry, (2,) uint32 from `draws.place_of`. The piece then keeps the
+      same entries as the whole tensor would.
+    lengths: (n, 2) for `match_l1` on a piece: the sum of `dare_lengths` over
+      all pieces of the tensor. None takes the stack's.
 
   Returns:
     (...) in the stack's dtype; the same on any mesh.
@@ -112,16 +114,16 @@ def dare_lengths(
   start: Any = None,
   **others: Any,
 ) -> Any:
-  """What `dare` with `rescale=match_l1` is told of a tensor that is cut.
+  """Sums magnitudes of a piece of a tensor, for `dare`'s argument `lengths`.
 
   Args:
     stack: (n, ...) floating, a piece.
     weights: (n,), unused but checked.
     base: (...).
     key: as for `dare`, of the whole tensor.
-    density: likewise.
-    start: the piece's, likewise.
-    **others: the rest of `dare`'s, which has no part in it.
+    density: as for `dare`.
+    start: as for `dare`, of the piece.
+    **others: the other arguments of `dare`, ignored.
 
   Returns:
     (n, 2) float32, Σ |δ_i| and Σ |m_i δ_i| of each model.
@@ -154,12 +156,12 @@ def della(
   normalize: bool = True,
   scale: Any = 1.0,
 ) -> Any:
-  """The mean by sign of changes whose small entries were mostly dropped.
+  """Averages changes by sign after dropping small entries at random (DELLA).
 
       τ_i = m_i δ_i / p_i,   m_i ~ Bernoulli(p_i)
 
-  with p_i growing from density - ε to density + ε by rank in the row
-  (`by_magnitude_rank`). With `elect=None, normalize=False` it is mergekit's
+  p_i grows from density - ε to density + ε with the entry's rank by magnitude
+  in its row. With `elect=None, normalize=False` this is mergekit's
   `della_linear`, a sum.
 
   Args:
@@ -167,12 +169,13 @@ def della(
     weights: (n,).
     base: (...).
     key: as for `dare`.
-    density: mean probability to stay, one for all or (n,); 1 keeps all.
+    density: mean probability to keep an entry, one for all or (n,); 1 keeps
+      all.
     epsilon: ε; density ± ε must lie within 0 and 1.
-    axis: that of a single model along which entries are ranked.
+    axis: of a single model, along which entries are ranked.
     rescale: as for `dare`.
-    elect: as for `combine`.
-    normalize: divides by Σ |w_i| of those that agree.
+    elect: as for `dare`.
+    normalize: divide by Σ |w_i| of the models that agree with the sign.
     scale: λ.
 
   Returns:
@@ -180,7 +183,7 @@ def della(
     sharded.
 
   Raises:
-    ValueError: no base, a density too near to 0 or 1, or as `read_inputs`.
+    ValueError: no base, a density within ε of 0 or 1, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[3.0, 1.0], [-1.0, 1.0]])
@@ -219,11 +222,11 @@ def breadcrumbs(
   normalize: bool = False,
   scale: Any = 1.0,
 ) -> Any:
-  """The base plus the sum of changes without their extremes.
+  """Adds changes to the base without their largest and smallest entries.
 
       θ = θ_0 + λ Σ w_i m_i δ_i,   m_i: neither outliers nor the smallest
 
-  With `elect=by_mass` it is mergekit's `breadcrumbs_ties`.
+  With `elect=by_mass` this is mergekit's `breadcrumbs_ties`.
 
   Args:
     stack: (n, ...) floating.
@@ -231,14 +234,15 @@ def breadcrumbs(
     base: (...).
     key: unused.
     density: share of the entries kept, one for all or (n,); 1 keeps all.
-    gamma: share of the largest that are dropped.
-    erases_small: mergekit's slip with tensors of few entries (`keep_middle`).
-    elect: as for `combine`.
-    normalize: divides by Σ |w_i| of those that agree.
+    gamma: share of the largest entries, which are dropped as outliers.
+    erases_small: reproduce a bug of mergekit: where γ times the number of
+      entries is below 1, all entries are dropped.
+    elect: as for `dare`.
+    normalize: divide by Σ |w_i| of the models that agree with the sign.
     scale: λ.
 
   Returns:
-    (...) in the stack's dtype. Only counts travel under sharding.
+    (...) in the stack's dtype. Under sharding only counts move between devices.
 
   Raises:
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes put together by their singular vectors: TSV-M and Iso-C.
+"""Merging methods based on singular vectors: TSV-M and Iso-C.
 
 Both decompose matrices of a layer's size. For Loras use them inside
-`core_space`, where the same is computed on matrices of the ranks' size.
+`core_space`, which computes the same on matrices of the ranks' size.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jlora.merging.arrays.inputs import along_models, read_inputs, weighted_sum
 from jlora.numerics.meshes import run_automatic
 
-# A singular value below this share of the largest is rounding.
+# Singular values below this share of the largest count as zero.
 _NONE = 1e-5
 
 
@@ -28,33 +28,34 @@ def tsv(
   scale: Any = 1.0,
   tol: float = 1e-3,
 ) -> Any:
-  """The base plus leading singular triplets of all changes, made orthogonal.
+  """Merges changes by their orthogonalised leading singular vectors (TSV-M).
 
       θ = θ_0 + λ polar([U_i]) diag(w_i S_i) polar([V_i])ᵀ,   δ_i ≈ U_i S_i V_iᵀ
 
-  polar(X) = P Qᵀ for X = P Σ Qᵀ is the orthonormal matrix nearest to X: task
-  directions that lie over each other are pushed apart before they are added.
+  polar(X) = P Qᵀ for X = P Σ Qᵀ is the orthonormal matrix nearest to X. It
+  pushes overlapping directions of different tasks apart before they are added.
 
-  Warning: where tasks share singular vectors, X depends on itself and the polar
-  factor is not unique; the authors' code then adds arbitrary directions.
-  Directions with σ < tol are dropped here (pseudo-polar), so two equal changes
-  give one of them, their mean and not their sum.
+  Warning: where tasks share singular vectors, the columns of X are linearly
+  dependent and the polar factor is not unique; the authors' code then adds
+  arbitrary directions. Here directions with σ < tol are dropped
+  (pseudo-polar), so two equal changes give their mean, not their sum.
 
   Args:
     stack: (n, ..., i, o) floating matrices; leading axes repeat the layer.
-    weights: (n,), multiply the singular values; the paper has ones.
+    weights: (n,), multiply the singular values; the paper uses ones.
     base: (..., i, o).
     key: unused.
-    keep: triplets of each change; None is all where together they are no more
-      than min(i, o), as of adapters, else ⌊min(i, o) / n⌋, the paper's. Those
-      of σ = 0 never count.
+    keep: number of singular triplets of each change. None is all if together
+      they are at most min(i, o), as for adapters, else the paper's
+      ⌊min(i, o) / n⌋. Triplets of σ = 0 never count.
     scale: λ.
-    tol: σ of unit vectors put side by side, in [0, √n].
+    tol: singular value of the stacked unit vectors, in [0, √n], below which a
+      direction is dropped.
 
   Returns:
-    (..., i, o) in the stack's dtype. Of vectors Σ w_i δ_i / n. What is not
-    finite makes its whole matrix NaN. Costs an svd of each matrix and gathers
-    sharded ones.
+    (..., i, o) in the stack's dtype. For vectors, θ_0 + λ Σ w_i δ_i / n.
+    A matrix with NaN or infinity becomes all NaN. Costs an svd of each matrix
+    and gathers sharded ones.
 
   Raises:
     ValueError: no base, keep below 1, or as `read_inputs`.
@@ -75,6 +76,7 @@ def tsv(
     raise ValueError(f"tsv: keep must be at least 1, got {keep}.")
 
   def merged(deltas, weights):
+    """Merges the changes (n, i, o) of one layer."""
     u, s, vt = jnp.linalg.svd(deltas, full_matrices=False)
     s = (along_models(weights, s) * s)[:, :keep]
     there = _counted(s, min(deltas.shape[1:]), keep).astype(s.dtype)
@@ -95,25 +97,25 @@ def iso_c(
   scale: Any = 1.0,
   tol: float = 1e-5,
 ) -> Any:
-  """The base plus the sum of changes with all singular values made equal.
+  """Adds changes to the base, with all singular values of their sum made equal.
 
       Σ w_i δ_i = U S Vᵀ,   θ = θ_0 + λ mean(S) U Vᵀ
 
   Args:
     stack: (n, ..., i, o) floating matrices; leading axes repeat the layer.
-    weights: (n,); the paper has ones.
+    weights: (n,); the paper uses ones.
     base: (..., i, o).
     key: unused.
     scale: λ; the authors search 0 to 3.
-    tol: share of the largest value under which one is none: neither counted in
-      the mean nor raised to it. The authors' code takes all; of a sum of low
-      rank that lowers the mean by rank / min(i, o) and fills the rest of the
-      space with arbitrary directions.
+    tol: singular values below this share of the largest count as zero: they are
+      neither in the mean nor raised to it. The authors' code takes all; for a
+      sum of low rank that multiplies the mean by rank / min(i, o) and fills the
+      rest of the space with arbitrary directions.
 
   Returns:
-    (..., i, o) in the stack's dtype. Not the model itself for a single one. Of
-    vectors Σ w_i δ_i / n. What is not finite makes its whole matrix NaN. Costs
-    one svd and gathers a sharded matrix.
+    (..., i, o) in the stack's dtype. For a single model this is not the model
+    itself. For vectors, θ_0 + λ Σ w_i δ_i / n. A matrix with NaN or
+    infinity becomes all NaN. Costs one svd and gathers a sharded matrix.
 
   Raises:
     ValueError: no base, or as `read_inputs`.
@@ -132,6 +134,7 @@ def iso_c(
   given = read_inputs("iso_c", stack, weights, base, needs_base=True)
 
   def merged(deltas, weights):
+    """Merges the changes (n, i, o) of one layer."""
     total = weighted_sum(weights, deltas)
     u, s, vt = jnp.linalg.svd(total, full_matrices=False)
     there = (s > tol * s[0]).astype(s.dtype)
@@ -142,7 +145,7 @@ def iso_c(
 
 
 def _counted(s: Any, room: int, keep: int | None) -> Any:
-  """Which triplets (n, k) take part: the vectors of σ = 0 are arbitrary."""
+  """Returns which triplets (n, k) take part, a mask without σ = 0."""
   sizes = jnp.abs(s)
   there = sizes > _NONE * jnp.max(sizes, axis=1, keepdims=True)
   if keep is not None:
@@ -152,14 +155,14 @@ def _counted(s: Any, room: int, keep: int | None) -> Any:
 
 
 def _of_matrices(merged, given, scale, dtype):
-  """The base plus λ of a merge of matrices, over leading axes."""
+  """Runs a merge of matrices over leading axes; adds λ of it to the base."""
   deltas = given.deltas
   if deltas.ndim < 3:
     change = weighted_sum(given.weights, deltas) / deltas.shape[0]
   else:
 
     def one(deltas, weights):
-      # LAPACK may not return from NaN.
+      # On NaN, LAPACK may not return.
       is_finite = jnp.isfinite(deltas).all()
       found = merged(jnp.where(is_finite, deltas, 0.0), weights)
       return jnp.where(is_finite, found, jnp.nan)
@@ -175,7 +178,7 @@ def _of_matrices(merged, given, scale, dtype):
 
 
 def _polar(columns: Any, tol: float) -> Any:
-  """The orthonormal columns nearest to given ones, without what depends."""
+  """Returns the nearest orthonormal columns, without dependent directions."""
   q, r = jnp.linalg.qr(columns)
   p, s, qt = jnp.linalg.svd(r, full_matrices=False)
   return q @ (p * (s > tol).astype(s.dtype)[None] @ qt)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entries of a weight change are kept, and what makes up for the rest.
+"""Sparsifiers, which drop entries of a change, and rescalings of the rest.
 
-A sparsifier is a function `(delta, density, key) -> delta`, of one model, with
-zeros for what it drops; settings are bound by `functools.partial`. What is NaN
-is never dropped: it must be seen in what comes out.
+A sparsifier is a function `(delta, density, key) -> delta` of one model's
+change that sets entries to zero; `functools.partial` binds its settings. A
+rescaling `(delta, kept, probability) -> kept` makes up for the dropped entries.
+NaN is never dropped, so that it shows in the result.
 """
 
 from collections.abc import Callable
@@ -21,15 +22,14 @@ Rescaling = Callable[[Any, Any, Any], Any]
 
 
 def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
-  """What was kept, divided by the probability of that: the mean is the delta.
+  """Divides kept entries by the probability of keeping them.
+
+  The expectation of the result is the delta.
 
   Args:
-    delta: unused; there so that every rescaling has the same call.
+    delta: unused; there so that all rescalings have the same arguments.
     kept: (...) float32, delta with zeros.
     probability: broadcasts to it.
-
-  Returns:
-    As kept.
 
   Example:
     >>> inverse_keep(None, jnp.array([2.0, 0.0]), 0.5)
@@ -45,18 +45,18 @@ def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
 def match_l1(
   delta: Any, kept: Any, probability: Any = None, *, lengths: Any = None
 ) -> Any:
-  """What was kept, scaled so that the sum of magnitudes is the delta's.
+  """Scales kept entries so that their magnitudes sum to the delta's.
 
       kept · ‖delta‖₁ / ‖kept‖₁
 
-  mergekit's way, of the whole tensor. What is left of it by chance keeps the
-  strength of the whole: a tensor of few entries is not what it is on average.
+  This is mergekit's rescaling. It keeps the strength of each tensor exactly,
+  not only on average, which matters for tensors of few entries.
 
   Args:
     delta: (...) float32.
     kept: (...) float32, delta with zeros.
     probability: unused.
-    lengths: (2,) of `lengths_of`, for a piece of a tensor those of the whole;
+    lengths: (2,), the two sums; for a piece of a tensor, those of the whole.
       None takes delta's and kept's.
 
   Returns:
@@ -72,14 +72,10 @@ def match_l1(
 
 
 def lengths_of(delta: Any, kept: Any) -> Any:
-  """The sums of magnitudes that `match_l1` makes equal.
-
-  Args:
-    delta: (...) float32.
-    kept: (...) float32.
+  """Computes the norms ‖delta‖₁ and ‖kept‖₁ that `match_l1` makes equal.
 
   Returns:
-    (2,) float32, delta's and kept's; those of pieces add up.
+    (2,) float32; those of pieces of a tensor add up.
 
   Example:
     >>> lengths_of(jnp.array([2.0, -2.0]), jnp.array([2.0, 0.0]))
@@ -91,20 +87,7 @@ def lengths_of(delta: Any, kept: Any) -> Any:
 
 
 def unscaled(delta: Any, kept: Any, probability: Any = None) -> Any:
-  """What was kept, as it is.
-
-  Args:
-    delta: unused.
-    kept: (...).
-    probability: unused.
-
-  Returns:
-    kept.
-
-  Example:
-    >>> unscaled(None, 3.0)
-    3.0
-  """
+  """Returns the kept entries as they are."""
   del delta, probability
   return kept
 
@@ -113,16 +96,15 @@ Sparsifier = Callable[..., Any]
 
 
 def by_magnitude(delta: Any, density: Any, key: Any = None) -> Any:
-  """A change with its largest entries only: TIES' trim.
+  """Keeps the largest entries of a change, as TIES trims.
+
+  Finds them by counting, not sorting (`kth_magnitude`).
 
   Args:
     delta: (...) float32.
-    density: share of the entries to keep, rounded down, at least one. Entries
-      that equal the smallest kept are kept too.
-    key: unused; there so that every sparsifier has the same call.
-
-  Returns:
-    As delta. By counting, not sorting (`kth_magnitude`).
+    density: share of the entries to keep, rounded down, at least one entry.
+      Entries that equal the smallest kept are kept too.
+    key: unused; there so that all sparsifiers have the same arguments.
 
   Example:
     >>> by_magnitude(jnp.array([3.0, -5.0, 1.0, 2.0]), 0.5)
@@ -134,15 +116,7 @@ def by_magnitude(delta: Any, density: Any, key: Any = None) -> Any:
 
 
 def from_threshold(delta: Any, threshold: Any, key: Any = None) -> Any:
-  """A change with its entries of a magnitude or more only.
-
-  Args:
-    delta: (...) float32.
-    threshold: the magnitude, such as one of `magnitude_thresholds`.
-    key: unused.
-
-  Returns:
-    As delta.
+  """Keeps the entries of a change whose magnitude is at least a threshold.
 
   Example:
     >>> from_threshold(jnp.array([3.0, -5.0, 1.0]), 3.0)
@@ -160,24 +134,18 @@ def at_random(
   rescale: Rescaling = inverse_keep,
   start: Any = None,
 ) -> Any:
-  """A change with entries kept by chance, all alike: DARE's drop and rescale.
+  """Keeps entries of a change at random and rescales them, as DARE does.
 
-  Whether an entry stays is known by the key and by its place in the tensor.
+  Whether an entry is kept depends only on the key and its index in the tensor,
+  so the same entries are kept on any mesh.
 
   Args:
     delta: (...) float32.
-    density: probability of an entry to be kept.
+    density: probability to keep an entry.
     key: PRNG key; None is `key(0)`.
-    rescale: `inverse_keep` as in the paper, `match_l1` as mergekit, `unscaled`.
-    start: place of delta's first entry, as for `uniform`, where delta is a
-      piece of a tensor.
-
-  Returns:
-    As delta. The same entries on any mesh.
-
-  Example:
-    >>> at_random(jnp.ones(6), 1.0)
-    Array([1., 1., 1., 1., 1., 1.], dtype=float32)
+    rescale: `inverse_keep` as in the paper, `match_l1` as in mergekit, or
+      `unscaled`.
+    start: as for `uniform`, where delta is a piece of a tensor.
   """
   key = jax.random.key(0) if key is None else key
   drawn = uniform(key, delta.shape, start) < density
@@ -193,28 +161,23 @@ def by_magnitude_rank(
   axis: int = -1,
   rescale: Rescaling = inverse_keep,
 ) -> Any:
-  """A change with entries kept by chance, the larger the likelier: DELLA's.
+  """Keeps entries at random, large ones more likely, as DELLA does.
 
       p = density - ε + 2 ε rank / (n - 1),   rank 0 the smallest in its row
 
+  Sorts along `axis`, which is gathered if it is sharded.
+
   Args:
     delta: (...) float32.
-    density: mean probability to be kept; 1 keeps all.
+    density: mean probability to keep an entry; 1 keeps all.
     key: PRNG key; None is `key(0)`.
     epsilon: ε; density ± ε must lie within 0 and 1.
-    axis: that along which a row lies. One entry alone has p = density.
+    axis: along which entries are ranked. A single entry has p = density.
     rescale: `inverse_keep` divides each entry by its own p, as in the paper;
-      `match_l1` as mergekit; `unscaled`.
-
-  Returns:
-    As delta. Sorts along `axis`, which is gathered if it is sharded.
+      `match_l1` as in mergekit; or `unscaled`.
 
   Raises:
-    ValueError: density ± ε known to leave [0, 1].
-
-  Example:
-    >>> by_magnitude_rank(jnp.ones((1, 2)), 1.0)
-    Array([[1., 1.]], dtype=float32)
+    ValueError: density ± ε leaves [0, 1] (unless traced).
   """
   probability = keep_probability(delta, density, epsilon=epsilon, axis=axis)
   return at_random(delta, probability, key, rescale=rescale)
@@ -223,19 +186,7 @@ def by_magnitude_rank(
 def keep_probability(
   delta: Any, density: Any, *, epsilon: float = 0.15, axis: int = -1
 ) -> Any:
-  """The probabilities that `by_magnitude_rank` keeps entries with.
-
-  Args:
-    delta: as for `by_magnitude_rank`.
-    density: likewise.
-    epsilon: likewise.
-    axis: likewise.
-
-  Returns:
-    As delta, in [0, 1].
-
-  Raises:
-    ValueError: as `by_magnitude_rank`.
+  """Computes the probabilities with which `by_magnitude_rank` keeps entries.
 
   Example:
     >>> found = keep_probability(jnp.array([0.1, 0.5, 2.0, 1.0]), 0.7)
@@ -261,21 +212,20 @@ def keep_middle(
   gamma: float = 0.01,
   erases_small: bool = False,
 ) -> Any:
-  """A change without its largest and its smallest entries: Breadcrumbs' mask.
+  """Drops the largest and smallest entries of a change, as Breadcrumbs does.
 
       ranks ⌊γ n⌋ ... ⌊γ n⌋ + ⌊density n⌋ of |delta|, largest first
+
+  Finds them by counting, not sorting.
 
   Args:
     delta: (...) float32.
     density: share to keep; 1 keeps all, outliers too.
     key: unused.
-    gamma: share of the largest that are dropped as outliers. Those that equal
-      the largest kept are kept too.
-    erases_small: mergekit's slip: where ⌊γ n⌋ is 0, which at γ = 0.01 is any
-      tensor of less than 100 entries, nothing is kept.
-
-  Returns:
-    As delta. By counting, not sorting.
+    gamma: share of the largest entries, which are dropped as outliers. Entries
+      that equal the largest kept are kept too.
+    erases_small: reproduce a bug of mergekit: where ⌊γ n⌋ is 0 (at γ = 0.01,
+      any tensor of less than 100 entries) nothing is kept.
 
   Example:
     >>> keep_middle(jnp.array([5.0, -4.0, 3.0, 2.0, 1.0]), 0.6, gamma=0.2)
@@ -294,14 +244,7 @@ def keep_middle(
 
 
 def check_range(density: Any, margin: float = 0.0) -> None:
-  """Nothing, if densities lie within 0 and 1 with a margin, or cannot be known.
-
-  Args:
-    density: one or more; 1 itself needs no margin.
-    margin: from both ends.
-
-  Raises:
-    ValueError: one that does not.
+  """Raises unless densities are 1 or within [margin, 1 - margin], or traced.
 
   Example:
     >>> check_range(0.9, 0.15)
@@ -321,4 +264,5 @@ def check_range(density: Any, margin: float = 0.0) -> None:
 
 
 def _where(kept: Any, delta: Any) -> Any:
+  """Keeps entries by a mask, and NaN always."""
   return jnp.where(kept | jnp.isnan(delta), delta, 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means along arcs: directions are averaged on a sphere, lengths on a line."""
+"""Spherical means: average directions on a sphere and lengths on a line."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from jlora.merging.arrays.inputs import (
   weighted_sum,
 )
 
-# A mean direction shorter than this is rounding: directions cancel.
+# Directions cancel if their mean is shorter than this.
 _CANCELLED = 1e-6
 
 
@@ -30,28 +30,28 @@ def slerp(
   colinear: float = 0.9995,
   products: Any = None,
 ) -> Any:
-  """A point on the arc between two models, each read as one long vector.
+  """Interpolates between two models along an arc, each read as one vector.
 
       θ = (sin((1-t) α) θ_1 + sin(t α) θ_2) / sin α,   α their angle
 
   Args:
     stack: (2, ...) floating; t = 0 gives the first.
     weights: (2,).
-    base: unused: the arc is that of the models themselves. `nuslerp` takes it
-      between their changes.
+    base: unused: the arc connects the models themselves. `nuslerp` can connect
+      their changes.
     key: unused.
     t: in [0, 1]; None is w_2 / (w_1 + w_2).
-    colinear: above this |cos α| the straight line is taken. Opposite vectors
-      have no shortest arc and so fall under it too.
-    products: (3,) of `products_of`; None takes the stack's. With those of a
-      whole tensor, a stack of its entries gives the same entries of the result.
+    colinear: above this |cos α| the straight line is taken, also for opposite
+      vectors, which have no shortest arc.
+    products: (3,), the inner products ⟨θ_1, θ_1⟩, ⟨θ_1, θ_2⟩, ⟨θ_2, θ_2⟩ of the
+      whole tensor, if the stack is a piece of it; None computes the stack's.
 
   Returns:
-    (...) in the stack's dtype. Two inner products of the whole tensor; only
-    their sums travel under sharding.
+    (...) in the stack's dtype. Costs three inner products of the whole tensor;
+    under sharding only their sums move between devices.
 
   Raises:
-    ValueError: not two models, weights of sum zero where t is None, or as
+    ValueError: not two models, weights that sum to zero where t is None, or as
       `read_inputs`.
 
   Example:
@@ -78,7 +78,7 @@ def nuslerp(
   key: Any = None,
   axis: int | None = None,
 ) -> Any:
-  """`slerp` of models or of their changes, whole or vector by vector.
+  """Applies `slerp` to two models or their changes, whole or vector by vector.
 
       θ = θ_0 + slerp(θ_1 - θ_0, θ_2 - θ_0),   t = w_2 / (w_1 + w_2)
 
@@ -87,13 +87,13 @@ def nuslerp(
     weights: (2,); t is 1/2 where they sum to zero.
     base: (...), or None for zeros.
     key: unused.
-    axis: that of a single model along which vectors lie, -1 or 0 for rows or
-      columns; None is the whole tensor.
+    axis: of a single model, along which vectors lie: -1 for rows, 0 for
+      columns. None is the whole tensor.
 
   Returns:
     (...) in the stack's dtype. The line is taken where 1 - |cos α| is below
-    1e-6, rounding of float32: mergekit asks whether |sin α| is below 1e-8,
-    which opposite vectors escape, and divides by it.
+    1e-6, the rounding of float32. mergekit instead tests |sin α| < 1e-8, misses
+    opposite vectors by rounding, and divides by their sine.
 
   Raises:
     ValueError: not two models, or as `read_inputs`.
@@ -123,13 +123,12 @@ def multislerp(
   *,
   key: Any = None,
 ) -> Any:
-  """The mean direction of models or of their changes, at their mean length.
+  """Averages directions of models or changes, and their lengths separately.
 
       θ = θ_0 + (Σ w_i ‖δ_i‖) m / ‖m‖,   m = Σ w_i u_i,   u_i = δ_i / ‖δ_i‖
 
-  mergekit takes a step from m along the tangent Σ w_i (u_i - ⟨u_i, m⟩ m) and
-  back to the sphere; for this m that tangent is zero, so there is none here.
-  `karcher` takes the steps that move.
+  mergekit adds a step along the tangent Σ w_i (u_i - ⟨u_i, m⟩ m). For this m
+  the tangent is zero, so the step is left out. `karcher` iterates.
 
   Args:
     stack: (n, ...) floating.
@@ -139,10 +138,11 @@ def multislerp(
 
   Returns:
     (...) in the stack's dtype; the straight mean where directions cancel (there
-    mergekit refuses three models or more). Only sums travel under sharding.
+    mergekit refuses three models or more). Under sharding only sums move
+    between devices.
 
   Raises:
-    ValueError: weights of sum zero, or as `read_inputs`.
+    ValueError: weights that sum to zero, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
@@ -171,7 +171,7 @@ def karcher(
   steps: int = 10,
   tol: float = 1e-5,
 ) -> Any:
-  """The Karcher mean of directions, at the mean length.
+  """Computes the Karcher mean of directions, times the mean length.
 
       m = argmin Σ w_i angle(m, u_i)²,   by   m ← exp_m(Σ w_i log_m u_i)
 
@@ -179,19 +179,19 @@ def karcher(
     stack: (n, ...) floating.
     weights: (n,), divided by their sum.
     base: (...), or None for zeros: the mean is then of the models themselves,
-      as mergekit's.
+      as in mergekit.
     key: unused.
-    steps: at the most.
-    tol: radians; stops after a step that is smaller.
+    steps: maximal number.
+    tol: in radians; stops after a smaller step.
 
   Returns:
-    (...) in the stack's dtype. It starts at the direction of the mean, or of
-    the first model where directions cancel. A tensor of zeros has no direction
-    and adds none. A step reads all models once; only sums travel under
-    sharding.
+    (...) in the stack's dtype. Starts from the direction of the mean, or of the
+    first model where directions cancel. A tensor of zeros has no direction and
+    contributes none. Each step reads all models once; under sharding only sums
+    move between devices.
 
   Raises:
-    ValueError: weights of sum zero, or as `read_inputs`.
+    ValueError: weights that sum to zero, or as `read_inputs`.
 
   Example:
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
@@ -210,9 +210,10 @@ def karcher(
 
 @jax.jit
 def _mean_direction(weights: Any, units: Any, steps: Any, tol: Any) -> Any:
-  """The Karcher mean of unit vectors."""
+  """Computes the Karcher mean of unit vectors."""
 
   def step(state):
+    """Moves the mean along the weighted mean of tangents."""
     count, mean, _ = state
     cosine = jnp.clip(jax.vmap(lambda u: inner(u, mean))(units), -1, 1)
     angle = jnp.arccos(cosine)
@@ -235,7 +236,7 @@ def _mean_direction(weights: Any, units: Any, steps: Any, tol: Any) -> Any:
 
 
 def _polar(given: Inputs) -> tuple[Any, Any, Any]:
-  """Shares (n,), unit vectors (n, ...), and the mean length."""
+  """Returns weights of sum 1, unit vectors (n, ...) and the mean length."""
   weights = shares(given.weights)
   deltas = given.deltas
   norms = jax.vmap(euclidean_norm)(deltas)
@@ -243,7 +244,7 @@ def _polar(given: Inputs) -> tuple[Any, Any, Any]:
 
 
 def products_of(stack: Any) -> Any:
-  """What the angle of two models is known by.
+  """Computes the inner products that determine the angle of two models.
 
       ⟨θ_1, θ_1⟩, ⟨θ_1, θ_2⟩, ⟨θ_2, θ_2⟩
 
@@ -251,7 +252,7 @@ def products_of(stack: Any) -> Any:
     stack: (2, ...) float32.
 
   Returns:
-    (3,) float32; those of parts add up. Only sums travel under sharding.
+    (3,) float32; those of a tensor's pieces add up to the tensor's.
 
   Example:
     >>> products_of(jnp.array([[1.0, 0.0], [1.0, 2.0]]))
@@ -261,6 +262,7 @@ def products_of(stack: Any) -> Any:
 
 
 def _products(pair: Any, axis: int | None = None) -> tuple[Any, Any, Any]:
+  """Computes the three inner products, keeping summed axes with length 1."""
   left, right = pair
   return (
     inner(left, left, axis),
@@ -270,12 +272,13 @@ def _products(pair: Any, axis: int | None = None) -> tuple[Any, Any, Any]:
 
 
 def _cosine(first: Any, between: Any, second: Any) -> Any:
+  """Computes the cosine from the three inner products."""
   cosine = divided(between, jnp.sqrt(first) * jnp.sqrt(second))
   return jnp.clip(cosine, -1, 1)
 
 
 def _arc(pair: Any, cosine: Any, t: Any, colinear: float) -> Any:
-  """The point t of the arc between vectors, or of the line if nearly none."""
+  """Returns the point t of the arc, or of the line if nearly colinear."""
   left, right = pair
   t = jnp.asarray(t).astype(jnp.float32)
   angle = jnp.arccos(cosine)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of task vectors, and their mean by sign consensus: TIES and SCE.
+"""Merges task vectors: task arithmetic, TIES, SCE, and what they are made of.
 
-A task vector is what a model changes of the base, δ_i = θ_i - θ_0, taken in
-float32 whatever the models' dtype.
+A task vector is a model's change of the base, δ_i = θ_i - θ_0, computed in
+float32 for any dtype of the models. An election returns the sign of each entry
+of the merge, from the weighted changes of all models.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,16 +35,16 @@ Election = Callable[[Any], Any]
 
 
 def by_mass(weighted: Any) -> Any:
-  """The sign of each entry's sum; where that is 0 the sign of the majority.
+  """Elects the sign of each entry's sum over models, as TIES does.
 
-  The paper's election. Its majority is that of the whole model, here of the
-  tensor: it decides only where changes cancel exactly.
+  Where the sum is 0, takes the sign that most entries of the tensor have. (The
+  paper counts the entries of the whole model.)
 
   Args:
     weighted: (n, ...) float32.
 
   Returns:
-    (...) float32, +1 or -1, NaN where the sum is.
+    (...) float32, +1 or -1, NaN where the sum is NaN.
 
   Example:
     >>> by_mass(jnp.array([[2.0, -1.0, 1.0], [-1.0, -1.0, -1.0]]))
@@ -58,13 +59,7 @@ def by_mass(weighted: Any) -> Any:
 
 
 def by_mass_or_plus(weighted: Any) -> Any:
-  """The sign of each entry's sum; + where that is 0, as in mergekit.
-
-  Args:
-    weighted: (n, ...) float32.
-
-  Returns:
-    (...) float32, +1 or -1.
+  """Elects the sign of each entry's sum over models, + for 0, as mergekit does.
 
   Example:
     >>> by_mass_or_plus(jnp.array([[2.0, -1.0], [-2.0, -1.0]]))
@@ -74,15 +69,7 @@ def by_mass_or_plus(weighted: Any) -> Any:
 
 
 def by_count(weighted: Any) -> Any:
-  """The sign that more models have, whatever their strength; + if as many.
-
-  mergekit's "count".
-
-  Args:
-    weighted: (n, ...) float32.
-
-  Returns:
-    (...) float32, +1 or -1.
+  """Elects the sign that most models have, + on a tie; mergekit's "count".
 
   Example:
     >>> by_count(jnp.array([[9.0], [-1.0], [-1.0]]))
@@ -98,23 +85,24 @@ def combine(
   elect: Election | None = None,
   normalize: bool = False,
 ) -> Any:
-  """The weighted sum of changes, or mean, over those of the elected sign.
+  """Adds or averages the changes that have each entry's elected sign.
 
       δ = Σ_{i agrees} w_i δ_i   ( / Σ_{i agrees} |w_i| )
 
-  A model agrees where w_i δ_i has the elected sign, so where it is 0 it does
-  not: the mean is over those that say something.
+  A model agrees at entries where w_i δ_i has the elected sign. It does not
+  agree where that is 0, so a mean leaves out models that do not change an
+  entry.
 
   Args:
-    deltas: (n, ...) float32, or n of (...), which are then held once.
+    deltas: (n, ...) float32, or a list of n arrays, to save a copy.
     weights: (n,) float32.
-    elect: which sign; None: all count.
-    normalize: divides, where that is not by 0. Moduli, as a negative weight
-      turns its change about and counts for it none the less; mergekit divides
-      by Σ w_i, which then may vanish.
+    elect: elects the signs; with None all models agree.
+    normalize: divide, unless by 0. By |w_i|, because a negative weight turns
+      its change around and still counts; mergekit divides by Σ w_i, which may
+      then be 0.
 
   Returns:
-    (...) float32. What is NaN always agrees.
+    (...) float32. NaN always agrees.
 
   Example:
     >>> deltas = jnp.array([[2.0, -1.0], [1.0, 3.0]])
@@ -144,28 +132,32 @@ def merge_task_vectors(
   scale: Any = 1.0,
   key: Any = None,
 ) -> Any:
-  """The base plus a combination of what is kept of all changes.
+  """Sparsifies changes, combines them by sign, and adds them to the base.
 
-      θ = θ_0 + λ combine(sparsify(θ_i - θ_0)),   `combine` with the weights
+      θ = θ_0 + λ Σ_{i agrees} w_i τ_i  ( / Σ_{i agrees} |w_i| ),
+      τ_i = sparsify(θ_i - θ_0)
 
-  All methods of this file and of `pruning` are this with settings.
+  Task arithmetic, TIES, DARE, DELLA and Breadcrumbs are settings of this.
 
   Args:
     given: from `read_inputs`.
-    sparsify: what is kept of each change, one for all or one a model; None is
-      all.
-    amounts: its second argument, one for all models or (n,).
-    elect: as for `combine`.
-    normalize: as for `combine`.
+    sparsify: `(delta, amount, key) -> delta`, one for all models or one each;
+      None keeps all entries.
+    amounts: the sparsifier's second argument, one for all models or (n,).
+    elect: `(n, ...) -> (...)`, elects each entry's sign from the weighted
+      changes; models of the other sign, or 0, are left out. None takes all.
+    normalize: divide by the sum of |w_i|, unless that is 0.
     scale: λ.
-    key: PRNG key; None is `key(0)`. Model i uses `fold_in(key, i)`: another
-      model more changes no mask.
+    key: PRNG key; None is `key(0)`. Model i uses `fold_in(key, i)`, so adding a
+      model does not change the masks of the others.
 
   Returns:
     (...) float32.
 
   Example:
-    >>> given = read("mine", jnp.array([[3.0, 1.0]]), [1.0], jnp.ones(2))
+    >>> from jlora.merging import read_inputs
+    >>> stack, base = jnp.array([[3.0, 1.0]]), jnp.ones(2)
+    >>> given = read_inputs("mine", stack, [1.0], base)
     >>> merge_task_vectors(given, scale=2.0)
     Array([5., 1.], dtype=float32)
   """
@@ -184,23 +176,21 @@ def thin_out(
   amounts: Any,
   key: Any = None,
 ) -> list[tuple[Any, Any]]:
-  """Changes, and what is kept of them, of one model after the other.
+  """Returns each model's change, and what the sparsifier keeps of it.
 
-  Args:
-    given: from `read_inputs`.
-    sparsify: as for `merge_task_vectors`.
-    amounts: likewise.
-    key: likewise.
+  Runs model by model, because `vmap` would need all models' memory at once. The
+  arguments are those of `merge_task_vectors`.
 
   Returns:
-    n times (...) and (...) float32. Not by `vmap`, which holds what one model
-    needs for all of them at a time.
+    n pairs (...) and (...) float32.
 
   Raises:
-    ValueError: amounts that are not one a model, or known not to be finite.
+    ValueError: not one amount per model, or one that is not finite (unless
+      traced).
 
   Example:
-    >>> given = read("mine", jnp.array([[3.0, 1.0]]), [1.0], jnp.ones(2))
+    >>> stack, base = jnp.array([[3.0, 1.0]]), jnp.ones(2)
+    >>> given = read_inputs("mine", stack, [1.0], base)
     >>> thin_out(given, from_threshold, 1.0)
     [(Array([2., 0.], dtype=float32), Array([2., 0.], dtype=float32))]
   """
@@ -229,16 +219,16 @@ def task_arithmetic(
   normalize: bool = False,
   scale: Any = 1.0,
 ) -> Any:
-  """The base plus the weighted sum of changes.
+  """Adds the weighted sum of changes to the base.
 
       θ = θ_0 + λ Σ w_i (θ_i - θ_0)
 
   Args:
     stack: (n, ...) floating.
-    weights: (n,); a negative one takes what a model learnt away.
+    weights: (n,); a negative one subtracts what a model learnt.
     base: (...).
     key: unused.
-    normalize: divides by Σ |w_i|.
+    normalize: divide by Σ |w_i|.
     scale: λ.
 
   Returns:
@@ -272,29 +262,30 @@ def ties(
   normalize: bool = True,
   scale: Any = 1.0,
 ) -> Any:
-  """The mean of the large changes that agree in sign: trim, elect, merge.
+  """Averages the large changes that agree in sign (TIES: trim, elect, merge).
 
       θ = θ_0 + λ Σ_{i agrees} w_i τ_i / Σ_{i agrees} |w_i|
 
-  with τ_i the largest entries of δ_i and the sign that of Σ w_i τ_i.
+  τ_i keeps the largest entries of δ_i. A model agrees where w_i τ_i has the
+  elected sign, that of Σ w_i τ_i.
 
   Args:
     stack: (n, ...) floating.
-    weights: (n,); the paper has ones.
+    weights: (n,); the paper uses ones.
     base: (...).
     key: unused.
     density: share of the entries kept, one for all or (n,); 0.2 is the paper's.
     threshold: magnitudes from which entries are kept, one for all or (n,),
       instead of the density. The paper trims a model as a whole, mergekit and
-      PEFT each tensor: `magnitude_thresholds` gives the paper's, and from disk
-      `trim_wholes`.
+      PEFT each tensor; for the paper's way use `magnitude_thresholds`, or
+      `trim_models` for checkpoints on disk.
     elect: `by_mass` as in the paper, `by_mass_or_plus` or `by_count` as in
       mergekit.
     normalize: False gives the sum.
     scale: λ; 1 in the paper, which also searches 0.8 to 2.5.
 
   Returns:
-    (...) in the stack's dtype. Only counts travel under sharding.
+    (...) in the stack's dtype. Under sharding only counts move between devices.
 
   Raises:
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.
@@ -330,24 +321,25 @@ def sce(
   density: Any = 1.0,
   scale: Any = 1.0,
 ) -> Any:
-  """The mean of changes where models differ most: select, calculate, erase.
+  """Averages changes at the entries where models differ most (SCE).
 
       θ = θ_0 + λ Σ_{i agrees} s_i τ_i / Σ_{i agrees} |s_i|,   s_i = w_i ‖τ_i‖²
 
-  τ_i has the entries whose variance over the models is largest; a model agrees
-  where τ_i has the sign of Σ w_i τ_i.
+  Select: τ_i keeps the entries whose variance over the models is largest.
+  Calculate: s_i weighs the models. Erase: models do not count where τ_i lacks
+  the sign of Σ w_i τ_i.
 
   Args:
     stack: (n, ...) floating.
-    weights: (n,), multiply the strengths; the paper has ones.
+    weights: (n,), multiply the strengths; the paper uses ones.
     base: (...).
     key: unused.
     density: share of the entries selected, mergekit's `select_topk`.
     scale: λ.
 
   Returns:
-    (...) in the stack's dtype; the base where no model changes anything. Only
-    counts and sums travel under sharding.
+    (...) in the stack's dtype; the base where no model changes anything. Under
+    sharding only counts and sums move between devices.
 
   Raises:
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.
