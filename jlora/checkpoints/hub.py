@@ -43,7 +43,7 @@ def locate(path: str | os.PathLike) -> Path:
   text, given = os.fspath(path), Path(path)
   if given.exists():
     return given
-  if not _ID.fullmatch(text) or text.endswith(".safetensors"):
+  if not _ID.fullmatch(text) or text.endswith((".safetensors", ".json")):
     raise ValueError(f"{text} does not exist")
   if snapshot := _cached(text):
     return snapshot

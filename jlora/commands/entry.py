@@ -4,6 +4,7 @@
 import difflib
 import importlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,10 @@ def run(command: Command, words: Sequence[str]) -> int:
     return 0
   try:
     command.main(_parse(command, words))
+    sys.stdout.flush()
+  except BrokenPipeError:  # `jlora show DIR | head` has read enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   except OSError as error:
     return _fail(_told(error))
   except ValueError as error:

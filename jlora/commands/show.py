@@ -78,14 +78,14 @@ def _checkpoint_lines(found: Mapping[str, Any]) -> Iterator[str]:
   yield "largest:"
   for one in found["largest"]:
     shape = "x".join(map(str, one["shape"])) or "scalar"
-    yield f"  {one['name']}  {shape}  {one['dtype']}  {_mib(one['bytes'])}"
+    yield f"  {one['name']}  {shape}  {one['dtype']}  {_size(one['bytes'])}"
 
 
 def _packed_lines(found: Mapping[str, Any]) -> Iterator[str]:
   modules = found["modules"]
   yield (
     f"{found['path']}: packed Loras, {len(modules)} modules, "
-    f"{_mib(found['bytes'])}"
+    f"{_size(found['bytes'])}"
   )
   for one in modules[:_SHOWN]:
     shape = "x".join(map(str, one["shape"]))
@@ -168,12 +168,14 @@ _LINES = {
 def _counted(sums: Mapping[str, int]) -> str:
   return (
     f"{sums['tensors']} tensors, {sums['parameters']:,} parameters, "
-    f"{_mib(sums['bytes'])}"
+    f"{_size(sums['bytes'])}"
   )
 
 
-def _mib(count: int) -> str:
-  return f"{count / 2**20:,.2f} MiB"
+def _size(count: int) -> str:
+  if count < 2**20:
+    return f"{count / 2**10:.1f} KiB"
+  return f"{count / 2**20:,.1f} MiB"
 
 
 COMMAND = Command(

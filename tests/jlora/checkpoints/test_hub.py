@@ -92,7 +92,7 @@ def test_what_is_not_there_is_told_with_the_command_that_loads_it(cache):
   )
   with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
     open_checkpoint(ID)
-  for path in ("/a/b", "./a", "a/b/c", "model.safetensors"):
+  for path in ("/a/b", "./a", "a/b/c", "model.safetensors", "x.json"):
     with pytest.raises(ValueError, match=r"does not exist$"):
       open_checkpoint(path)
 

@@ -96,7 +96,6 @@ def test_every_flag_is_in_one_group_and_every_example_is_read(command):
 def test_the_door_defines_no_flags():
   code = (
     "import jlora.commands as door; from absl import flags; "
-    "before = set(flags.FLAGS); "
     "door.cache_folder, door.keep_compilations, door.start; "
     "import jlora.commands.extract, jlora.commands.merge; "
     "assert not {'base', 'out', 'config'} & set(flags.FLAGS)"
@@ -191,6 +190,23 @@ def test_what_is_raised_is_told(probe, capsys, error, says):
 
   assert entry.run(probe(work), ["--base=x"]) == 1
   assert capsys.readouterr().err == f"error: {says}\n"
+
+
+def test_a_reader_that_has_enough_is_told_nothing(tmp_path):
+  """As in `jlora show DIR | head`."""
+  (tmp_path / "merge.json").write_text("{}")
+  code = (
+    "import os, sys; from jlora.commands import start; "
+    "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+    "start('show', sys.argv[1:])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path / "merge.json")],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_what_nobody_expects_keeps_its_traceback(probe):
