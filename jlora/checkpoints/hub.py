@@ -8,6 +8,7 @@ What was downloaded lies in the Hub's own cache, as
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def locate(path: str | os.PathLike) -> Path:
   text, given = os.fspath(path), Path(path)
   if given.exists():
     return given
-  if not _ID.fullmatch(text) or text.endswith(".safetensors"):
+  if not _ID.fullmatch(text) or text.endswith((".safetensors", ".json")):
     raise ValueError(f"{text} does not exist")
   if snapshot := _cached(text):
     return snapshot
@@ -75,6 +76,27 @@ def folder_name(path: str | os.PathLike) -> str:
     if part == _SNAPSHOTS and whole.parts[at - 1].startswith("models--"):
       return whole.parts[at - 1].removeprefix("models--").replace("--", "/", 1)
   return whole.name or "model"
+
+
+def name_apart(paths: Mapping[str, str | os.PathLike]) -> dict[str, str]:
+  """Names of checkpoints, each another, for a command line that others read.
+
+  Args:
+    paths: by role.
+
+  Returns:
+    By role `folder_name`; where two have the same, the role as a folder before.
+
+  Example:
+    >>> name_apart({"base": "/a/x", "finetuned": "/b/x", "out": "/c/y"})
+    {'base': 'base/x', 'finetuned': 'finetuned/x', 'out': 'y'}
+  """
+  names = {role: folder_name(path) for role, path in paths.items()}
+  shared = {name for name, n in Counter(names.values()).items() if n > 1}
+  return {
+    role: f"{role}/{name}" if name in shared else name
+    for role, name in names.items()
+  }
 
 
 def model_name(path: str | os.PathLike) -> str:

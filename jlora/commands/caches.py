@@ -38,9 +38,9 @@ def keep_compilations(cache: str | os.PathLike[str] | None = None) -> None:
     cache: as `cache_folder`.
 
   Example:
-    >>> was = jax.config.read("jax_compilation_cache_dir")
+    >>> was = jax.config.jax_compilation_cache_dir
     >>> keep_compilations("/scratch/me")
-    >>> jax.config.read("jax_compilation_cache_dir")
+    >>> jax.config.jax_compilation_cache_dir
     '/scratch/me/compilations'
     >>> jax.config.update("jax_compilation_cache_dir", was)
   """

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jlora.commands.machines import Machine
 from jlora.extraction.workers import deal
-from jlora.factoring import cheapest, gram, krylov, svd
+from jlora.factoring.factorisers import cheapest, gram, krylov, svd
 
 _OVERSAMPLE = 16  # rows of a block beyond the rank, `krylov`'s default
 _PROBES = 16  # further rows of the certificate's products

@@ -4,6 +4,7 @@
 import difflib
 import importlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,10 @@ def run(command: Command, words: Sequence[str]) -> int:
     return 0
   try:
     command.main(_parse(command, words))
+    sys.stdout.flush()
+  except BrokenPipeError:  # `jlora show DIR | head` has read enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   except OSError as error:
     return _fail(_told(error))
   except ValueError as error:
@@ -88,6 +93,9 @@ def _parse(command: Command, words: Sequence[str]) -> list[str]:
   """The words that are no flags; the command's flags have their values then."""
   values = command.values
   values.set_gnu_getopt(True)
+  values.unparse_flags()
+  for name in values:
+    values[name].unparse()  # of another run in this process
   try:
     rest = values([command.name, *words], known_only=True)
     return flags.FLAGS(rest)[1:]
@@ -103,9 +111,10 @@ def _explain(command: Command, words: Sequence[str], error: flags.Error) -> str:
   odd = [n for n in named if n not in known and "--" + n[4:] not in known]
   if odd:
     near = nearest(odd[0], [f"--{name}" for name in values])
-    return f"there is no flag {odd[0]}{near} `jlora {command.name} --help` lists all."
+    lists = f"`jlora {command.name} --help` lists all."
+    return f"there is no flag {odd[0]}{near} {lists}"
   lacking = [f"--{n}" for n in command.required if values[n].value is None]
-  if lacking:
+  if lacking and values.is_parsed():  # all of the line was read
     *first, last = lacking
     both = f"{', '.join(first)} and {last}" if first else last
     return f"{both} must be given: {COMMANDS[command.name].example}"

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jlora
-from jlora import models
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.commands.costs import (
   Bound,
   Cost,
@@ -23,6 +22,7 @@ from jlora.commands.costs import (
   cost_of,
 )
 from jlora.commands.machines import GB, Machine
+from jlora.models.networks import init
 from jlora.paths import flatten
 from jlora.views import table_for, view_of
 
@@ -93,14 +93,14 @@ def _shapes(file: pathlib.Path) -> tuple[Spec, None]:
     raise ValueError(f"{file} is no config.json: {error}.") from error
   dtype = jnp.dtype(config.get("torch_dtype") or config.get("dtype", "float32"))
   made = jax.eval_shape(
-    lambda key: models.init(config, key, dtype=dtype)[1], jax.random.key(0)
+    lambda key: init(config, key, dtype=dtype)[1], jax.random.key(0)
   )
   leaves = flatten(made)
   return {p: (leaf.shape, dtype.itemsize) for p, leaf in leaves.items()}, None
 
 
 def _headers(folder: pathlib.Path) -> tuple[Spec, str | None]:
-  checkpoint = jlora.open_checkpoint(folder)
+  checkpoint = open_checkpoint(folder)
   spec = {
     name: (tuple(one.shape), one.dtype.itemsize)
     for name, one in checkpoint.spec.items()

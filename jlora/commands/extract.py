@@ -23,11 +23,24 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-import jlora
-from jlora import extraction, ranks, runs
+from jlora import ranks
 from jlora.commands import clusters, entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.extraction.report import (
+  ledger_lines,
+  rounding_line,
+  type_table,
+  worst_table,
+  write_card,
+)
+from jlora.extraction.run import extract_checkpoint
+from jlora.factoring.factorisers import gram, krylov, svd
+from jlora.formats.peft.layouts import PEFT, VLLM
+from jlora.pairing.match import common_rows, keep_whole, same_rows
+from jlora.paths import matching
+from jlora.runs.processes import LostProcess, check_same_facts
+from jlora.selection import is_matrix
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands
 
@@ -173,18 +186,18 @@ _PROCESS_ID = flags.DEFINE_integer(
   flag_values=_FLAGS,
 )
 
-_PROFILES = {"peft": jlora.formats.PEFT, "vllm": jlora.formats.VLLM}
+_PROFILES = {"peft": PEFT, "vllm": VLLM}
 _FACTORS = {
-  "krylov": jlora.factoring.krylov,
-  "gram": jlora.factoring.gram,
-  "svd": jlora.factoring.svd,
+  "krylov": krylov,
+  "gram": gram,
+  "svd": svd,
 }
 _VOCABULARIES = {
-  "whole": jlora.pairing.keep_whole,
-  "common": jlora.pairing.common_rows,
-  "error": jlora.pairing.same_rows,
+  "whole": keep_whole,
+  "common": common_rows,
+  "error": same_rows,
 }
-_POLICIES: dict[str, Callable[[jlora.ranks.Spectra], dict[str, int]] | None] = {
+_POLICIES: dict[str, Callable[[ranks.Spectra], dict[str, int]] | None] = {
   "fixed": None,
   "energy": lambda s: ranks.energy(s.values, s.norms, _ENERGY.value),
   "ratio": lambda s: ranks.ratio(s.values, _RATIO.value),
@@ -209,22 +222,22 @@ def main(words: Sequence[str]) -> None:
   Raises:
     ValueError: bad input.
   """
+  if words:
+    raise ValueError(f"only flags are taken, got {' '.join(words)}")
   try:
-    _run(words)
-  except jlora.runs.LostProcess as error:
+    _run()
+  except LostProcess as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(1)  # at an ordinary exit JAX would wait for the lost process
 
 
-def _run(words: Sequence[str]) -> None:
+def _run() -> None:
   keep_compilations(_CACHE.value)
   process = clusters.join(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
-  runs.check_same_facts({flag.name: flag.value for flag in _SHARED})
-  if words:
-    raise ValueError(f"only flags are taken, got {' '.join(words)}")
-  report = jlora.extract_checkpoint(
+  check_same_facts({flag.name: flag.value for flag in _SHARED})
+  report = extract_checkpoint(
     _BASE.value,
     _FINETUNED.value,
     _OUT.value,
@@ -242,14 +255,14 @@ def _run(words: Sequence[str]) -> None:
   )
   if process:
     return
-  extraction.write_card(_OUT.value, report, _command())
+  write_card(_OUT.value, report, _command())
   if _JSON.value:
     print(json.dumps(report._asdict()))
     return
-  print(extraction.type_table(report), end="\n\n")
-  print(extraction.worst_table(report), end="\n\n")
-  print(extraction.rounding_line(report))
-  print(extraction.ledger_lines(report))
+  print(type_table(report), end="\n\n")
+  print(worst_table(report), end="\n\n")
+  print(rounding_line(report))
+  print(ledger_lines(report))
   print(f"\nwritten: {_OUT.value}")
 
 
@@ -266,14 +279,14 @@ def _policy() -> str:
 
 def _selector() -> Callable[[str, Any], bool]:
   """The matrices that --select and --exclude leave."""
-  named = jlora.paths.matching(_SELECT.value, _EXCLUDE.value)
+  named = matching(_SELECT.value, _EXCLUDE.value)
   return functools.partial(_is_selected, named)
 
 
 def _is_selected(
   named: Callable[[str, Any], bool], path: str, leaf: Any
 ) -> bool:
-  return jlora.selection.is_matrix(path, leaf) and named(path, leaf)
+  return is_matrix(path, leaf) and named(path, leaf)
 
 
 # What says how a run was started, or where, and not what it is.

@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from jlora.factoring import survey, ulp_histogram
+from jlora.factoring.deltas import survey
+from jlora.factoring.rounding import ulp_histogram
 from pallas_kernels.aot import CHIPS
 
 GB = 10**9

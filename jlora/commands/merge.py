@@ -15,10 +15,13 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-import jlora
 from jlora.commands import entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.merging.checkpoints.mergekit import read_recipe
+from jlora.merging.checkpoints.run import merge_checkpoints
+from jlora.merging.checkpoints.trimming import trim_models
+from jlora.pairing.match import common_rows, keep_whole, same_rows
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands
 
@@ -75,9 +78,9 @@ _CACHE = flags.DEFINE_string(
 )
 
 _VOCABULARIES = {
-  "error": jlora.pairing.same_rows,
-  "common": jlora.pairing.common_rows,
-  "whole": jlora.pairing.keep_whole,
+  "error": same_rows,
+  "common": common_rows,
+  "whole": keep_whole,
 }
 
 
@@ -93,12 +96,12 @@ def main(words: Sequence[str]) -> None:
   if words:
     raise ValueError(f"only flags are taken, got {' '.join(words)}")
   keep_compilations(_CACHE.value)
-  recipe = jlora.merging.read_recipe(_CONFIG.value)
+  recipe = read_recipe(_CONFIG.value)
   if _VOCABULARY.value is not None:
     recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
   if _WHOLE.value is not None:
-    recipe = jlora.merging.trim_wholes(recipe, _WHOLE.value)
-  report = jlora.merge_checkpoints(
+    recipe = trim_models(recipe, _WHOLE.value)
+  report = merge_checkpoints(
     recipe,
     _OUT.value,
     key=jax.random.key(_SEED.value),

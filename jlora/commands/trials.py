@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.checkpoints import stream_checkpoint
+from jlora.checkpoints.huggingface import stream_checkpoint
 
 _VOCABULARY = 1024
 _HEAD = 64

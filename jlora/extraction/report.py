@@ -5,10 +5,13 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.checkpoints.hub import model_name, name_apart
+from jlora.formats.peft.layouts import CONFIG, VLLM
 from jlora.runs.fingerprints import replace_text
 
 SCHEMA_VERSION = 1
@@ -376,10 +379,15 @@ def rounding_line(report: Report) -> str:
 def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
   """Writes the adapter's model card, `README.md`.
 
+  The card is what others read: checkpoints have the names they have there, and
+  no path of this machine is in it.
+
   Args:
-    folder: an existing folder.
+    folder: an existing folder; where it holds an adapter, the name of its base
+      is the card's.
     report: the report.
-    command: what made the adapter, to be repeated.
+    command: what made the adapter, to be repeated; the paths of the report and
+      of the folder are replaced by names.
 
   Example:
     >>> import tempfile
@@ -390,20 +398,33 @@ def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
     '---'
   """
   settings = report.settings
+  inputs = {role: settings[role] for role in ("base", "finetuned")}
+  names = name_apart(inputs | {"out": os.fspath(folder)})
+  file = Path(folder) / CONFIG
+  config = json.loads(file.read_text()) if file.exists() else {}
+  base = config.get("base_model_name_or_path") or model_name(inputs["base"])
   text = f"""---
 library_name: peft
-base_model: {json.dumps(str(settings["base"]))}
+base_model: {json.dumps(base)}
 tags: [lora, jlora]
 ---
 
-# LoRA extracted from `{settings["finetuned"]}`
+# LoRA extracted from `{names["finetuned"]}`
 
-The low-rank part of what a finetune changed in `{settings["base"]}`. All deltas
+The low-rank part of what a finetune changed in `{base}`. All deltas
 together, it misses {report.totals["relative_error"]:.2%} of their norm
 ({report.totals["energy"]:.2%} of the energy is kept).
 
+Load it with
+
 ```
-{command}
+{_loading(settings.get("profile"), base, names["out"], config.get("r", 1))}
+```
+
+It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by
+
+```
+{_rename(command, inputs | {"out": os.fspath(folder)}, names)}
 ```
 
 ```
@@ -415,10 +436,43 @@ together, it misses {report.totals["relative_error"]:.2%} of their norm
 {ledger_lines(report)}
 ```
 
-`{REPORT}` has every module and every tensor. Load with
-`peft.PeftModel.from_pretrained(base_model, folder)`.
+`{REPORT}` has every module and every tensor.
 """
   replace_text(Path(folder) / CARD, text)
+
+
+# What `vllm serve` takes for --max-lora-rank.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def _loading(profile: str | None, base: str, folder: str, rank: int) -> str:
+  """What loads an adapter, for the consumer it was written for."""
+  if profile == VLLM.name:
+    room = next((r for r in _VLLM_RANKS if r >= rank), rank)
+    name = folder.rpartition("/")[2]
+    return (
+      f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {room} "
+      f"--lora-modules {shlex.quote(f'{name}={folder}')}"
+    )
+  return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+model = PeftModel.from_pretrained(base, {json.dumps(folder)})"""
+
+
+def _rename(
+  command: str, paths: Mapping[str, str], names: Mapping[str, str]
+) -> str:
+  """A command line with names in place of paths, wherever a value is one."""
+  known = {str(path): names[role] for role, path in paths.items()}
+  words = []
+  for word in shlex.split(command):
+    flag, equals, value = word.partition("=")
+    if equals and value in known:
+      word = f"{flag}={known[value]}"
+    words.append(known.get(word, word))
+  return shlex.join(words)
 
 
 def noise_rank(row: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
+from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.merged import copy_companions, read_json_config
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
@@ -102,7 +103,9 @@ def save_mixture(
   try:
     partial.mkdir()
     copy_companions(base.path, partial)
-    text = json.dumps(_mixed(config, len(experts), chosen), indent=2)
+    text = json.dumps(
+      _mixed(without_paths(config), len(experts), chosen), indent=2
+    )
     (partial / "config.json").write_text(text + "\n")
     stream_checkpoint(partial, spec, arrays, max_shard_bytes=max_shard_bytes)
     os.replace(partial, folder)

@@ -18,10 +18,8 @@ import threading
 from unittest import mock
 
 import jax
-from absl import flags
 
-from experiments import clusters, extract
-from jlora.commands import keep_compilations
+from jlora.commands import clusters, entry, extract, keep_compilations
 from jlora.extraction import run
 from jlora.runs import processes as hosts
 from jlora.runs import shared_journal, watchdog_process
@@ -136,18 +134,13 @@ def attempt(scenario, index):
 
 def command(words):
   """What the script says under these flags."""
-  flags.FLAGS.unparse_flags()
   out, err = io.StringIO(), io.StringIO()
-  status = 0
   with (
     contextlib.redirect_stdout(out),
     contextlib.redirect_stderr(err),
-    mock.patch.object(clusters, "join", jax.process_index),
+    mock.patch.object(clusters, "join", return_value=jax.process_index()),
   ):
-    try:
-      extract.main(flags.FLAGS(["extract", *words]))
-    except SystemExit as ended:
-      status = ended.code
+    status = entry.run(extract.COMMAND, words)
   return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 

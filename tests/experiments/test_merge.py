@@ -1,55 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: a recipe in, a checkpoint out; what is wrong is one message."""
-
-import pathlib
-import subprocess
-import sys
+"""What the benchmark of merges writes and compares."""
 
 import numpy as np
 import pytest
-import yaml
 
 import jlora
 from experiments.bench import merge
 from experiments.lib.data import pairs
-from jlora.checkpoints.checkpoint import write_safetensors
 from jlora.merging.checkpoints.mergekit import read_recipe
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture
-def recipe(tmp_path):
-  paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
-  for at, path in enumerate(paths):
-    table = np.full((3 + at, 2), at, np.float32)
-    write_safetensors(path, {"model.embed_tokens.weight": table})
-  models = [{"model": path, "parameters": {"weight": 1}} for path in paths]
-  file = tmp_path / "recipe.yml"
-  file.write_text(yaml.dump({"merge_method": "linear", "models": models}))
-  return str(file)
-
-
-def run(*flags):
-  command = [sys.executable, "-m", "experiments.merge", *map(str, flags)]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_a_recipe_becomes_a_checkpoint(recipe, tmp_path):
-  out, cache = tmp_path / "out", tmp_path / "cache"
-  flags = [f"--config={recipe}", f"--out={out}", f"--cache={cache}"]
-  done = run(*flags, "--vocabulary=common")
-  found = jlora.open_checkpoint(out)
-  assert found["model.embed_tokens.weight"].tolist() == [[0.5, 0.5]] * 3
-  assert "vocabulary 3 in the base, 4 in the finetune" in done.stdout
-  assert "1 tensors" in done.stdout
-
-
-def test_a_bad_merge_is_one_message(recipe, tmp_path):
-  done = run(f"--config={recipe}", f"--out={tmp_path / 'out'}")
-  assert done.returncode == 1
-  assert "error: model.embed_tokens.weight: vocabulary" in done.stderr
-  assert "Traceback" not in done.stderr
 
 
 def test_the_benchmarks_recipes_are_read(tmp_path):
@@ -76,22 +34,3 @@ def test_differences_are_of_the_largest_entry():
   assert merge.difference_of(ours, theirs) == (0.25, 0.5)
   with pytest.raises(ValueError, match="tensors differ"):
     merge.difference_of(ours, {"v": theirs["w"]})
-
-
-def test_models_trimmed_as_wholes(tmp_path):
-  paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
-  for path, values in zip(
-    paths, ([[0, 0], [0, 0]], [[4, -3], [1, 2]]), strict=True
-  ):
-    tensors = zip("vw", np.asarray(values, np.float32), strict=True)
-    write_safetensors(path, dict(tensors))
-  given = {"merge_method": "ties", "base_model": paths[0]}
-  models = [{"model": paths[1], "parameters": {"weight": 1, "density": 0.9}}]
-  file, out = tmp_path / "recipe.yml", tmp_path / "out"
-  file.write_text(yaml.dump({**given, "models": models}))
-  flags = [f"--config={file}", f"--out={out}", f"--cache={tmp_path / 'cache'}"]
-  done = run(*flags, "--whole_model_density=0.5")
-  assert done.returncode == 0, done.stderr
-  found = jlora.open_checkpoint(out)
-  assert found["v"].tolist() == [4, -3]
-  assert found["w"].tolist() == [0, 0]

@@ -2,7 +2,8 @@
 """Whether a script joins others, and as which, by flags and launchers."""
 
 import pytest
-from experiments.clusters import arguments_for
+
+from jlora.commands.clusters import arguments_for
 
 SRUN = {
   "SLURM_JOB_ID": "7",

@@ -3,35 +3,31 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from experiments.costs import Cost, Module, bound_of, cost_of
-from experiments.estimates import describe, list_modules, plan_extraction
-from experiments.machines import MACHINES, Machine, measure_here
 
-from experiments.lib.data import pairs
+from jlora.commands import entry, plan
+from jlora.commands.costs import Cost, Module, bound_of, cost_of
+from jlora.commands.estimates import describe, list_modules, plan_extraction
+from jlora.commands.machines import MACHINES, Machine, measure_here
+from jlora.commands.plan import COMMAND
+from jlora.commands.trials import configure, write_pair
 from jlora.factoring import factorisers
 from jlora.factoring.factorisers import cheapest, gram, krylov, svd
 
-SMALL = {
-  **pairs.LLAMA,
+SMALL = configure(32, 48, 2) | {
   "vocab_size": 96,
-  "hidden_size": 32,
-  "intermediate_size": 48,
   "num_attention_heads": 2,
-  "num_key_value_heads": 1,
+  "num_key_value_heads": 2,
   "head_dim": 16,
-  "num_hidden_layers": 2,
 }
 UNIT = Machine(1.0, 1.0, 1.0, 10, 1.0, "")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  return pairs.write_pair(tmp_path_factory.mktemp("pair"), SMALL)[0]
+  return write_pair(tmp_path_factory.mktemp("pair"), SMALL)[0]
 
 
 def test_a_config_and_its_checkpoint_have_the_same_matrices(folder):
@@ -148,27 +144,35 @@ def test_this_machine_is_measured():
   assert (figures > 1e6).all()
 
 
-def run(*words):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.plan", *words],
-    capture_output=True,
-    text=True,
-  )
-
-
-def test_the_command(folder):
-  done = run(f"--model={folder}", "--chip=v6e", "--devices=4", "--json")
-  plan = json.loads(done.stdout)
+def test_the_command(folder, capsys):
+  words = [f"--model={folder}", "--chip=v6e", "--devices=4", "--json"]
+  assert entry.run(COMMAND, words) == 0
+  plan = json.loads(capsys.readouterr().out)
   assert plan["modules"] == 16
   assert plan["bound"]["by"] == "disk"
 
 
 @pytest.mark.parametrize(
-  ("model", "says"),
-  [("nowhere.json", "is no config.json"), ("nowhere", "does not exist")],
+  ("words", "says"),
+  [
+    (["--model=nowhere.json"], "is no config.json"),
+    (["--model=nowhere"], "does not exist"),
+    ([], "--model is needed"),
+    (["more"], "only flags are taken, got more"),
+  ],
 )
-def test_a_bad_model_is_one_sentence(model, says):
-  done = run(f"--model={model}")
-  assert done.returncode == 1
-  assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-  assert says in done.stderr
+def test_a_bad_model_is_one_sentence(capsys, words, says):
+  assert entry.run(COMMAND, words) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
+  assert says in line
+
+
+def test_a_plan_is_checked_by_an_extraction(monkeypatch, capsys, tmp_path):
+  """The command itself is started, on two sizes that take no time."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(plan, "_SIZES", ((64, 96, 2),))
+  assert entry.run(COMMAND, ["--check", "--rank=4"]) == 0
+  said = capsys.readouterr().out
+  assert "| 64 | 96 | 2 |" in said
+  assert "s to start were taken off." in said

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies at a path, from headers and small files: no tensor is read."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.hub import locate
+from jlora.checkpoints.safetensors import TensorSpec
+from jlora.extraction.report import REPORT, read_report
+from jlora.formats.peft.layouts import CONFIG, TENSORS, VLLM
+from jlora.merging.checkpoints.run import MERGE
+from jlora.messages import name_some
+
+_LARGEST = 5
+_PACKED = "jlora_packed_shapes"
+
+
+def contents_of(path: str) -> dict[str, Any]:
+  """Tells what a path holds, as JSON has it.
+
+  Args:
+    path: a checkpoint in any format or its Hub id, a PEFT folder, a file of
+      packed Loras, a report.json or a folder with one.
+
+  Returns:
+    `kind` is "checkpoint", "packed", "adapter" or "report"; the rest is as
+    follows from that. A merged model's has `merge`, and what has a report.json
+    beside it `report`.
+
+  Raises:
+    ValueError: none of these, or damaged.
+  """
+  place = locate(path)
+  if place.suffix == ".json":
+    return _describe_report(place)
+  if place.is_dir() and (place / CONFIG).exists():
+    return _describe_adapter(place)
+  if place.is_dir() and (place / REPORT).exists():
+    return _describe_report(place / REPORT)
+  checkpoint = open_checkpoint(place)
+  if _PACKED in checkpoint.metadata:
+    return _describe_packed(checkpoint)
+  return _describe_checkpoint(checkpoint)
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+  found = {
+    "kind": "checkpoint",
+    "path": str(checkpoint.path),
+    "format": checkpoint.format,
+    "model_type": checkpoint.model_type,
+    **_count(checkpoint.spec),
+    "largest": _largest(checkpoint.spec),
+  }
+  merge = checkpoint.path / MERGE
+  if merge.is_file():
+    found["merge"] = _read_json(merge)
+  return found
+
+
+def _describe_packed(checkpoint: Checkpoint) -> dict[str, Any]:
+  """Loras in few bits; bits are told on the average, by the bytes of codes."""
+  shapes = json.loads(checkpoint.metadata[_PACKED])
+  spec, modules = checkpoint.spec, []
+  for name, shape in shapes.items():
+    lacking = [p for p in ("bits", "codes") if f"{name}.{p}" not in spec]
+    if lacking:
+      raise ValueError(
+        f"{checkpoint.path}: {name} lacks {name_some(lacking)}; the file is "
+        "damaged"
+      )
+    rank = spec[f"{name}.bits"].shape[0]
+    entries = rank * sum(shape)
+    modules.append(
+      {
+        "name": name,
+        "shape": shape,
+        "rank": rank,
+        "bits": 8 * spec[f"{name}.codes"].nbytes / entries if entries else 0.0,
+      }
+    )
+  return {
+    "kind": "packed",
+    "path": str(checkpoint.path),
+    "modules": modules,
+    "bytes": sum(one.nbytes for one in spec.values()),
+  }
+
+
+def _describe_adapter(folder: Path) -> dict[str, Any]:
+  config = _read_json(folder / CONFIG)
+  checkpoint = open_checkpoint(folder / TENSORS)
+  ranks = sorted(
+    {config.get("r", 0), *dict(config.get("rank_pattern") or {}).values()}
+  )
+  found = {
+    "kind": "adapter",
+    "path": str(folder),
+    "base": config.get("base_model_name_or_path"),
+    "peft_type": config.get("peft_type"),
+    "ranks": ranks,
+    "targets": config.get("target_modules"),
+    "whole": config.get("modules_to_save") or [],
+    **_count(checkpoint.spec),
+    "not_for_vllm": _not_for_vllm(config, checkpoint.spec, ranks[-1]),
+  }
+  if (folder / REPORT).exists():
+    report = read_report(folder)
+    found["profile"] = report.settings.get("profile")
+    found["report"] = {"settings": report.settings, "totals": report.totals}
+  return found
+
+
+def _not_for_vllm(
+  config: Mapping[str, Any], spec: Mapping[str, TensorSpec], rank: int
+) -> list[str]:
+  """Why vLLM would not load an adapter; empty where nothing speaks against."""
+  reasons = {
+    "bias": config.get("lora_bias"),
+    "full": config.get("modules_to_save"),
+    "convolution": any(
+      len(one.shape) > 2 for name, one in spec.items() if ".lora_" in name
+    ),
+  }
+  found = [VLLM.refused[kind] for kind, is_so in reasons.items() if is_so]
+  if VLLM.max_rank is not None and rank > VLLM.max_rank:
+    found.append(f"rank {rank} is over vLLM's {VLLM.max_rank}")
+  return found
+
+
+def _describe_report(file: Path) -> dict[str, Any]:
+  if file.name == MERGE and file.exists():
+    return {"kind": "merge", "path": str(file), "merge": _read_json(file)}
+  if file.name != REPORT:
+    raise ValueError(
+      f"{file} is no {REPORT} or {MERGE}; give one, or a checkpoint or adapter"
+    )
+  report = read_report(file.parent)
+  return {
+    "kind": "report",
+    "path": str(file),
+    "report": {"settings": report.settings, "totals": report.totals},
+  }
+
+
+def _count(spec: Mapping[str, TensorSpec]) -> dict[str, Any]:
+  """Tensors, parameters and bytes, together and by dtype."""
+  kinds: dict[str, list[TensorSpec]] = {}
+  for one in spec.values():
+    kinds.setdefault(one.dtype.name, []).append(one)
+  return {
+    **_sums(spec.values()),
+    "dtypes": {name: _sums(kinds[name]) for name in sorted(kinds)},
+  }
+
+
+def _sums(specs: Iterable[TensorSpec]) -> dict[str, int]:
+  specs = list(specs)
+  return {
+    "tensors": len(specs),
+    "parameters": sum(math.prod(one.shape) for one in specs),
+    "bytes": sum(one.nbytes for one in specs),
+  }
+
+
+def _largest(spec: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
+  names = sorted(spec, key=lambda name: (-spec[name].nbytes, name))
+  return [
+    {
+      "name": name,
+      "shape": list(spec[name].shape),
+      "dtype": spec[name].dtype.name,
+      "bytes": spec[name].nbytes,
+    }
+    for name in names[:_LARGEST]
+  ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{file} is no JSON: {error}; mend it") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{file} is no JSON object; mend it")
+  return found
