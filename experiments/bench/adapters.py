@@ -81,7 +81,7 @@ def list_programs(
     ),
   }
   for count in counts:
-    bank = jlora.stack(adapters[:count])
+    bank = jlora.make_bank(adapters[:count])
     ids = jnp.arange(len(tokens)) % count
     programs[f"a row its own of {count}"] = functools.partial(
       rows, params, bank, ids, tokens

@@ -83,7 +83,7 @@ def bind(
   if is_bank and not isinstance(programs, Mapping):
     raise ValueError(
       f"ids choose from one bank, got {len(programs)} sets of programs; make "
-      "one of them with stack."
+      "one of them with make_bank."
     )
   flat, found, how = attach(
     params, programs, None if is_bank else weights, views, is_bank=is_bank

@@ -223,7 +223,7 @@ def adapt_rows(
     if len(count) > 1:
       raise ValueError(
         f"The bank's Loras hold {sorted(count)} adapters; all need as many: "
-        "make it with stack."
+        "make it with make_bank."
       )
     if not isinstance(ids, Tracer) and count:
       kernels.check_ids(ids, *count)

@@ -22,14 +22,13 @@ import numpy as np
 from jlora.checkpoints import byte_ranges, huggingface, orbax
 from jlora.checkpoints.float8 import FLOAT8, dequantise, pair_scales
 from jlora.checkpoints.hub import locate
-from jlora.checkpoints.huggingface import stream_checkpoint as stream_checkpoint
-from jlora.checkpoints.orbax import save_orbax as save_orbax
-from jlora.checkpoints.safetensors import TensorSpec as TensorSpec
-from jlora.checkpoints.safetensors import read_header
+from jlora.checkpoints.safetensors import (
+  TensorSpec,
+  read_header,
+)
 from jlora.checkpoints.safetensors import (
   stream_safetensors as stream_safetensors,
 )
-from jlora.checkpoints.safetensors import write_safetensors as write_safetensors
 from jlora.messages import name_some
 
 # A stored tensor's name and region -> the array, and the bytes read for it.

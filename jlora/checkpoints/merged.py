@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.hub import without_paths
+from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
 from jlora.views import as_parameter, table_for, view_of

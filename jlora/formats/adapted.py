@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import Checkpoint, TensorSpec, open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.merged import changed, check_changes
+from jlora.checkpoints.safetensors import TensorSpec
 from jlora.formats.peft.reading import load_peft
 from jlora.views import table_for, view_of
 

@@ -14,11 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jlora.checkpoints.checkpoint import (
-  Checkpoint,
-  open_checkpoint,
-  write_safetensors,
-)
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.messages import name_some
 from jlora.models import names, networks
 from jlora.models.placement import RULES, place_leaf, rules_for

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import Checkpoint, stream_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.hub import without_paths
+from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.checkpoints.merged import copy_companions, read_json_config
 from jlora.loras import Lora, dense
 from jlora.messages import name_some

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.messages import name_file, name_some
 
 FOLDER = ".journal"

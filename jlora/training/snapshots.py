@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint, save_orbax
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.orbax import save_orbax
 from jlora.messages import name_some
 from jlora.paths import flatten, unflatten
 

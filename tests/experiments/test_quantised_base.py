@@ -11,7 +11,7 @@ from experiments.quantised_base import (
   measure_matrix,
   measure_pair,
 )
-from jlora.checkpoints.checkpoint import write_safetensors
+from jlora.checkpoints.safetensors import write_safetensors
 
 
 def draw(seed, *shape):

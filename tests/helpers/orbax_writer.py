@@ -9,7 +9,8 @@ import sys
 import jax
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint, save_orbax
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.orbax import save_orbax
 from jlora.checkpoints.restoring import restore, restore_loras
 from jlora.loras import Lora
 

@@ -7,7 +7,8 @@ import pathlib
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.extraction.module import Extractor
 
 # One Extractor for runs with the same options: each shape is compiled once for

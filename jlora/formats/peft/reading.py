@@ -108,6 +108,7 @@ def load_peft(
 
   Example:
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from jlora.checkpoints import write_safetensors
     >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
     ...            "base_model.model.q.lora_B.weight": np.ones((2, 1), "f4")}

@@ -17,12 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.checkpoints.checkpoint import stream_safetensors
-from jlora.checkpoints.merged import save_merged as save_merged
+from jlora.checkpoints.safetensors import stream_safetensors
 from jlora.formats.peft.config import shortest_targets
 from jlora.formats.peft.experts import nest_parameters, stack_experts
 from jlora.formats.peft.layouts import CONFIG, PEFT, TENSORS, Profile
-from jlora.formats.peft.layouts import VLLM as VLLM
 from jlora.formats.peft.parts import (
   HEAD,
   Base,
@@ -38,8 +36,6 @@ from jlora.formats.peft.plans import (
   plan_loras,
   spec_of,
 )
-from jlora.formats.peft.reading import PeftAdapter as PeftAdapter
-from jlora.formats.peft.reading import load_peft as load_peft
 from jlora.loras import Lora
 from jlora.messages import name_file, name_some
 

@@ -298,7 +298,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> from jlora.checkpoints.safetensors import write_safetensors
     >>> from jlora.merging import linear
     >>> import numpy as np
     >>> from jlora.merging import Input, Slice

@@ -44,7 +44,7 @@ def trim_models(recipe: Recipe, density: float) -> Recipe:
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.checkpoint import write_safetensors
+    >>> from jlora.checkpoints.safetensors import write_safetensors
     >>> from jlora.merging import ties
     >>> from jlora.merging import Input, Slice
     >>> with tempfile.TemporaryDirectory() as tmp:

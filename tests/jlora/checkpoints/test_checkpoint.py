@@ -12,10 +12,10 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_file
 
-from jlora.checkpoints.checkpoint import (
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.huggingface import stream_checkpoint
+from jlora.checkpoints.safetensors import (
   TensorSpec,
-  open_checkpoint,
-  stream_checkpoint,
   stream_safetensors,
   write_safetensors,
 )

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.hub import (
   folder_name,
   is_hub_id,
@@ -16,6 +16,7 @@ from jlora.checkpoints.hub import (
   name_apart,
   without_paths,
 )
+from jlora.checkpoints.safetensors import write_safetensors
 
 ID = "some-org/small.model"
 

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.merged import save_merged
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora, dense
 
 BF16 = ml_dtypes.bfloat16

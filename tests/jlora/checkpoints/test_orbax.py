@@ -13,11 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import v1
 
-from jlora.checkpoints.checkpoint import (
-  open_checkpoint,
-  save_orbax,
-  write_safetensors,
-)
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.orbax import save_orbax
+from jlora.checkpoints.safetensors import write_safetensors
 
 
 def tree():

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jlora.checkpoints.checkpoint import (
-  open_checkpoint,
-  save_orbax,
-  write_safetensors,
-)
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.orbax import save_orbax
 from jlora.checkpoints.restoring import restore, restore_loras
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora
 from tests.helpers import orbax_writer
 

@@ -14,8 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
-from jlora.checkpoints.safetensors import DTYPES, lay_out_file, read_header
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import (
+  DTYPES,
+  lay_out_file,
+  read_header,
+  write_safetensors,
+)
 
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import jlora
-from jlora.checkpoints.checkpoint import write_safetensors
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.commands import entry, merge
 
 

@@ -10,8 +10,9 @@ import pytest
 
 import jlora
 from jlora.checkpoints import byte_ranges
-from jlora.checkpoints.checkpoint import Checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.orbax import save_orbax
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.commands import entry, show
 from jlora.formats.packed import pack, save_packed
 from jlora.formats.peft.layouts import PEFT, VLLM

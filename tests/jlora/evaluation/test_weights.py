@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jlora
-from jlora.checkpoints.checkpoint import write_safetensors
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.evaluation.weights import compare, spectral_norm
 from jlora.loras import Lora, dense
 from tests.helpers.matrices import SPECTRA, matrix

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.extraction.module import Extractor, measure_parameter
 from jlora.extraction.planning import ModuleJob
 from jlora.extraction.workers import share_out

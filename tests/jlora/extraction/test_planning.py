@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.checkpoints.checkpoint import (
-  open_checkpoint,
-  save_orbax,
-  write_safetensors,
-)
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.orbax import save_orbax
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.extraction.planning import fingerprint, plan_jobs
 from jlora.messages import name_some
 from jlora.pairing.match import common_rows, keep_whole, pair_up

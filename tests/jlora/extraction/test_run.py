@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from jlora import ranks
-from jlora.checkpoints.checkpoint import (
-  open_checkpoint,
-  save_orbax,
-  stream_checkpoint,
-)
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.huggingface import stream_checkpoint
+from jlora.checkpoints.orbax import save_orbax
 from jlora.extraction import run as runs
 from jlora.extraction.module import Extractor
 from jlora.extraction.report import read_report

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.extraction import workers
 from jlora.extraction.planning import ModuleJob, cost_of, plan_jobs
 from jlora.extraction.workers import (

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jlora.factoring import factorisers, krylov_spaces
-from jlora.factoring.factorisers import Factors, gram, krylov, recompress, svd
-from jlora.loras import dense, from_factors
+from jlora.factoring.factorisers import gram, krylov, recompress, svd
+from jlora.loras import Factors, dense, from_factors
 from tests.helpers.matrices import SPECTRA, best_errors, matrix
 
 

@@ -19,7 +19,8 @@ from jlora.alignment.permutations import (
   permute_loras,
 )
 from jlora.alignment.symmetries import Row, Symmetry, decoder, gpt2
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora
 from jlora.paths import flatten
 from jlora.views import GPT2_VIEWS, view_of

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.pairing.comparison import check_finite, is_same
 from jlora.pairing.pairs import Pair, Stack, TensorPart
 

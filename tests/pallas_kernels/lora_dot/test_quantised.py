@@ -17,12 +17,12 @@ from pallas_kernels.lora_dot import (
   xla_dot,
 )
 from pallas_kernels.lora_dot.quantised import (
-  NF4,
   dequantise,
   quantise_int8,
   quantise_nf4,
   quantise_tree,
 )
+from pallas_kernels.lora_dot.weights import NF4
 from tests.pallas_kernels.lora_dot.products import (
   Case,
   bound,

@@ -15,7 +15,8 @@ import pytest
 import torch
 import transformers
 
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.formats.peft.writing import VLLM, load_peft, save_merged, save_peft
 from jlora.loras import Lora, dense, from_in_rank, to_in_rank
 from jlora.views import as_parameter, table_for, view_of

@@ -11,11 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jlora
-from jlora.checkpoints.checkpoint import (
-  open_checkpoint,
-  save_orbax,
-  write_safetensors,
-)
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.orbax import save_orbax
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.merging.checkpoints.planning import InputTensor, Job
 from jlora.merging.checkpoints.reading import (
   Rooms,

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.huggingface import stream_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.merging.arrays.sparsifiers import match_l1
 from jlora.merging.arrays.task_vectors import by_mass_or_plus
 from jlora.merging.checkpoints import merger

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.checkpoints.checkpoint import open_checkpoint, write_safetensors
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import merge_checkpoints
 from jlora.merging.checkpoints.trimming import trim_models

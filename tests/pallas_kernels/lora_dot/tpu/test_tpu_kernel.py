@@ -20,14 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.lora_dot import Scaled
 from pallas_kernels.lora_dot.quantised import quantise_nf4
 from pallas_kernels.lora_dot.tpu import block, kernel
-from pallas_kernels.lora_dot.tpu.tilings import Tiling
-from tests.pallas_kernels.lora_dot.products import (
-  MIB,
-  Case,
-  error,
-  operands,
-  truth,
-)
+from pallas_kernels.lora_dot.tpu.tilings import MIB, Tiling
+from tests.pallas_kernels.lora_dot.products import Case, error, operands, truth
 
 STREAMED = Tiling(128, 128, 128, MIB)
 RESIDENT = Tiling(128, 128, 128, 4 * MIB, resident=True)
