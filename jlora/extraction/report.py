@@ -397,13 +397,23 @@ def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
     ...   (Path(folder) / CARD).read_text().splitlines()[0]
     '---'
   """
-  settings = report.settings
-  inputs = {role: settings[role] for role in ("base", "finetuned")}
-  names = name_apart(inputs | {"out": os.fspath(folder)})
+  paths = {role: report.settings[role] for role in ("base", "finetuned")}
+  paths["out"] = os.fspath(folder)
   file = Path(folder) / CONFIG
   config = json.loads(file.read_text()) if file.exists() else {}
-  base = config.get("base_model_name_or_path") or model_name(inputs["base"])
-  text = f"""---
+  base = config.get("base_model_name_or_path") or model_name(paths["base"])
+  names = name_apart(paths)
+  profile, rank = report.settings.get("profile"), config.get("r", 1)
+  loading = _loading(profile, base, names["out"], rank)
+  text = _card(report, base, names, loading, _rename(command, paths, names))
+  replace_text(Path(folder) / CARD, text)
+
+
+def _card(
+  report: Report, base: str, names: Mapping[str, str], loading: str, made: str
+) -> str:
+  """The card's text, from names that others know."""
+  return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
 tags: [lora, jlora]
@@ -418,13 +428,13 @@ together, it misses {report.totals["relative_error"]:.2%} of their norm
 Load it with
 
 ```
-{_loading(settings.get("profile"), base, names["out"], config.get("r", 1))}
+{loading}
 ```
 
 It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by
 
 ```
-{_rename(command, inputs | {"out": os.fspath(folder)}, names)}
+{made}
 ```
 
 ```
@@ -438,7 +448,6 @@ It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by
 
 `{REPORT}` has every module and every tensor.
 """
-  replace_text(Path(folder) / CARD, text)
 
 
 # What `vllm serve` takes for --max-lora-rank.
