@@ -7,10 +7,10 @@
 Brings SmolLM2-135M, finetunes all its matrices on the King James Bible,
 extracts a LoRA, prints what each kind of module loses, writes the adapter
 folder, and scores base, finetune and base + adapter on held-out text. Model and
-finetune are cached, so that a second run takes seconds, and linked to from here,
-as `smollm2` and `smollm2-kjv`, for the README's six lines. Expect a relative
-error of about one half and nearly all of the loss improvement: most of what this
-finetune changed does not show in its loss.
+finetune are cached, so that a second run takes seconds, and linked to from here
+as `smollm2` and `smollm2-kjv` for the README's six lines. Expect a relative
+error of about one half and nearly all of the loss improvement: most of what
+this finetune changed does not show in its loss.
 """
 
 import os

@@ -13,7 +13,8 @@ from experiments.lib.models import finetunes
 from jlora import models
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = finetunes.TINY | {"num_hidden_layers": 1}
+# Wider than the lines' rank.
+CONFIG = finetunes.TINY | {"num_hidden_layers": 1, "hidden_size": 128}
 
 LINK = """
 import pathlib, sys
