@@ -72,7 +72,7 @@ def _extract(base, finetuned, out, rank) -> jlora.Report:
   report = jlora.extract_checkpoint(base, finetuned, out, rank=rank)
   seconds = time.monotonic() - began
   command = (
-    f"python -m experiments.extract --base={base} --finetuned={finetuned} "
+    f"jlora extract --base={base} --finetuned={finetuned} "
     f"--out={out} --rank={rank}"
   )
   extraction.write_card(out, report, command)
