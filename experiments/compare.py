@@ -134,7 +134,9 @@ def _compare(base: str, finetuned: str, out: str) -> None:
     base, finetuned, out, rank=_RANK.value, resume=True
   )
   command = f"python -m experiments.compare {shlex.join(sys.argv[1:])}"
-  extraction.write_card(out, report, command)
+  words = [f"--base={base}", f"--finetuned={finetuned}", f"--out={out}"]
+  words.append(f"--rank={_RANK.value}")
+  extraction.write_card(out, report, f"jlora extract {shlex.join(words)}")
   tables.check_ranks(report, ranks)
   results: dict[str, Any] = {
     "settings": {
