@@ -7,7 +7,6 @@ Flags are read from the sources: nothing is started.
 import ast
 import functools
 import importlib
-import pathlib
 import re
 
 import pytest
@@ -105,7 +104,9 @@ def flags_of(module):
   return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+  "page", [*PAGES, ROOT / "pallas_kernels" / "README.md"], ids=name_of
+)
 def test_commands_exist_and_know_their_flags(page):
   wrong = []
   for module, flags in asked(page):
