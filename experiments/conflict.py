@@ -179,7 +179,7 @@ def pair_of(
 
   Args:
     recipe: "domain:steps:learning rate".
-    cache: as `caches.cache_folder`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
 
   Returns:
     The base's folder and the finetune's.

@@ -246,7 +246,7 @@ def some_model(cache: str | None, *, quick: bool) -> Iterator[tuple[str, str]]:
   """A folder to score with, and its name; removed again if it was made.
 
   Args:
-    cache: as `smollm2.cache_folder`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
     quick: a tiny random model whatever is cached.
 
   Yields:
