@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runnable questions; each module is one command."""
+"""Questions to run, one command each: `python -m experiments.NAME`."""
 
 import logging
 

@@ -4,7 +4,7 @@
   python -m experiments.quickstart            at most 6 minutes on two cores
   python -m experiments.quickstart --smoke    a tiny random model, no download
 
-Brings SmolLM2-135M, finetunes all its matrices on the King James Bible,
+Downloads SmolLM2-135M, finetunes all its matrices on the King James Bible,
 extracts a LoRA, prints what each kind of module loses, writes the adapter
 folder, and scores base, finetune and base + adapter on held-out text. Model and
 finetune are cached, so that a second run takes seconds, and linked to from here
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
       default = f"{finetuned}-rank{rank}"
       out = pathlib.Path(_OUT.value or default)
     if _OUT.value is None:
-      shutil.rmtree(out, ignore_errors=True)  # ours: made from its own inputs
+      shutil.rmtree(out, ignore_errors=True)  # our own: can be made again
     report = _extract(base, finetuned, out, rank)
     _, held_out = texts.split(text)
     tokens = texts.excerpts(held_out, encode, rows=8, length=127)
@@ -103,6 +103,7 @@ def link(
 
 
 def _extract(base, finetuned, out, rank) -> jlora.Report:
+  """Extracts, writes the model card, and prints what was lost."""
   began = time.monotonic()
   report = jlora.extract_checkpoint(base, finetuned, out, rank=rank)
   seconds = time.monotonic() - began
