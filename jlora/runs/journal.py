@@ -203,7 +203,7 @@ def remove_closed(out: str | os.PathLike) -> None:
 def check_folder(
   out: Path, finished: str, *, resume: bool, overwrite: bool
 ) -> None:
-  """Raises unless a run may write into a folder; empties it to overwrite.
+  """Raises unless a run may write into a folder; removes one to overwrite.
 
   Args:
     out: the folder.
