@@ -4,24 +4,23 @@
 What JAX's coordination service does, measured with jax 0.10.2 and three CPU
 processes, heartbeat_timeout_seconds=50 (in brackets 10):
 
-  one is             the others are     after        and get
-  killed             in a collective    at once      ValueError: UNKNOWN: Gloo
-  killed             computing          47 s (6-8)   an abort
-  killed or stopped  about to join it   47 s (7)     an abort
-  killed, process 0  doing either       0.2 s        an abort
-  stopped            doing either       47 s (7)     an abort
+  one is              the others are     after        and get
+  killed              in a collective    at once      ValueError: UNKNOWN: Gloo
+  killed              computing          47 s (6-8)   an abort
+  stopped             doing either       47 s (7)     an abort
+  killed, process 0   doing either       0.2 s        an abort
+  stopped, process 0  doing either       48 s         an abort
 
-An abort is SIGABRT with a stack trace, "Terminating process because the JAX
-distributed service detected fatal errors": no line of Python runs any more. An
-ordinary exit after the ValueError ends in it too. The flag
-`jax_enable_recoverability`, set before JAX is initialised, spares the others
-where process 0 lives, but then a collective waits for ever, and who computes is
-told nothing. `multihost_utils.live_devices`, "not stable", tells who lives, but
-only if all call it together, and no sooner.
+An abort is SIGABRT after "Terminating process because the JAX distributed
+service detected fatal errors": no line of Python runs any more. An ordinary
+exit after the ValueError ends in one too. `jax_enable_recoverability`, set
+before JAX is initialised, spares the others unless process 0 is killed, but
+then nothing tells them, and a collective waits for ever. Who lives is told by
+`multihost_utils.live_devices`, "not stable", if all call it together, no sooner.
 
-So here is: an exception within seconds whoever initialised JAX and how, that
-names the lost process and says to resume; the same words after an abort; and
-what is wrong on one process, said by all.
+So what is here: within seconds, or half a minute for a host, an exception that
+names the process and says to resume, however JAX was initialised; after an
+abort, the same words; and what is wrong on one process, said by all.
 """
 
 import json
