@@ -15,8 +15,8 @@ An abort is SIGABRT after "Terminating process because the JAX distributed
 service detected fatal errors": no line of Python runs any more. An ordinary
 exit after the ValueError ends in one too. `jax_enable_recoverability`, set
 before JAX is initialised, spares the others unless process 0 is killed, but
-then nothing tells them, and a collective waits for ever. Who lives is told by
-`multihost_utils.live_devices`, "not stable", if all call it together, no sooner.
+then nothing tells them, and a collective waits for ever. No sooner, and if all
+call it together, `multihost_utils.live_devices`, "not stable", tells who lives.
 
 So what is here: within seconds, or half a minute for a host, an exception that
 names the process and says to resume, however JAX was initialised; after an
