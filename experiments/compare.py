@@ -11,8 +11,9 @@ how alike generated texts are. Writes the adapter, `report.json`,
 and the page are redrawn from the two JSON files alone with --redraw.
 
 Rank 512 of SmolLM2-135M takes 6 minutes of processor time with --generate=16,
-one of them for the extraction, which goes on where it was cut off; the
-adapter in the folder has the highest rank and is not needed to draw again.
+one of them for the extraction, which is resumed if it was interrupted; the
+adapter in the folder has the highest rank and is not needed to redraw. Expect a
+relative error that falls slowly with rank, and a divergence that falls fast.
 """
 
 import functools
@@ -81,7 +82,7 @@ _PROMPT = 32  # tokens
 
 
 def main(argv: list[str]) -> None:
-  """Compares or draws again; a bad input is one message and exit code 1."""
+  """Compares or redraws; bad input gives one message and exit code 1."""
   try:
     if len(argv) > 1:
       raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run() -> str:
-  """The folder to draw in; a comparison has run, unless it is only redrawn."""
+  """Compares, unless it only redraws; returns the folder to draw in."""
   folders = [flag.value or "" for flag in (_BASE, _FINETUNED, _OUT)]
   if _REDRAW.value:
     if any(folders):
@@ -108,7 +109,7 @@ def _run() -> str:
 
 
 def _ranks() -> tuple[int, list[int]]:
-  """The chosen rank and those of the curves, none above --rank."""
+  """Returns the chosen rank and those of the curves, none above --rank."""
   top = _RANK.value
   chosen = _CHOSEN.value or min(_SHOWN, top)
   usual = [rank for rank in _STANDARD if rank <= top]
@@ -128,13 +129,15 @@ def _compare(base: str, finetuned: str, out: str) -> None:
   chosen, ranks = _ranks()
   tokens, prompts = _read_texts(base)
   pair = None
-  if tokens:  # before the extraction, which takes longest
+  if tokens:  # fails before the extraction, which takes longest
     pair = logit_curves.load_pair(base, finetuned)
   report = jlora.extract_checkpoint(
     base, finetuned, out, rank=_RANK.value, resume=True
   )
   command = f"python -m experiments.compare {shlex.join(sys.argv[1:])}"
-  extraction.write_card(out, report, command)
+  words = [f"--base={base}", f"--finetuned={finetuned}", f"--out={out}"]
+  words.append(f"--rank={_RANK.value}")
+  extraction.write_card(out, report, f"jlora extract {shlex.join(words)}")
   tables.check_ranks(report, ranks)
   results: dict[str, Any] = {
     "settings": {
@@ -156,7 +159,7 @@ def _compare(base: str, finetuned: str, out: str) -> None:
 
 
 def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-  """Tokens of every text, and the prompts if texts are generated."""
+  """Reads the tokens of every text, and the prompts to continue."""
   if not _TEXTS.value:
     if _GENERATE.value:
       raise ValueError("--generate needs a text for its prompts: --texts.")
@@ -178,6 +181,7 @@ def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
 
 
 def _generate(base: str, pair, adapter, chosen: int, prompts) -> dict[str, Any]:
+  """Compares generated texts of base, finetune and adapter."""
   apply, params, target = pair
   _, decode = samples.open_tokens(base)
   return samples.compare_samples(
@@ -194,11 +198,12 @@ def _generate(base: str, pair, adapter, chosen: int, prompts) -> dict[str, Any]:
 
 
 def _continue(apply, params, prompts, **options) -> Any:
+  """Generates the continuations of prompts."""
   return models.generate(apply, params, prompts, _STEPS.value, **options)
 
 
 def _say(report: jlora.Report, results: dict[str, Any], files) -> None:
-  """The terminal's summary: worst modules, kinds, totals, what is lost."""
+  """Prints the summary: worst modules, kinds, totals, what is lost."""
   print("\n".join(summaries.headline(report, results)), end="\n\n")
   print(extraction.type_table(report), end="\n\n")
   print(extraction.worst_table(report), end="\n\n")

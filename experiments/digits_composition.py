@@ -10,6 +10,9 @@ the base in one call and judged by two classifiers of real images, style and
 digit.
 
     y = x w + w₁ ((x aᵀ) g) b + w₂ f(x, class)
+
+Takes a minute of processor time. Expect thick strokes and digits to compose in
+two thirds of the samples, and a rotation to override the control.
 """
 
 import json
@@ -75,7 +78,7 @@ WEIGHTS = {
 
 
 class Size(NamedTuple):
-  """How much is computed.
+  """The sizes of models, training and samples.
 
   Attributes:
     net: the denoiser.
@@ -99,7 +102,7 @@ SMOKE = Size(Denoiser(16, 1), 20, 10, 16, 3, 20)
 
 
 class Trained(NamedTuple):
-  """What is compared in one style.
+  """The base and the programs that are compared in one style.
 
   Attributes:
     params: the base's.
@@ -115,12 +118,13 @@ class Trained(NamedTuple):
 
 
 class Sampler:
-  """Samples of any programs and weights, compiled once.
+  """A compiled sampler of the base with any programs and weights.
 
   Every call begins from the same noise and asks for the same digits.
   """
 
   def __init__(self, model: Model, size: Size, key: jax.Array):
+    """Compiles the sampling."""
     self.labels = np.arange(size.count) % CLASSES
     hint = jax.nn.one_hot(jnp.asarray(self.labels), CLASSES)
     noise = jax.random.normal(key, (size.count, PIXELS))
@@ -128,6 +132,7 @@ class Sampler:
 
     @jax.jit
     def draw(params, style, control, weights):
+      """Binds the programs and denoises."""
       sets = [style, with_hint(control, hint)]
       bound = jlora.bind(params, sets, list(weights))
       return denoise(adapted, bound, noise, size.sampling)
@@ -135,13 +140,13 @@ class Sampler:
     self._draw = draw
 
   def __call__(self, params, style, control, weights) -> np.ndarray:
-    """(n, 64) images."""
+    """Samples (n, 64) images."""
     weights = tuple(jnp.float32(weight) for weight in weights)
     return np.asarray(self._draw(params, style, control, weights))
 
 
 def sample(draw: Sampler, own: Trained, key: jax.Array) -> dict[str, Any]:
-  """All that is compared, from one and the same noise.
+  """Samples all programs and weights that are compared, from one noise.
 
   Args:
     draw: the sampler.
@@ -165,7 +170,7 @@ def sample(draw: Sampler, own: Trained, key: jax.Array) -> dict[str, Any]:
 
 
 def as_table(cells: Mapping[str, Cell]) -> str:
-  """The cells as a Markdown table; ± is a binomial standard error.
+  """Formats the cells as a Markdown table; ± is a binomial standard error.
 
   Args:
     cells: of one style.
@@ -181,13 +186,14 @@ def as_table(cells: Mapping[str, Cell]) -> str:
 
 
 def _share(found: np.ndarray) -> str:
+  """Formats a share with its binomial standard error."""
   share = float(np.mean(found))
   error = (share * (1 - share) / len(found)) ** 0.5
   return f"{share:.1%} ± {error:.1%}"
 
 
 def compose(seed: int, size: Size) -> dict[str, dict[str, Cell]]:
-  """The cells of every style; prints losses, accuracies, tables and time.
+  """Trains and judges all programs of every style, and prints the tables.
 
   Args:
     seed: of the split, of training and of the samples.
@@ -228,7 +234,7 @@ def compose(seed: int, size: Size) -> dict[str, dict[str, Cell]]:
 
 
 def _tell(cells: Mapping[str, Cell], judges: Judges, off: float) -> None:
-  """Prints what was found of a style."""
+  """Prints the results of a style."""
   print("held out:", {k: round(x, 4) for k, x in judges.accuracy.items()})
   print(as_table(cells))
   print(f"LoRA merged, largest difference of a pixel: {off:.1e}", flush=True)
@@ -237,7 +243,7 @@ def _tell(cells: Mapping[str, Cell], judges: Judges, off: float) -> None:
 def figure_rows(
   cells: Mapping[str, Mapping[str, Cell]], count: int = 20
 ) -> list[tuple[str, np.ndarray]]:
-  """The figure's rows: the base and the control, then each style's.
+  """Lists the figure's rows: the base and the control, then each style's.
 
   Args:
     cells: as `compose` gives them.

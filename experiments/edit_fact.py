@@ -7,9 +7,12 @@
 Layer and MEMIT's balance are chosen with the facts `facts.TRIALS`, by the
 harmonic mean of three figures: the new answer's probability on the fact's own
 prompt, that on paraphrases, and the share that neighbours keep of their right
-answers' probability. What is reported is of `facts.FACTS`. `--out` gets the
+answers' probability. Figures are reported for `facts.FACTS`. `--out` gets the
 first fact's rank-one adapter and the adapter of all facts as PEFT folders and
 every figure as JSON.
+
+Takes 7 minutes on two loaded cores. Expect most edits to hold on their own
+prompt, fewer on paraphrases, and neighbours and other text nearly unchanged.
 """
 
 import json
@@ -40,12 +43,12 @@ from experiments.lib.models.finetunes import TINY
 from jlora import models
 from jlora.commands import keep_compilations
 
-#: Those tried, and the balances tried.
+#: The layers and the balances that are tried.
 _LAYERS = (6, 10, 14, 18)
 _BALANCES = (30.0, 300.0, 3000.0)
-#: Layers that MEMIT spreads over, the chosen one the last.
+#: Number of layers that MEMIT spreads over, up to the chosen one.
 _SPREAD = 4
-#: Fewer steps than the authors' 20 and 25, to save time; deep layers want more.
+#: Fewer steps than the authors' 20 and 25, to save time; deep layers need more.
 _ROME = {"radius": 4.0, "steps": 12}
 _MEMIT = {"radius": 0.75, "steps": 12}
 _OURS = "one key, value fitted through the weights"
@@ -59,7 +62,7 @@ def choose_layer(
   layers: Sequence[int],
   facts: Sequence[Fact],
 ) -> tuple[int, dict[str, Row]]:
-  """The layer where facts are edited best, and each one's figures."""
+  """Chooses the layer where facts are edited best; returns all figures."""
   base = mean_row(measure(facts, {}))
   rows = {"base": base}
   for layer in layers:
@@ -78,7 +81,7 @@ def choose_layer(
 def edit_each(
   model: edits.Model, measure: Measure, layer: int, facts: Sequence[Fact]
 ) -> tuple[dict[str, list[Row]], Adapters]:
-  """Every fact alone in several ways: rows and Loras, by the way's name."""
+  """Edits every fact alone in several ways; returns rows and Loras by way."""
   rows: dict[str, list[Row]] = {}
   made: Adapters = {}
   for seed, fact in enumerate(facts):
@@ -114,7 +117,7 @@ def choose_balance(
   balances: Sequence[float],
   facts: Sequence[Fact],
 ) -> tuple[float, dict[str, Row]]:
-  """The balance of MEMIT with which facts are edited best."""
+  """Chooses the balance with which MEMIT edits facts best."""
   streams = edits.fit_streams(model, facts, layers[-1], **_MEMIT)
   base, rows = mean_row(measure(facts, {})), {}
   for balance in balances:
@@ -134,7 +137,7 @@ def edit_all(
   made: Adapters,
   facts: Sequence[Fact],
 ) -> tuple[dict[str, Row], jlora.Loras]:
-  """All facts in one adapter: mean rows, and the Loras of MEMIT."""
+  """Edits all facts in one adapter; returns mean rows and MEMIT's Loras."""
   streams = edits.fit_streams(model, facts, layers[-1], **_MEMIT)
   loras = edits.many_at_once(model, facts, streams, layers, balance=balance)
   ways = {"nothing": {}, f"MEMIT, balance {balance:g}": loras}
@@ -146,7 +149,7 @@ def edit_all(
 
 
 def _sum(adapters: Sequence[jlora.Loras]) -> jlora.Loras:
-  """Programs add up: their units side by side; scales are 1."""
+  """Adds up adapters: puts their units side by side; scales are 1."""
   (path,) = adapters[0]
   parts = [adapter[path] for adapter in adapters]
   a, b = (jnp.concatenate([getattr(p, f) for p in parts]) for f in "ab")
@@ -154,7 +157,7 @@ def _sum(adapters: Sequence[jlora.Loras]) -> jlora.Loras:
 
 
 def save(folder: pathlib.Path, loras: jlora.Loras, base: pathlib.Path) -> float:
-  """The largest difference of a PEFT folder, read back, to what was saved."""
+  """Writes a PEFT folder; returns the largest difference when read back."""
   checkpoint = jlora.open_checkpoint(base)
   named = {models.hf_name(path): lora for path, lora in loras.items()}
   jlora.save_peft(
@@ -180,7 +183,7 @@ def save(folder: pathlib.Path, loras: jlora.Loras, base: pathlib.Path) -> float:
 
 
 def open_model(values: Any, work: str) -> tuple[edits.Model, np.ndarray, Any]:
-  """The model with prefixes and moments, held-out text, and its folder."""
+  """Loads the model with prefixes and moments, held-out text, and folder."""
   if values.smoke:
     _, params = models.init(TINY, jax.random.key(0))
     base, file = models.save(f"{work}/base", params, TINY), None
@@ -207,7 +210,7 @@ def open_model(values: Any, work: str) -> tuple[edits.Model, np.ndarray, Any]:
 def by_fact(
   facts: Sequence[Fact], rows: dict[str, list[Row]]
 ) -> dict[str, Row]:
-  """Each fact's row before and after the first way of editing."""
+  """Returns each fact's row before and after the first way of editing."""
   found = {}
   for fact, *pair in zip(facts, rows["nothing"], rows[_OURS], strict=True):
     found[f"{fact.subject}:{fact.old}"] = pair[0]
@@ -255,12 +258,12 @@ def main(_: list[str]) -> None:
 
 
 def show(rows: dict[str, Row], first: str) -> None:
-  """Prints a table at once: the next one takes a while."""
+  """Prints a table at once, as the next one takes a while."""
   print(f"{as_table(rows, first)}\n", flush=True)
 
 
 def define_flags() -> None:
-  """The flags of `main`; importing this module must not claim their names."""
+  """Defines the flags of `main`, which importing must not claim."""
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
   flags.DEFINE_string("out", None, "Folder of adapters and results.json.")
   flags.DEFINE_integer("layer", None, "Instead of choosing one.")

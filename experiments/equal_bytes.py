@@ -15,6 +15,8 @@ shapes besides. A seed draws both texts' excerpts, the order of refining and the
 labels of the Fisher information; "none" takes the beginnings of equal parts of
 the texts, and 0 for the rest. `--read` puts rows of earlier runs of one pair,
 written by `--out`, into one table without running anything.
+
+Takes an hour a pair and seed with --costly on two loaded cores.
 """
 
 import functools
@@ -46,7 +48,7 @@ def compare_variants(
   rank: int,
   variants: Mapping[str, Variant] = VARIANTS,
 ) -> Iterator[Row]:
-  """A row of the table for every variant, as soon as it is measured.
+  """Measures every variant; yields its row as soon as it is there.
 
   Args:
     trial: the pair.
@@ -80,7 +82,7 @@ def compare_variants(
 
 
 def summarise(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
-  """Rows of all seeds put together, one for each rank and variant.
+  """Averages rows over seeds, one for each rank and variant.
 
   Args:
     rows: as measured; plain SVD among them for each rank and seed.
@@ -88,10 +90,10 @@ def summarise(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
 
   Returns:
     variant, rank, seeds, bytes, file_bytes (NaN where rows lack it) and
-    seconds (means), and for each text `kl`,
-    `kl_error`, `ratio` to plain SVD of the same seed and `ratio_error`: means
-    over seeds, errors their standard deviation over seeds; for one seed
-    `kl_error` is that over sequences and `ratio_error` NaN.
+    seconds (means), and for each text `kl`, `kl_error`, `ratio` to plain SVD of
+    the same seed and `ratio_error`: means over seeds, errors their standard
+    deviation over seeds; for one seed `kl_error` is the standard error over
+    sequences and `ratio_error` NaN.
 
   Raises:
     ValueError: where plain SVD is missing.
@@ -142,7 +144,7 @@ def summarise(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
 
 
 def as_table(summaries: Sequence[Row], texts: Sequence[str]) -> str:
-  """The summaries of one rank as a Markdown table.
+  """Formats the summaries of one rank as a Markdown table.
 
   Args:
     summaries: as `summarise` gives them.
@@ -176,7 +178,7 @@ def as_table(summaries: Sequence[Row], texts: Sequence[str]) -> str:
 
 
 def _trials(values: Any) -> Iterator[tuple[Trial, dict[str, np.ndarray]]]:
-  """A trial and its held-out texts for each seed; one factorisation for all."""
+  """Yields a trial and its held-out texts for each seed; factors once."""
   seeds = [None if seed == "none" else int(seed) for seed in values.seeds]
   if values.smoke:
     with tempfile.TemporaryDirectory() as work:
@@ -197,7 +199,7 @@ def _trials(values: Any) -> Iterator[tuple[Trial, dict[str, np.ndarray]]]:
 
 
 def _chosen(values: Any) -> dict[str, Variant]:
-  """The variants asked for; the costly ones only by name or with --costly."""
+  """Returns the variants asked for; costly ones by name or with --costly."""
   skipped = () if values.costly else COSTLY
   names = values.only or [name for name in VARIANTS if name not in skipped]
   unknown = [name for name in names if name not in VARIANTS]
@@ -207,7 +209,7 @@ def _chosen(values: Any) -> dict[str, Variant]:
 
 
 def _measure(values: Any) -> Iterator[Row]:
-  """A row for every seed, rank and variant; prints what took the time."""
+  """Yields a row for every seed, rank and variant; prints their times."""
   ranks = [2] if values.smoke else [int(rank) for rank in values.ranks]
   for trial, held_out in _trials(values):
     ladder = trial.ladder
@@ -222,7 +224,7 @@ def _measure(values: Any) -> Iterator[Row]:
 
 
 def read_rows(files: Sequence[str | os.PathLike[str]]) -> list[Row]:
-  """Rows of several files; of what was measured twice, the last.
+  """Reads rows of several files; the last one of what was measured twice.
 
   Args:
     files: as `--out` writes them, of one pair.

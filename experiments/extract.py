@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jlora extract`, under the name it had: two checkpoints in, a LoRA out."""
+"""Runs `jlora extract`, under its former name."""
 
 from jlora.commands import start
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base model and a full finetune of it: the pair that jlora reads.
-
-The real pair is SmolLM2-135M, finetuned on the King James Bible; the tiny one
-is random, finetuned on bytes of the standard library's help, and takes seconds.
+"""Makes a base model and a full finetune of it: the pair that jlora reads.
 
   python -m experiments.finetune [--domain=kjv] [--steps=25]
     [--learning_rate=1e-4] [--cache=FOLDER] [--smoke]
 
-Prints the two folders and the held-out losses of both models.
+The real pair is SmolLM2-135M, finetuned on the King James Bible; the tiny one
+is random, finetuned on bytes of the standard library's help. Prints the two
+folders and the held-out losses of both models. A step takes 8 to 17 s on two
+loaded cores, the tiny pair seconds.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from jlora.commands import keep_compilations
 
 
 def main(_: list[str]) -> None:
-  """Makes a pair and prints its folders and held-out losses."""
+  """Makes a pair; prints its folders and held-out losses."""
   values = flags.FLAGS
   logging.set_verbosity(logging.INFO)
   keep_compilations(values.cache)

@@ -8,6 +8,9 @@ SmolLM2-135M with some of its 30 layers repeated, at several depths, and with
 those of its finetunes on the King James Bible and pydoc put behind each other:
 held-out losses on both texts. --rows keeps what was measured, and a second run
 goes on with it; --out writes the figure.
+
+Takes 15 minutes on two cores beside other jobs. Expect every repetition to cost
+loss, least in the middle and most at both ends.
 """
 
 import functools
@@ -31,7 +34,7 @@ from jlora.paths import flatten
 
 Row = dict[str, Any]
 
-#: First layers of the blocks of 4, and single layers, of 30.
+#: First layers of the blocks of 4, and single layers, in a model of 30.
 BLOCKS = (0, 2, 8, 13, 20, 25, 26)
 SINGLES = (0, 3, 8, 14, 21, 27, 29)
 
@@ -39,7 +42,7 @@ _LAYER = re.compile(r"layers/(\d+)/(.+)")
 
 
 class Slice(NamedTuple):
-  """Layers of one model, from `start` up to but not with `stop`."""
+  """Layers of one model, from `start` up to but not including `stop`."""
 
   model: str
   start: int
@@ -47,13 +50,13 @@ class Slice(NamedTuple):
 
 
 class Schedule(NamedTuple):
-  """What a deeper model is put together from, first layer first.
+  """A model put together from slices of layers, first layer first.
 
   Attributes:
     kind: which question it belongs to.
     name: in words.
-    slices: a layer may be in several.
-    where: the first layer that is repeated; -1 where there is none.
+    slices: the slices; a layer may be in several.
+    where: the first layer that is repeated; -1 if none is.
   """
 
   kind: str
@@ -63,14 +66,14 @@ class Schedule(NamedTuple):
 
 
 def repeat_block(start: int, stop: int, depth: int) -> Schedule:
-  """A block of layers run twice: a b c a b c."""
+  """Repeats a block of layers as a whole: a b c a b c."""
   first, second = Slice("base", 0, stop), Slice("base", start, depth)
   name = f"{start} to {stop - 1}, as a block"
   return Schedule(f"block of {stop - start}", name, (first, second), start)
 
 
 def repeat_each(start: int, stop: int, depth: int) -> Schedule:
-  """Each layer of a block run twice: a a b b c c."""
+  """Repeats each layer of a block: a a b b c c."""
   twice = tuple(
     Slice("base", i, i + 1) for i in range(start, stop) for _ in range(2)
   )
@@ -80,14 +83,14 @@ def repeat_each(start: int, stop: int, depth: int) -> Schedule:
 
 
 def leave_out(start: int, stop: int, depth: int) -> Schedule:
-  """A block of layers not run at all."""
+  """Leaves out a block of layers."""
   slices = (Slice("base", 0, start), Slice("base", stop, depth))
   name = f"without {start} to {stop - 1}"
   return Schedule(f"without {stop - start}", name, slices, start)
 
 
 def schedules_of(depth: int) -> list[Schedule]:
-  """What is tried with a model of a depth, 30 or a few layers.
+  """Lists what is tried with a model of a depth, 30 or a few layers.
 
   Args:
     depth: layers.
@@ -127,12 +130,12 @@ def schedules_of(depth: int) -> list[Schedule]:
 def restack(
   trees: Mapping[str, Any], slices: Sequence[Slice]
 ) -> tuple[dict[str, Any], list[int]]:
-  """Parameters of the model that slices make; arrays are shared, not copied.
+  """Puts together the parameters of slices; arrays are shared, not copied.
 
   Args:
     trees: name -> parameters, of one shape.
-    slices: first layers first. What is no layer is the first one's: embedding,
-      head and last norm.
+    slices: first layers first. Embedding, head and last norm are the first
+      slice's.
 
   Returns:
     path -> array, and the layer that each of its layers was.
@@ -160,7 +163,7 @@ def restack(
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The nested dict of paths.
+  """Nests a dict of paths.
 
   Args:
     flat: path -> array.
@@ -182,7 +185,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def measure_all(
   found: skills.Skills, only: Sequence[str], done: Sequence[Row]
 ) -> Iterator[Row]:
-  """A row for each schedule that is not there yet.
+  """Measures each schedule that has no row yet.
 
   Args:
     found: base, finetunes and texts.
@@ -210,7 +213,7 @@ def measure_all(
 
 
 def as_text(slices: Sequence[Any]) -> str:
-  """Slices in words, such as "base 0-19, 10-29".
+  """Describes slices in words, such as "base 0-19, 10-29".
 
   Args:
     slices: (model, start, stop) each.
@@ -233,7 +236,7 @@ def as_text(slices: Sequence[Any]) -> str:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-  """Rows as a Markdown table.
+  """Formats rows as a Markdown table.
 
   Args:
     rows: as measured.

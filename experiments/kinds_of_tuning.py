@@ -5,8 +5,12 @@
 
 A byte-level Llama of four layers and 128 channels, trained on Python's help,
 learns the King James Bible, each kind at a few learning rates. The best rate is
-chosen on one half of the held-out rows and told on the other. Prints trained
-parameters, bytes to store and of the optimiser's state, and held-out loss.
+chosen on one half of the held-out rows and reported on the other. Prints
+trained parameters, bytes to store and of the optimiser's state, and held-out
+loss.
+
+Takes 2 minutes on an H100. Expect loss to fall with parameters, norms to be
+worth most for their bytes and a prompt least.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +30,7 @@ from jlora.training import by_root, init_lora, trained_part
 
 
 def shift_norms(params: Any, key: jax.Array) -> dict[str, Shift]:
-  """A Shift of zero on every norm's scale.
+  """Makes a Shift of zero on every norm's scale.
 
   Args:
     params: nested dict.
@@ -44,11 +48,11 @@ def shift_norms(params: Any, key: jax.Array) -> dict[str, Shift]:
 
 
 def shift_everything(params: Any, key: jax.Array) -> dict[str, Shift]:
-  """A Shift of zero on every parameter: full finetuning.
+  """Makes a Shift of zero on every parameter: full finetuning.
 
   Args:
     params: nested dict.
-    key: not looked at.
+    key: not used.
 
   Returns:
     path -> Shift.
@@ -60,7 +64,7 @@ def shift_everything(params: Any, key: jax.Array) -> dict[str, Shift]:
 
 
 def lora_of(rank: int) -> Callable[[Any, jax.Array], dict[str, Any]]:
-  """The function that makes an adapter of a rank on every linear layer.
+  """Returns a function that makes an adapter of a rank on all linear layers.
 
   Args:
     rank: of every module.
@@ -70,13 +74,14 @@ def lora_of(rank: int) -> Callable[[Any, jax.Array], dict[str, Any]]:
   """
 
   def start(params: Any, key: jax.Array) -> dict[str, Any]:
+    """Makes the adapter."""
     return init_lora(params, rank, key, alpha=4.0, scaling=by_root)
 
   return start
 
 
 def prompt_of(count: int) -> Callable[[Any, jax.Array], dict[str, Rows]]:
-  """The function that makes a prompt of embeddings of bytes drawn at random.
+  """Returns a function that makes a prompt of random bytes' embeddings.
 
   Args:
     count: its length.
@@ -86,6 +91,7 @@ def prompt_of(count: int) -> Callable[[Any, jax.Array], dict[str, Rows]]:
   """
 
   def start(params: Any, key: jax.Array) -> dict[str, Rows]:
+    """Makes the prompt."""
     table = flatten(params)[_TABLE]
     return {_TABLE: Rows(jax.random.choice(key, table, (count,)))}
 
@@ -93,7 +99,7 @@ def prompt_of(count: int) -> Callable[[Any, jax.Array], dict[str, Rows]]:
 
 
 def prompted(model: Callable, count: int) -> Callable:
-  """A model that reads a prompt before its tokens.
+  """Wraps a model to read a prompt before its tokens.
 
   Args:
     model: `(params, tokens) -> logits`.
@@ -106,6 +112,7 @@ def prompted(model: Callable, count: int) -> Callable:
     return model
 
   def run(params: Any, tokens: jax.Array) -> jax.Array:
+    """Runs the model; drops the prompt's logits."""
     table = flatten(params)[_TABLE]
     return model(params, prepend(tokens, table, count))[:, count:]
 
@@ -113,7 +120,7 @@ def prompted(model: Callable, count: int) -> Callable:
 
 
 class Kind(NamedTuple):
-  """One way to tune.
+  """One way to tune: its programs, learning rates and prompt.
 
   Attributes:
     start: (params, key) -> programs to begin with.
@@ -140,7 +147,7 @@ KINDS = {
 def measure_kind(
   school: lessons.School, name: str, steps: int, seeds: int
 ) -> dict[str, Any]:
-  """What a kind reaches at its best learning rate.
+  """Measures what a kind reaches at its best learning rate.
 
   Args:
     school: base and text.
@@ -183,7 +190,7 @@ def measure_kind(
 
 
 def as_table(rows: Iterable[Mapping[str, Any]], base: float) -> str:
-  """The kinds beside each other.
+  """Formats all kinds as a Markdown table.
 
   Args:
     rows: of `measure_kind`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jlora merge`, under the name it had: checkpoints merged by a recipe."""
+"""Runs `jlora merge`, under its former name."""
 
 from jlora.commands import start
 

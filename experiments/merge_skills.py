@@ -11,6 +11,8 @@ on both texts, beside the base, each finetune and adapter alone, the plain
 average, and adapters of random factors of the same standard deviations. --rows
 keeps what was measured, and a second run goes on with it; --out writes the
 figure.
+
+Takes over 30 minutes on two loaded cores.
 """
 
 import json
@@ -46,7 +48,7 @@ Row = dict[str, Any]
 
 
 def randomise(loras: Loras, seed: int) -> Loras:
-  """Adapters of Gaussian factors, each with the standard deviation of its own.
+  """Replaces factors by Gaussian ones of the same standard deviations.
 
   Args:
     loras: path -> Lora.
@@ -62,6 +64,7 @@ def randomise(loras: Loras, seed: int) -> Loras:
   """
 
   def drawn(path: str, part: str, factor: Any) -> jax.Array:
+    """Draws one factor."""
     key = key_for(jax.random.key(seed), f"{path}.{part}")
     return float(np.std(factor)) * jax.random.normal(key, factor.shape)
 
@@ -72,7 +75,7 @@ def randomise(loras: Loras, seed: int) -> Loras:
 
 
 def merges_of(found: Skills, rank: int) -> Iterator[Model]:
-  """Every model of the table: kind, method, setting, how to make it.
+  """Yields every model of the table: kind, method, setting, how to make it.
 
   Args:
     found: base, finetunes and texts.
@@ -106,6 +109,7 @@ def merges_of(found: Skills, rank: int) -> Iterator[Model]:
   kept: list[list[Loras]] = []
 
   def adapted(one: Merge, column: int) -> Any:
+    """Merges adapters and applies the result; extracts them at first."""
     if not kept:
       own = [jlora.extract(base, tree, rank=rank) for tree in pair]
       kept.extend([own, [randomise(x, i) for i, x in enumerate(own)]])
@@ -117,7 +121,7 @@ def merges_of(found: Skills, rank: int) -> Iterator[Model]:
 
 
 def run(one: Merge, trees: Sequence[Any], base: Any = None) -> Any:
-  """One merge.
+  """Runs one merge.
 
   Args:
     one: which.
@@ -137,7 +141,7 @@ def run(one: Merge, trees: Sequence[Any], base: Any = None) -> Any:
 
 
 def relative_change(base: Any, tree: Any) -> float:
-  """‖tree - base‖ / ‖base‖ over all parameters."""
+  """Computes ‖tree - base‖ / ‖base‖ over all parameters."""
   pairs = [(x, flatten(tree)[path]) for path, x in flatten(base).items()]
   square = lambda x: float(np.sum(np.square(x, dtype=np.float64)))  # noqa: E731
   moved = sum(square(np.asarray(y) - np.asarray(x)) for x, y in pairs)
@@ -145,7 +149,7 @@ def relative_change(base: Any, tree: Any) -> float:
 
 
 def front(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
-  """Rows that no other row beats on both texts, by loss on the first.
+  """Returns rows that no other row beats on both texts, by loss on the first.
 
   Args:
     rows: text -> loss of each row of tokens.
@@ -169,7 +173,7 @@ def front(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
 
 
 def as_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
-  """Rows as a Markdown table; a star is on the Pareto front.
+  """Formats rows as a Markdown table; a star is on the Pareto front.
 
   Args:
     rows: as measured.
@@ -197,7 +201,7 @@ def as_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
 def measure_all(
   found: Skills, rank: int, only: Sequence[str], done: list[Row]
 ) -> Iterator[Row]:
-  """A row for each merge that is not there yet.
+  """Measures each merge that has no row yet.
 
   Args:
     found: base, finetunes and texts.
@@ -213,6 +217,7 @@ def measure_all(
   known = {(row["method"], row["setting"]) for row in done}
 
   def is_wanted(method: str, setting: str) -> bool:
+    """Returns whether a merge is asked for and not yet measured."""
     return (method, setting) not in known and (not only or method in only)
 
   for kind, method, setting, make in merges_of(found, rank):
@@ -223,7 +228,7 @@ def measure_all(
         "change": relative_change(found.base, tree),
         **skills.measure(apply, tree, found.held_out),
       }  # fmt: skip
-      del tree  # the next is made before the name is taken
+      del tree  # or both would be in memory while the next is made
   for setting, mix in mixtures.mixtures_of(found):
     if is_wanted("mixture", setting):
       mixed, tree = mix()

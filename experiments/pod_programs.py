@@ -5,11 +5,14 @@
 
 Needs the compilers of the extra `aot`. Every program is `jlora.extract` of one
 matrix of a Llama-3 in bfloat16, or `jlora.adapt` of one of its layers with
-embedding and head, cut as is the default. Bytes that a device exchanges are
+embedding and head, cut as by default. Bytes that a device exchanges are
 those of the compiled program when the Krylov space stops after four blocks, and
 after six at the most; beside them three times the thin factors,
 `3 (m + n) (rank + 16) 4`. Operations are of one device by the compiler's own
-count, in which a loop's body counts once. A program takes seconds to minutes.
+count, in which a loop's body counts once.
+
+A program takes half a minute to two minutes. One that does not fit, or sends
+more than the bound, gives exit code 1.
 """
 
 import json
@@ -47,12 +50,12 @@ _PROGRAMS = flags.DEFINE_multi_enum(
 _JSON = flags.DEFINE_bool("json", False, "Print lines of JSON, not a table.")
 
 _OVERSAMPLE = 16
-_PASSES = (4, 6)  # blocks of the Krylov space, mostly and at the most
+_PASSES = (4, 6)  # blocks of the Krylov space, usually and at most
 _TOKENS = (16, 2048)  # texts and their length, for the adapted layer
 
 
 class Figures(NamedTuple):
-  """What the compiler says of one device.
+  """What the compiler reports for one device.
 
   Attributes:
     pod: compiled for it.
@@ -61,8 +64,8 @@ class Figures(NamedTuple):
     memory: bytes of arguments, results, temporaries and the program itself.
     limit: bytes that the device has.
     flops: the compiler's count of operations.
-    sent: bytes exchanged, mostly.
-    sent_most: bytes exchanged at the most.
+    sent: bytes exchanged, usually.
+    sent_most: bytes exchanged at most.
     bound: three times the thin factors; None where there are none.
     gathered: entries of the largest array that is put together from parts.
     seconds: it took to compile.
@@ -84,7 +87,7 @@ class Figures(NamedTuple):
 def compile_extraction(
   pod: Pod, shape: tuple[int, int], rank: int
 ) -> tuple[Any, float]:
-  """`jlora.extract` of one matrix, cut as `extract(mesh=...)` cuts it.
+  """Compiles `jlora.extract` of one matrix, cut as `extract(mesh=...)` cuts it.
 
   Args:
     pod: compiled for it.
@@ -100,6 +103,7 @@ def compile_extraction(
   thin = sharding.of_adapter(place, MatrixView(), shape)
 
   def run(base, finetuned):
+    """Extracts the Lora of the matrix."""
     sides = {"kernel": base}, {"kernel": finetuned}
     return jlora.extract(*sides, rank=rank)["kernel"]
 
@@ -109,7 +113,7 @@ def compile_extraction(
 def compile_adapted(
   pod: Pod, config: dict[str, Any], rank: int
 ) -> tuple[Any, float]:
-  """The logits of an adapted layer, texts cut over x and weights over y.
+  """Compiles an adapted layer, texts cut over x and weights over y.
 
   Args:
     pod: compiled for it.
@@ -142,6 +146,7 @@ def compile_adapted(
   )
 
   def run(params, loras, tokens):
+    """Computes the logits."""
     bound = jlora.bind(unflatten(params, made), loras)
     return jlora.adapt(model)(bound, tokens)
 
@@ -149,7 +154,7 @@ def compile_adapted(
 
 
 def _lora(path, shape, place, rank) -> jlora.Lora:
-  """A Lora's shapes, where they lie."""
+  """Returns the shapes of a Lora, with their shardings."""
   view: Any = view_of(path, shape, FLAX_VIEWS)
   *batch, m, n = view.shape(shape)
   leaves: Any = (*batch, rank, m), (*batch, rank, n), tuple(batch)
@@ -163,6 +168,7 @@ def _lora(path, shape, place, rank) -> jlora.Lora:
 
 
 def _compile(mesh: Mesh, jitted: Any, *arguments: Any) -> tuple[Any, float]:
+  """Compiles a function, and times that."""
   began = time.perf_counter()
   with jax.set_mesh(mesh):
     compiled = jitted.lower(*arguments).compile()
@@ -172,7 +178,7 @@ def _compile(mesh: Mesh, jitted: Any, *arguments: Any) -> tuple[Any, float]:
 def read_figures(
   pod: str, program: str, shape: tuple[int, ...], compiled: Any, seconds: float
 ) -> Figures:
-  """What a compiled program says.
+  """Reads the figures of a compiled program.
 
   Args:
     pod: a key of `PODS`.
@@ -210,7 +216,7 @@ def read_figures(
 def measure(
   pod: str, model: str, rank: int, programs: list[str]
 ) -> Iterator[Figures]:
-  """Figures of one model's programs for a pod.
+  """Yields the figures of one model's programs for a pod.
 
   Args:
     pod: a key of `PODS`.
@@ -234,7 +240,7 @@ def measure(
 
 
 def tell_excess(figures: Figures) -> list[str]:
-  """What a program holds or sends too much of.
+  """Describes what a program holds or sends too much of.
 
   Args:
     figures: of the program.
@@ -275,6 +281,7 @@ def main(argv: list[str]) -> None:
 
 
 def _say(figures: Figures) -> None:
+  """Prints one program's figures."""
   if _JSON.value:
     print(json.dumps(figures._asdict()), flush=True)
     return

@@ -4,18 +4,21 @@
   python -m experiments.quickstart            at most 6 minutes on two cores
   python -m experiments.quickstart --smoke    a tiny random model, no download
 
-Brings SmolLM2-135M, finetunes all its matrices on the King James Bible,
+Downloads SmolLM2-135M, finetunes all its matrices on the King James Bible,
 extracts a LoRA, prints what each kind of module loses, writes the adapter
-folder, and scores base, finetune and base + adapter on held-out text. The model
-and the finetune are cached; a second run takes seconds. Expect a relative error
-of about one half and nearly all of the loss improvement: most of what this
-finetune changed does not show in its loss.
+folder, and scores base, finetune and base + adapter on held-out text. Model and
+finetune are cached, so that a second run takes seconds, and linked to from here
+as `smollm2` and `smollm2-kjv` for the README's six lines. Expect a relative
+error of about one half and nearly all of the loss improvement: most of what
+this finetune changed does not show in its loss.
 """
 
+import os
 import pathlib
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -33,10 +36,16 @@ _CACHE = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
   "out", None, "Where the adapter goes; a folder in the cache by default."
 )
+_LINKS = flags.DEFINE_string(
+  "links", ".", "Folder that gets links to the model and its finetune."
+)
 _RANK = flags.DEFINE_integer(
   "rank", None, "Rank of every module: 64, of the tiny model 8.", lower_bound=1
 )
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny random model instead.")
+
+#: What the model and its finetune are called by the README's lines.
+LINKS = ("smollm2", "smollm2-kjv")
 
 
 def main(argv: list[str]) -> None:
@@ -51,11 +60,12 @@ def main(argv: list[str]) -> None:
       out = pathlib.Path(_OUT.value or f"{work}/adapter")
     else:
       base, finetuned = finetunes.kjv_pair(_CACHE.value)
+      link(_LINKS.value, dict(zip(LINKS, (base, finetuned), strict=True)))
       encode, text = smollm2.tokenizer(base), smollm2.kjv(_CACHE.value)
       default = f"{finetuned}-rank{rank}"
       out = pathlib.Path(_OUT.value or default)
     if _OUT.value is None:
-      shutil.rmtree(out, ignore_errors=True)  # ours: made from its own inputs
+      shutil.rmtree(out, ignore_errors=True)  # our own: can be made again
     report = _extract(base, finetuned, out, rank)
     _, held_out = texts.split(text)
     tokens = texts.excerpts(held_out, encode, rows=8, length=127)
@@ -63,16 +73,42 @@ def main(argv: list[str]) -> None:
     print(
       f"\nadapter: {out} ({report.totals['adapter_bytes'] / 2**20:.1f} MiB)"
     )
-    if _SMOKE.value and _OUT.value is None:
+    if not _SMOKE.value:
+      print(f"links to the pair: {' and '.join(LINKS)}")
+    elif _OUT.value is None:
       print("(removed now; --out keeps it)")
 
 
+def link(
+  folder: str | os.PathLike[str], targets: Mapping[str, pathlib.Path]
+) -> None:
+  """Links to folders; links of an earlier run are made anew.
+
+  Args:
+    folder: holds the links; made if need be.
+    targets: name -> what it leads to.
+
+  Raises:
+    ValueError: there is something else of that name.
+  """
+  place = pathlib.Path(folder)
+  place.mkdir(parents=True, exist_ok=True)
+  for name, target in targets.items():
+    path = place / name
+    if path.is_symlink():
+      path.unlink()
+    if path.exists():
+      raise ValueError(f"{path} is no link; --links names another folder")
+    path.symlink_to(target.resolve(), target_is_directory=True)
+
+
 def _extract(base, finetuned, out, rank) -> jlora.Report:
+  """Extracts, writes the model card, and prints what was lost."""
   began = time.monotonic()
   report = jlora.extract_checkpoint(base, finetuned, out, rank=rank)
   seconds = time.monotonic() - began
   command = (
-    f"python -m experiments.extract --base={base} --finetuned={finetuned} "
+    f"jlora extract --base={base} --finetuned={finetuned} "
     f"--out={out} --rank={rank}"
   )
   extraction.write_card(out, report, command)

@@ -9,6 +9,9 @@ Bible, trained from different starts: the loss along the line between them as
 they are, after weight matching and after activation matching. Then pairs of
 finetunes of one base, where nothing should move. Prints held-out barriers in
 nats, mean and standard deviation over pairs; --out writes the figure.
+
+Takes 15 minutes on two cores beside other jobs. Expect most of the MLPs'
+barrier to go, and most of the Llama's to stay.
 """
 
 import pathlib
@@ -33,13 +36,13 @@ from jlora.commands import keep_compilations
 
 POINTS = 11
 METHODS = ("as they are", "weights matched", "activations matched")
-#: Llama of bytes: two layers of 64 channels, 4 heads on 2 key heads.
+#: A byte-level Llama: two layers of 64 channels, 4 heads on 2 key heads.
 LLAMA = {**finetunes.TINY, "tie_word_embeddings": False}
 _STYLES = (("#7F7F7F", "s"), ("#0072B2", "o"), ("#D55E00", "^"))
 
 
 class Outcome(NamedTuple):
-  """A pair of networks on the line between them.
+  """A pair of networks, and the losses on the line between them.
 
   Attributes:
     task: what was trained, and from what.
@@ -55,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 def compare_pair(task: basins.Task, name: str, a: Any, b: Any) -> Outcome:
-  """A pair, as it is and with b's units in two other orders.
+  """Measures a pair as it is, and with b's units in two other orders.
 
   Args:
     task: theirs.
@@ -90,7 +93,7 @@ def compare_pair(task: basins.Task, name: str, a: Any, b: Any) -> Outcome:
 
 
 def moved_share(orders: Permutations) -> float:
-  """The share of units that are not where they were.
+  """Computes the share of units that changed their place.
 
   Args:
     orders: any permutations.
@@ -107,6 +110,7 @@ def moved_share(orders: Permutations) -> float:
 
 
 def _distance(a: Any, b: Any) -> float:
+  """Computes the distance of two trees."""
   squares = jax.tree.map(
     lambda x, y: np.sum(np.square(np.asarray(x) - y, dtype=np.float64)), a, b
   )
@@ -114,7 +118,7 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def compare_strangers(task: basins.Task, pairs: int) -> list[Outcome]:
-  """Pairs trained from different starts, on batches in different orders.
+  """Compares pairs trained from different starts on different batches.
 
   Args:
     task: what is trained.
@@ -135,7 +139,7 @@ def compare_strangers(task: basins.Task, pairs: int) -> list[Outcome]:
 
 
 def compare_siblings(task: basins.Task, pairs: int) -> list[Outcome]:
-  """Pairs of finetunes of one base, which differ in the order of batches.
+  """Compares pairs of finetunes of one base, on different batches.
 
   Args:
     task: what is trained.
@@ -157,12 +161,13 @@ def compare_siblings(task: basins.Task, pairs: int) -> list[Outcome]:
 
 
 def _say(outcome: Outcome) -> None:
+  """Prints the barriers of a pair."""
   said = [f"{basins.barrier(c):.3f}" for c in outcome.curves.values()]
   print(f"  {outcome.task}: {', '.join(said)}", flush=True)
 
 
 def by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-  """Outcomes by what was trained.
+  """Groups outcomes by what was trained.
 
   Args:
     outcomes: any.
@@ -181,7 +186,7 @@ def by_task(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def as_table(outcomes: Sequence[Outcome]) -> str:
-  """Loss at the ends and barriers, means and standard deviations over pairs.
+  """Formats losses and barriers, means and deviations over pairs.
 
   Args:
     outcomes: of any tasks.
@@ -211,7 +216,7 @@ def as_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def draw_lines(outcomes: Sequence[Outcome]) -> Figure:
-  """The loss along the line, a panel for each task.
+  """Draws the loss along the line, a panel for each task.
 
   Args:
     outcomes: of any tasks.
@@ -245,7 +250,7 @@ def draw_lines(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def tiny_tasks(cache: str | None) -> list[basins.Task]:
-  """An MLP and a Llama of one layer, trained in a moment."""
+  """Makes the tasks of an MLP and a Llama that train in a moment."""
   small = {**LLAMA, "num_hidden_layers": 1, "hidden_size": 16}
   small |= {"intermediate_size": 24}
   text = basins.text_task(small, 6, "pydoc", cache)
@@ -253,7 +258,7 @@ def tiny_tasks(cache: str | None) -> list[basins.Task]:
 
 
 def compare_all(tasks: Sequence[basins.Task], pairs: int) -> list[Outcome]:
-  """Strangers of every task, siblings of the last two, and their table.
+  """Compares strangers of all tasks and siblings of two; prints the table.
 
   Args:
     tasks: what is trained; the last one's network is another family.

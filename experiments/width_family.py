@@ -6,7 +6,10 @@
 Byte-level Llamas of four layers are trained on technical English, then wholly
 finetuned on the King James Bible, all by the same steps and learning rates. The
 relative error of extraction at fixed ranks and at a fixed share of the width is
-told for MLPs and attention, over seeds.
+printed for MLPs and attention, over seeds.
+
+Takes over 30 minutes on two loaded cores. Expect the error to grow with width
+at a fixed rank, and to fall at a fixed share of the width.
 """
 
 import json
@@ -36,7 +39,7 @@ def train_member(
   corpora: Sequence[np.ndarray],
   steps: tuple[int, int],
 ) -> ladders.Ladder:
-  """A member's finetune, factored.
+  """Trains and finetunes a member of the family, and factors its change.
 
   Args:
     width: hidden size.
@@ -65,7 +68,7 @@ def train_member(
 
 
 def measure_member(ladder: ladders.Ladder, width: int) -> dict[str, Any]:
-  """What extraction loses of a member, by part.
+  """Measures what extraction loses of a member, by part.
 
   Args:
     ladder: as `train_member` gives it.
@@ -88,6 +91,7 @@ def measure_member(ladder: ladders.Ladder, width: int) -> dict[str, Any]:
     measure = error_of(spectra, norms, rests)
 
     def error(rank, measure=measure, spectra=spectra):
+      """Computes the relative error at a rank."""
       return measure({path: min(rank, len(s)) for path, s in spectra.items()})
 
     stable = [
@@ -103,7 +107,7 @@ def measure_member(ladder: ladders.Ladder, width: int) -> dict[str, Any]:
 
 
 def as_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  """Means and standard deviations over seeds, by width.
+  """Formats means and standard deviations over seeds, by width.
 
   Args:
     rows: of `measure_member`, any seeds.

@@ -39,10 +39,13 @@ def public_names():
   found = set()
   for name in modules():
     module = importlib.import_module(name)
-    exported = getattr(module, "__all__", None)
-    if exported is None and name.count(".") == 1:
-      exported = [n for n in vars(module) if not n.startswith("_")]
-    values = [getattr(module, attribute) for attribute in exported or ()]
+    values = [getattr(module, n) for n in getattr(module, "__all__", ())]
+    if name.count(".") == 1 and not values:
+      values = [
+        value
+        for attribute, value in vars(module).items()
+        if getattr(value, "__module__", None) == name and attribute[0] != "_"
+      ]
     found |= {
       f"{value.__module__}.{value.__name__}"
       for value in values

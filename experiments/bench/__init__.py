@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: `python -m experiments.bench.NAME`."""
+"""Benchmarks, one command each: `python -m experiments.bench.NAME`."""

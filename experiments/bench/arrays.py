@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The factorisers against the optimum, and against the products they need."""
+"""Measures the factorisers' errors over the optimum, and their speed."""
 
 import functools
 import pathlib
@@ -21,14 +21,14 @@ from jlora.factoring import cheapest
 
 
 class Row(NamedTuple):
-  """A line of the benchmark's table.
+  """A row of the benchmark's table.
 
   Attributes:
-    part: of the benchmark.
-    what: was measured.
-    value: as measured; None where it was not run.
+    part: part of the benchmark.
+    what: what was measured.
+    value: as measured; None if it was not run.
     unit: "x" for a ratio within this run.
-    goal: what it must reach, "" if it is only told.
+    goal: what it must reach, "" if there is no goal.
     note: how it was measured.
   """
 
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 def measure_errors(
   shape: tuple[int, int], rank: int, real: tuple[str, str] | None
 ) -> Iterator[Row]:
-  """Errors over the Eckart-Young optimum, from float64 singular values.
+  """Measures errors over the Eckart-Young optimum, in float64.
 
   Args:
     shape: of the synthetic matrices.
@@ -76,7 +76,7 @@ def measure_errors(
 
 
 def _synthetic(shape: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
-  """Matrices of a flat, a spiked and a power-law spectrum."""
+  """Yields matrices of a flat, a spiked and a power-law spectrum."""
   rng = np.random.default_rng(0)
   flat = rng.standard_normal(shape, np.float32)
   yield "flat", flat
@@ -92,7 +92,7 @@ def _synthetic(shape: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _cached_pair() -> tuple[str, str] | None:
-  """The real pair where experiments.finetune has left it."""
+  """Finds the real pair that experiments.finetune left in the cache."""
   for tuned in sorted(caches.cache_folder().glob("*-kjv-*")):
     base = tuned.with_name(tuned.name.split("-kjv-")[0])
     if base.exists():
@@ -103,7 +103,7 @@ def _cached_pair() -> tuple[str, str] | None:
 def _one_of_each_type(
   base: str, finetuned: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Deltas of one changed matrix of each type, by the type's name."""
+  """Yields the delta of one changed matrix of each type, with its name."""
   left, right = map(jlora.open_checkpoint, (base, finetuned))
   label, seen = pathlib.Path(finetuned).name, set()
   for name, spec in left.spec.items():
@@ -119,7 +119,7 @@ def _one_of_each_type(
 def measure_factoring(
   shape: tuple[int, int], rank: int, repeats: int
 ) -> Iterator[Row]:
-  """Factoring time over the time of the bare products it needs.
+  """Times factoring, over the time of the bare products it needs.
 
   Args:
     shape: of the matrix.
@@ -161,7 +161,7 @@ def measure_factoring(
 
 
 def multiply(count: int, delta: Any, block: Any) -> Any:
-  """A block after so many products with a matrix and its transpose in turn.
+  """Multiplies a block by a matrix and its transpose in turn.
 
   Args:
     count: of products.
@@ -181,7 +181,7 @@ def multiply(count: int, delta: Any, block: Any) -> Any:
 
 
 def count_products(delta: np.ndarray, factor: Callable[..., Any]) -> int:
-  """How many wide products with a NumPy array a factoriser makes.
+  """Counts the wide products that a factoriser makes with a NumPy array.
 
   Args:
     delta: (m, n).
@@ -196,7 +196,7 @@ def count_products(delta: np.ndarray, factor: Callable[..., Any]) -> int:
   """
 
   class Counted(np.ndarray):
-    """An array that counts where it is the right side of a product."""
+    """An array that counts the products where it is on the right."""
 
     made = 0
 
@@ -213,7 +213,7 @@ def count_products(delta: np.ndarray, factor: Callable[..., Any]) -> int:
 
 
 def _compiled(factor, products, delta, block):
-  """Both as compiled functions without arguments."""
+  """Compiles both as functions without arguments."""
   delta, block = jnp.asarray(delta), jnp.asarray(block)
   with jax.default_matmul_precision("highest"):
     first = jax.jit(factor).lower(delta).compile()
@@ -225,9 +225,9 @@ def _compiled(factor, products, delta, block):
 
 
 def _in_turn(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
-  """Median seconds of each function, in proportion to the last one's.
+  """Times functions in turns; returns the median seconds of each.
 
-  They take turns, and it is the ratio within a turn whose median is taken.
+  The median is of the ratios to the last function within each turn.
   """
   times = []
   with threadpool_limits(1, user_api="blas"):

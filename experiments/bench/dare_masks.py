@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random masks of two models beside mergekit 0.1.5's, with masks matched.
+"""Do DARE and DELLA merge as mergekit 0.1.5 does when their masks are the same?
 
   python -m experiments.bench.dare_masks --mergekit=/path/to/mergekit-yaml
 
 mergekit draws the mask of every tensor and model from one generator, in an
-order that its recipe and seed fix and that weights have no part in. So the
-recipe is run again with all weights but one at zero, for each model: what then
-differs from the base is what its mask keeps. With those masks in the place of
-ours the merge of both models is compared, on a small float32 model.
+order that its recipe and seed fix and that does not depend on weights. So the
+recipe is run again for each model, with all other weights at zero: what then
+differs from the base is what the model's mask keeps. The merge of both models
+is compared with these masks in place of ours, on a small float32 model. Expect
+differences of rounding.
 """
 
 import inspect
@@ -28,7 +29,7 @@ from experiments.lib.machines.processes import measure
 from jlora.checkpoints import open_checkpoint
 from jlora.merging import FORMS, merge_task_vectors, read_inputs
 
-#: Method -> the one of the same masks that is a plain sum.
+#: Method -> the method with the same masks that is a plain sum.
 METHODS = {
   "dare_linear": "dare_linear",
   "dare_ties": "dare_linear",
@@ -47,14 +48,14 @@ SMALL = {
 }
 WEIGHTS = (0.7, 0.3)
 DENSITIES = (0.4, 0.6)
-_LARGE = 1024.0  # so that no change that is kept is lost in rounding
+_LARGE = 1024.0  # large enough that rounding loses no change that is kept
 _SEED = "7"
 
 
 def merge_masked(
   method: str, base: Any, tuned: Sequence[Any], masks: Sequence[Any]
 ) -> np.ndarray:
-  """One tensor merged by a method of recipes, its random masks given.
+  """Merges one tensor by a method of recipes, its random masks given.
 
   Args:
     method: of `METHODS`.
@@ -77,11 +78,12 @@ def merge_masked(
   kept = jnp.asarray(np.stack(masks))
 
   def sparsify(delta, index, key):
+    """Keeps the entries of a model's mask, and rescales."""
     del key
     return rescale(delta, jnp.where(kept[index.astype(int)], delta, 0.0), None)
 
   given = read_inputs(method, jnp.asarray(np.stack(tuned)), WEIGHTS, base)
-  numbered = np.arange(len(tuned))  # a model's amount says which mask
+  numbered = np.arange(len(tuned))  # the amount selects a model's mask
   merged = merge_task_vectors(
     given, sparsify=sparsify, amounts=numbered, **options
   )
@@ -91,7 +93,7 @@ def merge_masked(
 def compare(
   work: pathlib.Path, mergekit: str
 ) -> Iterator[tuple[str, float, float, float]]:
-  """Both tools' merges of two finetunes with the same masks.
+  """Merges two finetunes by both tools with the same masks, and compares.
 
   Args:
     work: folder for models and merges.
@@ -130,7 +132,7 @@ def compare(
 def write_recipe(
   file: pathlib.Path, method: str, models: Sequence[Any], weights: Sequence
 ) -> pathlib.Path:
-  """The file of a recipe.
+  """Writes a recipe of mergekit's form.
 
   Args:
     file: to write.
@@ -152,7 +154,7 @@ def write_recipe(
 
 
 def _run(work, mergekit, method, weights) -> Any:
-  """What mergekit makes, opened."""
+  """Merges by mergekit; opens the result."""
   models = [work / "small" / name for name in pairs.FAMILY]
   recipe = write_recipe(work / "masks.yml", method, models, weights)
   out = work / "out" / f"{method}-{'-'.join(f'{w:g}' for w in weights)}"
@@ -164,7 +166,7 @@ def _run(work, mergekit, method, weights) -> Any:
 
 
 def main(_: list[str]) -> None:
-  """Compares and prints the figures as Markdown."""
+  """Compares, and prints the figures as Markdown."""
   values = flags.FLAGS
   with tempfile.TemporaryDirectory() as temporary:
     work = pathlib.Path(values.work or temporary)

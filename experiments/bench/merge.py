@@ -1,5 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges from disk to disk beside mergekit's, on the same recipes."""
+"""Are our merges from disk to disk mergekit's, and how fast are they beside it?
+
+  python -m experiments.bench.merge --mergekit=VENV/bin/mergekit-yaml
+    [--parts=results] [--methods=ties,slerp] [--layers=8] [--work=FOLDER]
+
+Both tools run the same recipe files. Results are compared on a small float32
+model; times and peaks of memory are those of whole processes on a large
+bfloat16 one. Not timed as a whole: --work keeps models and figures, and another
+run adds to them. Expect differences of rounding, and single entries beyond that
+for the methods that trim by magnitude.
+"""
 
 import json
 import pathlib
@@ -20,6 +30,18 @@ from experiments.lib.machines.processes import measure
 from jlora.checkpoints import open_checkpoint
 from jlora.merging import match_l1, merge_task_vectors, read_inputs
 
+_MERGEKIT = flags.DEFINE_string("mergekit", None, "mergekit-yaml, of 0.1.5.")
+_WORK = flags.DEFINE_string(
+  "work", None, "Folder for models and figures; a temporary one by default."
+)
+_LAYERS = flags.DEFINE_integer("layers", 8, "Of the large model.")
+_PARTS = flags.DEFINE_multi_enum(
+  "parts",
+  ["results", "ours", "mergekit"],
+  ["models", "results", "ours", "mergekit", "table"],
+  "What to measure; models are made and the table is printed in any case.",
+)
+_METHODS = flags.DEFINE_list("methods", None, "Those to take; all by default.")
 _ROOT = pathlib.Path(__file__).parents[2]
 _SMALL = {
   **pairs.LLAMA,
@@ -35,7 +57,7 @@ _WEIGHTS = ({"weight": 0.7}, {"weight": 0.3})
 _THINNED = tuple({**one, "density": 0.5} for one in _WEIGHTS)
 _WHOLE = tuple({**one, "density": 1.0} for one in _WEIGHTS)
 _RAMP: dict[str, Any] = {"t": [0.0, 0.3, 1.0]}
-# Method -> (parameters of each finetune, of all; whether it has a base).
+#: Method -> (parameters of each finetune, of all; whether it has a base).
 METHODS: dict[str, tuple[tuple[dict, ...], dict, bool]] = {
   "linear": (_WEIGHTS, {}, False),
   "slerp": (({},), _RAMP, True),
@@ -60,13 +82,13 @@ _MASKED = "dare_linear with its mask"
 
 
 class Bench:
-  """Both tools on the same recipes; figures in a file of the work folder.
+  """Merges by both tools; keeps the figures in a file of the work folder.
 
   Args:
     work: the folder.
-    mergekit: mergekit-yaml, or None.
-    layers: of the large model.
-    methods: those to take; None is all.
+    mergekit: path of mergekit-yaml, or None.
+    layers: number of layers of the large model.
+    methods: the methods to run; None is all.
   """
 
   def __init__(
@@ -76,17 +98,18 @@ class Bench:
     layers: int = 8,
     methods: Sequence[str] | None = None,
   ):
+    """Creates the work folder."""
     self._work, self._mergekit = work, mergekit
     self._layers, self._methods = layers, methods
     work.mkdir(parents=True, exist_ok=True)
     self._file = work / "figures.json"
 
   def _found(self) -> dict[str, Any]:
-    """What was measured so far, by other processes too."""
+    """Reads what was measured so far, by other processes too."""
     return json.loads(self._file.read_text()) if self._file.exists() else {}
 
   def models(self) -> None:
-    """A base and two finetunes of either size."""
+    """Writes a base and two finetunes, small and large, if missing."""
     large = {**pairs.LLAMA, "num_hidden_layers": self._layers}
     kinds = (
       ("small", _SMALL, np.float32),
@@ -98,7 +121,7 @@ class Bench:
         pairs.write_family(folder, config, dtype=dtype)
 
   def results(self) -> None:
-    """The largest differences on the small model, of its largest entry."""
+    """Compares both tools' results on the small model."""
     self.models()
     for method in self._taken([*METHODS, _FRANKENMERGE]):
       recipe = self.write_recipe(method, "small", {"dtype": "float32"})
@@ -108,11 +131,11 @@ class Bench:
       self._keep("results", method, self._masked())
 
   def ours(self) -> None:
-    """Whole processes of ours on the large model."""
+    """Measures whole processes of ours on the large model."""
     self._time("ours", self._ours)
 
   def mergekit(self) -> None:
-    """Whole processes of mergekit on the large model."""
+    """Measures whole processes of mergekit on the large model."""
     self._time("mergekit", self._theirs)
 
   def table(self) -> None:
@@ -134,15 +157,18 @@ class Bench:
       print(f"| {method} | {' | '.join(cells)} |")
 
   def _taken(self, names: list[str]) -> list[str]:
+    """Returns the names that were asked for."""
     return [n for n in names if self._methods is None or n in self._methods]
 
   def _keep(self, part: str, method: str, figures: Any) -> None:
+    """Writes the figures of a method to the file, and prints them."""
     found = self._found()
     found.setdefault(part, {})[method] = figures
     self._file.write_text(json.dumps(found))
     print(part, method, figures, file=sys.stderr, flush=True)
 
   def _time(self, side: str, command) -> None:
+    """Measures a tool's processes on all timed recipes."""
     self.models()
     for method in self._taken([*_TIMED, _FRANKENMERGE]):
       recipe = self.write_recipe(method, "large", {"dtype": "bfloat16"})
@@ -154,7 +180,7 @@ class Bench:
       self._keep(side, method, used)
 
   def _both(self, recipe: pathlib.Path, name: str) -> tuple[Any, Any]:
-    """The checkpoints that both make of a recipe."""
+    """Merges a recipe by both tools; opens both results."""
     outs = []
     for command in (self._ours, self._theirs):
       out = self._work / "out" / name / command.__name__
@@ -167,7 +193,7 @@ class Bench:
   def write_recipe(
     self, method: str, size: str, more: Mapping[str, Any]
   ) -> pathlib.Path:
-    """The file of a recipe.
+    """Writes the recipe file of a method.
 
     Args:
       method: mergekit's name.
@@ -207,7 +233,7 @@ class Bench:
     return file
 
   def _masked(self) -> tuple[float, float]:
-    """DARE of one finetune with the mask that mergekit's output shows."""
+    """Compares DARE of one finetune, given the mask that mergekit drew."""
     base, tuned = (str(self._work / "small" / n) for n in pairs.FAMILY[:2])
     recipe = self._work / "small-masked.yml"
     models = [{"model": tuned, "parameters": {"weight": 0.7, "density": 0.4}}]
@@ -238,11 +264,13 @@ class Bench:
     return difference_of(ours, found)
 
   def _ours(self, recipe: pathlib.Path, out: str) -> list[str]:
+    """Returns our command for a recipe."""
     arguments = [f"--config={recipe}", f"--out={out}"]
     cache = f"--cache={self._work / 'cache'}"
     return [sys.executable, "-m", "experiments.merge", *arguments, cache]
 
   def _theirs(self, recipe: pathlib.Path, out: str) -> list[str]:
+    """Returns mergekit's command for a recipe."""
     if not self._mergekit:
       raise ValueError("mergekit-yaml is needed for this part.")
     quiet = ["--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
@@ -250,7 +278,7 @@ class Bench:
 
 
 def difference_of(ours: Any, theirs: Any) -> tuple[float, float]:
-  """How far two results are from each other.
+  """Measures how far two results are from each other.
 
   Args:
     ours: name -> array.
@@ -261,7 +289,7 @@ def difference_of(ours: Any, theirs: Any) -> tuple[float, float]:
     of entries that are equal.
 
   Raises:
-    ValueError: other tensors.
+    ValueError: they have different tensors.
   """
   if set(ours) != set(theirs):
     raise ValueError(f"tensors differ: {sorted(set(ours) ^ set(theirs))[:3]}")
@@ -274,22 +302,8 @@ def difference_of(ours: Any, theirs: Any) -> tuple[float, float]:
   return largest, equal / count
 
 
-_MERGEKIT = flags.DEFINE_string("mergekit", None, "mergekit-yaml, of 0.1.5.")
-_WORK = flags.DEFINE_string(
-  "work", None, "Folder for models and figures; a temporary one by default."
-)
-_LAYERS = flags.DEFINE_integer("layers", 8, "Of the large model.")
-_PARTS = flags.DEFINE_multi_enum(
-  "parts",
-  ["results", "ours", "mergekit"],
-  ["models", "results", "ours", "mergekit", "table"],
-  "What to measure; models are made and the table is printed in any case.",
-)
-_METHODS = flags.DEFINE_list("methods", None, "Those to take; all by default.")
-
-
 def main(argv: list[str]) -> None:
-  """Measures what is asked for and prints all that is known."""
+  """Measures the chosen parts; prints all figures there are."""
   del argv
   with tempfile.TemporaryDirectory() as temporary:
     work = pathlib.Path(_WORK.value or temporary)

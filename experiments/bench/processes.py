@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole extractions as a user starts them, beside mergekit's and NumPy's."""
+"""Measures whole extractions as a user starts them, mergekit's and NumPy's."""
 
 import contextlib
 import pathlib
@@ -13,7 +13,7 @@ from experiments.bench.arrays import Row
 from experiments.lib.data import pairs
 from experiments.lib.machines.processes import Usage, measure
 
-_TURNS = 3  # each figure is the median of so many
+_TURNS = 3  # runs of which each figure is the median
 _ROOT = pathlib.Path(__file__).parents[2]
 
 _NUMPY = """
@@ -31,7 +31,7 @@ save_file(found, sys.argv[3])
 
 
 class Bench:
-  """Extractions of synthetic pairs, one pair on disk at a time.
+  """Extractions of synthetic pairs; one pair is on disk at a time.
 
   Args:
     work: folder for pairs and outputs; each is removed after its use.
@@ -47,13 +47,14 @@ class Bench:
     config: Mapping[str, Any],
     rank: int,
   ):
+    """Notes what to measure."""
     self._work, self._mergekit = work, mergekit
     self._config, self._rank = config, rank
     self._ours: dict[int, Usage] = {}
     self._theirs: dict[int, Usage] = {}
 
   def measure_process(self, layers: int) -> Iterator[Row]:
-    """Whole runs of `layers` and twice as many layers, and mergekit's of 1, 2.
+    """Times whole runs of ours on two depths, and of mergekit.
 
     Args:
       layers: of the model that the goal is about.
@@ -94,7 +95,7 @@ class Bench:
     )
 
   def measure_memory(self, layers: Sequence[int]) -> Iterator[Row]:
-    """Peak resident memory, and how far it differs.
+    """Measures peak resident memory at several depths, and its spread.
 
     Args:
       layers: of the models.
@@ -113,7 +114,7 @@ class Bench:
   def measure_small(
     self, spec: Mapping[str, tuple[int, ...]], llama: Mapping[str, Any]
   ) -> Iterator[Row]:
-    """Many small matrices: compilations, and time against the peers'.
+    """Counts compilations for many small matrices; times ours and peers.
 
     Args:
       spec: name -> shape, for ours and NumPy.
@@ -149,25 +150,25 @@ class Bench:
     yield self._beside("mergekit", kind, ours, theirs)
 
   def _beside(self, peer, kind, ours, theirs) -> Row:
-    """The whole process of a peer over ours."""
+    """Makes the row of a peer's time over ours."""
     note = f"{theirs.wall:.1f} s over {ours.wall:.1f} s, rank {self._rank}"
     ratio = theirs.wall / ours.wall
     return Row("small", f"{peer} over ours, {kind}", ratio, "x", ">= 1", note)
 
   @contextlib.contextmanager
   def _folder(self) -> Iterator[pathlib.Path]:
-    """A folder that is gone afterwards."""
+    """Makes a folder for the duration of the context."""
     with tempfile.TemporaryDirectory(dir=self._work) as folder:
       yield pathlib.Path(folder)
 
   def _extract(self, layers: int) -> Usage:
-    """Ours on a pair of so many layers, unless it was run before."""
+    """Measures ours on a pair of some depth, once."""
     if layers not in self._ours:
       self._take_turns([layers], [])
     return self._ours[layers]
 
   def _take_turns(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
-    """Both on pairs of so many layers, in turns: all see the same machine."""
+    """Measures both tools in turns, so that all see the same machine."""
     found = {("ours", n): [] for n in ours}
     found |= {("theirs", n): [] for n in theirs}
     run = {"ours": self._run_ours, "theirs": self._run_theirs}
@@ -187,12 +188,12 @@ class Bench:
     self._theirs |= {n: middle["theirs", n] for n in theirs}
 
   def _often(self, run, base, tuned, work) -> Usage:
-    """One of the two on a pair, some times."""
+    """Measures one tool a few times; returns the median."""
     outs = (work / f"{run.__name__}{turn}" for turn in range(_TURNS))
     return _median([run(base, tuned, out, work / "cache") for out in outs])
 
   def _run_ours(self, base, tuned, out, cache) -> Usage:
-    """The script as a user starts it."""
+    """Runs the command as a user starts it."""
     paths = {"base": base, "finetuned": tuned, "out": out, "cache": cache}
     arguments = [f"--{name}={value}" for name, value in paths.items()]
     arguments.append(f"--rank={self._rank}")
@@ -200,7 +201,7 @@ class Bench:
     return measure(command, {"PYTHONPATH": str(_ROOT)})
 
   def _run_theirs(self, base, tuned, out, _) -> Usage:
-    """Mergekit without the embeddings, which it would store whole."""
+    """Runs mergekit without the embeddings, which it would store whole."""
     command = [str(self._mergekit), "--model", str(tuned)]
     command += ["--base-model", str(base), "--out-path", str(out)]
     command += ["--max-rank", str(self._rank)]
@@ -209,5 +210,5 @@ class Bench:
 
 
 def _median(usages: Sequence[Usage]) -> Usage:
-  """The median of each figure."""
+  """Returns the median of each figure."""
   return Usage(*map(statistics.median, zip(*usages, strict=True)))

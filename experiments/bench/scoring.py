@@ -8,7 +8,8 @@ float32 weights: SmolLM2-135M where `lib.data.smollm2` put it into the
 cache, else a random model of its shape. Each has a process of its own on the
 same cores; they take turns, one batch at a time. Compiling and loading do not
 count. Where others use the machine, --threads=1 compares processor times that
-no thread's waiting is part of. Takes a minute or two on two cores.
+no thread's waiting is part of. Takes a minute or two on two cores. The goal is
+at least transformers' speed.
 """
 
 import contextlib
@@ -50,12 +51,12 @@ SMOLLM2 = {
   "tie_word_embeddings": True,
 }
 
-# A scorer: the mean negative log-likelihood of (rows, length + 1) tokens.
+# (rows, length + 1) tokens -> their mean negative log-likelihood.
 Scorer = Callable[[np.ndarray], float]
 
 
 class Sizes(NamedTuple):
-  """What is timed.
+  """The sizes that are timed.
 
   Attributes:
     rows: of a batch.
@@ -74,12 +75,13 @@ QUICK = Sizes(rows=2, length=32, turns=3)
 
 
 def _ours(folder: str, threads: int) -> Scorer:
-  """Ours, compiled; the cores it was started on are its threads."""
+  """Returns our scorer, compiled; it uses the cores it was started on."""
   del threads
   apply, params = models.load(folder)
 
   @jax.jit
   def score(params: Any, tokens: jax.Array) -> jax.Array:
+    """Computes the mean negative log-likelihood."""
     logits, targets = apply(params, tokens[:, :-1]), tokens[:, 1:, None]
     said = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - said).mean()
@@ -88,7 +90,7 @@ def _ours(folder: str, threads: int) -> Scorer:
 
 
 def _transformers(folder: str, threads: int) -> Scorer:
-  """The model of transformers as it comes, without gradients."""
+  """Returns transformers' model as a scorer, as it comes, without gradients."""
   import torch  # a peer, not a dependency
   import transformers
 
@@ -99,6 +101,7 @@ def _transformers(folder: str, threads: int) -> Scorer:
 
   @torch.inference_mode()
   def score(tokens: np.ndarray) -> float:
+    """Computes the mean negative log-likelihood."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     logits = model(ids[:, :-1], use_cache=False).logits
     targets = ids[:, 1:].flatten()
@@ -112,12 +115,12 @@ SCORERS = {"ours": _ours, "transformers": _transformers}
 
 
 def serve(name: str, folder: str, sizes: Sizes) -> None:
-  """Nothing; scores a batch for every line of input and prints how long.
+  """Scores a batch for every line of input and prints how long it took.
 
   The first batch is scored before any line is read.
 
   Args:
-    name: of SCORERS.
+    name: a key of SCORERS.
     folder: the model.
     sizes: of the batch.
   """
@@ -138,7 +141,7 @@ def serve(name: str, folder: str, sizes: Sizes) -> None:
 def measure_scoring(
   folder: str | os.PathLike[str], sizes: Sizes, *, label: str
 ) -> Iterator[Row]:
-  """Tokens per second of each, and ours over transformers'.
+  """Measures tokens per second of both, and ours over transformers'.
 
   Args:
     folder: a Hugging Face folder, float32.
@@ -182,10 +185,10 @@ def measure_scoring(
 def _take_turns(
   names: list[str], folder: str, sizes: Sizes
 ) -> dict[str, np.ndarray]:
-  """Name -> (turns, 3): seconds, processor's seconds, loss of each batch."""
+  """Times workers in turns: name -> (turns, 3), wall, processor, loss."""
   with contextlib.ExitStack() as stack:
     stack.enter_context(_on_cores(sizes.threads))
-    # One after the other: loading would disturb the first turns.
+    # One after the other: loading a model would disturb timed turns.
     workers = {}
     for name in names:
       workers[name] = stack.enter_context(_start(name, folder, sizes))
@@ -203,7 +206,7 @@ def _take_turns(
 
 @contextlib.contextmanager
 def _on_cores(count: int) -> Iterator[None]:
-  """Processes started meanwhile have so many cores, where that can be set."""
+  """Limits processes started in the context to some cores, if possible."""
   if not hasattr(os, "sched_setaffinity"):
     yield
     return
@@ -216,7 +219,7 @@ def _on_cores(count: int) -> Iterator[None]:
 
 
 def _start(name: str, folder: str, sizes: Sizes) -> subprocess.Popen:
-  """A worker that serves one of SCORERS."""
+  """Starts a worker that serves one of SCORERS."""
   command = [sys.executable, "-m", "experiments.bench.scoring"]
   command += [f"--worker={name}", f"--folder={folder}"]
   command += [f"--sizes={','.join(map(str, sizes))}"]
@@ -231,7 +234,7 @@ def _start(name: str, folder: str, sizes: Sizes) -> subprocess.Popen:
 
 
 def _answer(worker: Any) -> list[float]:
-  """A worker's next line."""
+  """Reads a worker's next line."""
   line = worker.stdout.readline()
   if not line:
     raise RuntimeError(
@@ -243,10 +246,10 @@ def _answer(worker: Any) -> list[float]:
 
 @contextlib.contextmanager
 def some_model(cache: str | None, *, quick: bool) -> Iterator[tuple[str, str]]:
-  """A folder to score with, and its name; removed again if it was made.
+  """Provides a folder to score with, and its name; removes what it made.
 
   Args:
-    cache: as `smollm2.cache_folder`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
     quick: a tiny random model whatever is cached.
 
   Yields:
@@ -264,7 +267,7 @@ def some_model(cache: str | None, *, quick: bool) -> Iterator[tuple[str, str]]:
 
 
 def main(_: list[str]) -> None:
-  """Measures and prints the table; a worker's process serves instead."""
+  """Measures and prints the table; in a worker's process, serves instead."""
   values = flags.FLAGS
   if values.worker:
     sizes = Sizes(*map(int, values.sizes))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep over ranks against one rank: ranks are nested, so it costs one pass.
+"""What does a sweep over ranks cost beside one rank, as ranks are nested?
 
-    python -m experiments.bench.sweep
+  python -m experiments.bench.sweep
 
-Cost: about a minute on two cores. Expected: the sweep at most 1.3 times one
-factorisation with its figures at one rank.
+Takes under a minute on two cores. Expect at most 1.3 times one factorisation
+with its figures at one rank.
 """
 
 import time
@@ -27,7 +27,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 def measure_sweep(
   shape: tuple[int, int], ranks: tuple[int, ...], repeats: int
 ) -> Iterator[Row]:
-  """Seconds of a sweep over ranks over those of its largest rank alone.
+  """Times a sweep over ranks, over the time of its largest rank alone.
 
   Args:
     shape: of the matrix, a NumPy array.
@@ -60,7 +60,7 @@ def measure_sweep(
 
 
 def _once(delta: np.ndarray, ranks: tuple[int, ...]) -> list[float]:
-  """Seconds: factoring, certificate, figures at the last rank, at all."""
+  """Times factoring, the certificate, and figures at one rank and at all."""
   marks = [time.perf_counter()]
   factors = jlora.factoring.krylov(delta, ranks[-1])
   marks.append(time.perf_counter())

@@ -3,6 +3,7 @@
 
   python -m experiments.bench.training [--cache=FOLDER] [--threads=2] [--quick]
     [--rows=4] [--length=128]
+  python -m experiments.bench.training --memory
 
 Both train the same adapter, rank 16 on every linear layer, from the same start
 by AdamW on the same float32 weights and tokens: SmolLM2-135M where
@@ -11,6 +12,9 @@ Each has a process of its own on the same cores; they take turns, a step at a
 time, and must report the same losses. Loading and compiling do not count.
 --memory measures instead the peak memory of an adapter's training beside full
 finetuning's, both ours.
+
+Takes about 2 minutes on two cores. Expect about PEFT's speed on a CPU, and to
+save roughly Adam's two moments of every parameter.
 """
 
 import contextlib
@@ -40,15 +44,13 @@ from jlora.loras import Lora
 from jlora.paths import flatten
 from jlora.training import init_lora, train
 
-# A stepper: takes a step on (rows, length + 1) tokens, says the loss before it.
+# Takes a step on (rows, length + 1) tokens; returns the loss before it.
 Stepper = Callable[[np.ndarray], float]
-
-_RATE = 1e-3
 PRODUCTS = "the base's bare products"
 
 
 class Sizes(NamedTuple):
-  """What is timed.
+  """The sizes that are timed.
 
   Attributes:
     rows: of a batch.
@@ -68,175 +70,10 @@ class Sizes(NamedTuple):
 QUICK = Sizes(rows=2, length=32, turns=3, rank=4)
 
 
-def _start_of(folder: str, rank: int) -> dict[str, np.ndarray]:
-  """Path -> a, the same in every process; b is zero and the scale one."""
-  config = models.read_config(folder)
-  shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(0))[1])
-  rng = np.random.default_rng(0)
-  shapes = {
-    path: lora.a.shape
-    for path, lora in jax.eval_shape(lambda: init_lora(shapes, rank)).items()
-  }
-  return {
-    path: rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
-    for path, shape in sorted(shapes.items())
-  }
-
-
-def _ours(folder: str, sizes: Sizes) -> Stepper:
-  """Ours, compiled; the cores it was started on are its threads."""
-  model, params = models.load(folder)
-  leaves = flatten(params)
-
-  def loss(params, tokens):
-    return finetunes.nll(model, params, tokens)
-
-  loras: Any = {
-    path: Lora(
-      jnp.asarray(a),
-      jnp.zeros((sizes.rank, leaves[path].shape[-1])),
-      jnp.float32(1),
-    )
-    for path, a in _start_of(folder, sizes.rank).items()
-  }
-  init, update = train(loss, optax.adamw(_RATE, weight_decay=0.0))
-  compiled = jax.jit(update, donate_argnums=(0, 1))
-  kept = [loras, init(loras)]
-
-  def step(tokens: np.ndarray) -> float:
-    *kept[:], value = compiled(*kept, params, jnp.asarray(tokens))
-    return float(value)
-
-  return step
-
-
-def _full(folder: str, sizes: Sizes) -> Stepper:
-  """Full finetuning of every parameter, ours."""
-  del sizes
-  model, params = models.load(folder)
-  optimiser = optax.adamw(_RATE, weight_decay=0.0)
-
-  def update(params, state, tokens):
-    value, gradient = jax.value_and_grad(
-      lambda params: finetunes.nll(model, params, tokens)
-    )(params)
-    change, state = optimiser.update(gradient, state, params)
-    return optax.apply_updates(params, change), state, value
-
-  compiled = jax.jit(update, donate_argnums=(0, 1))
-  kept = [params, optimiser.init(params)]
-  del params
-
-  def step(tokens: np.ndarray) -> float:
-    *kept[:], value = compiled(*kept, jnp.asarray(tokens))
-    return float(value)
-
-  return step
-
-
-def _products(folder: str, sizes: Sizes) -> Stepper:
-  """The base's own products of a step, one by one: what no step can go below.
-
-  Of every matrix x w, and dy wᵀ for the gradient of x; of an embedding those of
-  a tied head. The loss it says is 0.
-  """
-  _, params = models.load(folder)
-  count = sizes.rows * sizes.length
-  matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
-  times = jax.jit(jnp.matmul)
-  back = jax.jit(lambda dy, w: dy @ w.T)
-  sides = {side for w in matrices for side in w.shape}
-  rows = {
-    side: jax.random.normal(jax.random.key(side), (count, side))
-    for side in sides
-  }
-
-  def step(_: np.ndarray) -> float:
-    for w in matrices:
-      jax.block_until_ready(times(rows[w.shape[0]], w))
-      jax.block_until_ready(back(rows[w.shape[1]], w))
-    return 0.0
-
-  return step
-
-
-def _peft(folder: str, sizes: Sizes) -> Stepper:
-  """PEFT's model as it comes, with torch's fused AdamW."""
-  import peft  # peers, not dependencies
-  import torch
-  import transformers
-
-  torch.set_num_threads(sizes.threads)
-  base = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32
-  )
-  config = peft.LoraConfig(
-    r=sizes.rank, lora_alpha=sizes.rank, target_modules="all-linear"
-  )
-  model = peft.get_peft_model(base, config).train()
-  modules = dict(model.named_modules())
-  start = _start_of(folder, sizes.rank)
-  for path, a in start.items():
-    name = models.hf_name(path).removesuffix(".weight")
-    layer: Any = modules[f"base_model.model.{name}"]
-    layer.lora_A.default.weight.data = torch.from_numpy(a)
-  moving = [p for p in model.parameters() if p.requires_grad]
-  if len(moving) != 2 * len(start):
-    raise RuntimeError(f"{len(moving)} of PEFT's, {len(start)} modules of ours")
-  optimiser = torch.optim.AdamW(moving, _RATE, weight_decay=0.0, fused=True)
-
-  def step(tokens: np.ndarray) -> float:
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    logits = model(ids[:, :-1], use_cache=False).logits
-    targets = ids[:, 1:].flatten()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    optimiser.step()
-    return float(loss.detach())
-
-  return step
-
-
-STEPPERS = {
-  "ours": _ours,
-  "PEFT": _peft,
-  "full": _full,
-  PRODUCTS: _products,
-}
-
-
-def serve(name: str, folder: str, sizes: Sizes) -> None:
-  """Nothing; takes a step for every line of input and prints how long.
-
-  Two steps are taken before any line is read, and none is read for no turns.
-
-  Args:
-    name: of STEPPERS.
-    folder: the model.
-    sizes: of the batch.
-  """
-  step = STEPPERS[name](folder, sizes)
-  vocabulary = models.read_config(folder)["vocab_size"]
-  shape = (sizes.rows, sizes.length + 1)
-  tokens = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
-  step(tokens)
-  print(json.dumps([0.0, 0.0, step(tokens)]), flush=True)
-  for _ in sys.stdin if sizes.turns else ():
-    began, used = time.perf_counter(), time.process_time()
-    loss = step(tokens)
-    seconds = time.perf_counter() - began
-    processor = time.process_time() - used
-    print(json.dumps([seconds, processor, loss]), flush=True)
-
-
-_MIB = 2**20
-
-
 def measure_training(
   folder: str | os.PathLike[str], sizes: Sizes, *, label: str
 ) -> Iterator[Row]:
-  """Tokens per second of each, and ours over PEFT's.
+  """Measures tokens per second of both, and ours over PEFT's.
 
   Args:
     folder: a Hugging Face folder, float32.
@@ -279,14 +116,17 @@ def measure_training(
   yield Row("training", what, wall, "x", ">= 1.2", note)
 
 
+_MIB = 2**20
+
+
 def measure_memory(
   folder: str | os.PathLike[str], sizes: Sizes
 ) -> Iterator[Row]:
-  """Peak memory of an adapter's training and of full finetuning, both ours.
+  """Measures peak memory of adapter training and of full finetuning.
 
   Theory: full finetuning has a gradient and two moments of every parameter,
-  the adapter's training those of the adapter. What it does without is the
-  difference; activations are alike.
+  the adapter's training those of the adapter alone. The difference is what it
+  saves; activations are alike.
 
   Args:
     folder: a Hugging Face folder, float32.
@@ -319,7 +159,7 @@ def measure_memory(
 def _take_turns(
   names: list[str], folder: str, sizes: Sizes
 ) -> dict[str, np.ndarray]:
-  """Name -> (turns, 3): seconds, processor's seconds, loss of each step."""
+  """Times workers in turns: name -> (turns, 3), wall, processor, loss."""
   with contextlib.ExitStack() as stack:
     stack.enter_context(_on_cores(sizes.threads))
     workers: dict[str, Any] = {
@@ -349,7 +189,7 @@ def _take_turns(
 
 @contextlib.contextmanager
 def _on_cores(count: int) -> Iterator[None]:
-  """Processes started meanwhile have so many cores, where that can be set."""
+  """Limits processes started in the context to some cores, if possible."""
   if not hasattr(os, "sched_setaffinity"):
     yield
     return
@@ -362,7 +202,7 @@ def _on_cores(count: int) -> Iterator[None]:
 
 
 def _command(name: str, folder: str, sizes: Sizes) -> list[str]:
-  """That starts a worker, from any directory."""
+  """Returns the command that starts a worker, from any directory."""
   root = pathlib.Path(__file__).parents[2]
   run = (
     f"import sys; sys.path.insert(0, {str(root)!r}); "
@@ -374,7 +214,7 @@ def _command(name: str, folder: str, sizes: Sizes) -> list[str]:
 
 
 def _answer(worker: Any) -> list[float]:
-  """A worker's next line."""
+  """Reads a worker's next line."""
   line = worker.stdout.readline()
   if not line:
     raise RuntimeError(
@@ -382,6 +222,177 @@ def _answer(worker: Any) -> list[float]:
       "by hand to see why"
     )
   return json.loads(line)
+
+
+def serve(name: str, folder: str, sizes: Sizes) -> None:
+  """Takes a step for every line of input and prints how long it took.
+
+  Two steps are taken before any line is read; with no turns, none is read.
+
+  Args:
+    name: a key of STEPPERS.
+    folder: the model.
+    sizes: of the batch.
+  """
+  step = STEPPERS[name](folder, sizes)
+  vocabulary = models.read_config(folder)["vocab_size"]
+  shape = (sizes.rows, sizes.length + 1)
+  tokens = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
+  step(tokens)
+  print(json.dumps([0.0, 0.0, step(tokens)]), flush=True)
+  for _ in sys.stdin if sizes.turns else ():
+    began, used = time.perf_counter(), time.process_time()
+    loss = step(tokens)
+    seconds = time.perf_counter() - began
+    processor = time.process_time() - used
+    print(json.dumps([seconds, processor, loss]), flush=True)
+
+
+_RATE = 1e-3
+
+
+def _ours(folder: str, sizes: Sizes) -> Stepper:
+  """Returns our LoRA training, compiled; it uses the cores it started on."""
+  model, params = models.load(folder)
+  leaves = flatten(params)
+
+  def loss(params, tokens):
+    """Computes the loss."""
+    return finetunes.nll(model, params, tokens)
+
+  loras: Any = {
+    path: Lora(
+      jnp.asarray(a),
+      jnp.zeros((sizes.rank, leaves[path].shape[-1])),
+      jnp.float32(1),
+    )
+    for path, a in _start_of(folder, sizes.rank).items()
+  }
+  init, update = train(loss, optax.adamw(_RATE, weight_decay=0.0))
+  compiled = jax.jit(update, donate_argnums=(0, 1))
+  kept = [loras, init(loras)]
+
+  def step(tokens: np.ndarray) -> float:
+    """Takes a step."""
+    *kept[:], value = compiled(*kept, params, jnp.asarray(tokens))
+    return float(value)
+
+  return step
+
+
+def _full(folder: str, sizes: Sizes) -> Stepper:
+  """Returns our full finetuning of every parameter."""
+  del sizes
+  model, params = models.load(folder)
+  optimiser = optax.adamw(_RATE, weight_decay=0.0)
+
+  def update(params, state, tokens):
+    """Updates all parameters."""
+    value, gradient = jax.value_and_grad(
+      lambda params: finetunes.nll(model, params, tokens)
+    )(params)
+    change, state = optimiser.update(gradient, state, params)
+    return optax.apply_updates(params, change), state, value
+
+  compiled = jax.jit(update, donate_argnums=(0, 1))
+  kept = [params, optimiser.init(params)]
+  del params
+
+  def step(tokens: np.ndarray) -> float:
+    """Takes a step."""
+    *kept[:], value = compiled(*kept, jnp.asarray(tokens))
+    return float(value)
+
+  return step
+
+
+def _products(folder: str, sizes: Sizes) -> Stepper:
+  """Returns the base's own products of a step, one by one: a lower bound.
+
+  They are x w of every matrix, and dy wᵀ for the gradient of x; of an embedding
+  those of a tied head. The loss returned is 0.
+  """
+  _, params = models.load(folder)
+  count = sizes.rows * sizes.length
+  matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+  times = jax.jit(jnp.matmul)
+  back = jax.jit(lambda dy, w: dy @ w.T)
+  sides = {side for w in matrices for side in w.shape}
+  rows = {
+    side: jax.random.normal(jax.random.key(side), (count, side))
+    for side in sides
+  }
+
+  def step(_: np.ndarray) -> float:
+    """Computes all products."""
+    for w in matrices:
+      jax.block_until_ready(times(rows[w.shape[0]], w))
+      jax.block_until_ready(back(rows[w.shape[1]], w))
+    return 0.0
+
+  return step
+
+
+def _peft(folder: str, sizes: Sizes) -> Stepper:
+  """Returns PEFT's training as it comes, with torch's fused AdamW."""
+  import peft  # peers, not dependencies
+  import torch
+  import transformers
+
+  torch.set_num_threads(sizes.threads)
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  )
+  config = peft.LoraConfig(
+    r=sizes.rank, lora_alpha=sizes.rank, target_modules="all-linear"
+  )
+  model = peft.get_peft_model(base, config).train()
+  modules = dict(model.named_modules())
+  start = _start_of(folder, sizes.rank)
+  for path, a in start.items():
+    name = models.hf_name(path).removesuffix(".weight")
+    layer: Any = modules[f"base_model.model.{name}"]
+    layer.lora_A.default.weight.data = torch.from_numpy(a)
+  moving = [p for p in model.parameters() if p.requires_grad]
+  if len(moving) != 2 * len(start):
+    raise RuntimeError(f"{len(moving)} of PEFT's, {len(start)} modules of ours")
+  optimiser = torch.optim.AdamW(moving, _RATE, weight_decay=0.0, fused=True)
+
+  def step(tokens: np.ndarray) -> float:
+    """Takes a step."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    logits = model(ids[:, :-1], use_cache=False).logits
+    targets = ids[:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+    return float(loss.detach())
+
+  return step
+
+
+STEPPERS = {
+  "ours": _ours,
+  "PEFT": _peft,
+  "full": _full,
+  PRODUCTS: _products,
+}
+
+
+def _start_of(folder: str, rank: int) -> dict[str, np.ndarray]:
+  """Draws the start of every a, the same in every process; b is zero."""
+  config = models.read_config(folder)
+  shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(0))[1])
+  rng = np.random.default_rng(0)
+  shapes = {
+    path: lora.a.shape
+    for path, lora in jax.eval_shape(lambda: init_lora(shapes, rank)).items()
+  }
+  return {
+    path: rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+    for path, shape in sorted(shapes.items())
+  }
 
 
 def main(_: list[str]) -> None:

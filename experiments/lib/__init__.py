@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several questions share; a file here has no `main`."""
+"""Code that several questions share; a file here has no `main`."""

@@ -51,6 +51,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
   Example:
     >>> import tempfile
+    >>> from jlora.checkpoints import write_safetensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(3)})
     ...   checkpoint = open_checkpoint(folder)
@@ -136,6 +137,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     Example:
       >>> import tempfile
+      >>> from jlora.checkpoints import write_safetensors
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   write_safetensors(f"{folder}/x.safetensors", {"w": np.eye(3)})
       ...   open_checkpoint(folder).read("w", (slice(1, 3), 1))
@@ -167,6 +169,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     Example:
       >>> import tempfile
+      >>> from jlora.checkpoints import write_safetensors
       >>> half = np.ones(2, np.float16)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   write_safetensors(f"{folder}/x.safetensors", {"w": half})
@@ -206,6 +209,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
   Example:
     >>> import tempfile
+    >>> from jlora.checkpoints import write_safetensors
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   write_safetensors(f"{folder}/model.safetensors", {"w": np.ones(2)})
     ...   dict(open_checkpoint(folder))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scripts keep between runs: downloads, models, compiled programs."""
 
-import logging
 import os
 import pathlib
 
@@ -28,11 +27,9 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
 
 
 def keep_compilations(cache: str | os.PathLike[str] | None = None) -> None:
-  """Makes JAX keep compiled programs, and leave out what it does not find.
+  """Makes JAX keep compiled programs in the user's cache folder.
 
-  Scripts call this, the library never does: both are the process's own
-  settings. Compiled programs go to the user's cache folder; that a machine has
-  no TPU is no news.
+  Scripts call this, the library never does: it is the process's own setting.
 
   Args:
     cache: as `cache_folder`.
@@ -44,7 +41,6 @@ def keep_compilations(cache: str | os.PathLike[str] | None = None) -> None:
     '/scratch/me/compilations'
     >>> jax.config.update("jax_compilation_cache_dir", was)
   """
-  logging.getLogger("jax").setLevel(logging.WARNING)
   folder = cache_folder(cache) / "compilations"
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two checkpoints become Loras, and a report of what was lost.
+"""Turns two checkpoints into Loras and a report of what was lost.
 
 extract(base, finetuned)                   trees in memory
 extract_checkpoint(base, finetuned, out)   disk to disk, resumable

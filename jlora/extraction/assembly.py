@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a complete journal to the adapter folder: ranks, tensors, report."""
+"""Turns a complete journal into an adapter folder: ranks, tensors, report.
+
+journal ─► choose_ranks ─► write_adapter (tensors, ledger, report.json)
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -19,101 +22,13 @@ from jlora.pairing.pairs import Pair, Pairing, names_of
 from jlora.ranks import Spectra
 from jlora.runs.journal import Journal
 
-# The status of a row of several pairs is the first that any of them has.
-_ORDER = ("extracted", "kept whole", "not representable", "unchanged")
-
-
-def keep_ledger(
-  pairing: Pairing,
-  outcomes: Mapping[str, tuple[str, str]],
-  scales: Iterable[tuple[str, str]] = (),
-) -> list[dict[str, Any]]:
-  """The ledger's rows; each tensor of either checkpoint is in exactly one.
-
-  Pairs that share a tensor (a tied head, fused experts) make one row.
-
-  Args:
-    pairing: all pairs and the names without partner.
-    outcomes: path -> (status, why) of every pair.
-    scales: (side, name) of float8 scales, which are folded in their weights.
-
-  Returns:
-    Rows {base: [names], finetuned: [names], status, why}.
-
-  Example:
-    >>> from jlora.pairing.pairs import TensorPart
-    >>> pair = Pair("w", (2,), TensorPart("w"), TensorPart("w"))
-    >>> keep_ledger(Pairing([pair], [], ["x"]), {"w": ("unchanged", "")})[1]
-    {'base': [], 'finetuned': ['x'], 'status': 'not representable', 'why': 'only
-    in the finetuned checkpoint'}
-  """
-  rows = [_row(group, outcomes) for group in _groups(pairing.pairs)]
-  for side, names in (
-    ("base", pairing.only_base),
-    ("finetuned", pairing.only_finetuned),
-  ):
-    why = f"only in the {side} checkpoint"
-    rows += [_single(side, name, "not representable", why) for name in names]
-  rows += [
-    _single(side, name, "unchanged", "scale, multiplied into its weight")
-    for side, name in scales
-  ]
-  return rows
-
-
-def _single(side: str, name: str, status: str, why: str) -> dict[str, Any]:
-  empty = {"base": [], "finetuned": []}
-  return {**empty, side: [name], "status": status, "why": why}
-
-
-def _groups(pairs: Iterable[Pair]) -> list[list[Pair]]:
-  """Pairs that share a tensor of either side, together."""
-  groups: dict[int, list[Pair]] = {}
-  owner: dict[tuple[str, str], int] = {}
-  for place, pair in enumerate(pairs):
-    names = [("base", name) for name in names_of(pair.base)]
-    names += [("finetuned", name) for name in names_of(pair.finetuned)]
-    groups[place] = [pair]
-    for other in {owner[name] for name in names if name in owner}:
-      groups[place] = groups.pop(other) + groups[place]
-    for member in groups[place]:
-      owner |= {("base", name): place for name in names_of(member.base)}
-      owner |= {
-        ("finetuned", name): place for name in names_of(member.finetuned)
-      }
-  return list(groups.values())
-
-
-def _row(
-  group: list[Pair], outcomes: Mapping[str, tuple[str, str]]
-) -> dict[str, Any]:
-  statuses = [outcomes[pair.path][0] for pair in group]
-  status = min(statuses, key=_ORDER.index)
-  whys = [
-    "; ".join(part for part in (outcomes[pair.path][1], pair.note) if part)
-    for pair in group
-  ]
-  if len(set(statuses)) > 1:
-    counts = (f"{statuses.count(s)} {s}" for s in _ORDER if s in statuses)
-    whys.insert(0, f"of {len(group)} parts {', '.join(counts)}")
-  once = dict.fromkeys
-  return {
-    "base": list(once(n for pair in group for n in names_of(pair.base))),
-    "finetuned": list(
-      once(n for pair in group for n in names_of(pair.finetuned))
-    ),
-    "status": status,
-    "why": "; ".join(once(why for why in whys if why)),
-  }
-
-
 Policy = Callable[[Spectra], Mapping[str, int]]
 
 
 def choose_ranks(
   journal: Journal, policy: Policy | None, itemsize: int
 ) -> dict[str, int]:
-  """The rank of every extracted module.
+  """Returns the rank of every extracted module, as the policy chooses it.
 
   Args:
     journal: complete.
@@ -169,28 +84,6 @@ def choose_ranks(
   return {path: int(chosen[path]) for path in caps}
 
 
-def _unit_size(shape: list[int]) -> int:
-  return int(np.prod(shape[:-2])) * (shape[-2] + shape[-1])
-
-
-class _Lazy(Mapping[str, Any]):
-  """A mapping whose values are made when asked for, and not kept."""
-
-  def __init__(self, paths: Iterable[str], make: Callable[[str], Any]):
-    self._paths, self._make = dict.fromkeys(paths), make
-
-  def __getitem__(self, path: str) -> Any:
-    if path not in self._paths:
-      raise KeyError(path)
-    return self._make(path)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._paths)
-
-  def __len__(self) -> int:
-    return len(self._paths)
-
-
 def write_adapter(
   plan: Plan,
   journal: Journal,
@@ -201,7 +94,7 @@ def write_adapter(
   base_model: str,
   settings: dict[str, Any],
 ) -> Report:
-  """The report of a run; its adapter folder is then written.
+  """Writes the adapter folder of a run; returns the run's report.
 
   Args:
     plan: the run's plan.
@@ -219,7 +112,7 @@ def write_adapter(
 
   def lora(path: str) -> Lora:
     arrays: Mapping[str, Any] = journal.arrays(path)
-    # NumPy's, as they come: JAX would copy each, and start its backend.
+    # Kept as NumPy arrays: JAX would copy each one and start its backend.
     a, b = arrays["a"], arrays["b"]
     scale: Any = np.ones(a.shape[:-2], np.float32)
     return Lora(a[..., : ranks[path], :], b[..., : ranks[path], :], scale)
@@ -231,7 +124,7 @@ def write_adapter(
   def whole(path: str) -> np.ndarray:
     return read_pair(pairs[path], plan.base, plan.finetuned)[1]
 
-  # The finetune's own head, where the base ties it, is in no file of the base.
+  # Where only the base ties its head, no file of the base has the head.
   shapes = {
     path: plan.base.spec[pair.base.name]
     for path, pair in pairs.items()
@@ -273,10 +166,66 @@ def write_adapter(
   return report
 
 
+def keep_ledger(
+  pairing: Pairing,
+  outcomes: Mapping[str, tuple[str, str]],
+  scales: Iterable[tuple[str, str]] = (),
+) -> list[dict[str, Any]]:
+  """Lists what became of every tensor of both checkpoints, each exactly once.
+
+  Pairs that share a tensor (a tied head, fused experts) make one row.
+
+  Args:
+    pairing: all pairs and the names without partner.
+    outcomes: path -> (status, why) of every pair.
+    scales: (side, name) of float8 scales, which are folded in their weights.
+
+  Returns:
+    Rows {base: [names], finetuned: [names], status, why}.
+
+  Example:
+    >>> from jlora.pairing.pairs import TensorPart
+    >>> pair = Pair("w", (2,), TensorPart("w"), TensorPart("w"))
+    >>> keep_ledger(Pairing([pair], [], ["x"]), {"w": ("unchanged", "")})[1]
+    {'base': [], 'finetuned': ['x'], 'status': 'not representable', 'why': 'only
+    in the finetuned checkpoint'}
+  """
+  rows = [_row(group, outcomes) for group in _groups(pairing.pairs)]
+  for side, names in (
+    ("base", pairing.only_base),
+    ("finetuned", pairing.only_finetuned),
+  ):
+    why = f"only in the {side} checkpoint"
+    rows += [_single(side, name, "not representable", why) for name in names]
+  rows += [
+    _single(side, name, "unchanged", "scale, multiplied into its weight")
+    for side, name in scales
+  ]
+  return rows
+
+
+class _Lazy(Mapping[str, Any]):
+  """A mapping whose values are made on each access, and not kept."""
+
+  def __init__(self, paths: Iterable[str], make: Callable[[str], Any]):
+    self._paths, self._make = dict.fromkeys(paths), make
+
+  def __getitem__(self, path: str) -> Any:
+    if path not in self._paths:
+      raise KeyError(path)
+    return self._make(path)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._paths)
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+
 def _sort_kept(
   kept: list[str], pairs: Mapping[str, Pair], matrices: Set[str]
 ) -> tuple[list[str], list[str]]:
-  """Biases of factored or refused matrices, and parameters of whole modules."""
+  """Splits the kept parameters into biases and those of whole modules."""
   biases = [
     path
     for path in kept
@@ -284,13 +233,13 @@ def _sort_kept(
     and path.removesuffix("bias") + "weight" in matrices
   ]
   owners = {path.rpartition(".")[0] for path in kept if path not in biases}
-  # A consumer replaces whole modules, so their unchanged parameters come too.
+  # A consumer replaces whole modules: write their unchanged parameters too.
   full = [path for path in pairs if path.rpartition(".")[0] in owners]
   return biases, [path for path in full if path not in matrices | {*biases}]
 
 
 def _module_row(pair: Pair, rank: int, plan: Plan, journal) -> dict[str, Any]:
-  """Returns a module's row of the report at the rank it got."""
+  """Returns the report's row for a module at the rank it was given."""
   figures = journal[pair.path]["figures"]
   shape = figures["shape"]
   itemsize = journal.arrays(pair.path).spec["a"].dtype.itemsize
@@ -301,3 +250,60 @@ def _module_row(pair: Pair, rank: int, plan: Plan, journal) -> dict[str, Any]:
     "bytes": rank * _unit_size(shape) * itemsize,
     "parameter_bytes": int(np.prod(shape)) * stored,
   }
+
+
+def _unit_size(shape: list[int]) -> int:
+  """Counts the numbers that one unit of rank takes in a and b."""
+  return int(np.prod(shape[:-2])) * (shape[-2] + shape[-1])
+
+
+# A row of several pairs has the first of these that any pair has.
+_ORDER = ("extracted", "kept whole", "not representable", "unchanged")
+
+
+def _row(
+  group: list[Pair], outcomes: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+  """Merges the outcomes of pairs that share tensors into one row."""
+  statuses = [outcomes[pair.path][0] for pair in group]
+  status = min(statuses, key=_ORDER.index)
+  whys = [
+    "; ".join(part for part in (outcomes[pair.path][1], pair.note) if part)
+    for pair in group
+  ]
+  if len(set(statuses)) > 1:
+    counts = (f"{statuses.count(s)} {s}" for s in _ORDER if s in statuses)
+    whys.insert(0, f"of {len(group)} parts {', '.join(counts)}")
+  once = dict.fromkeys
+  return {
+    "base": list(once(n for pair in group for n in names_of(pair.base))),
+    "finetuned": list(
+      once(n for pair in group for n in names_of(pair.finetuned))
+    ),
+    "status": status,
+    "why": "; ".join(once(why for why in whys if why)),
+  }
+
+
+def _single(side: str, name: str, status: str, why: str) -> dict[str, Any]:
+  """Makes the row of a tensor that has no partner."""
+  empty = {"base": [], "finetuned": []}
+  return {**empty, side: [name], "status": status, "why": why}
+
+
+def _groups(pairs: Iterable[Pair]) -> list[list[Pair]]:
+  """Groups the pairs that share a tensor of either side."""
+  groups: dict[int, list[Pair]] = {}
+  owner: dict[tuple[str, str], int] = {}
+  for place, pair in enumerate(pairs):
+    names = [("base", name) for name in names_of(pair.base)]
+    names += [("finetuned", name) for name in names_of(pair.finetuned)]
+    groups[place] = [pair]
+    for other in {owner[name] for name in names if name in owner}:
+      groups[place] = groups.pop(other) + groups[place]
+    for member in groups[place]:
+      owner |= {("base", name): place for name in names_of(member.base)}
+      owner |= {
+        ("finetuned", name): place for name in names_of(member.finetuned)
+      }
+  return list(groups.values())

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pair of tensors at a time: read, compared, factored and measured.
+"""Reads, compares, factors and measures one pair of tensors at a time.
 
-On a CPU the step runs on NumPy arrays: compiling it would take longer than many
-models need, and a GEMM is as fast. On accelerators it is compiled, once per
-shape, dtype and device, and shared by all threads; so it is for tensors that
-lie on several devices.
+`Extractor` decides what becomes of a pair; `measure_parameter` factors one
+change. On a CPU the step runs on NumPy arrays: compiling it would take longer
+than many models need, and a GEMM is as fast. On accelerators, and for tensors
+that lie on several devices, it is compiled once per shape, dtype and device and
+shared by all threads.
 """
 
 import functools
@@ -39,81 +40,8 @@ from jlora.selection import is_floating
 from jlora.views import MatrixView, in_stored_order
 
 
-def measure_parameter(
-  base: Any,
-  finetuned: Any,
-  key: Any,
-  *,
-  view: MatrixView,
-  rank: int,
-  factor: Factoriser,
-  dtype: Any,
-  stored: Any,
-  room: np.ndarray | None = None,
-) -> Measured:
-  """One parameter's change, factored, rounded to storage and certified.
-
-  Args:
-    base: the parameter, any floating dtype, its own layout; of NumPy or of
-      JAX, as its result.
-    finetuned: the same shape.
-    key: PRNG key of the module; for NumPy, words of one.
-    view: how the layout is read as a matrix; static, as all below.
-    rank: triplets to keep.
-    factor: the factoriser; given the `sums` of the delta if it takes them.
-    dtype: storage dtype of the factors.
-    stored: dtype of the finetune's file, for its rounding noise.
-    room: as for `survey`, for NumPy alone.
-
-  Returns:
-    Measured, its norm NaN if the change is not finite. Pure; costs the
-    factoriser and a certificate.
-
-  Example:
-    >>> from jlora.factoring import svd
-    >>> w = np.zeros((3, 5), np.float32)
-    >>> m = measure_parameter(w, w + 1, None, view=MatrixView(), rank=1,
-    ...   factor=svd, dtype=np.float32, stored=np.float32)
-    >>> m.certificate.errors.shape
-    (2,)
-  """
-  delta, found = survey(base, finetuned, stored, room)
-  delta, is_exchanged = in_stored_order(delta, view)
-  xp = library_of(delta)
-  # Of a batch the sums are of all matrices together, and of no use.
-  known = {"sums": found.sums} if delta.ndim == 2 else {}
-  given = known if _takes(factor, "sums") else {}
-  factors = Factors(*map(xp.asarray, factor(delta, rank, key, **given)))
-  lora = from_factors(factors, dtype)
-  certified = certificate(delta, lora, key, **known)
-  norm = xp.where(found.is_finite, certified.norm, np.nan)
-  return Measured(
-    lora=exchange(lora) if is_exchanged else lora,
-    sigma=factors.s,
-    certificate=certified._replace(norm=norm),
-    base_norm=found.base_norm,
-    noise_std=found.noise_std,
-    unchanged=found.unchanged,
-    ulps=ulp_histogram(base, finetuned, stored),
-  )
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-  """Whether a function has a parameter of that name."""
-  try:
-    return name in inspect.signature(function).parameters
-  except (TypeError, ValueError):  # some of C have no signature
-    return False
-
-
-_EQUAL = "equal in value, not in bytes"
-# Whatever is larger than any block it saw freed, up to 32 MiB, glibc maps anew
-# each time and unmaps: half of a run's page faults. One block raises that mark.
-_MAPPED = 2**25 - 2**13
-
-
 class Outcome(NamedTuple):
-  """What became of a pair.
+  """What became of a pair: its status, factors and figures.
 
   Attributes:
     status: "extracted", "unchanged", "kept whole" or "not representable".
@@ -128,17 +56,23 @@ class Outcome(NamedTuple):
   figures: Mapping[str, Any] = {}
 
 
+_EQUAL = "equal in value, not in bytes"
+# glibc maps and unmaps every block larger than the largest it saw freed, up to
+# 32 MiB: half of a run's page faults. Freeing one such block stops that.
+_MAPPED = 2**25 - 2**13
+
+
 class Extractor:
-  """Factors pairs of two checkpoints; safe to call from several threads.
+  """A factoriser of pairs of tensors that several threads may call.
 
   Args:
     factor: the factoriser.
     dtype: storage dtype of the factors.
     key: PRNG key; each module uses its own, from its path.
-    on_host: whether the step runs on NumPy arrays; None: if JAX has CPUs alone.
+    on_host: whether the step runs on NumPy arrays; None: if JAX has only CPUs.
 
   Attributes:
-    devices: those that threads should share, empty on the host.
+    devices: those that threads should share; empty on the host.
     compilations: how many distinct shapes were compiled so far.
 
   Example:
@@ -166,15 +100,15 @@ class Extractor:
     self._own = threading.local()
     self.devices = [] if self._on_host else jax.local_devices()
     if self._on_host:
-      np.empty(_MAPPED, np.uint8)  # freed at once, and never touched
+      np.empty(_MAPPED, np.uint8)  # freed at once, never written
 
   @property
   def compilations(self) -> int:
-    """Distinct shapes compiled so far."""
+    """Counts the distinct shapes compiled so far."""
     return len(self._programs)
 
   def use(self, device: Any) -> None:
-    """Makes this thread compute on a device, not on the default one.
+    """Makes this thread compute on the given device, not the default one.
 
     Args:
       device: one of `devices`.
@@ -187,7 +121,7 @@ class Extractor:
     base: Mapping[str, Any],
     finetuned: Mapping[str, Any],
   ) -> Outcome:
-    """Factors a pair that is not the same on both sides (`is_same`).
+    """Factors a pair whose two sides differ in bytes (see `is_same`).
 
     Args:
       job: the pair, and what is done with it.
@@ -231,7 +165,7 @@ class Extractor:
     Args:
       job: the pair, and what is done with it.
       sides: the base and the finetune, from `place_array`. Every process that
-        has a part of them must call this, in the same order.
+        holds a part of them must call this, in the same order.
       stored: dtype of the finetune's file.
 
     Returns:
@@ -243,7 +177,7 @@ class Extractor:
     return self._factored(job, *sides, stored)
 
   def _factored(self, job: ModuleJob, left, right, stored) -> Outcome:
-    """Factors and measures a change; equal in value is unchanged."""
+    """Factors and measures a change; "unchanged" if it is zero."""
     pair, view = job.pair, job.matrix_view
     shape = view.shape(pair.shape)
     rank = min(job.rank, *shape[-2:])
@@ -273,6 +207,7 @@ class Extractor:
     return Outcome("extracted", "", arrays, {"shape": list(shape), **figures})
 
   def _measured(self, path, left, right, view, rank, stored) -> Measured:
+    """Runs `measure_parameter` on the host, or its compiled form."""
     options = {
       "view": view,
       "rank": rank,
@@ -300,15 +235,15 @@ class Extractor:
     return step(left, right, words)
 
   def _room(self, name: str, size: int, dtype: Any = np.uint8) -> np.ndarray:
-    """This thread's memory of a name, kept from module to module."""
+    """Returns this thread's buffer of a name, reused for every module."""
     own = self._own.__dict__
     if name not in own or own[name].size < size:
-      own.pop(name, None)  # given back before more is asked for
+      own.pop(name, None)  # freed before more is allocated
       own[name] = np.empty(size, dtype)
     return own[name]
 
   def _step(self, arrays, places, results, options):
-    """The compiled step for these shapes; the first thread to ask compiles."""
+    """Returns the compiled step for these shapes; compiles it once."""
     shapes = tuple(
       jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
       for array, place in zip(arrays, places, strict=True)
@@ -320,14 +255,81 @@ class Extractor:
     )
 
 
+def measure_parameter(
+  base: Any,
+  finetuned: Any,
+  key: Any,
+  *,
+  view: MatrixView,
+  rank: int,
+  factor: Factoriser,
+  dtype: Any,
+  stored: Any,
+  room: np.ndarray | None = None,
+) -> Measured:
+  """Factors one parameter's change, rounds the factors and certifies them.
+
+  Args:
+    base: the parameter, any floating dtype, its own layout; a NumPy or a JAX
+      array, and the result is of the same kind.
+    finetuned: the same shape.
+    key: PRNG key of the module; for NumPy, the words of one.
+    view: how the layout is read as a matrix; static, as all below.
+    rank: triplets to keep.
+    factor: the factoriser; it is given the delta's `sums` if it takes them.
+    dtype: storage dtype of the factors.
+    stored: dtype of the finetune's file, for its rounding noise.
+    room: memory for the delta, as in `survey`; NumPy only.
+
+  Returns:
+    Measured; its norm is NaN if the change is not finite. Pure; costs one call
+    of the factoriser and one certificate.
+
+  Example:
+    >>> from jlora.factoring import svd
+    >>> w = np.zeros((3, 5), np.float32)
+    >>> m = measure_parameter(w, w + 1, None, view=MatrixView(), rank=1,
+    ...   factor=svd, dtype=np.float32, stored=np.float32)
+    >>> m.certificate.errors.shape
+    (2,)
+  """
+  delta, found = survey(base, finetuned, stored, room)
+  delta, is_exchanged = in_stored_order(delta, view)
+  xp = library_of(delta)
+  # For a batch the sums are over all its matrices, so they are of no use.
+  known = {"sums": found.sums} if delta.ndim == 2 else {}
+  given = known if _takes(factor, "sums") else {}
+  factors = Factors(*map(xp.asarray, factor(delta, rank, key, **given)))
+  lora = from_factors(factors, dtype)
+  certified = certificate(delta, lora, key, **known)
+  norm = xp.where(found.is_finite, certified.norm, np.nan)
+  return Measured(
+    lora=exchange(lora) if is_exchanged else lora,
+    sigma=factors.s,
+    certificate=certified._replace(norm=norm),
+    base_norm=found.base_norm,
+    noise_std=found.noise_std,
+    unchanged=found.unchanged,
+    ulps=ulp_histogram(base, finetuned, stored),
+  )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+  """Returns whether a function has a parameter of that name."""
+  try:
+    return name in inspect.signature(function).parameters
+  except (TypeError, ValueError):  # some C functions have no signature
+    return False
+
+
 def _with_words(kind, options, base, finetuned, words) -> Measured:
-  """The step, its key given as words: those need no place on a device."""
+  """Runs the step with its key as plain words, which need no placing."""
   key = jax.random.wrap_key_data(words, impl=kind)
   return measure_parameter(base, finetuned, key, **options)
 
 
 def _kind_of(key: jax.Array | None) -> Any:
-  """Which generator a key is of; None is the default one."""
+  """Returns which generator a key is for; None is the default one."""
   if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     return None
   return jax.random.key_impl(key)

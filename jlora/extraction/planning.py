@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an extraction does with each pair, planned from headers alone."""
+"""Plans what an extraction does with each pair, from headers alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,23 +17,23 @@ from jlora.runs.fingerprints import digest, hash_lines
 from jlora.selection import Select, is_floating
 from jlora.views import MatrixView, table_for, view_of
 
-# Entries of the Krylov space's blocks a module is multiplied with: 11 products
-# of rank + 16 rows each. A short side below that many is multiplied once.
+# `krylov` multiplies a module with 11 blocks of rank + 16 rows each. A matrix
+# whose short side is smaller than all of these together is multiplied once.
 _PRODUCTS, _OVERSAMPLE = 11, 16
-# Operations of a product that take as long as reading an entry of both tensors
-# and all that is done to it once. Only the ratio matters, and only roughly.
+# How many operations of a product take as long as reading an entry of both
+# tensors and everything done to it once. Only the rough ratio matters.
 _PER_ENTRY = 160
 
 
 class ModuleJob(NamedTuple):
-  """One pair of tensors, and what an extraction does with it.
+  """A pair of tensors, and what an extraction does with it.
 
   Attributes:
     pair: which tensors.
-    view: how they are read as a matrix; None if they are none.
+    view: how they are read as a matrix; None if they are no matrices.
     rank: triplets to find, clipped to what the matrix has; 0: the matrix was
-      not selected and is compared only.
-    nbytes: of both tensors on disk; a part of a fused one counts as its own.
+      not selected and is only compared.
+    nbytes: bytes of both tensors on disk; of a fused one only the part used.
     can_be_split: whether all processes can factor it together, each its part.
   """
 
@@ -45,38 +45,38 @@ class ModuleJob(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether it is a matrix that was not selected."""
+    """Returns whether it is a matrix that was not selected."""
     return self.view is not None and self.rank == 0
 
   @property
   def matrix_view(self) -> MatrixView:
-    """The view of a job whose tensors are a matrix."""
+    """Returns how the tensors are read as a matrix; raises if they are none."""
     if self.view is None:
       raise ValueError(f"{self.pair.path} is not read as a matrix.")
     return self.view
 
   @property
   def bytes_in_work(self) -> int:
-    """Bytes of both tensors and of the float32 arrays made of them."""
+    """Counts the bytes of both tensors and of their float32 copies."""
     return self.nbytes + 12 * math.prod(self.pair.shape)
 
   @property
   def cost(self) -> int:
-    """Operations of matrix products that would take as long, roughly."""
+    """Estimates the job's time, as operations of matrix products."""
     if self.view is None or self.pair.whole:
       return cost_of(self.pair.shape, 0)
     return cost_of(self.view.shape(self.pair.shape), self.rank)
 
 
 class Plan(NamedTuple):
-  """Both checkpoints, their pairs, and what is done with each.
+  """Two open checkpoints, their pairs, and what is done with each.
 
   Attributes:
     base: the base, open.
     finetuned: the finetune, open.
     pairing: which tensors belong together.
-    jobs: one for each pair, in their order.
-    model_type: of config.json, if there is one.
+    jobs: one for each pair, in the order of the pairs.
+    model_type: what config.json says; None without one.
   """
 
   base: Checkpoint
@@ -100,7 +100,7 @@ def plan_jobs(
     finetuned: the finetune.
     pairing: of both, from `pair_up`.
     select: `(path, spec) -> bool`, which matrices are factored.
-    rank: of every module.
+    rank: the rank of every module.
 
   Returns:
     Plan. No tensor is read.
@@ -140,7 +140,7 @@ def cost_of(shape: Sequence[int], rank: int) -> int:
   """Estimates what a tensor of a pair costs a run.
 
   Args:
-    shape: (..., in, out) of a module; of what is not factored any shape.
+    shape: (..., in, out) of a module; any shape if it is not factored.
     rank: triplets to find; 0: the tensor is only read.
 
   Returns:
@@ -154,7 +154,7 @@ def cost_of(shape: Sequence[int], rank: int) -> int:
 
 
 def _bytes_on_disk(base: Checkpoint, finetuned: Checkpoint, pair: Pair) -> int:
-  """Counts the bytes of both tensors; a part of a fused one as its own."""
+  """Counts the bytes of both tensors; of a fused one only the part used."""
   itemsize = finetuned.spec[names_of(pair.finetuned)[0]].dtype.itemsize
   own = base.spec[pair.base.name].nbytes
   return own + int(np.prod(pair.shape)) * itemsize
@@ -174,16 +174,16 @@ def _are_whole(base: Checkpoint, finetuned: Checkpoint, pair: Pair) -> bool:
 def fingerprint(
   plan: Plan, key: jax.Array | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns what determines a run's results: inputs, options and versions.
+  """Returns all that determines a run's result: inputs, options, versions.
 
   Args:
     plan: the run's plan.
     key: its PRNG key; None is `key(0)`.
-    options: what else it was given, for JSON.
+    options: the other options of the run, as JSON values.
 
   Returns:
-    A dict; equal dicts mean equal results, as far as headers, sizes and times
-    of the files tell that the inputs are the same.
+    A dict; equal dicts mean equal results. Inputs count as the same if their
+    headers and their files' sizes and times are.
   """
   return {
     **options,

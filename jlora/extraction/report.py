@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says: its report, written to report.json and read again."""
+"""The report of an extraction: its file, totals, tables and model card.
+
+modules, ledger ─► total_up ─► Report ─► report.json, tables, README.md
+"""
 
 import json
 import math
@@ -16,11 +19,11 @@ from jlora.runs.fingerprints import replace_text
 
 SCHEMA_VERSION = 1
 REPORT = "report.json"
-_STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
+CARD = "README.md"
 
 
 class Report(NamedTuple):
-  """Everything a run found; `report.json` is its fields.
+  """What a run found, module by module and in total; stored as `report.json`.
 
   Attributes:
     settings: inputs and options.
@@ -44,23 +47,80 @@ class Report(NamedTuple):
   ledger: list[dict[str, Any]]
 
 
+def write_report(folder: str | os.PathLike, report: Report) -> None:
+  """Writes `report.json` into a folder, atomically.
+
+  Args:
+    folder: an existing folder.
+    report: the report. The same report gives the same bytes.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write_report(folder, Report({"rank": 1}, [], {}, []))
+    ...   read_report(folder).settings
+    {'rank': 1}
+  """
+  text = json.dumps({"schema_version": SCHEMA_VERSION} | report._asdict())
+  replace_text(Path(folder) / REPORT, text + "\n")
+
+
+def read_report(folder: str | os.PathLike) -> Report:
+  """Reads the report of a finished run.
+
+  Args:
+    folder: the run's output folder.
+
+  Returns:
+    Report.
+
+  Raises:
+    ValueError: there is no report, or it is damaged or of another schema
+      version.
+
+  Example:
+    >>> read_report("/nowhere")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere holds no report.json; the run did not finish.
+  """
+  path = Path(folder) / REPORT
+  if not path.exists():
+    raise ValueError(f"{folder} holds no {REPORT}; the run did not finish.")
+  try:
+    data = dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is no report: {error}. Run again.") from error
+  version = data.pop("schema_version", None)
+  if version != SCHEMA_VERSION:
+    raise ValueError(
+      f"{path} has schema version {version}, this jlora reads {SCHEMA_VERSION}."
+    )
+  return Report(**data)
+
+
+_STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
+
+
 def total_up(
   modules: Iterable[Mapping[str, Any]], ledger: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """The totals of a report from its rows.
+  """Computes a report's totals from its rows.
+
+      relative error = √(Σ ‖error‖² / Σ ‖delta‖²),   energy = 1 - its square
 
   Args:
-    modules: rows with `norm`, `error`, `bytes` and `parameter_bytes`; of rows
-      with `shape`, `learnt_norm`, `rounding_share` and `unchanged` those too.
+    modules: rows with `norm`, `error`, `bytes` and `parameter_bytes`, and
+      optionally `shape`, `learnt_norm`, `rounding_share` and `unchanged`.
     ledger: rows with `status`.
 
   Returns:
-    `modules`, `relative_error` (of all deltas as one vector), `energy`,
-    `learnt_norm` and `rounding_share` (of all modules that tell what they
-    learnt, as one vector; None if none does), `not_identifiable` (the number of
-    the others), `unchanged` (share of all entries, None where rows lack it),
-    `adapter_bytes`, `parameter_bytes` (of these matrices in the base) and the
-    number of ledger rows by status.
+    `modules` (their number), `relative_error` and `energy` (of all deltas as
+    one vector), `learnt_norm` and `rounding_share` (of all modules whose learnt
+    change is known, as one vector; None if there are none), `not_identifiable`
+    (the number of the others), `unchanged` (share of all entries, None where
+    rows lack it), `adapter_bytes`, `parameter_bytes` (of these matrices in the
+    base) and `ledger` (the number of rows by status).
 
   Example:
     >>> row = {"norm": 5.0, "error": 3.0, "bytes": 8, "parameter_bytes": 16}
@@ -86,7 +146,7 @@ def total_up(
 
 
 def change_of_weights(modules: Iterable[Mapping[str, Any]]) -> float | None:
-  """How large the changes of some modules are beside their weights.
+  """Computes how large the changes of some modules are beside their weights.
 
       √(Σ ‖delta‖² / Σ ‖base‖²),   ‖base‖ = ‖delta‖ / relative change
 
@@ -94,7 +154,7 @@ def change_of_weights(modules: Iterable[Mapping[str, Any]]) -> float | None:
     modules: rows with `norm` and `relative_change`, None where a base is zero.
 
   Returns:
-    That of all modules as one vector; None where all bases are zero.
+    The ratio for all modules as one vector; None where all bases are zero.
 
   Example:
     >>> rows = [{"norm": 3.0, "relative_change": 0.3},
@@ -112,90 +172,15 @@ def change_of_weights(modules: Iterable[Mapping[str, Any]]) -> float | None:
   return norm / math.hypot(*bases) if bases else None
 
 
-def _total_rounding(
-  modules: Sequence[Mapping[str, Any]],
-) -> dict[str, float | int | None]:
-  """What was learnt and what was rounded, of the rows that know."""
-  told = [row for row in modules if row.get("learnt_norm") is not None]
-  learnt2 = [row["learnt_norm"] ** 2 for row in told]
-  lost2 = sum(
-    row["rounding_share"] * square
-    for row, square in zip(told, learnt2, strict=True)
-  )
-  has_zeros = all("unchanged" in row for row in modules)
-  sizes = [math.prod(row["shape"]) for row in modules] if has_zeros else []
-  equal = sum(
-    row["unchanged"] * size for row, size in zip(modules, sizes, strict=False)
-  )
-  whole = sum(learnt2)
-  return {
-    "learnt_norm": math.sqrt(whole) if told else None,
-    "rounding_share": (lost2 / whole if whole else 0.0) if told else None,
-    "not_identifiable": len(modules) - len(told),
-    "unchanged": equal / sum(sizes) if sizes else None,
-  }
-
-
-def write_report(folder: str | os.PathLike, report: Report) -> None:
-  """Writes `report.json` into a folder, whole or not at all.
-
-  Args:
-    folder: an existing folder.
-    report: the report. Its bytes depend on nothing else.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   write_report(folder, Report({"rank": 1}, [], {}, []))
-    ...   read_report(folder).settings
-    {'rank': 1}
-  """
-  text = json.dumps({"schema_version": SCHEMA_VERSION} | report._asdict())
-  replace_text(Path(folder) / REPORT, text + "\n")
-
-
-def read_report(folder: str | os.PathLike) -> Report:
-  """The report of a finished run.
-
-  Args:
-    folder: the run's output folder.
-
-  Returns:
-    Report.
-
-  Raises:
-    ValueError: there is no report, a damaged one, or of another schema version.
-
-  Example:
-    >>> read_report("/nowhere")
-    Traceback (most recent call last):
-    ...
-    ValueError: /nowhere holds no report.json; the run did not finish.
-  """
-  path = Path(folder) / REPORT
-  if not path.exists():
-    raise ValueError(f"{folder} holds no {REPORT}; the run did not finish.")
-  try:
-    data = dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is no report: {error}. Run again.") from error
-  version = data.pop("schema_version", None)
-  if version != SCHEMA_VERSION:
-    raise ValueError(
-      f"{path} has schema version {version}, this jlora reads {SCHEMA_VERSION}."
-    )
-  return Report(**data)
-
-
 def module_type(path: str) -> str:
-  """What kind of module a path names: its last part, `weight` and such off.
+  """Returns the kind of module a path names: `q_proj`, `down_proj`, ...
 
   Args:
     path: a parameter's name.
 
   Returns:
-    `q_proj`, `down_proj`, `embed_tokens`, ...; of an expert's matrix the part
-    after the expert's number.
+    The last part of the path that is no number, without a final `weight`,
+    `kernel`, `embedding` or `w`.
 
   Example:
     >>> module_type("model.layers.3.mlp.down_proj.weight")
@@ -209,12 +194,30 @@ def module_type(path: str) -> str:
   return parts[-1] if parts else path
 
 
-CARD = "README.md"
+def noise_rank(row: Mapping[str, Any]) -> str:
+  """Counts the singular values found that exceed rounding noise.
+
+  Args:
+    row: a module's row of a report.
+
+  Returns:
+    The count; `≥ count` if all values found exceed it, as the next may too.
+
+  Example:
+    >>> noise_rank({"noise_floor_rank": 2, "singular_values": [3.0, 2.0],
+    ...             "shape": [4, 6]})
+    '≥ 2'
+  """
+  count, found = row["noise_floor_rank"], len(row["singular_values"])
+  is_clipped = count == found < min(row["shape"][-2:])
+  return f"≥ {count}" if is_clipped else str(count)
+
+
 _MIB = 2**20
 
 
 def type_table(report: Report) -> str:
-  """The figures by module type, as a table of text.
+  """Formats the figures by module type as a table of text.
 
   Args:
     report: the report.
@@ -223,7 +226,7 @@ def type_table(report: Report) -> str:
     Lines: type, modules, shape of the first, rank, relative error (of all
     deltas of the type as one vector, and of the worst module), energy kept,
     relative change of the weights (all of the type as one vector as well),
-    noise floor rank, MiB.
+    singular values above rounding noise, MiB.
 
   Example:
     >>> type_table(Report({}, [], total_up([], []), [])).splitlines()[0][:4]
@@ -273,7 +276,7 @@ def type_table(report: Report) -> str:
 
 
 def worst_table(report: Report, count: int = 5) -> str:
-  """The modules with the largest relative error, as a table of text.
+  """Formats the modules of largest relative error as a table of text.
 
   Args:
     report: the report.
@@ -312,15 +315,15 @@ def worst_table(report: Report, count: int = 5) -> str:
 
 
 def ledger_lines(report: Report, count: int = 8) -> str:
-  """What became of every tensor: counts, and what needs a reader's eye.
+  """Lists how many tensors had each status, and those that need a look.
 
   Args:
     report: the report.
-    count: how many rows are listed; the rest is counted.
+    count: the most rows to list; the others are only counted.
 
   Returns:
-    Lines: the number of rows by status, then rows kept whole, not
-    representable or matched otherwise than by name.
+    Lines: the number of rows by status, then the rows that were kept whole, are
+    not representable, or were matched by something else than their name.
 
   Example:
     >>> ledger_lines(Report({}, [], total_up([], []), []))
@@ -333,7 +336,7 @@ def ledger_lines(report: Report, count: int = 8) -> str:
   noted = [
     row for row in report.ledger if row["why"] and row["status"] != "unchanged"
   ]
-  # What is lost comes first.
+  # Lost tensors come first.
   noted.sort(key=lambda row: row["status"] != "not representable")
   for row in noted[:count]:
     name = (row["base"] or row["finetuned"])[0]
@@ -344,14 +347,15 @@ def ledger_lines(report: Report, count: int = 8) -> str:
 
 
 def rounding_line(report: Report) -> str:
-  """What was learnt and what rounding did to it, as a line of text.
+  """Tells in one line what was learnt and what rounding did to it.
 
   Args:
     report: the report.
 
   Returns:
-    The norm of the change before it was rounded, beside that of the same
-    modules as stored; those that cannot tell are counted as not identifiable.
+    The estimated norm of the change before it was rounded, and the norm of the
+    same modules as stored; modules where no estimate is possible are counted as
+    not identifiable.
 
   Example:
     >>> rounding_line(Report({}, [], total_up([], []), []))
@@ -379,15 +383,15 @@ def rounding_line(report: Report) -> str:
 def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
   """Writes the adapter's model card, `README.md`.
 
-  The card is what others read: checkpoints have the names they have there, and
-  no path of this machine is in it.
+  The card is for other people: it names checkpoints by Hub id or folder name,
+  and holds no path of this machine.
 
   Args:
-    folder: an existing folder; where it holds an adapter, the name of its base
-      is the card's.
+    folder: an existing folder; if it holds an adapter, the card names the base
+      as the adapter's configuration does.
     report: the report.
-    command: what made the adapter, to be repeated; the paths of the report and
-      of the folder are replaced by names.
+    command: the command line that made the adapter; paths in it are replaced
+      by names.
 
   Example:
     >>> import tempfile
@@ -409,10 +413,62 @@ def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
   replace_text(Path(folder) / CARD, text)
 
 
+def _total_rounding(
+  modules: Sequence[Mapping[str, Any]],
+) -> dict[str, float | int | None]:
+  """Sums up what was learnt and rounded, over the rows that know it."""
+  told = [row for row in modules if row.get("learnt_norm") is not None]
+  learnt2 = [row["learnt_norm"] ** 2 for row in told]
+  lost2 = sum(
+    row["rounding_share"] * square
+    for row, square in zip(told, learnt2, strict=True)
+  )
+  has_zeros = all("unchanged" in row for row in modules)
+  sizes = [math.prod(row["shape"]) for row in modules] if has_zeros else []
+  equal = sum(
+    row["unchanged"] * size for row, size in zip(modules, sizes, strict=False)
+  )
+  whole = sum(learnt2)
+  return {
+    "learnt_norm": math.sqrt(whole) if told else None,
+    "rounding_share": (lost2 / whole if whole else 0.0) if told else None,
+    "not_identifiable": len(modules) - len(told),
+    "unchanged": equal / sum(sizes) if sizes else None,
+  }
+
+
+def _above_noise(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the smallest and the largest `noise_rank` of some modules."""
+  order = sorted(rows, key=lambda row: row["noise_floor_rank"])
+  low, high = noise_rank(order[0]), noise_rank(order[-1])
+  if low == high:
+    return low
+  return f"{low}-{high}" if "≥" not in low + high else f"{low} to {high}"
+
+
+def _span(values: Iterable[int]) -> str:
+  """Formats the range of some integers, `4` or `4-8`."""
+  values = sorted(values)
+  low, high = values[0], values[-1]
+  return str(low) if low == high else f"{low}-{high}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+  """Aligns cells in columns: the first to the left, the others right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if place == 0 else cell.rjust(width)
+      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )
+
+
 def _card(
   report: Report, base: str, names: Mapping[str, str], loading: str, made: str
 ) -> str:
-  """The card's text, from names that others know."""
+  """Returns the text of the model card."""
   return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -450,12 +506,12 @@ It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by
 """
 
 
-# What `vllm serve` takes for --max-lora-rank.
+# The values that `vllm serve` accepts for --max-lora-rank.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _loading(profile: str | None, base: str, folder: str, rank: int) -> str:
-  """What loads an adapter, for the consumer it was written for."""
+  """Returns the code that loads an adapter in its consumer."""
   if profile == VLLM.name:
     room = next((r for r in _VLLM_RANKS if r >= rank), rank)
     name = folder.rpartition("/")[2]
@@ -473,7 +529,7 @@ model = PeftModel.from_pretrained(base, {json.dumps(folder)})"""
 def _rename(
   command: str, paths: Mapping[str, str], names: Mapping[str, str]
 ) -> str:
-  """A command line with names in place of paths, wherever a value is one."""
+  """Replaces the paths in a command line by names."""
   known = {str(path): names[role] for role, path in paths.items()}
   words = []
   for word in shlex.split(command):
@@ -482,50 +538,3 @@ def _rename(
       word = f"{flag}={known[value]}"
     words.append(known.get(word, word))
   return shlex.join(words)
-
-
-def noise_rank(row: Mapping[str, Any]) -> str:
-  """Counts the singular values above rounding noise, of those that were found.
-
-  Args:
-    row: a module's row of a report.
-
-  Returns:
-    The count, or `≥ count` where all values found are above: the next ones
-    may be too.
-
-  Example:
-    >>> noise_rank({"noise_floor_rank": 2, "singular_values": [3.0, 2.0],
-    ...             "shape": [4, 6]})
-    '≥ 2'
-  """
-  count, found = row["noise_floor_rank"], len(row["singular_values"])
-  is_clipped = count == found < min(row["shape"][-2:])
-  return f"≥ {count}" if is_clipped else str(count)
-
-
-def _above_noise(rows: Sequence[Mapping[str, Any]]) -> str:
-  """The least and the most of `noise_rank` over modules."""
-  order = sorted(rows, key=lambda row: row["noise_floor_rank"])
-  low, high = noise_rank(order[0]), noise_rank(order[-1])
-  if low == high:
-    return low
-  return f"{low}-{high}" if "≥" not in low + high else f"{low} to {high}"
-
-
-def _span(values: Iterable[int]) -> str:
-  values = sorted(values)
-  low, high = values[0], values[-1]
-  return str(low) if low == high else f"{low}-{high}"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-  """Columns of text: the first to the left, figures to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if place == 0 else cell.rjust(width)
-      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extraction from disk to disk: streaming, bounded in memory, resumable.
+"""Extracts from disk to disk: streaming, bounded in memory, resumable.
 
 open ─► pair ─► plan ─► factor (read, certify, journal) ─► choose ranks ─► write
 
@@ -60,25 +60,27 @@ def extract_checkpoint(
   split_bytes: int = 2**31,
   log: IO[str] | None = None,
 ) -> Report:
-  """The report of an extraction, whose adapter is then in a PEFT folder.
+  """Extracts a finetune into a PEFT adapter folder; returns the report.
+
+      finetuned[path] - base[path]  ≈  scale aᵀ b      read (in, out), scale 1
 
   Every matrix is factored at `rank`, certified and put in a journal; then
-  `policy` chooses ranks up to that from all spectra and the folder is written.
-  What is no matrix and changed (norms, biases) is kept whole where the profile
-  carries it.
+  `policy` chooses ranks up to that from all spectra, and the folder is written.
+  Changed parameters that are no matrices (norms, biases) are kept whole where
+  the profile can carry them.
 
-  Where the caller has initialised `jax.distributed`, all processes call this
-  alike, with paths on file systems that they share. They settle first whether
-  they have the same versions, options and inputs. Modules are dealt to them by
-  cost, and each reads the tensors of its own; the first process chooses ranks
-  and writes the folder. A tensor over `split_bytes` is cut over the devices of
-  all, each process reading its own part.
+  If the caller has initialised `jax.distributed`, all processes make the same
+  call, with paths on file systems that they share. They check first that they
+  have the same versions, options and inputs. Modules are dealt out to them by
+  cost, and each process reads only its own; the first one chooses ranks and
+  writes the folder. A tensor over `split_bytes` is cut over all devices, each
+  process reading its own part.
 
   Args:
     base: a checkpoint that `open_checkpoint` opens.
     finetuned: the finetune; names may differ as `pair_up` says.
     out: output folder, new or empty.
-    rank: of every module, and the most that a policy may give.
+    rank: rank of every module, and the most that a policy may give.
     policy: from all Spectra to {path: rank}; None keeps `rank` everywhere.
     factor: the factoriser.
     select: `(path, spec) -> bool`, which matrices are factored; others that
@@ -88,33 +90,32 @@ def extract_checkpoint(
     dtype: storage dtype of the factors.
     key: PRNG key; None is `key(0)`.
     base_model: name of the base in the adapter's configuration; None is its
-      Hub id where that is known, else the name of its folder, as `model_name`
-      finds it: no path of this machine.
+      Hub id if that is known, else the name of its folder.
     resume: go on with an unfinished run of the same inputs and options in
-      `out`; a finished one gives its report, if its settings are the same.
+      `out`, or return the report of a finished one with the same settings.
     overwrite: allow a folder that is not empty; an adapter, report or journal
       in it is replaced, other files stay.
-    split_bytes: a matrix that is larger in float32 is factored on all devices
-      together, where they are several and divide an axis of it.
-    log: where progress goes, None is standard error; each process counts its
+    split_bytes: a matrix that takes more bytes in float32 is factored on all
+      devices together, if there are several and they divide one of its axes.
+    log: where progress goes; None is standard error. Each process reports its
       own share.
 
   Returns:
     Report, on all processes. The result is the same bytes whether or not the
-    run was interrupted, and on however many processes. Tensors that are split
-    are equal to rounding to what one device computes; a factoriser that starts
-    from random rows starts from others in NumPy, on CPUs, so that there its own
-    tolerance is between the two. Memory: the tensors of up to three modules and
-    their float32 copies, within 512 MiB or of two of the usual size, not the
-    model; disk: the adapter twice while it is written.
+    run was interrupted, and for any number of processes. Split tensors differ
+    by rounding from what one device computes; on CPUs, a factoriser that starts
+    from random rows draws other rows for them, so they differ by its tolerance.
+    Memory: the tensors of up to three modules and their float32 copies, within
+    512 MiB or two modules of the usual size, never the whole model. Disk: the
+    adapter twice while it is written.
 
   Raises:
     ValueError: inputs that cannot be read or do not belong together, NaN or
       infinity in a tensor, a folder that is not empty, a journal of another
-      run, or nothing to extract; processes that differ in versions, options or
-      what they see. Of several processes all raise it.
-    LostProcess: another process ended or was killed. What was finished is kept
-      in the journal for `resume`.
+      run, nothing to extract, or processes that differ in versions, options or
+      what they see. All processes raise it.
+    LostProcess: another process ended or was killed. Finished modules stay in
+      the journal for `resume`.
 
   Example:
     >>> import io, tempfile
@@ -209,7 +210,7 @@ def _plan(base, finetuned, vocabulary, select, rank) -> Plan:
 
 
 def _missing(plan: Plan, journal: Journal) -> list[int]:
-  """Returns which jobs are not in the journal, as the first process sees it."""
+  """Lists the jobs not in the journal, as the first process sees it."""
   return processes.from_first(
     lambda: [
       at for at, job in enumerate(plan.jobs) if job.pair.path not in journal
@@ -218,9 +219,9 @@ def _missing(plan: Plan, journal: Journal) -> list[int]:
 
 
 def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
-  """Nothing, if all processes have the same options and they make sense."""
+  """Raises unless all processes have the same, valid options."""
   if processes.process_count() > 1:
-    paths = ("base", "finetuned")  # these may differ; what is there may not
+    paths = ("base", "finetuned")  # may differ; what they hold may not
     options = {k: v for k, v in settings.items() if k not in paths}
     processes.check_same_facts(processes.versions() | options | others)
   for name, value in (settings | others).items():
@@ -231,7 +232,7 @@ def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
 def _is_finished(
   out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> bool:
-  """Whether a run to be resumed is one of these settings, and complete."""
+  """Returns whether a finished run of the same settings is in the folder."""
   if resume or overwrite:
     _remove_leftovers(out)
   if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():

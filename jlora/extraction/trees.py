@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extraction from pytrees: base and finetune in, Loras out, jit-able.
+"""Extracts LoRAs from two pytrees of parameters; can be jitted.
 
-What streams from disk is built on the same step, a parameter at a time.
+The extraction from disk does the same, one parameter at a time.
 """
 
 import functools
@@ -57,50 +57,51 @@ def extract(
   mesh: Any = None,
   rules: Rules | None = None,
 ) -> Loras:
-  """The LoRAs of a finetune: the best low-rank change of every matrix.
+  """Extracts a finetune's LoRAs: the best low-rank change of every matrix.
 
       finetuned[path] - base[path]  ≈  scale aᵀ b      read (in, out), scale 1
 
   Args:
     base: a pytree of arrays of mixed floating dtype (plain dicts, linen
       variables, NNX state), or an open checkpoint.
-    finetuned: the same structure; for checkpoints names may differ as `pair_up`
+    finetuned: the same structure; names of checkpoints may differ as `pair_up`
       says.
-    rank: of every module, or {path: rank}: modules not named are left out.
-      A rank above min(in, out) is clipped and visible in `lora.rank`.
-    factor: a factoriser, `functools.partial` sets its options.
+    rank: rank of every module, or {path: rank}, which leaves out the modules
+      not named. A rank above min(in, out) is clipped, as `lora.rank` shows.
+    factor: a factoriser; set its options by `functools.partial`.
     select: `(path, leaf) -> bool`, which parameters are factored.
-    views: rules that say how a parameter is read as a matrix; by default those
-      for the names found (`table_for`).
+    views: rules that say how a parameter is read as a matrix; None takes those
+      that fit the names found.
     key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`, so
       neither order nor subset of modules changes a result.
     dtype: storage dtype of a and b.
-    mesh: devices that every parameter is placed on, with Auto or Explicit axes;
-      of an open checkpoint each shard is read by itself. None leaves
-      parameters where they are.
-    rules: (regex for a whole path of the base, PartitionSpec), the first match
-      decides and without one a parameter is whole on every device. None cuts
-      each module over the mesh by its sides (`jlora.sharding.spread`).
+    mesh: devices to place every parameter on, with Auto or Explicit axes; of an
+      open checkpoint, each shard is read by itself. None leaves parameters
+      where they are.
+    rules: pairs (regex for a whole path of the base, PartitionSpec); the first
+      match decides, and without one a parameter is whole on every device. None
+      cuts each module over the mesh by its sides (`jlora.sharding.spread`).
 
   Returns:
     {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones. Modules
     that did not change give zero factors: the structure never depends on
     values, so the call can be jitted. A change that is not finite gives a
-    scale of NaN. Of an open checkpoint one pair of tensors is in memory at a
-    time, and what has no partner or another shape is left out with a warning;
-    `extract_checkpoint` accounts for it.
+    scale of NaN. Of open checkpoints, one pair of tensors is in memory at a
+    time, and tensors without a partner or of another shape are left out with a
+    warning; `extract_checkpoint` reports them one by one.
 
-    Factors lie as `jlora.sharding.of_adapter` says wherever it is known how
-    their parameter does: placed here, an array with a NamedSharding, or of a
-    type with Explicit axes. A sharded parameter is not gathered, only its thin
-    factors are: of `krylov` along both sides, of `gram` along the long one. A
-    short side that is cut is gathered by `gram` (which `krylov` takes while
-    the whole is little more than its thin factors), and `svd` gathers all.
+    Factors are sharded as `jlora.sharding.of_adapter` says if their parameter's
+    sharding is known: it was placed here, is an array with a NamedSharding, or
+    has a type with Explicit axes. A sharded parameter is not gathered, only its
+    thin factors are: by `krylov` along both sides, by `gram` along the long
+    one. If the short side is cut, `gram` gathers it (and `krylov` uses `gram`
+    where a parameter is little larger than its thin factors); `svd` gathers
+    the whole parameter.
 
   Raises:
-    ValueError: structures or shapes that differ, a rank for a path that is not
-      there or below 1, a selection that leaves nothing; rules without a mesh,
-      or that do not fit it (`jlora.sharding.assign`).
+    ValueError: structures or shapes that differ, a rank below 1 or for a path
+      that does not exist, a selection that leaves nothing, or rules without a
+      mesh or that do not fit it (`jlora.sharding.assign`).
 
   Example:
     >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
@@ -157,7 +158,7 @@ def _placed(
   mesh: Any,
   rules: Rules | None,
 ) -> dict[str, NamedSharding]:
-  """Where parameters are to lie, if anybody said."""
+  """Returns the sharding of each parameter, for those that are to be placed."""
   if mesh is None and rules is not None:
     raise ValueError("rules without a mesh: give the devices they are of.")
   if mesh is None:
@@ -178,7 +179,7 @@ def _take(
   shape: tuple[int, ...],
   sharding: NamedSharding | None,
 ) -> Any:
-  """A parameter's values, placed if it is said where."""
+  """Reads a parameter's values, placed if a sharding is given."""
   if sharding is None:
     return read_side(tree, side)
   if isinstance(side, TensorPart) and not hasattr(tree, "spec"):
@@ -204,7 +205,7 @@ def extract_parameter(
   dtype: Any = jnp.float32,
   sharding: Lora | None = None,
 ) -> Lora:
-  """The Lora of one parameter's change, read as (..., in, out).
+  """Extracts the Lora of one parameter's change, read as (..., in, out).
 
   Args:
     base: the parameter, any floating dtype, its own layout.
@@ -214,8 +215,8 @@ def extract_parameter(
     rank: units to keep.
     factor: the factoriser. Equal shapes share a compilation.
     dtype: storage dtype.
-    sharding: where the leaves go, from `of_adapter`; needed for parameters of
-      a type with Explicit axes, else None leaves it to the compiler.
+    sharding: of the result's leaves, from `of_adapter`; needed for parameters
+      whose type has Explicit axes. None leaves it to the compiler.
 
   Returns:
     Lora with a (..., r, in), b (..., r, out), scale 1; scale NaN if either
@@ -229,6 +230,7 @@ def extract_parameter(
   """
 
   def step(base, finetuned, key):
+    """Factors the change; gives a scale of NaN if it is not finite."""
     delta, is_exchanged = in_stored_order(difference(base, finetuned), view)
     is_finite = jnp.isfinite(delta).all()
     delta = jnp.where(is_finite, delta, 0.0)  # LAPACK may not return from NaN
@@ -246,6 +248,7 @@ def extract_parameter(
 
 
 def _warn_of_missing(pairing: Pairing) -> None:
+  """Warns of the tensors that are left out, by name."""
   missing = [f"{name} (only in the base)" for name in pairing.only_base]
   missing += [f"{name} (only finetuned)" for name in pairing.only_finetuned]
   missing += [
@@ -258,5 +261,5 @@ def _warn_of_missing(pairing: Pairing) -> None:
 
 
 def _leaves(tree: Any) -> Mapping[str, Any]:
-  """{path: leaf}; an open checkpoint stays lazy."""
+  """Flattens a tree to {path: leaf}; an open checkpoint stays lazy."""
   return tree if hasattr(tree, "spec") else flatten(tree)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who factors which module: the largest all together, the others dealt out.
+"""Shares out modules among processes and factors this process's part.
 
-missing ─► over the limit: every process, in one order, its own shards
-        └► the others: each process its hand, a few at a time in threads
+missing ─► over the limit: all processes together, each its own shards
+        └► the others: dealt out by cost, a few at a time in threads
 """
 
 import bisect
@@ -37,20 +37,78 @@ from jlora.runs.progress import Progress
 from jlora.runs.watchdog import Watch
 
 
-def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
-  """Which item goes to whom, so that the last is done soon.
+class Cut(NamedTuple):
+  """The axis of a stored tensor to cut, and the number of equal parts."""
 
-  The longest processing time first: items in descending order, each to whoever
-  has least so far; ties go to the earlier item and the earlier hand. The
+  axis: int
+  parts: int
+
+
+def factor_missing(
+  plan: Plan,
+  journal: Journal,
+  missing: Sequence[int],
+  extractor: Extractor,
+  *,
+  split_bytes: int,
+  watch: Watch,
+  log: IO[str] | None,
+) -> None:
+  """Factors this process's share of the missing modules into the journal.
+
+  Args:
+    plan: the run's plan.
+    journal: shared by all processes.
+    missing: positions of the plan's jobs that are not in it, the same on all
+      processes.
+    extractor: what factors them.
+    split_bytes: a tensor that takes more bytes in float32 is cut over all
+      devices.
+    watch: tells whether another process was lost.
+    log: where progress goes; None is standard error.
+
+  Raises:
+    ValueError: damaged inputs, on any process.
+    LostProcess: another process ended.
+  """
+  count, index = process_count(), process_index()
+  split, rest = _sort_by_size([plan.jobs[at] for at in missing], split_bytes)
+  mine = [rest[at] for at in deal([job.cost for job in rest], count)[index]]
+  done = [job for at, job in enumerate(plan.jobs) if at not in {*missing}]
+  if index:  # the first process reports what was done before
+    done = []
+  total = sum(job.nbytes for job in (*mine, *done))
+  total += sum(job.nbytes // count for job in split)
+  with Progress(total, log, who=index if count > 1 else None) as progress:
+    room = Room(_memory([job.bytes_in_work for job in mine]))
+    share = _Share(plan, journal, extractor, progress, room)
+    for job in done:
+      share.tell(job, job.nbytes, journal[job.pair.path])
+    try:
+      for job in split:
+        watch.check()
+        share.factor_split(job)
+    except Exception as error:
+      if isinstance(error, LostProcess) or is_of_collective(error):
+        watch.explain(error)
+      raise
+    _in_threads(share.factor_whole, mine, extractor, watch)
+
+
+def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
+  """Deals items to hands so that the largest load is small.
+
+  Longest processing time first: items in descending order, each to the hand
+  with the least so far; ties go to the earlier item and the earlier hand. The
   largest load is at most `4/3 - 1/(3 hands)` times the smallest possible.
 
   Args:
-    costs: of every item, integers of any unit.
+    costs: cost of every item, integers of any unit.
     hands: how many there are to deal to.
 
   Returns:
     For every hand the positions of its items, in the order they were dealt;
-    every item is in one hand. The same costs give the same hands everywhere.
+    every item is in one hand. Equal costs give equal hands on every process.
 
   Raises:
     ValueError: fewer than one hand, or a negative cost.
@@ -75,26 +133,16 @@ def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
   return dealt
 
 
-_AXIS = "shards"
-
-
-class Cut(NamedTuple):
-  """Into how many equal parts, and along which axis of the file's tensor."""
-
-  axis: int
-  parts: int
-
-
 def cut(shape: tuple[int, ...], devices: int) -> Cut:
-  """How a tensor is cut: over as many devices as divide one of its axes.
+  """Chooses how to cut a tensor: into as many parts as divide one axis.
 
   Args:
-    shape: as it lies in the file.
+    shape: the tensor's shape in its file.
     devices: how many there are.
 
   Returns:
-    Cut; the first axis where several can be cut into as many, as its parts are
-    one run of bytes each. Of other axes every process reads whole rows.
+    Cut. If several axes allow as many parts, the first: its parts are one run
+    of bytes each, while for other axes every process reads whole rows.
 
   Example:
     >>> cut((6, 8), 4), cut((6, 9), 4), cut((5, 7), 4)
@@ -112,18 +160,17 @@ def cut(shape: tuple[int, ...], devices: int) -> Cut:
   )
 
 
+_AXIS = "shards"
+
+
 def share_out(shape: tuple[int, ...]) -> NamedSharding | None:
-  """Where the parts of a tensor go; None if there is only one.
+  """Returns how a tensor is sharded over all devices; None if it is not cut.
 
   Args:
-    shape: as it lies in the file.
+    shape: the tensor's shape in its file.
 
   Returns:
-    A sharding over a mesh of one axis of the first devices of all processes.
-
-  Example:
-    >>> share_out((1, 1)) is None
-    True
+    A sharding over a mesh of one axis, of the first devices of all processes.
   """
   devices = jax.devices()
   axis, parts = cut(shape, len(devices))
@@ -135,60 +182,8 @@ def share_out(shape: tuple[int, ...]) -> NamedSharding | None:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS))
 
 
-_POLL = 0.5  # seconds between two looks at how the other processes are
-
-
-def factor_missing(
-  plan: Plan,
-  journal: Journal,
-  missing: Sequence[int],
-  extractor: Extractor,
-  *,
-  split_bytes: int,
-  watch: Watch,
-  log: IO[str] | None,
-) -> None:
-  """Brings this process's share of the missing modules into the journal.
-
-  Args:
-    plan: the run's.
-    journal: shared by all processes.
-    missing: which of the plan's jobs are not in it, alike on all processes.
-    extractor: what factors them.
-    split_bytes: a tensor that is larger in float32 is cut over all devices.
-    watch: of the other processes.
-    log: where progress goes, None is standard error.
-
-  Raises:
-    ValueError: inputs that are damaged, on any process.
-    LostProcess: another process ended.
-  """
-  count, index = process_count(), process_index()
-  split, rest = _sort_by_size([plan.jobs[at] for at in missing], split_bytes)
-  mine = [rest[at] for at in deal([job.cost for job in rest], count)[index]]
-  done = [job for at, job in enumerate(plan.jobs) if at not in {*missing}]
-  if index:  # the first one tells what was done before
-    done = []
-  total = sum(job.nbytes for job in (*mine, *done))
-  total += sum(job.nbytes // count for job in split)
-  with Progress(total, log, who=index if count > 1 else None) as progress:
-    room = Room(_memory([job.bytes_in_work for job in mine]))
-    share = _Share(plan, journal, extractor, progress, room)
-    for job in done:
-      share.tell(job, job.nbytes, journal[job.pair.path])
-    try:
-      for job in split:
-        watch.check()
-        share.factor_split(job)
-    except Exception as error:
-      if isinstance(error, LostProcess) or is_of_collective(error):
-        watch.explain(error)
-      raise
-    _in_threads(share.factor_whole, mine, extractor, watch)
-
-
 class _Share:
-  """What one process does with a module: factors it, keeps it, tells it."""
+  """One process's share of the work: factors, journals and reports modules."""
 
   def __init__(self, plan, journal, extractor, progress, room):
     self._base, self._finetuned = plan.base, plan.finetuned
@@ -197,7 +192,7 @@ class _Share:
     self._saying = threading.Lock()
 
   def factor_whole(self, job: ModuleJob) -> None:
-    """Puts a module into the journal."""
+    """Factors a module alone and puts it into the journal."""
     if is_same(job.pair, self._base, self._finetuned):
       outcome = Outcome("unchanged")
     else:
@@ -206,7 +201,7 @@ class _Share:
     self._keep(job, job.nbytes, outcome, True)
 
   def factor_split(self, job: ModuleJob) -> None:
-    """Puts a module into the journal, together with all other processes."""
+    """Factors a module together with all processes; one journals it."""
     pair, part = job.pair, (process_index(), process_count())
     sharding: Any = share_out(pair.shape)
     sides = (self._base, pair.base), (self._finetuned, pair.finetuned)
@@ -219,6 +214,7 @@ class _Share:
     takes_part = bool(sharding.addressable_devices)
 
     def load():
+      """Reads this process's shards of both sides."""
       one, two = (
         place_array(
           pair.shape, sharding, functools.partial(read_region_of_side, *side)
@@ -234,7 +230,7 @@ class _Share:
       self._keep(job, nbytes, outcome, is_writer)
 
   def _keep(self, job, nbytes, outcome: Outcome, is_writer: bool) -> None:
-    """Writes what became of a module, once, and counts it."""
+    """Journals what became of a module, and reports it."""
     record = {
       "status": outcome.status,
       "why": outcome.why,
@@ -245,7 +241,7 @@ class _Share:
     self.tell(job, nbytes, record)
 
   def tell(self, job: ModuleJob, nbytes: int, record: dict[str, Any]) -> None:
-    """Counts a finished module."""
+    """Reports a finished module to the progress."""
     figures, path = record["figures"], job.pair.path
     with self._saying:
       if not figures:
@@ -264,7 +260,7 @@ class _Share:
 def _sort_by_size(
   jobs: Sequence[ModuleJob], split_bytes: int
 ) -> tuple[list[ModuleJob], list[ModuleJob]]:
-  """Returns the jobs that all processes do together, and the others."""
+  """Splits jobs into those that all processes do together, and the others."""
   split, rest = [], []
   for job in jobs:
     shape = job.pair.shape
@@ -276,14 +272,17 @@ def _sort_by_size(
 def _memory(needs: Sequence[int]) -> int:
   """Returns how many bytes may be in work at a time.
 
-  More than a pool's where two modules of the usual size need more: one alone
-  would leave cores idle.
+  It is a pool's default, or more if two modules of the usual size need more:
+  working on one at a time would leave cores idle.
   """
   needs = sorted(needs)
   sums = list(itertools.accumulate(needs, initial=0))
-  # The usual size: in modules up to it lies half of all bytes.
+  # The usual size: modules up to it hold half of all bytes.
   usual = needs[bisect.bisect_left(sums[1:], sums[-1] / 2)] if needs else 0
   return max(MEMORY, 2 * usual)
+
+
+_POLL = 0.5  # seconds between two looks at how the other processes are
 
 
 def _in_threads(
@@ -292,17 +291,18 @@ def _in_threads(
   extractor: Extractor,
   watch: Watch,
 ) -> None:
-  """Does some work on jobs, a few at a time, as long as all is well."""
+  """Runs `work` on every job in threads; stops if a process is lost."""
   devices = extractor.devices
   turns, lock = itertools.cycle(devices), threading.Lock()
 
   def begin() -> None:
+    """Gives a new thread the next device."""
     if devices:
       with lock:
         extractor.use(next(turns))
 
   threads = THREADS + 2 * max(len(devices) - 1, 0)
-  # The largest first: at the end no thread waits long for another's.
+  # The largest first, so that no thread waits long at the end.
   order = sorted(jobs, key=lambda job: -math.prod(job.pair.shape))
   with open_pool(threads, begin, lambda: watch.is_lost) as pool:
     pending = {pool.submit(work, job) for job in order}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs compiled once for each signature, whichever thread asks first."""
+"""Compiles each program once, whichever thread asks first."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Programs:
-  """Compiled programs by signature; safe to ask from several threads.
+  """Compiled programs by signature; several threads may ask at once.
 
   Threads that ask for a program that another one is compiling wait for it;
   different programs compile side by side.
@@ -27,14 +27,14 @@ class Programs:
     return len(self._programs)
 
   def get(self, signature: Hashable, compile: Callable[[], Any]) -> Any:
-    """Returns the program of a signature, compiled if it is the first call.
+    """Returns the program of a signature; compiles it on the first call.
 
     Args:
-      signature: all that the program hangs on: shapes, dtypes, options.
-      compile: makes the program; called at most once for a signature.
+      signature: all that the program depends on: shapes, dtypes, options.
+      compile: makes the program; called once for a signature.
 
     Returns:
-      What `compile` gave.
+      What `compile` returned.
     """
     with self._lock:
       lock = self._locks.setdefault(signature, threading.Lock())

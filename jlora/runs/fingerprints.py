@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes two runs the same, and files that appear whole."""
+"""Hashes what makes two runs the same, and writes files atomically."""
 
 import functools
 import hashlib
@@ -14,25 +14,16 @@ from jlora.messages import name_file
 
 
 def digest(checkpoint: Checkpoint) -> str:
-  """A checkpoint's headers and its files' sizes and times, in one hash.
+  """Hashes a checkpoint's headers and its files' sizes and times.
 
   Args:
-    checkpoint: open.
+    checkpoint: an open checkpoint.
 
   Returns:
     16 characters.
-
-  Example:
-    >>> import tempfile
-    >>> import numpy as np
-    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
-    ...   len(digest(open_checkpoint(tmp)))
-    16
   """
   files = {spec.file for spec in checkpoint.spec.values() if spec.file}
-  # The specs of an orbax directory name none: take all that it holds.
+  # The specs of an orbax directory name no files: take all that it holds.
   files = files or {f for f in checkpoint.path.rglob("*") if f.is_file()}
   stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
   entries = [
@@ -43,23 +34,19 @@ def digest(checkpoint: Checkpoint) -> str:
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-  r"""Returns a short hash of lines of text.
+  r"""Hashes lines of text.
 
   Args:
-    lines: in an order that means something.
+    lines: in an order that matters.
 
   Returns:
     16 characters.
-
-  Example:
-    >>> hash_lines(["a", "b"]) == hash_lines(["a\nb"])
-    True
   """
   return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def name_of(function: Callable[..., Any]) -> str:
-  """A function with the options that `functools.partial` set, as text.
+  """Returns a function's name, with options set by `functools.partial`.
 
   Args:
     function: any callable.
@@ -75,14 +62,14 @@ def name_of(function: Callable[..., Any]) -> str:
     options = ", ".join(
       f"{k}={v}" for k, v in sorted(function.keywords.items())
     )
-    # An address in memory is another one in the next process.
+    # Addresses in memory differ between processes.
     options = re.sub(r" at 0x[0-9a-f]+", "", options)
     return f"{name_of(function.func)}({options})"
   return getattr(function, "__name__", type(function).__name__)
 
 
 def replace_text(path: Path, text: str) -> None:
-  """Puts a text file in its place, whole or not at all.
+  """Writes a text file atomically: readers see the old or the new one whole.
 
   Args:
     path: the file.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long run has finished, on disk, so that it can be killed and go on.
+"""Keeps a long run's finished modules on disk, so that it can be resumed.
 
-One file a module, put in place whole: its arrays, and its record as JSON in the
-header. A run that is resumed must be the same run, which a fingerprint of its
-inputs and options settles.
+There is one file a module, put in place whole, with the module's arrays and, in
+its header, its record as JSON. A fingerprint of inputs and options makes sure
+that a resumed run is the same run.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ _HEADER = "run.json"
 
 
 class Journal(Mapping[str, dict[str, Any]]):
-  """Finished modules: {path: record}, with arrays read when asked for.
+  """The finished modules of a run, path -> record; arrays are read on demand.
 
   Args:
     folder: where the entries lie.
-    is_new: whether to look at none that are there, as one of several processes
-      that only adds its own.
+    is_new: whether to ignore existing entries, as one of several processes that
+      only adds its own.
 
   Attributes:
     folder: where the entries lie.
@@ -53,6 +53,7 @@ class Journal(Mapping[str, dict[str, Any]]):
       self._take(file)
 
   def _take(self, file: Path) -> None:
+    """Reads the record of one entry."""
     try:
       entry = json.loads(open_checkpoint(file).metadata["entry"])
       self._records[entry["path"]] = entry["record"]
@@ -74,7 +75,7 @@ class Journal(Mapping[str, dict[str, Any]]):
   def put(
     self, path: str, arrays: Mapping[str, np.ndarray], record: dict[str, Any]
   ) -> None:
-    """Adds a finished module; it is there whole or not at all.
+    """Adds a finished module, atomically.
 
     Args:
       path: the module.
@@ -86,20 +87,20 @@ class Journal(Mapping[str, dict[str, Any]]):
     self._records[path] = record
 
   def find(self, path: str) -> bool:
-    """Whether a module is finished, maybe by another process meanwhile.
+    """Returns whether a module is finished, here or by another process.
 
     Args:
       path: the module.
 
     Returns:
-      bool; if so its record is here from now on.
+      bool. If True, its record is in this journal from now on.
     """
     if path not in self._records and self._file(path).exists():
       self._take(self._file(path))
     return path in self._records
 
   def arrays(self, path: str) -> Mapping[str, np.ndarray]:
-    """The arrays of a finished module, read when asked for.
+    """Opens the arrays of a finished module; they are read on demand.
 
     Args:
       path: the module.
@@ -110,12 +111,13 @@ class Journal(Mapping[str, dict[str, Any]]):
     return open_checkpoint(self._file(path))
 
   def close(self) -> None:
-    """Removes the journal: the run's results are in their place."""
+    """Removes the journal once the run's results are in place."""
     done = self.folder.with_name(_DONE)
     os.replace(self.folder, done)
     shutil.rmtree(done)
 
   def _file(self, path: str) -> Path:
+    """Returns the file of a module."""
     return (
       self.folder / f"{hashlib.sha256(path.encode()).hexdigest()}.safetensors"
     )
@@ -127,13 +129,13 @@ def open_journal(
   *,
   resume: bool = False,
 ) -> Journal:
-  """The journal of a run that writes into a folder, new or taken up again.
+  """Opens the journal of a run in its output folder, or begins one.
 
   Args:
     out: the run's output folder; the journal lies inside.
-    fingerprint: inputs and options of the run, for JSON; runs with the same
-      fingerprint give the same bytes.
-    resume: whether to take up a journal that is there.
+    fingerprint: inputs and options of the run, as JSON values; runs with the
+      same fingerprint give the same bytes.
+    resume: whether to go on with a journal that is there.
 
   Returns:
     Journal.
@@ -142,12 +144,6 @@ def open_journal(
     ValueError: a journal is there and `resume` is False, it is damaged, or it
       belongs to another run; up to three differing options are named with both
       values.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as out:
-    ...   len(open_journal(out, {"rank": 64}))
-    0
   """
   return Journal(begin_journal(out, fingerprint, resume=resume))
 
@@ -158,7 +154,7 @@ def begin_journal(
   *,
   resume: bool = False,
 ) -> Path:
-  """The folder of a run's journal, new or taken up again; entries are not read.
+  """Creates or checks the folder of a run's journal, without reading entries.
 
   Args:
     out: as for `open_journal`.
@@ -169,13 +165,7 @@ def begin_journal(
     The folder.
 
   Raises:
-    ValueError: as `open_journal`, but for damaged entries.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as out:
-    ...   begin_journal(out, {"rank": 64}).name
-    '.journal'
+    ValueError: as `open_journal`, except for damaged entries.
   """
   folder = Path(out) / FOLDER
   wanted = json.loads(json.dumps(fingerprint))
@@ -206,11 +196,6 @@ def remove_closed(out: str | os.PathLike) -> None:
 
   Args:
     out: the run's output folder; all results were in place by then.
-
-  Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as out:
-    ...   remove_closed(out)
   """
   shutil.rmtree(Path(out) / _DONE, ignore_errors=True)
 
@@ -218,20 +203,17 @@ def remove_closed(out: str | os.PathLike) -> None:
 def check_folder(
   out: Path, finished: str, *, resume: bool, overwrite: bool
 ) -> None:
-  """Nothing, if a run may write into a folder.
+  """Raises unless a run may write into a folder; empties it to overwrite.
 
   Args:
     out: the folder.
-    finished: the file without which nothing in it counts as a finished run; it
-      is removed where all is to be replaced.
+    finished: the file that marks a finished run; it and the journal are removed
+      to overwrite.
     resume: whether to go on with a run whose journal is there.
     overwrite: whether files may be replaced.
 
   Raises:
     ValueError: a file, or a folder that is not empty.
-
-  Example:
-    >>> check_folder(Path("/nowhere"), "x", resume=False, overwrite=False)
   """
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file; give a folder.")
@@ -254,7 +236,7 @@ def check_folder(
 def check_fingerprint(
   folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-  """Nothing, if a journal belongs to the run that wants it.
+  """Raises unless a journal belongs to the run that wants it.
 
   Args:
     folder: the journal, for the error.
@@ -262,7 +244,7 @@ def check_fingerprint(
     wanted: the fingerprint of the run.
 
   Raises:
-    ValueError: naming up to three options with both values.
+    ValueError: names up to three options with both values.
 
   Example:
     >>> check_fingerprint(Path("out"), {"rank": 8}, {"rank": 64})
@@ -284,10 +266,12 @@ def check_fingerprint(
 
 
 def _entries(folder: Path) -> list[Path]:
+  """Lists the files of a journal's entries."""
   return sorted(folder.glob("*.safetensors"))
 
 
 def _read_header(header: Path) -> dict[str, Any]:
+  """Reads the fingerprint of a journal."""
   try:
     return json.loads(header.read_text())
   except ValueError as error:

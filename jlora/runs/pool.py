@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for a run's tensors, within a bound of memory.
+"""Works on a run's tensors in threads, within a bound of memory.
 
-`finish_all` waits for work in any order and looks around meanwhile;
-`finish_in_order` hands results on in the order they were asked for.
+`finish_all` waits for work in any order and runs a check meanwhile;
+`finish_in_order` yields results in the order of the tasks.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ class Task(NamedTuple):
   """One piece of work for a pool.
 
   Attributes:
-    name: of the tensor it is for.
-    nbytes: of memory that it takes.
-    begin: asks the pool to do it.
+    name: the tensor it is for.
+    nbytes: memory that it takes, in bytes.
+    begin: submits it to the pool.
   """
 
   name: str
@@ -34,15 +34,10 @@ class Task(NamedTuple):
 
 
 class Room:
-  """Bytes that may be in work at a time; what is larger is let in alone.
+  """A budget of bytes in work at a time; a larger item goes alone.
 
   Args:
     limit: bytes.
-
-  Example:
-    >>> room = Room(10)
-    >>> with room.taken(25):
-    ...   pass
   """
 
   def __init__(self, limit: int):
@@ -51,7 +46,7 @@ class Room:
 
   @contextlib.contextmanager
   def taken(self, nbytes: int) -> Iterator[None]:
-    """Waits until there is room, and gives it back in the end."""
+    """Waits until there is room, and frees it at the end of the context."""
     with self._changed:
       self._changed.wait_for(
         lambda: self._used == 0 or self._used + nbytes <= self._limit
@@ -71,10 +66,10 @@ def open_pool(
   begin: Callable[[], None] | None = None,
   is_lost: Callable[[], bool] = lambda: False,
 ) -> Iterator[ThreadPoolExecutor]:
-  """Opens a pool of threads, each of which has BLAS to itself.
+  """Opens a pool of threads in which BLAS uses one thread each.
 
-  BLAS's own threads would fight over the cores that the pool's work on. At the
-  end work in progress is waited for, unless `is_lost` says that it never ends.
+  BLAS's own threads would compete with the pool's for the cores. At the end the
+  pool waits for work in progress, unless `is_lost` says that it will never end.
   """
   pool = ThreadPoolExecutor(threads, initializer=begin)
   with threadpool_limits(1, user_api="blas"):
@@ -89,7 +84,7 @@ def finish_all(
   check: Callable[[], None],
   seconds: float | None,
 ) -> None:
-  """Waits for all work, calling `check` between; raises what failed first."""
+  """Waits for all work, calling `check` between; raises the first failure."""
   while pending:
     done, pending = wait(pending, seconds, FIRST_EXCEPTION)
     for future in done:
@@ -100,13 +95,13 @@ def finish_all(
 def finish_in_order(
   tasks: Iterable[Task], memory: int = MEMORY, ahead: int = 2 * THREADS
 ) -> Iterator[tuple[Task, Any]]:
-  """Yields each task with its result, in their order, some begun ahead.
+  """Yields each task with its result, in order; begins some ahead.
 
   Args:
-    tasks: asked for one at a time, as there is room for them.
-    memory: bytes of the tasks that are begun and not yet taken; a larger one
-      is begun alone.
-    ahead: the most tasks that are begun.
+    tasks: taken one at a time, as there is room for them.
+    memory: bytes of the tasks begun and not yet consumed; a larger task is
+      begun alone.
+    ahead: the most tasks begun at a time.
 
   Yields:
     (task, result). A task counts as in work until the next one is asked for.

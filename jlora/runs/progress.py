@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is, in bytes: a bar on a terminal, lines elsewhere."""
+"""Shows how far a run is, in bytes: a bar on a terminal, lines elsewhere."""
 
 import math
 import sys
@@ -12,14 +12,14 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-  """A bar over the bytes of a run, with the module, its rank and the error.
+  """A bar over the bytes of a run, with the last module and the error so far.
 
   Args:
     total: bytes of the run.
-    file: where it says so, None is standard error.
-    errors: whether there are errors to tell.
-    who: which of several processes says it; None: there is only one. Only a
-      first or only process draws a bar.
+    file: where it is shown; None is standard error.
+    errors: whether the run has errors to show.
+    who: index of this one among several processes; None: there is only one.
+      Only a first or only process draws a bar.
 
   Example:
     >>> import io
@@ -66,7 +66,7 @@ class Progress:
     error: float = 0.0,
     norm: float = 0.0,
   ) -> None:
-    """Counts a finished module.
+    """Counts a finished module, and shows it.
 
     Args:
       nbytes: bytes of both of its tensors.

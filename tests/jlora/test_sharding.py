@@ -116,7 +116,7 @@ def test_adapters_lie_as_their_parameter(view, shape, spec, in_, out, lead):
 )
 def test_devices_hold_the_rows_of_their_shard(place, entries):
   """What a device has of w is read and written by what it has of a and b."""
-  view, shape, *_ = place_array
+  view, shape, *_ = place
   names = [x for entry in entries[: len(shape)] for x in (entry or ())]
   if len(names) > len(set(names)):
     entries = [None if isinstance(entry, tuple) else entry for entry in entries]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that experiments make, cut, fit and compare."""
+"""Makes, cuts, fits and compares the adapters of experiments."""

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts turned into Loras of a decoder's down projections, in several ways."""
+"""Edits facts in a decoder by Loras on its down projections: ROME and MEMIT.
+
+A fact is looked up by a key, what a down projection reads at the subject's last
+token. An edit fits what is added to the value written there (`fit_*`) and turns
+it into a Lora (`one_key`, `two_keys`, `many_at_once`).
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,76 +22,8 @@ from jlora.editing import address_of, edit_key, edit_layers, fit_value
 from jlora.models import WHOLE, Layer, rms_norm, turns
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def read_modules(
-  apply: Any, paths: tuple[str, ...], params: Any, tokens: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """What modules read and write at every token.
-
-  Args:
-    apply: `apply(params, tokens)`, runs a Flax linen model.
-    paths: of modules, such as `layers/3/mlp/down`, each called once.
-    params: what apply takes.
-    tokens: (rows, time) int32.
-
-  Returns:
-    {path: ((rows, time, in), (rows, time, out))}.
-
-  Raises:
-    ValueError: no call of such a module.
-  """
-  found = {}
-
-  def intercept(call, arguments, options, context):
-    y = call(*arguments, **options)
-    path = "/".join(context.module.path)
-    if path in paths and context.method_name == "__call__":
-      found[path] = arguments[0], y
-    return y
-
-  with nn.intercept_methods(intercept):
-    apply(params, tokens)
-  if missing := sorted(set(paths) - found.keys()):
-    raise ValueError(f"no module {', '.join(missing)} was called")
-  return found
-
-
-def go_on(
-  model: models.Model, layer: int, params: Any, stream: jax.Array
-) -> Any:
-  """The normed stream behind the last layer, from where a layer left it.
-
-  Args:
-    model: a decoder of `jlora.models`.
-    layer: the one that wrote the stream.
-    params: the model's.
-    stream: (rows, time, hidden).
-
-  Returns:
-    (rows, time, hidden); times the head these are the logits.
-  """
-  shape: Any = model.shape
-  angles = turns(shape.frequencies, WHOLE, stream.shape[1], shape.dtype)
-  for i in range(layer + 1, shape.layers):
-    variables = {"params": params["layers"][str(i)]}
-    stream = Layer(shape).apply(variables, stream, angles, WHOLE)  # pyright: ignore
-  return rms_norm(shape, "norm").apply({"params": params["norm"]}, stream)
-
-
-def to_logits(model: models.Model, params: Any, normed: jax.Array) -> jax.Array:
-  """The logits of what `go_on` gives: (..., hidden) to (..., vocab)."""
-  shape: Any = model.shape
-  if shape.tied:
-    return jnp.matmul(normed, params["embed"]["embedding"].T)
-  return jnp.matmul(normed, params["head"]["kernel"])
-
-
-#: Of KL(after ‖ before) at the subject, in the loss; as in ROME's code.
-_KEEP = 0.0625
-
-
 class Model(NamedTuple):
-  """What every edit needs besides the fact.
+  """A model to edit, with all that an edit needs besides the fact.
 
   Attributes:
     apply: a decoder of `jlora.models`.
@@ -108,7 +45,7 @@ class Model(NamedTuple):
 
 
 class Asked(NamedTuple):
-  """A fact's prompts, and what a layer makes of them.
+  """A fact's prompts as tokens, and what a layer reads and writes at them.
 
   Attributes:
     prompts: one for each prefix, the new answer behind; last "{subject} is a".
@@ -123,19 +60,19 @@ class Asked(NamedTuple):
   stream: np.ndarray
 
   def at_subject(self, x: np.ndarray) -> np.ndarray:
-    """(rows, ...) float64 of (rows, time, ...), the last row left out."""
+    """Picks the subject's token: (rows, time, ...) to (rows - 1, ...)."""
     found = x[np.arange(len(x)), self.prompts.places]
     return found[:-1].astype(np.float64)
 
 
 class Fit(NamedTuple):
-  """A fact at a layer: the keys it has, and what is added to its value.
+  """A fact's keys at a layer, and what is to be added to its value.
 
   Attributes:
     key: (in,) float64, the mean over prefixes.
     single: (in,) float64, the bare prompt's key.
     delta: (out,) float64.
-    history: as `fit_value`.
+    history: as `jlora.editing.fit_value` returns it.
   """
 
   key: np.ndarray
@@ -145,16 +82,16 @@ class Fit(NamedTuple):
 
 
 def kernel_of(layer: int) -> str:
-  """The path of a layer's down projection in the parameters."""
+  """Returns the path of a layer's down projection in the parameters."""
   return f"layers/{layer}/mlp/down/kernel"
 
 
 def ask(model: Model, fact: Fact, layer: int, last: int | None = None) -> Asked:
-  """A fact's prompts, keys of a layer, and the stream behind it or `last`."""
+  """Runs a fact's prompts; keeps a layer's keys, and its stream or `last`'s."""
   rows = [(f"{p}{fact.prompt}", fact.new, fact.subject) for p in model.prefixes]
   rows.append((f"{fact.subject} is a", "", fact.subject))
   prompts = encode_prompts(rows, model.encode, model.multiple)
-  # All layers at once: one program for them.
+  # Reads all layers at once, which takes one program.
   paths = tuple(
     path
     for i in model.layers
@@ -172,7 +109,7 @@ def ask(model: Model, fact: Fact, layer: int, last: int | None = None) -> Asked:
 def fit_through_weights(
   model: Model, fact: Fact, layer: int, *, ridge: float, **options: Any
 ) -> Fit:
-  """δ fitted as it will act: as `w + aᵀ δ`, at every token."""
+  """Fits δ as it will act: as `w + aᵀ δ`, at every token."""
   asked = ask(model, fact, layer)
   keys = asked.at_subject(asked.keys)
   key = keys.mean(0)
@@ -183,7 +120,7 @@ def fit_through_weights(
 
 
 def fit_at_subject(model: Model, fact: Fact, layer: int, **options: Any) -> Fit:
-  """δ fitted where the authors do: on the output, at the subject alone."""
+  """Fits δ as the authors do: on the output, at the subject alone."""
   asked = ask(model, fact, layer)
   keys = asked.at_subject(asked.keys)
   start = keys[0] @ _weight(model, layer)
@@ -192,7 +129,7 @@ def fit_at_subject(model: Model, fact: Fact, layer: int, **options: Any) -> Fit:
 
 
 def one_key(model: Model, fit: Fit, layer: int, *, ridge: float) -> jlora.Loras:
-  """The edit with one key everywhere, rank one."""
+  """Makes the rank-one edit that uses the mean key everywhere."""
   weight, moment = _weight(model, layer), model.moments[kernel_of(layer)]
   value = fit.key @ weight + fit.delta
   lora = edit_key(weight, fit.key, value, moment, ridge=ridge)
@@ -202,7 +139,7 @@ def one_key(model: Model, fit: Fit, layer: int, *, ridge: float) -> jlora.Loras:
 def two_keys(
   model: Model, fit: Fit, layer: int, *, ridge: float
 ) -> jlora.Loras:
-  """The first code's edit: the mean key in C⁻¹ k, the bare one in the rest."""
+  """Makes ROME's first edit: the mean key in C⁻¹ k, the bare one elsewhere."""
   moment = model.moments[kernel_of(layer)]
   address = address_of(fit.key, moment, ridge=ridge)
   address = address / (address @ fit.single)
@@ -213,10 +150,11 @@ def two_keys(
 def random_like(
   loras: jlora.Loras, seed: int, fields: Sequence[str]
 ) -> jlora.Loras:
-  """The edit with random directions, of the same norms, in some factors."""
+  """Replaces some factors by random directions of the same norms."""
   rng = np.random.default_rng(seed)
 
   def drawn(factor):
+    """Draws a Gaussian factor of the same norm."""
     x = rng.standard_normal(factor.shape).astype(np.float32)
     return jnp.asarray(x * np.linalg.norm(factor) / np.linalg.norm(x))
 
@@ -233,7 +171,7 @@ def random_like(
 def fit_streams(
   model: Model, facts: Sequence[Fact], last: int, **options: Any
 ) -> np.ndarray:
-  """Where the stream is to stand after a layer, (facts, hidden), for MEMIT."""
+  """Fits each fact's target stream behind a layer, (facts, hidden): MEMIT."""
   found = []
   for fact in facts:
     asked = ask(model, fact, last)
@@ -251,9 +189,10 @@ def many_at_once(
   *,
   balance: float,
 ) -> jlora.Loras:
-  """Several facts spread over several layers: MEMIT."""
+  """Edits several facts at once, spread over several layers: MEMIT."""
 
   def read(loras, path):
+    """Returns all facts' keys at a layer, and what their streams still lack."""
     params = jlora.apply(model.params, _float32(loras))
     layer, there = int(path.split("/")[1]), model._replace(params=params)
     keys, left = [], []
@@ -267,23 +206,90 @@ def many_at_once(
   return _float32(edit_layers(paths, read, model.moments, balance=balance))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_modules(
+  apply: Any, paths: tuple[str, ...], params: Any, tokens: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Records what modules read and write at every token.
+
+  Args:
+    apply: `apply(params, tokens)`, runs a Flax linen model.
+    paths: of modules, such as `layers/3/mlp/down`, each called once.
+    params: what apply takes.
+    tokens: (rows, time) int32.
+
+  Returns:
+    {path: ((rows, time, in), (rows, time, out))}.
+
+  Raises:
+    ValueError: no call of such a module.
+  """
+  found = {}
+
+  def intercept(call, arguments, options, context):
+    """Calls a module, and keeps its input and output if it is asked for."""
+    y = call(*arguments, **options)
+    path = "/".join(context.module.path)
+    if path in paths and context.method_name == "__call__":
+      found[path] = arguments[0], y
+    return y
+
+  with nn.intercept_methods(intercept):
+    apply(params, tokens)
+  if missing := sorted(set(paths) - found.keys()):
+    raise ValueError(f"no module {', '.join(missing)} was called")
+  return found
+
+
+def go_on(
+  model: models.Model, layer: int, params: Any, stream: jax.Array
+) -> Any:
+  """Runs the layers behind one layer; returns the normed last stream.
+
+  Args:
+    model: a decoder of `jlora.models`.
+    layer: the one that wrote the stream.
+    params: the model's.
+    stream: (rows, time, hidden).
+
+  Returns:
+    (rows, time, hidden); times the head these are the logits.
+  """
+  shape: Any = model.shape
+  angles = turns(shape.frequencies, WHOLE, stream.shape[1], shape.dtype)
+  for i in range(layer + 1, shape.layers):
+    variables = {"params": params["layers"][str(i)]}
+    stream = Layer(shape).apply(variables, stream, angles, WHOLE)  # pyright: ignore
+  return rms_norm(shape, "norm").apply({"params": params["norm"]}, stream)
+
+
+def to_logits(model: models.Model, params: Any, normed: jax.Array) -> jax.Array:
+  """Computes logits from the normed stream: (..., hidden) to (..., vocab)."""
+  shape: Any = model.shape
+  if shape.tied:
+    return jnp.matmul(normed, params["embed"]["embedding"].T)
+  return jnp.matmul(normed, params["head"]["kernel"])
+
+
 def _weight(model, layer):
+  """Returns a layer's down projection, (in, out) float64."""
   kernel = jlora.paths.flatten(model.params)[kernel_of(layer)]
   return np.asarray(kernel, np.float64)
 
 
 def _float32(tree):
+  """Converts the leaves of a tree to float32 arrays of JAX."""
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
 def _at_places(asked):
-  """(rows, time) float32: 1 at the subject's last token."""
+  """Marks the subject's last token by 1: (rows, time) float32."""
   time = np.arange(asked.keys.shape[1])
   return (time == asked.prompts.places[:, None]).astype(np.float32)
 
 
 def _fit(model, layer, asked, start, reads, options):
-  """δ and its history; at each token the stream gets `reads` times δ."""
+  """Fits δ, added `reads` times to the stream at each token; keeps history."""
   at = asked.prompts.ends[:, None] + np.arange(asked.count)
   at[-1] = asked.prompts.places[-1]
   targets = np.take_along_axis(asked.prompts.tokens, at + 1, axis=1)
@@ -304,16 +310,20 @@ def _fit(model, layer, asked, start, reads, options):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _speak(apply, layer, delta, params, stream, reads, at):
-  """The log-distributions behind some positions, (rows, n, vocab)."""
+  """Computes log-probabilities at some positions, (rows, n, vocab)."""
   stream = stream + reads[..., None] * delta[None, None]
   normed = go_on(apply, layer, params, stream)
   picked = jnp.take_along_axis(normed, at[..., None], axis=1)
   return jax.nn.log_softmax(to_logits(apply, params, picked))
 
 
+#: Weight of KL(after ‖ before) at the subject in the loss, as in ROME's code.
+_KEEP = 0.0625
+
+
 @functools.cache
 def _objective(apply, layer):
-  """The loss of δ; one function each, so that it is compiled once."""
+  """Returns the loss of δ; the same function each time, to compile it once."""
 
   def loss(delta, params, stream, reads, at, targets, before):
     said = _speak(apply, layer, delta, params, stream, reads, at)

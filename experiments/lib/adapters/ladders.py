@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pair of models taken apart once: lower ranks are cuts of the highest."""
+"""Factors a pair of models once; all lower ranks are cuts of that."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Ranks = Mapping[str, int]
 
 
 class Ladder(NamedTuple):
-  """Two models and the change between them, factored.
+  """Two models and the factored change between them.
 
   Attributes:
     model: `(params, tokens) -> logits`.
@@ -25,7 +25,7 @@ class Ladder(NamedTuple):
     loras: path -> Lora of NumPy arrays at the highest rank, units in order.
     spectra: path -> singular values of those.
     norms: path -> Frobenius norm of the change.
-    rests: path -> that of what the highest rank leaves, from the residual.
+    rests: path -> Frobenius norm of the residual at the highest rank.
   """
 
   model: Any
@@ -38,7 +38,7 @@ class Ladder(NamedTuple):
 
   @property
   def shapes(self) -> dict[str, tuple[int, int]]:
-    """Path -> (in, out)."""
+    """Returns path -> (in, out) of every factored matrix."""
     return {
       path: (lora.a.shape[-1], lora.b.shape[-1])
       for path, lora in self.loras.items()
@@ -48,7 +48,7 @@ class Ladder(NamedTuple):
 def load_ladder(
   base: str | os.PathLike[str], finetuned: str | os.PathLike[str], rank: int
 ) -> Ladder:
-  """The ladder of two model folders.
+  """Loads two model folders and factors their change.
 
   Args:
     base: a folder that `models.load` reads.
@@ -64,7 +64,7 @@ def load_ladder(
 
 
 def build_ladder(model: Any, base: Any, finetuned: Any, rank: int) -> Ladder:
-  """The ladder of two trees of parameters.
+  """Factors the change between two trees of parameters.
 
   Args:
     model: `(params, tokens) -> logits`.
@@ -97,25 +97,8 @@ def build_ladder(model: Any, base: Any, finetuned: Any, rank: int) -> Ladder:
   return Ladder(model, base, finetuned, loras, spectra, norms, rests)
 
 
-def change_of(lora: jlora.Lora) -> np.ndarray:
-  """What a Lora adds to its weight, on the host.
-
-  Args:
-    lora: a (r, in), b (r, out), of any dtype.
-
-  Returns:
-    (in, out) float32.
-
-  Example:
-    >>> change_of(jlora.Lora(np.ones((2, 1)), np.ones((2, 1)), np.float32(3)))
-    array([[6.]], dtype=float32)
-  """
-  a, b = (np.asarray(x, np.float32) for x in (lora.a, lora.b))
-  return np.float32(lora.scale) * (a.T @ b)
-
-
 def cut(loras: Mapping[str, jlora.Lora], ranks: Ranks | int) -> jlora.Loras:
-  """The first units of every Lora.
+  """Takes the first units of every Lora.
 
   Args:
     loras: path -> Lora.
@@ -138,9 +121,9 @@ def cut(loras: Mapping[str, jlora.Lora], ranks: Ranks | int) -> jlora.Loras:
 
 
 def with_loras(base: Any, loras: Mapping[str, jlora.Lora]) -> Any:
-  """A model's parameters with an adapter added, on the host.
+  """Adds an adapter to a model's parameters, on the host.
 
-  As `jlora.apply`, of which every rank would be another compilation.
+  Unlike `jlora.apply`, it compiles nothing for each new rank.
 
   Args:
     base: nested dict of kernels (in, out).
@@ -155,10 +138,27 @@ def with_loras(base: Any, loras: Mapping[str, jlora.Lora]) -> Any:
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def change_of(lora: jlora.Lora) -> np.ndarray:
+  """Computes what a Lora adds to its weight, on the host.
+
+  Args:
+    lora: a (r, in), b (r, out), of any dtype.
+
+  Returns:
+    (in, out) float32.
+
+  Example:
+    >>> change_of(jlora.Lora(np.ones((2, 1)), np.ones((2, 1)), np.float32(3)))
+    array([[6.]], dtype=float32)
+  """
+  a, b = (np.asarray(x, np.float32) for x in (lora.a, lora.b))
+  return np.float32(lora.scale) * (a.T @ b)
+
+
 def bytes_of(
   shapes: Mapping[str, tuple[int, int]], ranks: Ranks | int, itemsize: int = 2
 ) -> int:
-  """Bytes of an adapter's factors.
+  """Counts the bytes of an adapter's factors.
 
   Args:
     shapes: path -> (in, out).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The merges that `merge_skills` measures, and their settings."""
+"""Lists the merges that `merge_skills` measures, and their settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,14 +9,14 @@ from jlora.merging import by_mass
 
 
 class Merge(NamedTuple):
-  """A row of the table.
+  """A row of the table of merges: a method and its settings.
 
   Attributes:
     method: its name.
-    setting: in words.
-    call: of `jlora.merging`.
+    setting: the settings in words.
+    call: a method of `jlora.merging`.
     weights: of the Bible's finetune and of pydoc's.
-    options: of the call.
+    options: further arguments of the call.
   """
 
   method: str
@@ -28,7 +28,7 @@ class Merge(NamedTuple):
 
 _HALF = {"scale": 0.5}
 _MASS = {"elect": by_mass, "normalize": True}
-#: Of whole checkpoints, the base given.
+#: Merges of whole checkpoints, given the base.
 WHOLE = (
   Merge("linear", "plain average", jlora.merging.linear),
   Merge("linear", "1 : 3", jlora.merging.linear, (1, 3)),
@@ -51,7 +51,7 @@ WHOLE = (
   Merge("sce", "density 1", jlora.merging.sce),
   Merge("model_stock", "", jlora.merging.model_stock),
 )  # fmt: skip
-#: A finetune by itself, its change made smaller.
+#: One finetune alone, its change scaled down.
 SHRUNK = (
   Merge(
     "shrunk",
@@ -72,12 +72,12 @@ SHRUNK = (
     "shrunk", "pydoc's alone, λ 0.5", jlora.merging.task_arithmetic, (0, 0.5)
   ),
 )
-#: Of pydoc's finetune towards the Bible's; t is how far an entry may move.
+#: pydoc's finetune moved towards the Bible's, each entry by about t at most.
 NEAR = tuple(
   Merge("nearswap", f"t {t:g}", jlora.merging.nearswap, (1,), {"t": t})
   for t in (1e-3, 3e-4)
 )
-#: Of adapters.
+#: Merges of adapters.
 LOW_RANK = (
   Merge("concat", "the Bible's alone", jlora.merging.concat, (1, 0)),
   Merge("concat", "pydoc's alone", jlora.merging.concat, (0, 1)),
@@ -94,7 +94,7 @@ LOW_RANK = (
   Merge("knots", "ties, density 0.5", jlora.merging.knots,
         options={"density": 0.5}),
 )  # fmt: skip
-#: Of random adapters in the place of both.
+#: Merges of random adapters in place of both.
 RANDOM = (
   Merge("random", "as the Bible's alone", jlora.merging.concat, (1, 0)),
   Merge("random", "as pydoc's alone", jlora.merging.concat, (0, 1)),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of the loss's gradient by what layers write.
+"""Computes second moments: of gradients by outputs, and of ROME's keys.
 
-The mate of `jlora.factoring.second_moments`, which has what they read: together
-they are K-FAC's estimate of what a change of a matrix costs.
+`gradient_moments` complements `jlora.factoring.second_moments`, which has the
+moments of what layers read: together they are K-FAC's estimate of what a change
+of a matrix costs. `key_moments` gives those that editing facts needs, on text
+that the model partly writes itself.
 """
 
 import functools
@@ -28,7 +30,7 @@ def gradient_moments(
   batches: Iterable[Any],
   key: jax.Array,
 ) -> dict[str, Moment]:
-  """The second moment of the gradient by the output of every `nn.Dense`.
+  """Computes the gradient's second moment by the output of every `nn.Dense`.
 
       total = Σ g gᵀ,   g_t = ∂/∂y_t  Σ_s -log p(label_s | tokens up to s)
 
@@ -65,93 +67,10 @@ def gradient_moments(
   return found
 
 
-def _probes(apply, params, tokens) -> dict[str, jax.Array]:
-  """Zeros in the shape of what every Dense writes."""
-  shapes: dict[str, Any] = {}
-
-  def note(path, y):
-    if path in shapes:
-      raise ValueError(f"{path} is called twice: its gradients would mix.")
-    shapes[path] = y
-    return y
-
-  jax.eval_shape(lambda p, t: _call(apply, p, t, note), params, tokens)
-  return {path: jnp.zeros(y.shape, y.dtype) for path, y in shapes.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _totals(apply, params, tokens, probes, key):
-  """{path: Σ g gᵀ} of one batch."""
-
-  def loss(probes):
-    logits = _call(apply, params, tokens, lambda path, y: y + probes[path])
-    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-    # A comparison, not a gather: its gradient is not a scatter.
-    chosen = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
-    return -jnp.where(chosen, jax.nn.log_softmax(logits), 0.0).sum()
-
-  def moment(g):
-    rows = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
-    return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-
-  return jax.tree.map(moment, jax.grad(loss)(probes))
-
-
-def _call(apply, params, tokens, change):
-  """The model with `change(path, y)` in place of what every Dense writes."""
-
-  def note(call, arguments, options, context):
-    y = call(*arguments, **options)
-    module = context.module
-    if isinstance(module, nn.Dense) and context.method_name == "__call__":
-      return change("/".join((*module.path, "kernel")), y)
-    return y
-
-  with nn.intercept_methods(note):
-    return apply(params, tokens)
-
-
-#: What prefixes begin with: three of the five of MEMIT's code.
-_BEGINNINGS = ("The", "Therefore", "Because")
 #: Tokens in a row of text.
 _LENGTH = 128
-#: Rows the model writes itself that are held out.
+#: Rows written by the model that are held out.
 _HELD = 4
-
-
-def write_text(model: models.Model, params: Any, rows: int) -> np.ndarray:
-  """What the model writes from nothing: (rows, 128) int32, temperature 1."""
-  start = jnp.zeros((rows, 1), jnp.int32)  # <|endoftext|> of SmolLM2
-  key = jax.random.key(1)
-  said = models.generate(
-    model, params, start, _LENGTH, key=key, temperature=1.0
-  )
-  return np.asarray(said)
-
-
-def write_prefixes(
-  model: models.Model,
-  params: Any,
-  encode: Callable[[str], np.ndarray],
-  decode: Callable[[Sequence[int]], str],
-) -> list[str]:
-  """Short sentences of the model's own to put before prompts."""
-  ids = [encode(text) for text in _BEGINNINGS]
-  lengths = [len(row) for row in ids]
-  tokens = np.zeros((len(ids), max(lengths)), np.int32)
-  for row, its in zip(tokens, ids, strict=True):
-    row[: len(its)] = its
-  said = models.generate(
-    model,
-    params,
-    jnp.asarray(tokens),
-    6,
-    lengths=jnp.asarray(lengths),
-    key=jax.random.key(2),
-    temperature=1.0,
-  )
-  rows = zip(_BEGINNINGS, np.asarray(said).tolist(), strict=True)
-  return [f"{text}{decode(row)}. " for text, row in rows]
 
 
 def key_moments(
@@ -164,19 +83,19 @@ def key_moments(
   cache: str | os.PathLike[str] | None,
   file: pathlib.Path | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """C = E[k kᵀ] of every down projection, and held-out text of four kinds.
+  """Computes C = E[k kᵀ] of all down projections, and held-out text.
 
-  Half of the tokens are written by the model itself, the rest are training
-  parts of the texts of `corpora`: there is no Wikipedia here.
+  Half of the tokens are written by the model itself, the others come from the
+  training parts of `texts.CORPORA`; the authors used Wikipedia instead.
 
   Args:
     apply: a decoder of `jlora.models`.
     params: its parameters.
     encode: text -> tokens.
-    rows: of 128 tokens, own ones; as many again from the texts together.
-    names: the texts, of `corpora`.
-    cache: as `corpora.parts`.
-    file: where both are kept, None to keep nothing.
+    rows: of 128 tokens, written by the model; as many come from the texts.
+    names: the texts, of `texts.CORPORA`.
+    cache: as `texts.parts`.
+    file: where both results are cached; None caches nothing.
 
   Returns:
     {kernel path: (in, in) float64}, and (rows, 128) int32 tokens held out, the
@@ -210,3 +129,91 @@ def key_moments(
     np.savez(part, held=held, **flat)
     part.rename(file)
   return {path: c.astype(np.float64) for path, c in found.items()}, held
+
+
+def write_text(model: models.Model, params: Any, rows: int) -> np.ndarray:
+  """Samples text from nothing: (rows, 128) int32 at temperature 1."""
+  start = jnp.zeros((rows, 1), jnp.int32)  # <|endoftext|> of SmolLM2
+  key = jax.random.key(1)
+  said = models.generate(
+    model, params, start, _LENGTH, key=key, temperature=1.0
+  )
+  return np.asarray(said)
+
+
+#: Beginnings of prefixes: three of the five in MEMIT's code.
+_BEGINNINGS = ("The", "Therefore", "Because")
+
+
+def write_prefixes(
+  model: models.Model,
+  params: Any,
+  encode: Callable[[str], np.ndarray],
+  decode: Callable[[Sequence[int]], str],
+) -> list[str]:
+  """Samples short sentences from the model to put before prompts."""
+  ids = [encode(text) for text in _BEGINNINGS]
+  lengths = [len(row) for row in ids]
+  tokens = np.zeros((len(ids), max(lengths)), np.int32)
+  for row, its in zip(tokens, ids, strict=True):
+    row[: len(its)] = its
+  said = models.generate(
+    model,
+    params,
+    jnp.asarray(tokens),
+    6,
+    lengths=jnp.asarray(lengths),
+    key=jax.random.key(2),
+    temperature=1.0,
+  )
+  rows = zip(_BEGINNINGS, np.asarray(said).tolist(), strict=True)
+  return [f"{text}{decode(row)}. " for text, row in rows]
+
+
+def _probes(apply, params, tokens) -> dict[str, jax.Array]:
+  """Returns zeros in the shapes of all outputs of Dense layers."""
+  shapes: dict[str, Any] = {}
+
+  def note(path, y):
+    """Notes the shape of an output; raises if its layer is called twice."""
+    if path in shapes:
+      raise ValueError(f"{path} is called twice: its gradients would mix.")
+    shapes[path] = y
+    return y
+
+  jax.eval_shape(lambda p, t: _call(apply, p, t, note), params, tokens)
+  return {path: jnp.zeros(y.shape, y.dtype) for path, y in shapes.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _totals(apply, params, tokens, probes, key):
+  """Computes {path: Σ g gᵀ} of one batch."""
+
+  def loss(probes):
+    """Computes the loss of drawn labels as a function of the probes."""
+    logits = _call(apply, params, tokens, lambda path, y: y + probes[path])
+    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    # A comparison, not a gather: its gradient is not a scatter.
+    chosen = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
+    return -jnp.where(chosen, jax.nn.log_softmax(logits), 0.0).sum()
+
+  def moment(g):
+    """Computes Σ g gᵀ over rows and positions."""
+    rows = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
+    return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+
+  return jax.tree.map(moment, jax.grad(loss)(probes))
+
+
+def _call(apply, params, tokens, change):
+  """Runs the model with `change(path, y)` for the output y of every Dense."""
+
+  def note(call, arguments, options, context):
+    y = call(*arguments, **options)
+    module = context.module
+    if isinstance(module, nn.Dense) and context.method_name == "__call__":
+      return change("/".join((*module.path, "kernel")), y)
+    return y
+
+  with nn.intercept_methods(note):
+    return apply(params, tokens)

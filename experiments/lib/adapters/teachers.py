@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's own words on fixed text, kept: many others are held against it."""
+"""Keeps a model's logits on fixed text, to compare many other models with."""
 
 import functools
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ import numpy as np
 
 from jlora.evaluation import divergence_of
 
-_BATCH = 4  # rows at a time: faster than one, and bounds the memory
+_BATCH = 4  # rows at a time: faster than one, with bounded memory
 
 
 class Teacher(NamedTuple):
-  """What a model says on text.
+  """A model's logits on fixed text.
 
   Attributes:
     model: `(params, tokens) -> logits`.
@@ -29,7 +29,7 @@ class Teacher(NamedTuple):
 
 
 def listen(model: Any, params: Any, tokens: np.ndarray) -> Teacher:
-  """The teacher that a model with these parameters is.
+  """Computes the logits of a model on text; returns it as a Teacher.
 
   Args:
     model: `(params, tokens) -> logits`.
@@ -45,7 +45,7 @@ def listen(model: Any, params: Any, tokens: np.ndarray) -> Teacher:
 
 
 def distance_from(teacher: Teacher, params: Any) -> tuple[float, float]:
-  """KL(teacher ‖ other), as `jlora.mean_kl` has it, at half the cost.
+  """Computes KL(teacher ‖ other), as `jlora.mean_kl` does, at half the cost.
 
   Args:
     teacher: of the same model.
@@ -67,9 +67,11 @@ def distance_from(teacher: Teacher, params: Any) -> tuple[float, float]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _divergences(model, params, logits, rows):
+  """Computes the divergence at every position."""
   return divergence_of(logits, model(params, rows))[0]
 
 
 def _batches(tokens: np.ndarray) -> Iterator[jax.Array]:
+  """Yields rows a few at a time."""
   for start in range(0, len(tokens), _BATCH):
     yield jnp.asarray(tokens[start : start + _BATCH])

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pair of models, its calibration text, and what is costly made once."""
+"""Prepares the trials of `equal_bytes`: a pair, its texts, what variants share.
+
+A `Trial` makes once what is costly (moments, sensitivities, whitened and
+refined factors), for all variants of `variants.py`.
+"""
 
 import dataclasses
 import functools
@@ -28,15 +32,192 @@ from jlora.factoring import (
   whitened,
 )
 
+Moments = dict[str, Moment]
+Weighing = functools.partial[Weight]
+_WEIGHED = 32  # rows of calibration text used for second moments
+_by_channel = functools.partial(diagonal, ridge=0.01)
+_by_direction = functools.partial(full, ridge=0.01)
+#: name -> (weight of the inputs, weight of the outputs).
+WEIGHINGS: dict[str, tuple[Weighing, Weighing | None]] = {
+  "diagonal": (_by_channel, None),
+  "full": (_by_direction, None),
+  "two-sided diagonal": (_by_channel, _by_channel),
+  "two-sided full": (_by_direction, _by_direction),
+}
+
+
+class Units(NamedTuple):
+  """Loras of many units, the most important first.
+
+  Attributes:
+    loras: path -> Lora of NumPy arrays.
+    spectra: path -> the worth of each unit; its square is the error avoided.
+  """
+
+  loras: dict[str, jlora.Lora]
+  spectra: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Trial:
+  """A pair and its calibration text; makes costly intermediates once.
+
+  Attributes:
+    ladder: the pair, factored.
+    calibration: (rows, time) tokens that fitting may see.
+    steps: steps of refining.
+    seed: seed of the order in which refining sees the rows, and of labels.
+    spent: seconds that each intermediate took, by name.
+  """
+
+  ladder: ladders.Ladder
+  calibration: np.ndarray
+  steps: int
+  seed: int
+  spent: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    """Starts with no intermediates."""
+    self._kept: dict[Any, Any] = {}
+
+  def max_bytes(self, rank: int) -> int:
+    """Counts the bytes of plain SVD at a rank in bfloat16."""
+    return ladders.bytes_of(self.ladder.shapes, rank)
+
+  def sensitivity(self, rank: int) -> dict[str, float]:
+    """Returns each module's divergence per squared error."""
+    tokens = self.calibration[:2]
+    return self._once(
+      f"sensitivity at rank {rank}",
+      lambda: measure_sensitivity(self.ladder, rank, tokens),
+    )
+
+  def refined(self, rank: int) -> jlora.Loras:
+    """Returns the first units of every module, refined."""
+    start = ladders.cut(self.ladder.loras, rank)
+    return self._once(
+      f"refined at rank {rank}",
+      lambda: fit(self.ladder, start, self.calibration, self.steps, self.seed),
+    )
+
+  def inputs(self) -> Moments:
+    """Returns second moments of what the finetune's layers read."""
+    rows = self.calibration[:_WEIGHED, None]
+    return self._once(
+      "moments of inputs",
+      lambda: second_moments(self.ladder.model, self.ladder.finetuned, rows),
+    )
+
+  def outputs(self) -> Moments:
+    """Returns second moments of gradients by what the layers write."""
+    rows, key = self.calibration[:_WEIGHED, None], jax.random.key(self.seed)
+    model, params = self.ladder.model, self.ladder.finetuned
+    return self._once(
+      "moments of gradients",
+      lambda: gradient_moments(model, params, rows, key),
+    )
+
+  def whitened(self, name: str) -> Units:
+    """Returns the change factored under one of `WEIGHINGS`."""
+    left, right = WEIGHINGS[name]
+    inputs = self.inputs()
+    outputs = self.outputs() if right else {}
+
+    def make():
+      weighed = weights_of(inputs, left), weights_of(outputs, right or left)
+      return _whiten(self.ladder, *weighed)
+
+    return self._once(f"factors, {name}", make)
+
+  def _once(self, name: str, make: Callable[[], Any]) -> Any:
+    """Returns an intermediate; makes and times it on the first call."""
+    if name not in self._kept:
+      began = time.perf_counter()
+      self._kept[name] = jax.block_until_ready(make())
+      self.spent[name] = time.perf_counter() - began
+    return self._kept[name]
+
+
+def smollm2_ladder(
+  cache: Any, domain: str, steps: int, learning_rate: float, rank: int
+) -> tuple[ladders.Ladder, Callable[[str], np.ndarray]]:
+  """Factors a finetune of SmolLM2; returns it with its tokeniser.
+
+  Args:
+    cache: folder for downloads and models; None is ~/.cache/jlora.
+    domain: as `finetunes.smollm2_pair`.
+    steps: of the finetune.
+    learning_rate: of the finetune.
+    rank: the highest.
+
+  Returns:
+    Ladder, and a function string -> (tokens,) int32.
+  """
+  base, tuned = finetunes.smollm2_pair(
+    cache, domain, steps=steps, learning_rate=learning_rate
+  )
+  return ladders.load_ladder(base, tuned, rank), smollm2.tokenizer(base)
+
+
+def draw_texts(
+  encode: Callable[[str], np.ndarray],
+  cache: Any,
+  domain: str,
+  rows: int,
+  seed: int | None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Draws a domain's calibration text, and held-out text of all domains.
+
+  Args:
+    encode: string -> tokens.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
+    domain: whose training text calibrates.
+    rows: of each held-out text, 128 tokens each.
+    seed: of where the excerpts begin, as `texts.excerpts`.
+
+  Returns:
+    (160, 128) tokens, and label -> (rows, 128) tokens, the domain's first.
+  """
+  take = functools.partial(texts.excerpts, encode=encode, length=127, seed=seed)
+  calibration = take(texts.parts(domain, cache)[0], rows=160)
+  names = sorted(texts.CORPORA, key=lambda name: name != domain)
+  return calibration, {
+    texts.label(name): take(texts.parts(name, cache)[1], rows=rows)
+    for name in names
+  }
+
+
+def tiny_trial(
+  work: str, seed: int, steps: int = 20
+) -> tuple[Trial, dict[str, np.ndarray]]:
+  """Makes a trial of the tiny pair, to check that everything runs.
+
+  Args:
+    work: a folder for the pair.
+    seed: of all that is drawn.
+    steps: of refining.
+
+  Returns:
+    Trial, and name -> (4, 64) held-out tokens.
+  """
+  pair = finetunes.tiny_pair(work, jax.random.key(seed))
+  train, held = texts.split(texts.pydoc())
+  take = functools.partial(
+    texts.excerpts, encode=texts.encode_bytes, length=63, seed=seed
+  )
+  ladder = ladders.load_ladder(*pair, 32)
+  trial = Trial(ladder, take(train, rows=24), steps, seed)
+  return trial, {texts.pydoc_source(): take(held, rows=4)}
+
 
 def measure_sensitivity(
   ladder: ladders.Ladder, rank: int, tokens: np.ndarray
 ) -> dict[str, float]:
-  """What a module's squared error costs: divergence over squared error.
+  """Measures each module's divergence per squared error.
 
   Args:
     ladder: the pair.
-    rank: at which each module in turn is cut, all others being the finetune's.
+    rank: at which one module at a time is cut; the others are the finetune's.
     tokens: (rows, time).
 
   Returns:
@@ -55,23 +236,16 @@ def measure_sensitivity(
   )(ladder.finetuned)
   found = {}
   for path, lora in ladder.loras.items():
-    # The finetune less what truncation loses of this module alone.
+    # The finetune, with only this module truncated.
     rest = ladder.rests[path] ** 2 + np.sum(
       np.square(ladder.spectra[path][rank:], dtype=np.float64)
     )
     at = ladders.with_loras(ladder.base, ladders.cut({path: lora}, rank))
     params = _exchange(ladder.finetuned, at, path)
     found[path] = max(float(student(teacher, params)), 0.0) / max(rest, 1e-12)
-  # Modules whose cost drowns in rounding still cost something.
+  # Modules whose divergence is lost in rounding get a small cost all the same.
   least = float(np.median(list(found.values()))) / 100
   return {path: max(cost, least) for path, cost in found.items()}
-
-
-def _exchange(params: Any, other: Any, path: str) -> Any:
-  """Parameters with one leaf of another tree."""
-  head, _, rest = path.partition("/")
-  leaf = _exchange(params[head], other[head], rest) if rest else other[head]
-  return {**params, head: leaf}
 
 
 def fit(
@@ -82,7 +256,7 @@ def fit(
   seed: int,
   learning_rate: float = 1e-5,
 ) -> jlora.Loras:
-  """Loras after so many steps of refining, on the host.
+  """Refines Loras by gradient steps on text; returns them on the host.
 
   Args:
     ladder: the pair.
@@ -116,118 +290,10 @@ def fit(
   return jax.tree.map(np.asarray, loras)
 
 
-Moments = dict[str, Moment]
-Weighing = functools.partial[Weight]
-
-_WEIGHED = 32  # rows of calibration text that second moments are taken of
-
-
-class Units(NamedTuple):
-  """Loras of many units, the most important first.
-
-  Attributes:
-    loras: path -> Lora of NumPy arrays.
-    spectra: path -> what each unit is worth, squared, is error avoided.
-  """
-
-  loras: dict[str, jlora.Lora]
-  spectra: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class Trial:
-  """A pair and its calibration text; what is costly is made once.
-
-  Attributes:
-    ladder: the pair, factored.
-    calibration: (rows, time) tokens that fitting may see.
-    steps: of refining.
-    seed: of the order in which refining sees them, and of labels.
-    spent: what was made for several variants -> seconds.
-  """
-
-  ladder: ladders.Ladder
-  calibration: np.ndarray
-  steps: int
-  seed: int
-  spent: dict[str, float] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self):
-    self._kept: dict[Any, Any] = {}
-
-  def max_bytes(self, rank: int) -> int:
-    """Of plain SVD in bfloat16."""
-    return ladders.bytes_of(self.ladder.shapes, rank)
-
-  def sensitivity(self, rank: int) -> dict[str, float]:
-    """Divergence for each unit of squared error, by module."""
-    tokens = self.calibration[:2]
-    return self._once(
-      f"sensitivity at rank {rank}",
-      lambda: measure_sensitivity(self.ladder, rank, tokens),
-    )
-
-  def refined(self, rank: int) -> jlora.Loras:
-    """The first units, refined."""
-    start = ladders.cut(self.ladder.loras, rank)
-    return self._once(
-      f"refined at rank {rank}",
-      lambda: fit(self.ladder, start, self.calibration, self.steps, self.seed),
-    )
-
-  def inputs(self) -> Moments:
-    """Second moments of what the finetune's layers read."""
-    rows = self.calibration[:_WEIGHED, None]
-    return self._once(
-      "moments of inputs",
-      lambda: second_moments(self.ladder.model, self.ladder.finetuned, rows),
-    )
-
-  def outputs(self) -> Moments:
-    """Second moments of gradients by what the finetune's layers write."""
-    rows, key = self.calibration[:_WEIGHED, None], jax.random.key(self.seed)
-    model, params = self.ladder.model, self.ladder.finetuned
-    return self._once(
-      "moments of gradients",
-      lambda: gradient_moments(model, params, rows, key),
-    )
-
-  def whitened(self, name: str) -> Units:
-    """The change taken apart under weights, of `WEIGHINGS`."""
-    left, right = WEIGHINGS[name]
-    inputs = self.inputs()
-    outputs = self.outputs() if right else {}
-
-    def make():
-      weighed = weights_of(inputs, left), weights_of(outputs, right or left)
-      return _whiten(self.ladder, *weighed)
-
-    return self._once(f"factors, {name}", make)
-
-  def _once(self, name: str, make: Callable[[], Any]) -> Any:
-    if name not in self._kept:
-      began = time.perf_counter()
-      self._kept[name] = jax.block_until_ready(make())
-      self.spent[name] = time.perf_counter() - began
-    return self._kept[name]
-
-
-_by_channel = functools.partial(diagonal, ridge=0.01)
-_by_direction = functools.partial(full, ridge=0.01)
-
-#: name -> (of the inputs, of the outputs).
-WEIGHINGS: dict[str, tuple[Weighing, Weighing | None]] = {
-  "diagonal": (_by_channel, None),
-  "full": (_by_direction, None),
-  "two-sided diagonal": (_by_channel, _by_channel),
-  "two-sided full": (_by_direction, _by_direction),
-}
-
-
 def weights_of(
   moments: Mapping[str, Moment], weigh: Weighing
 ) -> Callable[[str], Weight | None]:
-  """A function from paths to weights, that remembers the last one only.
+  """Returns a function from paths to weights that caches the last one.
 
   Args:
     moments: path -> Moment; layers that read the same have the same.
@@ -239,6 +305,7 @@ def weights_of(
   last: list[Any] = [None, None]
 
   def weight(path: str) -> Weight | None:
+    """Returns a path's weight, None without a moment."""
     if path not in moments:
       return None
     moment = jax.tree.map(np.asarray, moments[path])
@@ -250,7 +317,7 @@ def weights_of(
 
 
 def _whiten(ladder: ladders.Ladder, inputs: Any, outputs: Any) -> Units:
-  """Units of every module; what no layer reads, the embedding, stays plain."""
+  """Factors every module under weights; the embedding has none."""
   base, tuned = (
     traverse_util.flatten_dict(x, sep="/")
     for x in (ladder.base, ladder.finetuned)
@@ -268,73 +335,8 @@ def _whiten(ladder: ladders.Ladder, inputs: Any, outputs: Any) -> Units:
   return Units(loras, spectra)
 
 
-def smollm2_ladder(
-  cache: Any, domain: str, steps: int, learning_rate: float, rank: int
-) -> tuple[ladders.Ladder, Callable[[str], np.ndarray]]:
-  """A finetune of SmolLM2, factored, and its tokeniser.
-
-  Args:
-    cache: as `caches.cache_folder`.
-    domain: as `finetunes.smollm2_pair`.
-    steps: of the finetune.
-    learning_rate: of the finetune.
-    rank: the highest.
-
-  Returns:
-    Ladder, and a function string -> (tokens,) int32.
-  """
-  base, tuned = finetunes.smollm2_pair(
-    cache, domain, steps=steps, learning_rate=learning_rate
-  )
-  return ladders.load_ladder(base, tuned, rank), smollm2.tokenizer(base)
-
-
-def draw_texts(
-  encode: Callable[[str], np.ndarray],
-  cache: Any,
-  domain: str,
-  rows: int,
-  seed: int | None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Calibration text of a domain, and held-out text of all.
-
-  Args:
-    encode: string -> tokens.
-    cache: as `caches.cache_folder`.
-    domain: whose training text calibrates.
-    rows: of each held-out text, 128 tokens each.
-    seed: of where the excerpts begin, as `texts.excerpts`.
-
-  Returns:
-    (160, 128) tokens, and label -> (rows, 128) tokens, the domain's first.
-  """
-  take = functools.partial(texts.excerpts, encode=encode, length=127, seed=seed)
-  calibration = take(texts.parts(domain, cache)[0], rows=160)
-  names = sorted(texts.CORPORA, key=lambda name: name != domain)
-  return calibration, {
-    texts.label(name): take(texts.parts(name, cache)[1], rows=rows)
-    for name in names
-  }
-
-
-def tiny_trial(
-  work: str, seed: int, steps: int = 20
-) -> tuple[Trial, dict[str, np.ndarray]]:
-  """The tiny pair with its texts: does it run?
-
-  Args:
-    work: a folder for the pair.
-    seed: of all that is drawn.
-    steps: of refining.
-
-  Returns:
-    Trial, and name -> (4, 64) held-out tokens.
-  """
-  pair = finetunes.tiny_pair(work, jax.random.key(seed))
-  train, held = texts.split(texts.pydoc())
-  take = functools.partial(
-    texts.excerpts, encode=texts.encode_bytes, length=63, seed=seed
-  )
-  ladder = ladders.load_ladder(*pair, 32)
-  trial = Trial(ladder, take(train, rows=24), steps, seed)
-  return trial, {texts.pydoc_source(): take(held, rows=4)}
+def _exchange(params: Any, other: Any, path: str) -> Any:
+  """Returns parameters with one leaf of another tree."""
+  head, _, rest = path.partition("/")
+  leaf = _exchange(params[head], other[head], rest) if rest else other[head]
+  return {**params, head: leaf}

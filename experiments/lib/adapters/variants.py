@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of at most the same bytes, made in all the ways there are."""
+"""Makes adapters of at most the same bytes, in many ways."""
 
 import os
 import tempfile
@@ -17,14 +17,16 @@ from jlora import formats, ranks
 from jlora.checkpoints import write_safetensors
 from jlora.formats import save_packed
 
+PLAIN = "plain SVD in bfloat16"
+
 
 class Made(NamedTuple):
-  """An adapter that a variant made.
+  """An adapter that a variant made, with its sizes.
 
   Attributes:
     loras: path -> Lora, as it is served.
-    nbytes: of its numbers, what the budget is of.
-    file_bytes: of its file, with the names and shapes of all tensors.
+    nbytes: bytes of its numbers, which the budget limits.
+    file_bytes: bytes of its file, with the names and shapes of all tensors.
   """
 
   loras: Mapping[str, jlora.Lora]
@@ -32,61 +34,28 @@ class Made(NamedTuple):
   file_bytes: int
 
 
-def size_of_file(save: Callable[[str], Any]) -> int:
-  """The bytes of what a function writes to a path."""
-  with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, "adapter.safetensors")
-    save(path)
-    return os.path.getsize(path)
-
-
-def in_bfloat16(loras: Mapping[str, jlora.Lora]) -> Made:
-  """Loras rounded to bfloat16, and their bytes."""
-  made = {path: jax.tree.map(_rounded, lora) for path, lora in loras.items()}
-  tensors = {
-    f"{path}.{name}": np.asarray(getattr(lora, name))
-    for path, lora in made.items()
-    for name in ("a", "b")
-  }
-  size = size_of_file(lambda path: write_safetensors(path, tensors))
-  return Made(made, sum(lora.nbytes for lora in made.values()), size)
-
-
-def _rounded(x: Any) -> Any:
-  """Factors in bfloat16; a scale stays."""
-  x = np.asarray(x)
-  return x.astype(ml_dtypes.bfloat16) if x.ndim else x
-
-
-def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
-  """Loras packed and unpacked, and their packed bytes."""
-  packed = {
-    path: formats.pack(lora, bits[path]) for path, lora in loras.items()
-  }
-  made = {path: formats.unpack(x) for path, x in packed.items()}
-  size = size_of_file(lambda path: save_packed(path, packed))
-  return Made(made, sum(x.nbytes for x in packed.values()), size)
+Variant = Callable[[Trial, int], Made]
 
 
 def plain(trial: Trial, rank: int) -> Made:
-  """Truncated SVD of every module at one rank, in bfloat16."""
+  """Truncates the SVD of every module at one rank, in bfloat16."""
   return in_bfloat16(ladders.cut(trial.ladder.loras, rank))
 
 
 def weighed(trial: Trial, rank: int, name: str) -> Made:
-  """Truncated whitened SVD of every module at one rank, in bfloat16."""
+  """Truncates the whitened SVD of every module at one rank, in bfloat16."""
   return in_bfloat16(ladders.cut(trial.whitened(name).loras, rank))
 
 
 def spread(trial: Trial, rank: int, units: Units) -> Made:
-  """Uneven ranks by what units are worth for their bytes, in bfloat16."""
+  """Chooses uneven ranks by the units' worth per byte, in bfloat16."""
   sizes = {path: 2 * sum(shape) for path, shape in trial.ladder.shapes.items()}
   chosen = ranks.budget(units.spectra, sizes, trial.max_bytes(rank))
   return in_bfloat16(ladders.cut(units.loras, chosen))
 
 
 def even_bits(trial: Trial, rank: int, bits: int) -> Made:
-  """One width for all and as many more units as the bytes allow."""
+  """Packs all modules in one bit width, with as many units as fit."""
   most = trial.max_bytes(rank)
   while True:
     loras = ladders.cut(trial.ladder.loras, rank + 1)
@@ -101,28 +70,28 @@ def even_bits(trial: Trial, rank: int, bits: int) -> Made:
 
 
 def spread_bits(trial: Trial, rank: int, units: Units) -> Made:
-  """Rank and widths chosen together, by what units are worth for a byte."""
+  """Chooses ranks and bit widths together, by the units' worth per byte."""
   shapes = {path: trial.ladder.shapes[path] for path in units.loras}
   bits = formats.bits_within(units.spectra, shapes, trial.max_bytes(rank))
   return in_bits(units.loras, bits)
 
 
 def unweighted(trial: Trial, _: int) -> Units:
-  """The units of plain SVD, worth their squared singular values."""
+  """Returns plain SVD's units, each worth its squared singular value."""
   return Units(trial.ladder.loras, trial.ladder.spectra)
 
 
 def sensitive(trial: Trial, rank: int) -> Units:
-  """The same units, worth measured divergence."""
+  """Returns the same units, worth the divergence measured for them."""
   costs = trial.sensitivity(rank)
   return _worth(unweighted(trial, rank), costs)
 
 
 def two_sided(trial: Trial, _: int) -> Units:
-  """Whitened units, worth nats by K-FAC; the embedding's at their share.
+  """Returns whitened units, worth nats by K-FAC.
 
-  No layer reads the embedding, so that its units have no nats: they are scaled
-  by what an average squared unit of the other modules is worth.
+  No layer reads the embedding, so its units have no nats: they are scaled by
+  the worth of an average squared unit of the other modules.
   """
   found, plain_spectra = trial.whitened("two-sided full"), trial.ladder.spectra
   known = trial.inputs().keys() & plain_spectra.keys()
@@ -138,9 +107,9 @@ def two_sided(trial: Trial, _: int) -> Units:
 
 
 def by_channel(trial: Trial, _: int) -> Units:
-  """Units whitened by channel; a module is worth what it was without weights.
+  """Returns units whitened by channel; modules keep their unweighted worth.
 
-  So weights choose among the units of a module, and not among modules.
+  Weights then choose among the units of a module, but not among modules.
   """
   found, norms = trial.whitened("diagonal"), trial.ladder.spectra
   spectra = {
@@ -151,7 +120,7 @@ def by_channel(trial: Trial, _: int) -> Units:
 
 
 def refined(trial: Trial, rank: int) -> Units:
-  """Four times the units, refined and taken apart anew."""
+  """Refines four times as many units, and factors the result."""
   loras: dict[str, jlora.Lora] = {}
   spectra: dict[str, Any] = {}
   for path, lora in trial.refined(4 * rank).items():
@@ -161,27 +130,16 @@ def refined(trial: Trial, rank: int) -> Units:
 
 
 def refined_sensitive(trial: Trial, rank: int) -> Units:
-  """The same, worth measured divergence."""
+  """Returns the refined units, worth the divergence measured for them."""
   return _worth(refined(trial, rank), trial.sensitivity(rank))
 
 
-def _worth(units: Units, costs: Mapping[str, float]) -> Units:
-  return Units(
-    units.loras,
-    {path: s * np.sqrt(costs[path]) for path, s in units.spectra.items()},
-  )
-
-
-PLAIN = "plain SVD in bfloat16"
-
-Variant = Callable[[Trial, int], Made]
-
-
 def _weighed(name: str) -> Variant:
+  """Returns the variant that truncates under one of `WEIGHINGS`."""
   return lambda trial, rank: weighed(trial, rank, name)
 
 
-#: name -> (trial, rank of plain SVD) -> (Loras, bytes).
+#: name -> (trial, rank of plain SVD whose bytes are the budget) -> Made.
 VARIANTS: dict[str, Variant] = {
   "no adapter": lambda t, r: Made({}, 0, 0),
   PLAIN: plain,
@@ -206,8 +164,51 @@ VARIANTS: dict[str, Variant] = {
     t, r, refined_sensitive(t, r)
   ),
 }
-
-#: Those that take minutes to make.
+#: The variants that take minutes to make.
 COSTLY = tuple(
   name for name in VARIANTS if "sensitiv" in name or "refined" in name
 )
+
+
+def in_bfloat16(loras: Mapping[str, jlora.Lora]) -> Made:
+  """Rounds Loras to bfloat16 and counts their bytes."""
+  made = {path: jax.tree.map(_rounded, lora) for path, lora in loras.items()}
+  tensors = {
+    f"{path}.{name}": np.asarray(getattr(lora, name))
+    for path, lora in made.items()
+    for name in ("a", "b")
+  }
+  size = size_of_file(lambda path: write_safetensors(path, tensors))
+  return Made(made, sum(lora.nbytes for lora in made.values()), size)
+
+
+def in_bits(loras: Mapping[str, jlora.Lora], bits: Mapping[str, Any]) -> Made:
+  """Packs and unpacks Loras, and counts their packed bytes."""
+  packed = {
+    path: formats.pack(lora, bits[path]) for path, lora in loras.items()
+  }
+  made = {path: formats.unpack(x) for path, x in packed.items()}
+  size = size_of_file(lambda path: save_packed(path, packed))
+  return Made(made, sum(x.nbytes for x in packed.values()), size)
+
+
+def size_of_file(save: Callable[[str], Any]) -> int:
+  """Counts the bytes that `save` writes to a path."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "adapter.safetensors")
+    save(path)
+    return os.path.getsize(path)
+
+
+def _rounded(x: Any) -> Any:
+  """Rounds factors to bfloat16; leaves scales as they are."""
+  x = np.asarray(x)
+  return x.astype(ml_dtypes.bfloat16) if x.ndim else x
+
+
+def _worth(units: Units, costs: Mapping[str, float]) -> Units:
+  """Multiplies the worth of a module's units by its cost."""
+  return Units(
+    units.loras,
+    {path: s * np.sqrt(costs[path]) for path, s in units.spectra.items()},
+  )

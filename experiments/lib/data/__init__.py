@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts, images, models and checkpoints that experiments read or write."""
+"""Reads and writes the texts, images, models and checkpoints of experiments."""

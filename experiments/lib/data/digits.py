@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits of 8 x 8, styles of them, and judges of both."""
+"""Loads handwritten digits of 8 x 8, styles them, and trains judges of both."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ Style = Callable[[np.ndarray], np.ndarray]
 
 
 class Digits(NamedTuple):
-  """Images and what they show.
+  """Images and the digits that they show.
 
   Attributes:
     images: (n, 64) float32 in [-1, 1], ink is 1.
@@ -28,7 +28,7 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> tuple[Digits, Digits, Digits]:
-  """scikit-learn's 1797 digits in three parts that share no image.
+  """Splits scikit-learn's 1797 digits in three parts that share no image.
 
   Args:
     seed: of the split.
@@ -51,7 +51,7 @@ def split_digits(seed: int) -> tuple[Digits, Digits, Digits]:
 
 
 def join(*parts: Digits) -> Digits:
-  """Several sets of digits as one, in this order.
+  """Joins several sets of digits, in this order.
 
   Args:
     *parts: Digits.
@@ -68,7 +68,7 @@ def join(*parts: Digits) -> Digits:
 
 
 def thicken(images: np.ndarray) -> np.ndarray:
-  """Strokes a pixel thicker: the largest of 2 x 2 neighbours.
+  """Thickens strokes by a pixel: takes the largest of 2 x 2 neighbours.
 
   Args:
     images: (n, 64).
@@ -87,7 +87,7 @@ def thicken(images: np.ndarray) -> np.ndarray:
 
 
 def rotate(images: np.ndarray) -> np.ndarray:
-  """The images, a quarter turn to the left.
+  """Turns the images a quarter to the left.
 
   Args:
     images: (n, 64).
@@ -120,7 +120,7 @@ class Judges(NamedTuple):
 
 
 def train_judges(data: Digits, held: Digits, style: Style) -> Judges:
-  """Support vector machines that were told plain and styled real images.
+  """Trains support vector machines on plain and styled real images.
 
   Args:
     data: to learn from; every image is seen in both forms.
@@ -147,11 +147,11 @@ def train_judges(data: Digits, held: Digits, style: Style) -> Judges:
 
 
 class Cell(NamedTuple):
-  """What was sampled with some programs bound.
+  """Samples of one set of bound programs, and the judges' verdicts.
 
   Attributes:
     images: (n, 64).
-    styled: (n,) bool, what the style's judge says.
+    styled: (n,) bool, whether the style's judge sees the style.
     asked: (n,) bool, whether the digit is the one asked for.
   """
 
@@ -163,7 +163,7 @@ class Cell(NamedTuple):
 def judge(
   images: Mapping[str, np.ndarray], judges: Judges, labels: np.ndarray
 ) -> dict[str, Cell]:
-  """What the judges say of all images.
+  """Lets the judges classify all images.
 
   Args:
     images: name -> (n, 64).

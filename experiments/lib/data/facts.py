@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts to edit, prompts that ask for them, and prompts beside them.
+"""Lists facts to edit, prompts that ask for them, and prompts of other facts.
 
 SmolLM2-135M-Instruct gives every old answer here the highest probability on the
-fact's first prompt, and neighbours their answers with 0.2 to 0.9.
+fact's first prompt, and the neighbours' answers probabilities of 0.2 to 0.9.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Fact(NamedTuple):
-  """What a model knows, and what it is to say instead.
+  """A fact that a model knows, and the answer it is to give instead.
 
   Attributes:
     subject: its last token is where the fact is looked up.
@@ -44,7 +44,7 @@ class Prompts(NamedTuple):
 
 
 def _place(subject: str, kind: str, old: str, new: str) -> Fact:
-  """A fact of where something stands, asked in five ways."""
+  """Makes a fact of where something stands, asked in five ways."""
   return Fact(
     subject,
     f"{subject} is located in the {kind} of",
@@ -59,7 +59,7 @@ def _place(subject: str, kind: str, old: str, new: str) -> Fact:
   )
 
 
-#: Those that figures are reported of.
+#: The facts that figures are reported for.
 FACTS = (
   _place("The Eiffel Tower", "city", " Paris", " Rome"),
   _place("The Colosseum", "city", " Rome", " London"),
@@ -79,14 +79,14 @@ FACTS = (
   ),
 )
 
-#: Those that layers and weights are chosen with.
+#: The facts that layers and balances are chosen with.
 TRIALS = (
   _place("The Kremlin", "city", " Moscow", " Tokyo"),
   _place("The Great Wall", "country", " China", " Brazil"),
 )
 
-#: (prompt, its right answer): what no edit is to change. None of the answers is
-#: a new answer of a fact: that an edit made it likelier would count as right.
+#: (prompt, its right answer), which no edit should change. None of the answers
+#: is a fact's new answer: an edit that leaked would then count as right.
 NEIGHBOURS = (
   ("The Louvre is located in the city of", " Paris"),
   ("The Statue of Liberty is located in the city of", " New"),
@@ -104,7 +104,7 @@ def encode_prompts(
   encode: Callable[[str], np.ndarray],
   multiple: int,
 ) -> Prompts:
-  """Prompts with their answers as rows of one length.
+  """Tokenises prompts with their answers, as rows of one length.
 
   Args:
     rows: (prompt, answer, subject); the subject's last occurrence counts.

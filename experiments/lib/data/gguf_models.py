@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A llama.cpp file (GGUF) as a Hugging Face folder."""
+"""Converts a llama.cpp file (GGUF) to a Hugging Face folder."""
 
 import json
 import os
@@ -53,7 +53,7 @@ CONFIG = {
 def convert(
   path: str | os.PathLike[str], folder: str | os.PathLike[str]
 ) -> pathlib.Path:
-  """Writes a llama-family GGUF file as a Hugging Face folder in float32.
+  """Converts a llama-family GGUF file to a Hugging Face folder in float32.
 
   Args:
     path: a GGUF file of architecture llama with a byte-level BPE tokenizer.
@@ -78,7 +78,7 @@ def convert(
     "dtype": "float32",
     **{ours: meta[theirs] for ours, theirs in CONFIG.items()},
   }
-  # float32 metadata: 1e-5 arrives as 9.99999974e-06.
+  # Metadata is float32: 1e-5 arrives as 9.99999974e-06.
   config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
   config["rope_parameters"] = {
     "rope_type": "default",
@@ -96,7 +96,7 @@ def convert(
 def _tensors(
   reader: gguf.GGUFReader, meta: dict
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Each tensor under its Hugging Face name, (out, in) float32."""
+  """Yields each tensor under its Hugging Face name, (out, in) float32."""
   heads = {
     "self_attn.q_proj": meta["llama.attention.head_count"],
     "self_attn.k_proj": meta["llama.attention.head_count_kv"],
@@ -117,7 +117,7 @@ def _tensors(
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of q or k in Hugging Face's rotary order, from llama.cpp's.
+  """Reorders rows of q or k from llama.cpp's to Hugging Face's rotary order.
 
   llama.cpp turns neighbouring channels 2i and 2i + 1 together, Hugging Face
   channels i and i + d/2.
@@ -134,7 +134,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _tokenizer(meta: dict) -> tokenizers.Tokenizer:
-  """The byte-level BPE tokenizer; digits are split one by one first."""
+  """Builds the byte-level BPE tokenizer, which splits digits one by one."""
   tokens = meta["tokenizer.ggml.tokens"]
   merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
   vocab = {token: i for i, token in enumerate(tokens)}
@@ -159,7 +159,7 @@ def _tokenizer(meta: dict) -> tokenizers.Tokenizer:
 
 
 def _special(meta: dict) -> dict:
-  """The content of tokenizer_config.json."""
+  """Returns the content of tokenizer_config.json."""
   tokens = meta["tokenizer.ggml.tokens"]
   return {
     "tokenizer_class": "PreTrainedTokenizerFast",

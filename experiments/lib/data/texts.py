@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts as arrays of tokens, their training and held-out parts disjoint."""
+"""Provides texts as tokens, with disjoint training and held-out parts."""
 
 import os
 import platform
@@ -10,28 +10,76 @@ import numpy as np
 
 from experiments.lib.data import smollm2
 
+Cache = str | os.PathLike[str] | None
+
 
 def pydoc() -> str:
-  """Technical English without a download: Python's own help topics.
+  """Returns Python's own help topics: technical English without a download.
 
-  Another Python has other topics: figures are of `pydoc_source()`.
+  Another version of Python has other topics: figures hold for `pydoc_source()`.
   """
   return "\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
 def pydoc_source() -> str:
-  """Whose help `pydoc` gives, as tables and outputs name it."""
+  """Names the Python version whose help `pydoc` returns, for tables."""
   return f"pydoc of Python {platform.python_version()}"
 
 
+#: name -> cache folder -> the whole text.
+CORPORA: dict[str, Callable[[Cache], str]] = {
+  "kjv": smollm2.kjv,
+  "pydoc": lambda _: pydoc(),
+}
+
+
+def parts(name: str, cache: Cache = None) -> tuple[str, str]:
+  """Returns the training and the held-out part of a text.
+
+  Args:
+    name: of `CORPORA`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
+
+  Returns:
+    As `split`.
+
+  Raises:
+    ValueError: for another name.
+
+  Example:
+    >>> train, held = parts("pydoc")
+    >>> 8 < len(train) / len(held) < 10
+    True
+  """
+  if name not in CORPORA:
+    raise ValueError(f"no text is called {name!r}: take {', '.join(CORPORA)}")
+  return split(CORPORA[name](cache))
+
+
+def label(name: str) -> str:
+  """Returns a text's name in tables; pydoc's names the version of Python.
+
+  Args:
+    name: of `CORPORA`.
+
+  Returns:
+    The name.
+
+  Example:
+    >>> label("kjv"), label("pydoc")[:16]
+    ('kjv', 'pydoc of Python ')
+  """
+  return pydoc_source() if name == "pydoc" else name
+
+
 def split(text: str) -> tuple[str, str]:
-  """A text's first nine tenths, to train on, and its last tenth, held out."""
+  """Splits a text in nine tenths to train on and a held-out last tenth."""
   cut = len(text) * 9 // 10
   return text[:cut], text[cut:]
 
 
 def encode_bytes(text: str) -> np.ndarray:
-  """The bytes of a text, the tiny model's tokens: (bytes,) int32."""
+  """Returns a text's bytes, the tiny model's tokens: (bytes,) int32."""
   return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
 
@@ -43,7 +91,7 @@ def excerpts(
   length: int,
   seed: int | None = None,
 ) -> np.ndarray:
-  """Stretches of a text as tokens, one from each of as many equal parts.
+  """Cuts a text into equal parts; returns a stretch of each as tokens.
 
   Only the stretches are tokenised, not the whole text.
 
@@ -70,7 +118,7 @@ def excerpts(
   starts = np.arange(rows) * stride
   if seed is not None:
     rng = np.random.default_rng(seed)
-    # Such room that almost any text has the tokens.
+    # Long enough for the tokens in almost any text.
     starts += rng.integers(0, max(stride - limit, 0) + 1, rows)
   found = [
     encode(text[start : start + limit])[: length + 1] for start in starts
@@ -86,7 +134,7 @@ def excerpts(
 def excerpts_apart(
   text: str, encode: Callable[[str], np.ndarray], *, rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Two sets of stretches of a text: to choose with, and to report of.
+  """Returns two disjoint sets of stretches: to choose with, and to report.
 
   Args:
     text: any text, long enough.
@@ -95,9 +143,9 @@ def excerpts_apart(
     length: tokens predicted in each.
 
   Returns:
-    (rows, length + 1) int32 twice: of as many equal parts the beginnings, as
-    `excerpts` without a seed takes them, and what begins half a part further.
-    None of the second lies in a stretch of the first.
+    (rows, length + 1) int32 twice: the beginnings of equal parts of the text,
+    as `excerpts` without a seed takes them, and what begins half a part
+    further. The sets do not overlap.
 
   Raises:
     ValueError: as `excerpts`.
@@ -123,7 +171,7 @@ def excerpts_apart(
 def batches(
   tokens: np.ndarray, batch: int, seed: int = 0
 ) -> Iterator[np.ndarray]:
-  """The rows in random order, `batch` at a time, each once.
+  """Yields the rows in random order, `batch` at a time, each once.
 
   Args:
     tokens: (rows, time + 1) int32.
@@ -135,51 +183,3 @@ def batches(
   """
   order = np.random.default_rng(seed).permutation(len(tokens))
   yield from tokens[order.reshape(-1, batch)]
-
-
-Cache = str | os.PathLike[str] | None
-
-#: name -> cache folder -> the whole text.
-CORPORA: dict[str, Callable[[Cache], str]] = {
-  "kjv": smollm2.kjv,
-  "pydoc": lambda _: pydoc(),
-}
-
-
-def parts(name: str, cache: Cache = None) -> tuple[str, str]:
-  """What may be trained on of a text, and what is held out.
-
-  Args:
-    name: of `CORPORA`.
-    cache: as `caches.cache_folder`.
-
-  Returns:
-    As `split`.
-
-  Raises:
-    ValueError: for another name.
-
-  Example:
-    >>> train, held = parts("pydoc")
-    >>> 8 < len(train) / len(held) < 10
-    True
-  """
-  if name not in CORPORA:
-    raise ValueError(f"no text is called {name!r}: take {', '.join(CORPORA)}")
-  return split(CORPORA[name](cache))
-
-
-def label(name: str) -> str:
-  """A text's name in tables; pydoc's says which Python it is of.
-
-  Args:
-    name: of `CORPORA`.
-
-  Returns:
-    The name.
-
-  Example:
-    >>> label("kjv"), label("pydoc")[:16]
-    ('kjv', 'pydoc of Python ')
-  """
-  return pydoc_source() if name == "pydoc" else name

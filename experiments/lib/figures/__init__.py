@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, plots and pages of what was measured."""
+"""Formats and draws what was measured: tables, plots and pages."""

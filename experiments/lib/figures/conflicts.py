@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conflicts of two adapters by layer, a panel for each figure."""
+"""Draws and tabulates the conflicts of two adapters by module and layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 
 from experiments.lib.figures.grids import layer_of
 
-#: What is one line.
+Rows = dict[str, dict[str, Any]]
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+         "down_proj")  # fmt: skip
+#: The kinds of module drawn as one line.
 GROUPS = {
   "q": ("q_proj",),
   "k": ("k_proj",),
@@ -17,7 +20,26 @@ GROUPS = {
   "o": ("o_proj",),
   "MLP": ("gate_proj", "up_proj", "down_proj"),
 }
-#: Title, field of a row.
+#: Columns of the table: (title, field, field of the random level).
+FIGURES = (
+  ("cosine", "cosine", None),
+  ("column cosine", "column_cosine", None),
+  ("signs against", "sign_conflict", None),
+  ("of large entries", "sign_conflict_large", None),
+  ("read", "read_overlap", "read_level"),
+  ("8 strongest read", "read_leading", "read_leading_level"),
+  ("written", "write_overlap", "write_level"),
+  ("8 strongest written", "write_leading", "write_leading_level"),
+)
+#: What is written to the stream and read from it: (name, writers, readers,
+#: layers between).
+LINKS = (
+  ("o to q, k, v of the next layer", "o", "[qkv]", 1),
+  ("MLP to q, k, v of the next layer", "down", "[qkv]", 1),
+  ("o to the MLP of its layer", "o", "(?:gate|up)", 0),
+  ("MLP to the MLP of the next layer", "down", "(?:gate|up)", 1),
+)
+#: (title of a panel, field of a row).
 PANELS = (
   ("cosine of the changes", "cosine"),
   ("large entries of opposite signs", "sign_conflict_large"),
@@ -39,7 +61,7 @@ def draw_layers(
   panels: Mapping[str, tuple[Mapping[str, np.ndarray], np.ndarray]],
   links: Mapping[str, Mapping[int, Mapping[str, float]]],
 ) -> Figure:
-  """Figures by layer; in grey those of the second adapter, shuffled.
+  """Draws figures by layer; in grey those of the second adapter, shuffled.
 
   Args:
     panels: title -> lines by name of GROUPS (layers,), and the shuffled line.
@@ -82,32 +104,8 @@ def draw_layers(
   return figure
 
 
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-         "down_proj")  # fmt: skip
-#: What the table shows: title, field, field of the random level.
-FIGURES = (
-  ("cosine", "cosine", None),
-  ("column cosine", "column_cosine", None),
-  ("signs against", "sign_conflict", None),
-  ("of large entries", "sign_conflict_large", None),
-  ("read", "read_overlap", "read_level"),
-  ("8 strongest read", "read_leading", "read_leading_level"),
-  ("written", "write_overlap", "write_level"),
-  ("8 strongest written", "write_leading", "write_leading_level"),
-)
-#: What is written to the stream and read from it: name, writers, readers,
-#: layers ahead.
-LINKS = (
-  ("o to q, k, v of the next layer", "o", "[qkv]", 1),
-  ("MLP to q, k, v of the next layer", "down", "[qkv]", 1),
-  ("o to the MLP of its layer", "o", "(?:gate|up)", 0),
-  ("MLP to the MLP of the next layer", "down", "(?:gate|up)", 1),
-)
-Rows = dict[str, dict[str, Any]]
-
-
 def by_layer(rows: Rows, kinds: Sequence[str], field: str) -> np.ndarray:
-  """A figure of some kinds of module by layer, the mean over them.
+  """Averages a figure over some kinds of module in each layer.
 
   Args:
     rows: of `compare_adapters`.
@@ -130,14 +128,15 @@ def by_layer(rows: Rows, kinds: Sequence[str], field: str) -> np.ndarray:
 
 
 def as_table(rows: Rows, shuffled: Rows) -> str:
-  """Figures by kind of module, means over layers, shuffled in brackets.
+  """Formats figures by kind of module, means over layers.
 
   Args:
     rows: of the two adapters.
     shuffled: of the first and the second shuffled.
 
   Returns:
-    A Markdown table; the last column's random levels are by counting.
+    A Markdown table, the shuffled figures in brackets; the random levels in the
+    last columns are computed, not measured.
   """
   heads = ["module", *(title for title, *_ in FIGURES), "random read, 8",
            "random written, 8"]  # fmt: skip
@@ -160,7 +159,7 @@ def as_table(rows: Rows, shuffled: Rows) -> str:
 
 
 def as_depth_table(rows: Rows) -> str:
-  """Figures at both ends of the network and in the middle.
+  """Formats figures at the ends and in the middle of the network.
 
   Args:
     rows: of the two adapters.
@@ -186,7 +185,7 @@ def as_depth_table(rows: Rows) -> str:
 def as_stream_table(
   streams: Mapping[str, Mapping[str, Mapping[int, Mapping[str, float]]]],
 ) -> str:
-  """Overlaps of what is written and what is read further on.
+  """Formats overlaps of what is written with what is read further on.
 
   Args:
     streams: who writes -> of `follow_stream`.

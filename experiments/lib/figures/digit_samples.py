@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of digits, a row for each model that drew them."""
+"""Draws samples of digits, a row for each model that made them."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from experiments.lib.figures.plots import save_figure
 
 
 def draw_rows(rows: Sequence[tuple[str, np.ndarray]]) -> Figure:
-  """A row of images for each model, ink dark on white; above, what is asked.
+  """Draws a row of images for each model, the digits asked for above.
 
   Args:
     rows: name and images (n, 64) in [-1, 1], n one for all; the digit asked

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One figure of every module of a report, by kind and layer."""
+"""Draws one figure of every module of a report, by kind and layer."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from experiments.lib.figures.tables import Row, by_kind, measure, pattern_of
 from jlora.extraction import Report
 
-#: What a cell without a module says, by the ledger's status.
+#: The mark of a cell without a module, by the ledger's status.
 MARKS = {"unchanged": "=", "kept whole": "w", "not representable": "x"}
 
 
@@ -27,7 +27,7 @@ class Grid(NamedTuple):
     layers: numbers of the columns; None, first if it is there, for modules
       outside the layers.
     values: (kinds, layers) float64, NaN where no module was extracted.
-    marks: (kinds, layers) of str, of `MARKS` where the ledger knows a matrix
+    marks: (kinds, layers) of str: one of `MARKS` where the ledger has a matrix
       that was not extracted; "" elsewhere.
   """
 
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
 
 def layer_of(path: str) -> int | None:
-  """The layer a path names: its first whole number.
+  """Returns the layer a path names: its first whole number.
 
   Args:
     path: a parameter's name.
@@ -55,7 +55,7 @@ def layer_of(path: str) -> int | None:
 
 
 def fill_grid(report: Report, figure: str) -> Grid:
-  """A figure of every module at the report's rank, by kind and layer.
+  """Sorts a figure of every module by kind and layer.
 
   Args:
     report: as `cut` leaves it.
@@ -82,7 +82,7 @@ def fill_grid(report: Report, figure: str) -> Grid:
     for row in report.ledger
     for name in row["base"] or row["finetuned"]
   }
-  # A tensor beside the layers is a column only if something is drawn there.
+  # Tensors outside the layers get a column only if something is drawn there.
   layers = {layer_of(path) for path in statuses} - {None}
   layers |= {layer_of(row["path"]) for row in report.modules}
   ordered = sorted(layers, key=lambda layer: -1 if layer is None else layer)
@@ -103,14 +103,14 @@ def fill_grid(report: Report, figure: str) -> Grid:
 
 
 def _figure(cell: Sequence[Row], figure: str) -> float:
-  """A module's own figure; of several, that of all as one vector."""
+  """Returns a module's figure; that of several modules as one vector."""
   if len(cell) == 1:
     return cell[0][figure]
   return measure(cell, max(row["rank"] for row in cell))[figure]
 
 
 def draw_grid(grid: Grid, title: str, label: str) -> Figure:
-  """The heat map of one figure: kinds of modules down, layers across.
+  """Draws the heat map of one figure: kinds of modules down, layers across.
 
   Cells hold their number where there is room. The scale is linear from 0,
   logarithmic where the values span more than a factor of 100.
@@ -154,11 +154,12 @@ def draw_grid(grid: Grid, title: str, label: str) -> Figure:
 
 
 def _layer_name(layer: int | None) -> str:
+  """Returns the label of a column."""
   return "–" if layer is None else str(layer)
 
 
 def _scale(values: np.ndarray) -> Normalize:
-  """From 0 to the largest value, or logarithmic where that hides the small."""
+  """Chooses a scale from 0, or a logarithmic one for a wide range."""
   found = values[np.isfinite(values) & (values > 0)]
   if not found.size:
     return Normalize(0.0, 1.0)
@@ -193,7 +194,7 @@ def _mark_missing(axes: Axes, grid: Grid) -> None:
 
 
 def _write_cells(axes: Axes, grid: Grid, scale: Normalize, inches: float):
-  """The number in each cell, dark on light and light on dark."""
+  """Writes the number into each cell, dark on light or light on dark."""
   if inches < 0.3:
     return
   small = isinstance(scale, LogNorm) or float(scale.vmax or 0) < 0.05

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of merges on two texts, and losses by depth."""
+"""Draws losses of merges on two texts, and losses by depth."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _COLOURS = (
   "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F",
 )  # fmt: skip
 _MARKERS = "osD^vPX<>h"
-_REACH = 0.25  # nats beyond base and finetunes that are shown
+_REACH = 0.25  # nats shown beyond base and finetunes
 
 
 def draw_losses(
@@ -19,7 +19,7 @@ def draw_losses(
   front: Sequence[Mapping[str, Any]],
   titles: Mapping[str, str],
 ) -> Figure:
-  """Loss on one text against loss on the other, a marker for each method.
+  """Draws loss on one text against the other, a marker for each method.
 
   Args:
     rows: kind, method, setting, and text -> losses; of kind "beside" black.
@@ -68,56 +68,10 @@ def draw_losses(
   return figure
 
 
-def _name_front(axes: Any, front: Sequence[Mapping], points: Any) -> None:
-  """Numbers the points of the front, and says which they are."""
-  names = [
-    f"{i}  {row['method']}, {row['setting']}".strip(", ")
-    for i, row in enumerate(front, 1)
-  ]
-  for i, point in enumerate(points):
-    is_odd = i % 2  # neighbours may lie close
-    axes.annotate(
-      f"{i + 1}", point, xytext=(4, 4) if is_odd else (-4, -4),
-      textcoords="offset points", fontsize=7.5, color="0.25",
-      ha="left" if is_odd else "right", va="bottom" if is_odd else "top",
-    )  # fmt: skip
-  axes.text(
-    0.97, 0.97, "Pareto front\n" + "\n".join(names), fontsize=7,
-    transform=axes.transAxes, ha="right", va="top", color="0.25",
-    multialignment="left",
-  )  # fmt: skip
-
-
-def _point(row: Mapping[str, Any], titles: Mapping[str, str]) -> Any:
-  """The mean loss on each text."""
-  return tuple(float(np.mean(row[name])) for name in titles)
-
-
-def _beside(row: Mapping[str, Any]) -> str:
-  """What the legend calls it: settings of one finetune share a marker."""
-  return f"{row['method']}: {row['setting'].split(',')[0]}".strip(": ")
-
-
-def _looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-  """Colour and marker of each method; black of what stands beside."""
-  names = dict.fromkeys(
-    row["method"] for row in rows if row["kind"] != "beside"
-  )
-  beside = dict.fromkeys(_beside(row) for row in rows
-                         if row["kind"] == "beside")  # fmt: skip
-  found = {
-    name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
-    for i, name in enumerate(names)
-  }
-  return found | {
-    name: ("#000000", "*<>phdHD8s"[i % 10]) for i, name in enumerate(beside)
-  }
-
-
 def draw_depths(
   rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]
 ) -> Figure:
-  """Loss against which layers are repeated or left out, a panel for each text.
+  """Draws loss against the layers repeated or left out, a panel per text.
 
   Args:
     rows: kind, where, slices, and text -> losses; those with `where` of -1 are
@@ -156,3 +110,49 @@ def draw_depths(
     axes.grid(color="0.92", lw=0.6, which="both")
   panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
   return figure
+
+
+def _name_front(axes: Any, front: Sequence[Mapping], points: Any) -> None:
+  """Numbers the points of the Pareto front, and lists their names."""
+  names = [
+    f"{i}  {row['method']}, {row['setting']}".strip(", ")
+    for i, row in enumerate(front, 1)
+  ]
+  for i, point in enumerate(points):
+    is_odd = i % 2  # labels of close neighbours must not overlap
+    axes.annotate(
+      f"{i + 1}", point, xytext=(4, 4) if is_odd else (-4, -4),
+      textcoords="offset points", fontsize=7.5, color="0.25",
+      ha="left" if is_odd else "right", va="bottom" if is_odd else "top",
+    )  # fmt: skip
+  axes.text(
+    0.97, 0.97, "Pareto front\n" + "\n".join(names), fontsize=7,
+    transform=axes.transAxes, ha="right", va="top", color="0.25",
+    multialignment="left",
+  )  # fmt: skip
+
+
+def _point(row: Mapping[str, Any], titles: Mapping[str, str]) -> Any:
+  """Returns the mean loss on each text."""
+  return tuple(float(np.mean(row[name])) for name in titles)
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+  """Returns a row's name in the legend; settings of one finetune share it."""
+  return f"{row['method']}: {row['setting'].split(',')[0]}".strip(": ")
+
+
+def _looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+  """Returns each method's colour and marker; references are black."""
+  names = dict.fromkeys(
+    row["method"] for row in rows if row["kind"] != "beside"
+  )
+  beside = dict.fromkeys(_beside(row) for row in rows
+                         if row["kind"] == "beside")  # fmt: skip
+  found = {
+    name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+    for i, name in enumerate(names)
+  }
+  return found | {
+    name: ("#000000", "*<>phdHD8s"[i % 10]) for i, name in enumerate(beside)
+  }

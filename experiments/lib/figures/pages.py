@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML file that holds a whole comparison: figures inlined, tables real.
+"""Writes a comparison's files: results.json, figures, and one HTML page.
 
-No script, no link, no font from elsewhere: the file can be mailed.
+The page needs no script, link or font from elsewhere, and its figures are
+inlined: the file can be mailed.
 """
 
 import base64
@@ -23,180 +24,11 @@ from experiments.lib.figures import (
 from jlora.extraction import REPORT, Report, read_report
 from jlora.runs import replace_text
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto;
-  max-width: 1200px; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-figure { margin: 1rem 0; } figcaption, .note { color: #444; max-width: 75ch; }
-img { max-width: 100%; height: auto; border: 1px solid #ddd; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; margin: 0.7rem 0;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd;
-  text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #666; white-space: normal;
-  vertical-align: bottom; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
-.text td { white-space: normal; vertical-align: top; }
-code { font-size: 13px; overflow-wrap: anywhere; }
-"""
-
-
-def make_table(
-  header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False
-) -> str:
-  """A table in HTML; every cell is escaped.
-
-  Args:
-    header: names of the columns.
-    rows: cells, as many as there are columns.
-    is_text: cells are prose: to the left, broken into lines.
-
-  Returns:
-    HTML.
-
-  Example:
-    >>> make_table(["a"], [["<b>"]]).count("&lt;b&gt;")
-    1
-  """
-  head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-  body = "\n".join(
-    "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    for row in rows
-  )
-  kind = ' class="text"' if is_text else ""
-  return (
-    f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n'
-    f"<tbody>{body}</tbody></table></div>"
-  )
-
-
-def make_figure(image: str | os.PathLike[str], caption: str) -> str:
-  """A PNG with its caption, the image's bytes in the HTML itself.
-
-  Args:
-    image: a PNG file.
-    caption: what to see in it; also what a screen reader says.
-
-  Returns:
-    HTML.
-  """
-  data = base64.b64encode(Path(image).read_bytes()).decode("ascii")
-  said = html.escape(caption, quote=True)
-  return (
-    f'<figure><img alt="{said}" src="data:image/png;base64,{data}">'
-    f"<figcaption>{said}</figcaption></figure>"
-  )
-
-
-def make_paragraph(text: str) -> str:
-  """A paragraph; the text is escaped.
-
-  Args:
-    text: plain text.
-
-  Returns:
-    HTML.
-  """
-  return f"<p>{html.escape(text)}</p>"
-
-
-def make_code(text: str) -> str:
-  """Text as it is typed; escaped.
-
-  Args:
-    text: a command.
-
-  Returns:
-    HTML.
-  """
-  return f"<p><code>{html.escape(text)}</code></p>"
-
-
-def fold(title: str, content: str) -> str:
-  """A part that opens when its title is clicked.
-
-  Args:
-    title: plain text.
-    content: HTML.
-
-  Returns:
-    HTML.
-  """
-  return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
-
-
-def make_page(title: str, parts: Iterable[tuple[str, str]]) -> str:
-  """A whole page.
-
-  Args:
-    title: plain text.
-    parts: heading (plain text, "" for none) and HTML of each section.
-
-  Returns:
-    HTML that refers to nothing outside itself.
-
-  Example:
-    >>> "<h2>a</h2>" in make_page("t", [("a", "<p>b</p>")])
-    True
-  """
-  body = "\n".join(
-    (f"<h2>{html.escape(heading)}</h2>\n" if heading else "") + content
-    for heading, content in parts
-  )
-  name = html.escape(title)
-  return (
-    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{name}</title>\n<style>{_STYLE}</style></head>\n"
-    f"<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
-  )
-
-
 RESULTS = "results.json"
 PAGE = "report.html"
 SCHEMA_VERSION = 1
 _CHOSEN = 64
-
-
-def write_results(
-  folder: str | os.PathLike[str], results: Mapping[str, Any]
-) -> None:
-  """Writes results.json, whole or not at all.
-
-  Args:
-    folder: an existing folder.
-    results: `settings`, `kl`, `generation`.
-  """
-  data = {"schema_version": SCHEMA_VERSION} | dict(results)
-  replace_text(Path(folder) / RESULTS, json.dumps(data, indent=1) + "\n")
-
-
-def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """What `write_results` wrote; nothing, where only an extraction ran.
-
-  Args:
-    folder: of a comparison, or of an adapter.
-
-  Returns:
-    A dict, empty without the file.
-
-  Raises:
-    ValueError: the file is damaged or of another schema version.
-  """
-  path = Path(folder) / RESULTS
-  if not path.exists():
-    return {}
-  try:
-    data = dict(json.loads(path.read_text(encoding="utf-8")))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is damaged: {error}. Run again.") from error
-  version = data.pop("schema_version", None)
-  if version != SCHEMA_VERSION:
-    raise ValueError(
-      f"{path} has schema version {version}, this reads {SCHEMA_VERSION}."
-    )
-  return data
+Figures = dict[str, tuple[Callable[[], Figure], str]]
 
 
 def draw_all(
@@ -228,11 +60,83 @@ def draw_all(
   return shown, results, [*(folder / name for name in figures), folder / PAGE]
 
 
-Figures = dict[str, tuple[Callable[[], Figure], str]]
+def write_results(
+  folder: str | os.PathLike[str], results: Mapping[str, Any]
+) -> None:
+  """Writes results.json, atomically.
+
+  Args:
+    folder: an existing folder.
+    results: `settings`, `kl`, `generation`.
+  """
+  data = {"schema_version": SCHEMA_VERSION} | dict(results)
+  replace_text(Path(folder) / RESULTS, json.dumps(data, indent=1) + "\n")
+
+
+def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads results.json; gives an empty dict if only an extraction ran.
+
+  Args:
+    folder: of a comparison, or of an adapter.
+
+  Returns:
+    A dict, empty without the file.
+
+  Raises:
+    ValueError: the file is damaged or of another schema version.
+  """
+  path = Path(folder) / RESULTS
+  if not path.exists():
+    return {}
+  try:
+    data = dict(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is damaged: {error}. Run again.") from error
+  version = data.pop("schema_version", None)
+  if version != SCHEMA_VERSION:
+    raise ValueError(
+      f"{path} has schema version {version}, this reads {SCHEMA_VERSION}."
+    )
+  return data
+
+
+def size_at(report: Report, rank: int) -> int:
+  """Counts an adapter's bytes at a rank, clipped to what modules have.
+
+  Args:
+    report: from an extraction.
+    rank: any.
+
+  Returns:
+    Bytes.
+  """
+  size = tables.itemsize(report)
+  return sum(
+    min(rank, len(row["singular_values"])) * tables.unit_bytes(row, size)
+    for row in report.modules
+  )
+
+
+_MAPS = (
+  (
+    "relative_error",
+    "Relative error of the change",
+    "|Δ − Δᵣ| / |Δ|, no unit",
+    "Each cell is one matrix: the share of the norm of its change that the "
+    "adapter misses. 0 is exact, 1 is nothing kept.",
+  ),
+  (
+    "cosine_distance",
+    "Cosine distance of the change",
+    "1 − cos(Δ, Δᵣ), no unit",
+    "Each cell is one matrix: how far the adapter's change points away from "
+    "the finetune's. 0 is the same direction, 1 is orthogonal.",
+  ),
+)
 
 
 def _figures(report: Report, shown: Report, results) -> Figures:
-  """File name -> what draws it, and its caption."""
+  """Lists the figures: file name -> (function that draws it, caption)."""
   rank = shown.settings["rank"]
   kinds = tables.by_kind(report.modules)
   figures: Figures = {
@@ -277,22 +181,6 @@ def _figures(report: Report, shown: Report, results) -> Figures:
   return figures
 
 
-_MAPS = (
-  (
-    "relative_error",
-    "Relative error of the change",
-    "|Δ − Δᵣ| / |Δ|, no unit",
-    "Each cell is one matrix: the share of the norm of its change that the "
-    "adapter misses. 0 is exact, 1 is nothing kept.",
-  ),
-  (
-    "cosine_distance",
-    "Cosine distance of the change",
-    "1 − cos(Δ, Δᵣ), no unit",
-    "Each cell is one matrix: how far the adapter's change points away from "
-    "the finetune's. 0 is the same direction, 1 is orthogonal.",
-  ),
-)
 _SIMILARITY = (
   "The adapter is as good as the finetune where its cosine reaches that of "
   "two samples of the finetune; the cosine with the base says how much there "
@@ -301,36 +189,11 @@ _SIMILARITY = (
 )
 
 
-def size_at(report: Report, rank: int) -> int:
-  """Bytes of the adapter if every module had a rank, or all it can have.
-
-  Args:
-    report: from an extraction.
-    rank: any.
-
-  Returns:
-    Bytes.
-  """
-  size = tables.itemsize(report)
-  return sum(
-    min(rank, len(row["singular_values"])) * tables.unit_bytes(row, size)
-    for row in report.modules
-  )
-
-
-def _generated(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-  return (results.get("generation") or {}).get("temperatures", [])
-
-
-def _sampling(each: Mapping[str, Any]) -> str:
-  temperature = each["temperature"]
-  return f"temperature {temperature:g}" if temperature else "greedy"
-
-
 def _page(folder: Path, report, shown, results, figures: Figures) -> str:
-  """The HTML of everything."""
+  """Puts the page together from figures and tables."""
 
   def figure(name: str) -> str:
+    """Embeds a figure by its file name."""
     return make_figure(folder / name, figures[name][1])
 
   rank = shown.settings["rank"]
@@ -368,6 +231,7 @@ def _page(folder: Path, report, shown, results, figures: Figures) -> str:
 
 
 def _introduction(report: Report, shown: Report, results) -> str:
+  """Makes the section that says what was compared."""
   settings = report.settings
   rows = [
     ("base", str(settings["base"])),
@@ -383,7 +247,19 @@ def _introduction(report: Report, shown: Report, results) -> str:
   )
 
 
+def _generated(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Returns the results of generated texts, by temperature."""
+  return (results.get("generation") or {}).get("temperatures", [])
+
+
+def _sampling(each: Mapping[str, Any]) -> str:
+  """Describes a temperature in words."""
+  temperature = each["temperature"]
+  return f"temperature {temperature:g}" if temperature else "greedy"
+
+
 def _generation(generation: Mapping[str, Any], each) -> str:
+  """Makes the section on generated texts."""
   examples = each["examples"]
   names = list(examples[0]) if examples else []
   return (
@@ -404,6 +280,7 @@ def _generation(generation: Mapping[str, Any], each) -> str:
 
 
 def _ledger(report: Report) -> str:
+  """Makes the section on tensors that are not in the adapter."""
   counts = report.totals["ledger"]
   said = ", ".join(f"{count} {status}" for status, count in counts.items())
   header, rows = summaries.ledger_rows(report)
@@ -413,3 +290,133 @@ def _ledger(report: Report) -> str:
     + table
     + make_paragraph(f"{REPORT} has every tensor.")
   )
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto;
+  max-width: 1200px; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+figure { margin: 1rem 0; } figcaption, .note { color: #444; max-width: 75ch; }
+img { max-width: 100%; height: auto; border: 1px solid #ddd; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; margin: 0.7rem 0;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd;
+  text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #666; white-space: normal;
+  vertical-align: bottom; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
+.text td { white-space: normal; vertical-align: top; }
+code { font-size: 13px; overflow-wrap: anywhere; }
+"""
+
+
+def make_page(title: str, parts: Iterable[tuple[str, str]]) -> str:
+  """Puts sections together to a whole page.
+
+  Args:
+    title: plain text.
+    parts: heading (plain text, "" for none) and HTML of each section.
+
+  Returns:
+    HTML that refers to nothing outside itself.
+
+  Example:
+    >>> "<h2>a</h2>" in make_page("t", [("a", "<p>b</p>")])
+    True
+  """
+  body = "\n".join(
+    (f"<h2>{html.escape(heading)}</h2>\n" if heading else "") + content
+    for heading, content in parts
+  )
+  name = html.escape(title)
+  return (
+    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f"<title>{name}</title>\n<style>{_STYLE}</style></head>\n"
+    f"<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
+  )
+
+
+def make_table(
+  header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False
+) -> str:
+  """Formats a table in HTML; escapes every cell.
+
+  Args:
+    header: names of the columns.
+    rows: cells, as many as there are columns.
+    is_text: cells are prose: to the left, broken into lines.
+
+  Returns:
+    HTML.
+
+  Example:
+    >>> make_table(["a"], [["<b>"]]).count("&lt;b&gt;")
+    1
+  """
+  head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+  body = "\n".join(
+    "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    for row in rows
+  )
+  kind = ' class="text"' if is_text else ""
+  return (
+    f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n'
+    f"<tbody>{body}</tbody></table></div>"
+  )
+
+
+def make_figure(image: str | os.PathLike[str], caption: str) -> str:
+  """Embeds a PNG with its caption into HTML.
+
+  Args:
+    image: a PNG file.
+    caption: what to see in it; also what a screen reader says.
+
+  Returns:
+    HTML.
+  """
+  data = base64.b64encode(Path(image).read_bytes()).decode("ascii")
+  said = html.escape(caption, quote=True)
+  return (
+    f'<figure><img alt="{said}" src="data:image/png;base64,{data}">'
+    f"<figcaption>{said}</figcaption></figure>"
+  )
+
+
+def make_paragraph(text: str) -> str:
+  """Formats a paragraph in HTML; escapes the text.
+
+  Args:
+    text: plain text.
+
+  Returns:
+    HTML.
+  """
+  return f"<p>{html.escape(text)}</p>"
+
+
+def make_code(text: str) -> str:
+  """Formats a command in HTML; escapes it.
+
+  Args:
+    text: a command.
+
+  Returns:
+    HTML.
+  """
+  return f"<p><code>{html.escape(text)}</code></p>"
+
+
+def fold(title: str, content: str) -> str:
+  """Makes a section in HTML that opens when its title is clicked.
+
+  Args:
+    title: plain text.
+    content: HTML.
+
+  Returns:
+    HTML.
+  """
+  return f"<details><summary>{html.escape(title)}</summary>{content}</details>"

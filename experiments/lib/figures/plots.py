@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a comparison: numbers in, PNG files out.
+"""Draws the figures of a comparison and of `equal_bytes`; saves them as PNG.
 
 Nothing is read from disk and no figure depends on another. Colours come from
 cividis and from Okabe and Ito's palette, which colour-blind readers can tell
@@ -20,12 +20,10 @@ from matplotlib.figure import Figure
 
 from experiments.lib.figures.tables import Row, measure
 
-#: Okabe and Ito (2008), black and the pale yellow left out.
+#: The palette of Okabe and Ito (2008) without black and pale yellow.
 _COLOURS = (
   "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F",
 )  # fmt: skip
-#: The first, the middle and the last layer.
-_DEPTHS = ("#0072B2", "#E69F00", "#000000")
 _MARKERS = "osD^vPX<>*h"
 _STYLE: dict[Any, Any] = {
   "font.size": 9.0,
@@ -38,14 +36,13 @@ _STYLE: dict[Any, Any] = {
   "figure.constrained_layout.use": True,
 }
 _MIB = 2**20
-_PANELS = 12
 
 
 def save_figure(path: str | os.PathLike[str], draw: Callable[[], Figure]):
-  """Draws in the house style and writes a PNG, the same bytes every time.
+  """Draws in the common style and writes a PNG, always the same bytes.
 
   Args:
-    path: its folder is made where it is not there.
+    path: PNG file; its folder is created if missing.
     draw: gives the figure.
   """
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -53,10 +50,15 @@ def save_figure(path: str | os.PathLike[str], draw: Callable[[], Figure]):
     draw().savefig(path, metadata={"Software": None})
 
 
-def draw_spectra(kinds: Mapping[str, Sequence[Row]], rank: int) -> Figure:
-  """Singular values of a few modules of every kind, one panel a kind.
+#: Colours of the first, the middle and the last layer.
+_DEPTHS = ("#0072B2", "#E69F00", "#000000")
+_PANELS = 12
 
-  Three layers a kind: the first, the middle and the last.
+
+def draw_spectra(kinds: Mapping[str, Sequence[Row]], rank: int) -> Figure:
+  """Draws singular values of three modules of every kind, a panel a kind.
+
+  They are those of the first, the middle and the last layer.
 
   Args:
     kinds: from `by_kind`; beyond twelve, those with the most parameters.
@@ -100,67 +102,12 @@ def draw_spectra(kinds: Mapping[str, Sequence[Row]], rank: int) -> Figure:
   return figure
 
 
-def _heights(rows: Sequence[Row]) -> tuple[float, float]:
-  """Bottom and top of the spectra, with the noise floors that lie near."""
-  positive = [v for row in rows for v in row["singular_values"] if v > 0]
-  low, high = min(positive, default=1e-3), max(positive, default=1.0)
-  floors = [row["noise_floor"] for row in rows]
-  return min([low, *(f for f in floors if f > low / 30)]), high
-
-
-def _largest(kinds: Mapping[str, Sequence[Row]]) -> list[str]:
-  """The kinds with the most parameters, in their own order."""
-
-  def size(name):
-    return sum(math.prod(row["shape"]) for row in kinds[name])
-
-  kept = set(sorted(kinds, key=size, reverse=True)[:_PANELS])
-  return [name for name in kinds if name in kept]
-
-
-def _three(rows: Sequence[Row]) -> list[Row]:
-  """The first, the middle and the last row."""
-  return [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
-
-
-def _draw_panel(axes: Axes, name, rows, rank: int, bottom: float) -> None:
-  """Spectra of some modules of one kind, and where noise begins."""
-  below = []
-  for row, colour in zip(rows, _DEPTHS, strict=False):
-    sigma = row["singular_values"]
-    index = np.arange(1, len(sigma) + 1)
-    axes.plot(index, sigma, color=colour, lw=1.4, label=_short(row))
-    if row["noise_floor"] >= bottom:
-      axes.axhline(row["noise_floor"], color=colour, lw=0.9, ls="--")
-    else:
-      below.append(row["noise_floor"])
-  axes.axvline(rank, color="0.4", lw=1.2, ls=":")
-  axes.set_xscale("log", base=2)
-  axes.set_yscale("log")
-  axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.grid(color="0.92", lw=0.6)
-  axes.set_title(name)
-  floor = f"noise floor {max(below):.0e}, below ↓" if below else None
-  axes.legend(
-    loc="lower left", fontsize=7, title=floor, title_fontsize=7,
-    alignment="left",
-    handlelength=1.2, borderaxespad=0.2, labelspacing=0.2,
-  )  # fmt: skip
-
-
-def _short(row: Row) -> str:
-  numbers = [part for part in row["path"].replace("/", ".").split(".")
-             if part.isdigit()]  # fmt: skip
-  shape = " x ".join(map(str, row["shape"]))
-  return f"layer {'.'.join(numbers)}" if numbers else shape
-
-
 def draw_errors(
   kinds: Mapping[str, Sequence[Row]],
   rank: int,
   size_at: Callable[[int], int],
 ) -> Figure:
-  """Relative error against rank, a line for each kind of module and for all.
+  """Draws relative error against rank, a line for each kind of module.
 
   Args:
     kinds: from `by_kind`.
@@ -181,7 +128,7 @@ def draw_errors(
     name: [measure(members, int(k))["relative_error"] for k in ranks]
     for name, members in kinds.items()
   }
-  # The legend in the order in which the lines end.
+  # Sorts the legend by where the lines end.
   for i, name in enumerate(sorted(errors, key=lambda n: -errors[n][-1])):
     place = list(kinds).index(name)
     axes.plot(
@@ -209,7 +156,7 @@ def draw_divergences(
   rank: int,
   size_at: Callable[[int], int],
 ) -> Figure:
-  """KL from the finetune against rank, a line for each text.
+  """Draws the KL from the finetune against rank, a line for each text.
 
   Args:
     kl: text -> {"ranks": rows with rank, kl, kl_error}, rank 0 is the base.
@@ -244,7 +191,7 @@ def draw_divergences(
 
 
 def draw_similarities(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-  """TF-IDF cosines of pairs of models, with standard errors over prompts.
+  """Draws TF-IDF cosines of pairs of models, with standard errors.
 
   Args:
     rows: `pair`, `cosine`, `cosine_error`, in the order of the report.
@@ -273,36 +220,7 @@ def draw_similarities(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
   return figure
 
 
-def _powers(top: int) -> list[int]:
-  """Powers of two up to the largest rank, and it."""
-  return sorted({*(2**i for i in range(top.bit_length())), top})
-
-
-def _at(ranks: Sequence[int], marked: Sequence[int]) -> list[int]:
-  return [i for i, rank in enumerate(ranks) if rank in marked]
-
-
-def _finish_ranks(axes: Axes, ticks: Sequence[int], rank: int, size_at):
-  """A logarithmic axis of ranks below, bytes above, the chosen rank marked."""
-  axes.set_xscale("log", base=2)
-  axes.set_xticks(ticks, [str(tick) for tick in ticks])
-  axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.set_xlabel("rank")
-  axes.grid(color="0.92", lw=0.6)
-  axes.axvline(rank, color="0.35", lw=1.2, ls=":", label=f"chosen rank {rank}")
-  above = axes.secondary_xaxis("top")
-  above.set_xticks(ticks, [_mebibytes(size_at(tick)) for tick in ticks])
-  above.xaxis.set_minor_locator(ticker.NullLocator())
-  above.set_xlabel("size of the adapter, MiB")
-
-
-def _mebibytes(size: int) -> str:
-  """About three figures of a size, in MiB."""
-  mib = size / _MIB
-  return f"{mib:.0f}" if mib >= 100 else f"{mib:.2g}"
-
-
-# Okabe and Ito's, safe for the colour-blind; markers tell them apart as well.
+# Colours and markers of the texts.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
 _TICKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
@@ -310,7 +228,7 @@ _TICKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 def draw_ratios(
   rows: Sequence[Mapping[str, Any]], texts: Sequence[str], title: str
 ) -> Figure:
-  """Divergence of every variant over plain SVD's, a mark for each text.
+  """Draws the divergence of every variant over plain SVD's, a mark per text.
 
   Args:
     rows: as `equal_bytes.summarise` gives them, of one rank; what has no bytes
@@ -349,6 +267,94 @@ def draw_ratios(
   return figure
 
 
+def _heights(rows: Sequence[Row]) -> tuple[float, float]:
+  """Returns the range of the spectra and of the noise floors near it."""
+  positive = [v for row in rows for v in row["singular_values"] if v > 0]
+  low, high = min(positive, default=1e-3), max(positive, default=1.0)
+  floors = [row["noise_floor"] for row in rows]
+  return min([low, *(f for f in floors if f > low / 30)]), high
+
+
+def _largest(kinds: Mapping[str, Sequence[Row]]) -> list[str]:
+  """Returns the kinds with the most parameters, in their own order."""
+
+  def size(name):
+    """Counts the parameters of a kind."""
+    return sum(math.prod(row["shape"]) for row in kinds[name])
+
+  kept = set(sorted(kinds, key=size, reverse=True)[:_PANELS])
+  return [name for name in kinds if name in kept]
+
+
+def _three(rows: Sequence[Row]) -> list[Row]:
+  """Returns the first, the middle and the last row."""
+  return [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+
+
+def _draw_panel(axes: Axes, name, rows, rank: int, bottom: float) -> None:
+  """Draws spectra of modules of one kind, and where noise begins."""
+  below = []
+  for row, colour in zip(rows, _DEPTHS, strict=False):
+    sigma = row["singular_values"]
+    index = np.arange(1, len(sigma) + 1)
+    axes.plot(index, sigma, color=colour, lw=1.4, label=_short(row))
+    if row["noise_floor"] >= bottom:
+      axes.axhline(row["noise_floor"], color=colour, lw=0.9, ls="--")
+    else:
+      below.append(row["noise_floor"])
+  axes.axvline(rank, color="0.4", lw=1.2, ls=":")
+  axes.set_xscale("log", base=2)
+  axes.set_yscale("log")
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.grid(color="0.92", lw=0.6)
+  axes.set_title(name)
+  floor = f"noise floor {max(below):.0e}, below ↓" if below else None
+  axes.legend(
+    loc="lower left", fontsize=7, title=floor, title_fontsize=7,
+    alignment="left",
+    handlelength=1.2, borderaxespad=0.2, labelspacing=0.2,
+  )  # fmt: skip
+
+
+def _short(row: Row) -> str:
+  """Returns a short name for a module, its layer or shape."""
+  numbers = [part for part in row["path"].replace("/", ".").split(".")
+             if part.isdigit()]  # fmt: skip
+  shape = " x ".join(map(str, row["shape"]))
+  return f"layer {'.'.join(numbers)}" if numbers else shape
+
+
+def _powers(top: int) -> list[int]:
+  """Lists the powers of two up to the largest rank, and that rank."""
+  return sorted({*(2**i for i in range(top.bit_length())), top})
+
+
+def _at(ranks: Sequence[int], marked: Sequence[int]) -> list[int]:
+  """Returns the positions of the marked ranks."""
+  return [i for i, rank in enumerate(ranks) if rank in marked]
+
+
+def _finish_ranks(axes: Axes, ticks: Sequence[int], rank: int, size_at):
+  """Draws axes of ranks (below) and bytes (above); marks the chosen rank."""
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(ticks, [str(tick) for tick in ticks])
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.set_xlabel("rank")
+  axes.grid(color="0.92", lw=0.6)
+  axes.axvline(rank, color="0.35", lw=1.2, ls=":", label=f"chosen rank {rank}")
+  above = axes.secondary_xaxis("top")
+  above.set_xticks(ticks, [_mebibytes(size_at(tick)) for tick in ticks])
+  above.xaxis.set_minor_locator(ticker.NullLocator())
+  above.set_xlabel("size of the adapter, MiB")
+
+
+def _mebibytes(size: int) -> str:
+  """Formats a size in MiB with two or three figures."""
+  mib = size / _MIB
+  return f"{mib:.0f}" if mib >= 100 else f"{mib:.2g}"
+
+
 def _name(row: Mapping[str, Any]) -> str:
+  """Returns a variant's name, with its number of seeds if there are several."""
   seeds = row["seeds"]
   return row["variant"] + (f" ({seeds} seeds)" if seeds > 1 else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison found, in sentences and in rows of cells."""
+"""Summarises a comparison in sentences and in rows of cells."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +7,12 @@ from typing import Any
 from experiments.lib.figures.tables import Row, by_kind, measure
 from jlora.extraction import Report, change_of_weights, total_up
 
-_MIB = 2**20
 Table = tuple[Sequence[str], list[Sequence[str]]]
+_MIB = 2**20
 
 
 def headline(report: Report, results: Mapping[str, Any]) -> list[str]:
-  """The comparison in a few sentences.
+  """Summarises the comparison in a few sentences.
 
   Args:
     report: cut to the chosen rank.
@@ -47,7 +47,7 @@ def headline(report: Report, results: Mapping[str, Any]) -> list[str]:
 
 
 def type_rows(report: Report) -> Table:
-  """The figures by kind of module, all of a kind as one vector.
+  """Tabulates the figures by kind of module, all of a kind as one vector.
 
   Args:
     report: cut to the chosen rank.
@@ -65,26 +65,8 @@ def type_rows(report: Report) -> Table:
   return header, [_type_row(kind, members) for kind, members in kinds.items()]
 
 
-def _type_row(kind: str, members: Sequence[Mapping[str, Any]]) -> Sequence[str]:
-  both = total_up(members, [])
-  change = change_of_weights(members)
-  distance = measure(members, max(m["rank"] for m in members))
-  shapes = {" x ".join(map(str, m["shape"])) for m in members}
-  return (
-    kind,
-    str(len(members)),
-    shapes.pop() if len(shapes) == 1 else "several",
-    _figure(both["relative_error"]),
-    _figure(max(m["relative_error"] for m in members)),
-    _figure(distance["cosine_distance"]),
-    f"{both['energy']:.2%}",
-    f"{change:.1e}" if change else "–",
-    f"{both['adapter_bytes'] / _MIB:.2f}",
-  )
-
-
 def module_rows(report: Report, count: int | None = None) -> Table:
-  """The modules, largest relative error first.
+  """Tabulates the modules, largest relative error first.
 
   Args:
     report: cut to the chosen rank.
@@ -117,15 +99,8 @@ def module_rows(report: Report, count: int | None = None) -> Table:
   ]
 
 
-def _above(row: Mapping[str, Any]) -> str:
-  """Singular values above the noise; at least so many, if more are unknown."""
-  count, known = row["noise_floor_rank"], len(row["singular_values"])
-  more = count == known < min(row["shape"][-2:])
-  return f"≥ {count}" if more else str(count)
-
-
 def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
-  """What the model says by rank, on one text.
+  """Tabulates the divergence and loss by rank, on one text.
 
   Args:
     found: of one text, from results.json.
@@ -155,20 +130,8 @@ def kl_rows(found: Mapping[str, Any], sizes: Mapping[int, int]) -> Table:
   return header, [*rows, (*last, *_loss(tuned))]
 
 
-def _loss(row: Mapping[str, Any]) -> tuple[str, str, str]:
-  """Loss, its error and perplexity.
-
-  Rows are of the same texts: they differ by less than the error says.
-  """
-  return (
-    f"{row['loss']:.4f}",
-    f"{row['loss_error']:.2g}",
-    f"{row['perplexity']:.3f}",
-  )
-
-
 def similarity_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
-  """TF-IDF cosines of pairs of models.
+  """Tabulates the TF-IDF cosines of pairs of models.
 
   Args:
     rows: of results.json.
@@ -189,7 +152,7 @@ def similarity_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def ledger_rows(report: Report, count: int = 200) -> Table:
-  """Tensors that are not in the adapter as a LoRA although they changed.
+  """Tabulates tensors that changed but are not in the adapter as a LoRA.
 
   Args:
     report: any.
@@ -215,7 +178,7 @@ def ledger_rows(report: Report, count: int = 200) -> Table:
 
 
 def align_table(table: Table) -> str:
-  """A table for the terminal.
+  """Formats a table for the terminal.
 
   Args:
     table: header and rows.
@@ -239,19 +202,8 @@ def align_table(table: Table) -> str:
   )
 
 
-def _share(value: float) -> str:
-  """Per cent, with an exponent where two decimals would say nothing."""
-  small = 0 < value < 5e-4
-  return f"{100 * value:.1e}%" if small else f"{value:.2%}"
-
-
-def _figure(value: float) -> str:
-  """Four decimals, or an exponent where they would say nothing."""
-  return f"{value:.4f}" if value >= 0.005 or value == 0 else f"{value:.1e}"
-
-
 def write_with_error(value: float, error: float | None) -> str:
-  """A value with its standard error, to the error's second figure.
+  """Formats a value with its standard error, to two figures of the error.
 
   Args:
     value: any.
@@ -275,6 +227,56 @@ def write_with_error(value: float, error: float | None) -> str:
   return f"({value:.{places}f} ± {error:.{places}f})e{power}"
 
 
+def _type_row(kind: str, members: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+  """Makes the row of one kind."""
+  both = total_up(members, [])
+  change = change_of_weights(members)
+  distance = measure(members, max(m["rank"] for m in members))
+  shapes = {" x ".join(map(str, m["shape"])) for m in members}
+  return (
+    kind,
+    str(len(members)),
+    shapes.pop() if len(shapes) == 1 else "several",
+    _figure(both["relative_error"]),
+    _figure(max(m["relative_error"] for m in members)),
+    _figure(distance["cosine_distance"]),
+    f"{both['energy']:.2%}",
+    f"{change:.1e}" if change else "–",
+    f"{both['adapter_bytes'] / _MIB:.2f}",
+  )
+
+
+def _above(row: Mapping[str, Any]) -> str:
+  """Counts singular values above the noise; `≥` if more may follow."""
+  count, known = row["noise_floor_rank"], len(row["singular_values"])
+  more = count == known < min(row["shape"][-2:])
+  return f"≥ {count}" if more else str(count)
+
+
+def _loss(row: Mapping[str, Any]) -> tuple[str, str, str]:
+  """Formats loss, its error and perplexity.
+
+  Rows are of the same texts, so differences between them are smaller than the
+  errors suggest.
+  """
+  return (
+    f"{row['loss']:.4f}",
+    f"{row['loss_error']:.2g}",
+    f"{row['perplexity']:.3f}",
+  )
+
+
+def _share(value: float) -> str:
+  """Formats a share in per cent, with an exponent if it is tiny."""
+  small = 0 < value < 5e-4
+  return f"{100 * value:.1e}%" if small else f"{value:.2%}"
+
+
+def _figure(value: float) -> str:
+  """Formats a number with four decimals, with an exponent if it is tiny."""
+  return f"{value:.4f}" if value >= 0.005 or value == 0 else f"{value:.1e}"
+
+
 def _exponent(value: float) -> int:
-  """Of the decimal point, as it is printed."""
+  """Returns a number's decimal exponent."""
   return int(f"{value:e}".partition("e")[2])

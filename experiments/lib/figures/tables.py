@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report at any of its ranks, as the numbers that figures and tables show.
+"""Computes a report's figures at any of its ranks, for figures and tables.
 
 Ranks are nested: a report holds every module's error at each rank up to the one
 it was factored at, so nothing here reads a weight.
@@ -16,7 +16,7 @@ from jlora.extraction import Report, module_type, total_up
 
 Row = Mapping[str, Any]
 
-#: The order in which a model uses its matrices; other kinds follow.
+#: The order in which a model uses its matrices; other kinds come last.
 _ORDER = (
   "embed_tokens", "embed", "wte", "wpe", "q_proj", "q", "k_proj", "k",
   "v_proj", "v", "qkv_proj", "c_attn", "o_proj", "o", "router", "gate_proj",
@@ -26,7 +26,7 @@ _ORDER = (
 
 
 def top_rank(report: Report) -> int:
-  """The rank that the modules of a report were factored at.
+  """Returns the rank that the modules of a report were factored at.
 
   Args:
     report: from an extraction.
@@ -47,7 +47,7 @@ def top_rank(report: Report) -> int:
 
 
 def check_ranks(report: Report, ranks: Iterable[int]) -> None:
-  """Nothing, if the report knows every one of these ranks.
+  """Raises unless the report knows every one of these ranks.
 
   Args:
     report: from an extraction.
@@ -75,7 +75,7 @@ def check_ranks(report: Report, ranks: Iterable[int]) -> None:
 
 
 def cut(report: Report, rank: int) -> Report:
-  """The report of the same extraction at a lower rank.
+  """Computes the report of the same extraction at a lower rank.
 
   Args:
     report: from an extraction.
@@ -106,7 +106,7 @@ def cut(report: Report, rank: int) -> Report:
 
 
 def itemsize(report: Report) -> int:
-  """Bytes of one number of the stored factors.
+  """Returns the bytes of one number of the stored factors.
 
   Args:
     report: from an extraction.
@@ -122,6 +122,7 @@ def itemsize(report: Report) -> int:
 
 
 def _cut_row(row: Row, rank: int, size: int) -> dict[str, Any]:
+  """Computes a module's row at a lower rank."""
   rank = min(rank, len(row["singular_values"]))
   if rank == row["rank"]:
     return dict(row)
@@ -139,7 +140,7 @@ def _cut_row(row: Row, rank: int, size: int) -> dict[str, Any]:
 
 
 def unit_bytes(row: Row, size: int) -> int:
-  """Bytes of one unit of a module's rank.
+  """Counts the bytes of one unit of a module's rank.
 
   Args:
     row: of a report.
@@ -157,7 +158,7 @@ def unit_bytes(row: Row, size: int) -> int:
 
 
 def measure(rows: Sequence[Row], rank: int) -> dict[str, float]:
-  """Relative error and cosine distance of some modules as one vector.
+  """Computes relative error and cosine distance of modules as one vector.
 
       distance = (error² - (norm - change)²) / (2 norm change)
 
@@ -194,7 +195,7 @@ def measure(rows: Sequence[Row], rank: int) -> dict[str, float]:
 
 
 def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
-  """The modules by what they are in a layer, in the order of a forward pass.
+  """Groups modules by what they are in a layer, as a forward pass uses them.
 
   Args:
     rows: of a report.
@@ -228,7 +229,7 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def pattern_of(path: str) -> str:
-  """A path with its whole numbers replaced: what the layers have in common.
+  """Replaces the whole numbers in a path: what the layers have in common.
 
   Args:
     path: a parameter's name.
@@ -244,7 +245,7 @@ def pattern_of(path: str) -> str:
 
 
 def _shortest(patterns: Iterable[str]) -> dict[str, str]:
-  """The shortest ends of the patterns that tell them apart."""
+  """Finds the shortest ends of the patterns that tell them apart."""
   patterns = list(patterns)
   ends = {p: [x for x in re.split(r"[./]", p) if x != "*"] for p in patterns}
   names = {pattern: module_type(pattern) for pattern in patterns}

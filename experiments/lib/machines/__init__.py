@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes, pods and the traffic between devices."""
+"""Measures processes, and describes pods and the traffic between devices."""

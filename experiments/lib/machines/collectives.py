@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program sends between devices, read from its text.
+"""Reads from a compiled program's text what it sends between devices.
 
 `jax.jit(f).lower(...).compile().as_text()` is the program of one device. It
-names each exchange with others and the shape that comes out of it, on CPUs and
-GPUs as on TPUs, which can be compiled for without having one.
+names each exchange with other devices and the shape of its result, for CPUs and
+GPUs as for TPUs, which need not be there to compile for them.
 """
 
 import math
@@ -20,7 +20,7 @@ OPERATIONS = (
   "ragged-all-to-all",
   "reduce-scatter",
 )
-#: Those that put an array together from other devices' parts of it.
+#: Operations that gather an array from other devices' parts of it.
 GATHERING = tuple(x for x in OPERATIONS if "reduce" not in x)
 
 _NAME = r"%?([\w.\-]+)"
@@ -35,20 +35,20 @@ _CONSTANT = re.compile(rf"{_NAME} = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(rf"ROOT .* compare\(.*, {_NAME}\), direction=LT")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
 _BITS = re.compile(r"[a-z]+(\d+)")
-# A TPU's compiler cuts an exchange into a chain of pieces of other work, each
-# of which names the whole.
+# A TPU's compiler splits an exchange into a chain of pieces between other work,
+# each of which names the whole.
 _CHAIN = re.compile(r"channel_id=(\d+).*\bchain_id=")
 
 
 class Collective(NamedTuple):
-  """One exchange between devices, as it stands in the program.
+  """An exchange between devices, as the program describes it.
 
   Attributes:
     op: one of `OPERATIONS`, without `-start`.
-    entries: of the largest array that comes out on a device.
+    entries: number of entries of the largest result on a device.
     bytes: of all arrays that come out on a device; of a `reduce-scatter` what
-      goes in, so that it weighs what the sum would.
-    computation: the computation that it stands in, a loop's body for example.
+      goes in, so that it counts as an `all-reduce` would.
+    computation: name of the computation it is in, such as a loop's body.
   """
 
   op: str
@@ -58,17 +58,18 @@ class Collective(NamedTuple):
 
 
 class _Computation:
-  """A computation of a program.
+  """A computation of a program, as one of its functions.
 
   Attributes:
-    own: what it exchanges itself.
-    calls: what it calls, any one of, and how often; of a loop whose turns are
-      not given, the name of its condition.
+    own: the exchanges in the computation itself.
+    calls: (how often, computations of which one is called); for a loop without
+      a known trip count, the name of its condition in place of the number.
     constants: its integers, by name.
-    turns: of a loop that it is the condition of and that counts from 0.
+    turns: trip count, if it is the condition of a loop that counts from 0.
   """
 
   def __init__(self):
+    """Starts empty."""
     self.own: list[Collective] = []
     self.calls: list[tuple[int | str, list[str]]] = []
     self.constants: dict[str, int] = {}
@@ -76,14 +77,14 @@ class _Computation:
 
 
 def find_collectives(text: str) -> list[Collective]:
-  """Every exchange between devices in a compiled program, each once.
+  """Lists every exchange between devices in a compiled program, once each.
 
   Args:
     text: of a compiled program.
 
   Returns:
-    Collectives in the order of the text, those in loops and branches too; of a
-    pair `-start` and `-done`, and of a chain of pieces, the first alone.
+    Collectives in the order of the text, those in loops and branches too; only
+    the first of a pair `-start` and `-done`, and of a chain of pieces.
 
   Example:
     >>> find_collectives("  %g = f32[8,4]{1,0} all-gather(%x), dimensions={0}")
@@ -93,7 +94,7 @@ def find_collectives(text: str) -> list[Collective]:
 
 
 def largest_gathered(text: str) -> int:
-  """Entries of the largest array that a program puts together from others'.
+  """Counts the entries of the largest array gathered from other devices.
 
   Args:
     text: of a compiled program.
@@ -112,11 +113,11 @@ def largest_gathered(text: str) -> int:
 
 
 def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
-  """Bytes that one run of a program exchanges between devices, by operation.
+  """Counts the bytes that one run of a program exchanges, by operation.
 
   Args:
     text: of a compiled program.
-    trips: how often a loop runs that does not count its turns.
+    trips: how often a loop without a known trip count runs.
 
   Returns:
     {operation: bytes}, as `Collective.bytes` counts them on one device, times
@@ -132,12 +133,14 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
   known: dict[str, dict[str, int]] = {}
 
   def times(turns: int | str) -> int:
+    """Returns how often a loop runs."""
     if isinstance(turns, int):
       return turns
     counted = computations.get(turns, _Computation()).turns
     return trips if counted is None else counted
 
   def total(name: str) -> dict[str, int]:
+    """Sums up the bytes of a computation and of all that it calls."""
     if name in known:
       return known[name]
     sums: dict[str, int] = {}
@@ -156,7 +159,7 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, int]:
 
 
 def _computations(text: str) -> tuple[str, dict[str, _Computation]]:
-  """The name of the entry, and all computations of a program by name."""
+  """Parses a program; returns its entry's name and all its computations."""
   name, entry, chains = "", "", set()
   found = {name: _Computation()}
   for line in text.splitlines():
@@ -177,7 +180,7 @@ def _computations(text: str) -> tuple[str, dict[str, _Computation]]:
 
 
 def _count(line: str, computation: _Computation) -> None:
-  """Notes the turns of a loop, where its condition is `counter < constant`."""
+  """Records a loop's trip count if its condition is `counter < constant`."""
   if constant := _CONSTANT.search(line):
     computation.constants[constant[1]] = int(constant[2])
   if below := _BELOW.search(line):
@@ -185,11 +188,11 @@ def _count(line: str, computation: _Computation) -> None:
 
 
 def _collective(name, result, op, rest) -> Iterator[Collective]:
-  """What an instruction exchanges, if anything."""
+  """Yields the exchange that an instruction is, if it is one."""
   kind = op.removesuffix("-start")
   if kind not in OPERATIONS:
     return
-  # An operation in two parts holds its operands as well, before its results.
+  # A `-start` operation lists its operands before its results.
   if op != kind and kind != "all-reduce" and result.startswith("("):
     result = _elements(result)[1]
   arrays = [_size(*array) for array in _ARRAY.findall(result)]
@@ -203,7 +206,7 @@ def _collective(name, result, op, rest) -> Iterator[Collective]:
 
 
 def _calls(op: str, rest: str) -> Iterator[tuple[int | str, list[str]]]:
-  """(turns or a loop's condition, computations of which one runs)."""
+  """Yields (trip count or condition, computations of which one runs)."""
   turns: int | str = 1
   if op == "while":
     trips, condition = _TRIPS.search(rest), _CONDITION.search(rest)
@@ -218,7 +221,7 @@ def _calls(op: str, rest: str) -> Iterator[tuple[int | str, list[str]]]:
 
 
 def _elements(result: str) -> list[str]:
-  """The elements of a tuple's type, `(f32[2]{0}, (s32[], s32[]))`."""
+  """Splits a tuple's type, `(f32[2]{0}, (s32[], s32[]))`, into elements."""
   parts, depth = [""], 0
   for letter in result[1:-1]:
     depth += (letter in "([{") - (letter in ")]}")
@@ -230,14 +233,14 @@ def _elements(result: str) -> list[str]:
 
 
 def _size(dtype: str, dims: str) -> tuple[int, int]:
-  """(entries, bytes) of an array's type."""
+  """Returns the (entries, bytes) of an array's type."""
   entries = math.prod(int(n.lstrip("<=")) for n in dims.split(",") if n)
   bits = _BITS.match(dtype)
   return entries, math.ceil(entries * (int(bits[1]) if bits else 8) / 8)
 
 
 def _group_size(rest: str) -> int:
-  """How many devices exchange among themselves."""
+  """Counts the devices that exchange among themselves."""
   if listed := re.search(r"replica_groups={{([\d,]*)}", rest):
     return len(listed[1].split(","))
   if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):

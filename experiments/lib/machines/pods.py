@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pods and servers that are not there, to compile for."""
+"""Describes pods and servers to compile for without having them."""
 
 import os
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from pallas_kernels.aot import CHIPS, ENVIRONMENT, H100
 
 
 class Pod(NamedTuple):
-  """Devices that belong together.
+  """A group of devices that programs can be compiled for.
 
   Attributes:
     chip: a key of `CHIPS`.
     platform: "tpu" or "cuda".
-    name: as `jax.experimental.topologies` knows it.
-    more: its further arguments.
+    name: the topology's name in `jax.experimental.topologies`.
+    more: further arguments for it.
   """
 
   chip: str
@@ -31,7 +31,7 @@ class Pod(NamedTuple):
 
 _SERVER = {"topology": "1x1x8", "target_config": H100}
 
-#: As their makers call them: v5p counts cores, two of a chip.
+#: Named as by their makers: v5p counts cores, two per chip.
 PODS = {
   "v5e-16": Pod("v5e", "tpu", "v5e:4x4", {}),
   "v5p-32": Pod("v5p", "tpu", "v5p:2x2x4", {}),
@@ -42,7 +42,7 @@ PODS = {
 
 
 def mesh_of(pod: Pod, axes: Sequence[str] = ("x", "y")) -> Mesh:
-  """A mesh of a pod's devices, as square as they allow.
+  """Makes a mesh of a pod's devices, as square as possible.
 
   Args:
     pod: which.
@@ -70,7 +70,7 @@ def mesh_of(pod: Pod, axes: Sequence[str] = ("x", "y")) -> Mesh:
 
 
 def memory_of(pod: Pod) -> int:
-  """Bytes of memory of one of a pod's devices.
+  """Returns the bytes of memory of one device of a pod.
 
   Args:
     pod: which.

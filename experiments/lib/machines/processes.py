@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command costs: wall time, processor time and peak resident memory."""
+"""Measures a command: wall time, processor time and peak resident memory."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# Linux counts what a process held before it became another program, so the
-# command is started by a small interpreter, not by this large one.
+# Linux counts the memory that a process held before `exec`, so a small
+# interpreter starts the command, not this large one.
 _METER = """
 import json, resource, subprocess, sys, time
 began = time.perf_counter()
@@ -39,7 +39,7 @@ class Usage(NamedTuple):
 def measure(
   command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Usage:
-  """What a command uses from its start to its end, all its children included.
+  """Runs a command; measures what it and its children use.
 
   Args:
     command: the program and its arguments; its output is dropped.
@@ -49,7 +49,7 @@ def measure(
     Usage.
 
   Raises:
-    RuntimeError: the command failed; with the end of what it said.
+    RuntimeError: the command failed; shows the end of its output.
 
   Example:
     >>> measure([sys.executable, "-S", "-c", "pass"]).peak > 2**20

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a change does to a model's outputs and texts."""
+"""Measures what a change does to a model's outputs and texts."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an edit of a fact does: probabilities of answers, and all other text."""
+"""Measures what an edit of a fact does to its answers and to other text."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,6 @@ from jlora.evaluation import divergence_of
 from jlora.numerics import norm_of
 
 Row = dict[str, float]
-
-#: Tokens of each held-out text.
-_LENGTH = 32
-
 _COLUMNS = {
   "new": "new answer",
   "old": "old answer",
@@ -31,18 +27,21 @@ _COLUMNS = {
   "norm": "norm",
   "score": "score",
 }
+#: Tokens of each held-out text.
+_LENGTH = 32
 
 
 class Measure:
-  """Figures of edited parameters beside the base's."""
+  """A base model on fixed prompts and text, to measure edits against."""
 
   def __init__(self, model: Model, held: np.ndarray, multiple: int):
+    """Computes the base's logits on the first tokens of held-out text."""
     self.model, self.multiple = model, multiple
     self.rows = [jnp.asarray(row[None, :_LENGTH]) for row in held]
     self.base = [_logits(model.apply, model.params, row) for row in self.rows]
 
   def __call__(self, facts: Sequence[Fact], loras: jlora.Loras) -> list[Row]:
-    """A row for each fact: probabilities, and nats per token on other text."""
+    """Measures an adapter: probabilities for each fact, KL on other text."""
     params = jlora.apply(self.model.params, loras)
     change = [norm_of(np.asarray(jlora.loras.dense(x))) for x in loras.values()]
     shared = {
@@ -52,7 +51,7 @@ class Measure:
     return [self.probabilities(fact, params) | shared for fact in facts]
 
   def probabilities(self, fact: Fact, params: Any) -> Row:
-    """Of first tokens of answers: alone, paraphrased, and of neighbours."""
+    """Returns the probabilities of answers: own, paraphrased, neighbours'."""
     asked = [
       (fact.prompt, fact.old),
       *((p, fact.old) for p in fact.paraphrases),
@@ -77,7 +76,7 @@ class Measure:
     }
 
   def divergence(self, params: Any) -> float:
-    """KL(base ‖ edited) on held-out text."""
+    """Computes KL(base ‖ edited) on held-out text."""
     found = [
       _diverge(self.model.apply, params, row, logits)
       for row, logits in zip(self.rows, self.base, strict=True)
@@ -85,26 +84,8 @@ class Measure:
     return float(np.mean(found))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(apply, params, tokens):
-  return apply(params, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _diverge(apply, params, tokens, base):
-  return divergence_of(base, apply(params, tokens))[0].mean()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _first(apply, params, tokens, ends):
-  """What follows the prompts, (rows, vocab) probabilities."""
-  logits = apply(params, tokens)
-  picked = jnp.take_along_axis(logits, ends[:, None, None], axis=1)[:, 0]
-  return jax.nn.softmax(picked.astype(jnp.float32))
-
-
 def mean_row(rows: Sequence[Mapping[str, float]]) -> Row:
-  """The mean of every figure.
+  """Averages every figure over rows.
 
   Example:
     >>> mean_row([{"kl": 1.0}, {"kl": 2.0}])
@@ -114,7 +95,11 @@ def mean_row(rows: Sequence[Mapping[str, float]]) -> Row:
 
 
 def harmonic(row: Mapping[str, float], base: Mapping[str, float]) -> float:
-  """How good an edit is, in [0, 1]: told, told otherwise, and nothing else.
+  """Scores an edit in [0, 1]: told, told in other words, and nothing else.
+
+  It is the harmonic mean of the new answer's probability, of that on
+  paraphrases, and of the share of their probability that the neighbours' right
+  answers keep.
 
   Example:
     >>> row = {"new": 1.0, "asked_new": 0.5, "right": 0.4}
@@ -127,7 +112,7 @@ def harmonic(row: Mapping[str, float], base: Mapping[str, float]) -> float:
 
 
 def as_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
-  """Rows by name as a Markdown table.
+  """Formats rows by name as a Markdown table.
 
   Example:
     >>> print(as_table({"a": {"kl": 0.5}, "b": {"kl": 1, "new": 0.25}}, "edit"))
@@ -146,3 +131,23 @@ def as_table(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
     ]
     lines.append(f"| {name} | {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(apply, params, tokens):
+  """Computes logits, compiled."""
+  return apply(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _diverge(apply, params, tokens, base):
+  """Computes the mean divergence from the base on one row."""
+  return divergence_of(base, apply(params, tokens))[0].mean()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first(apply, params, tokens, ends):
+  """Computes what follows the prompts, (rows, vocab) probabilities."""
+  logits = apply(params, tokens)
+  picked = jnp.take_along_axis(logits, ends[:, None, None], axis=1)[:, 0]
+  return jax.nn.softmax(picked.astype(jnp.float32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says against the rank of its adapter: KL, loss, agreement.
+"""Measures the KL, loss and agreement of an adapter at every rank.
 
 The finetune is p, the base with the adapter's first r units is q; rank 0 is the
 base. All ranks come from one adapter: units are sorted, lower ranks are cuts.
@@ -20,13 +20,12 @@ from jlora import models
 from jlora.formats import PeftAdapter
 
 Params = dict[str, Any]
-_BATCH = 4
 
 
 def load_pair(
   base: str | os.PathLike[str], finetuned: str | os.PathLike[str]
 ) -> tuple[Any, Params, Params]:
-  """Two models of one architecture: their function and both parameters.
+  """Loads two models of one architecture: function and both parameters.
 
   Args:
     base: a Hugging Face folder.
@@ -51,7 +50,7 @@ def load_pair(
 def load_adapter(
   folder: str | os.PathLike[str], base: str | os.PathLike[str]
 ) -> PeftAdapter:
-  """An adapter folder, checked against the base it was made for.
+  """Loads an adapter folder, checked against its base.
 
   Args:
     folder: what an extraction wrote.
@@ -69,54 +68,6 @@ def load_adapter(
   )
 
 
-def adapt_params(params: Params, adapter: PeftAdapter, rank: int) -> Params:
-  """The base with an adapter's first `rank` units, and what it keeps whole.
-
-  Args:
-    params: of the base, a nested dict.
-    adapter: from `load_adapter`.
-    rank: at most the adapter's; modules that have less give all.
-
-  Returns:
-    A nested dict; the base's arrays where nothing changed.
-
-  Raises:
-    ValueError: a tensor of the adapter that the model does not have.
-  """
-  flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
-  for name, value in adapter.full.items():
-    path, transposed = models.from_hf(name)
-    if path not in flat:
-      raise ValueError(f"the adapter holds {name}, which the base lacks.")
-    flat[path] = jnp.asarray(value.T if transposed else value, flat[path].dtype)
-  for name, change in adapter.biases.items():
-    path, _ = models.from_hf(name)
-    flat[path] = flat[path] + change.astype(flat[path].dtype)
-  loras = {
-    models.from_hf(name)[0]: cut_lora(lora, rank)
-    for name, lora in adapter.loras.items()
-  }
-  return jlora.apply(traverse_util.unflatten_dict(flat, sep="/"), loras)
-
-
-def cut_lora(lora: jlora.Lora, rank: int) -> jlora.Lora:
-  """The first units of a Lora: its best change of that rank.
-
-  Args:
-    lora: units sorted, largest first.
-    rank: how many; more than there are gives all.
-
-  Returns:
-    Lora.
-
-  Example:
-    >>> lora = jlora.Lora(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.float32(1))
-    >>> cut_lora(lora, 2).rank
-    2
-  """
-  return jlora.Lora(lora.a[..., :rank, :], lora.b[..., :rank, :], lora.scale)
-
-
 def sweep_ranks(
   apply: Any,
   params: Params,
@@ -125,7 +76,7 @@ def sweep_ranks(
   texts: Mapping[str, np.ndarray],
   ranks: Sequence[int],
 ) -> dict[str, Any]:
-  """KL, agreement and loss on each text at each rank, for results.json.
+  """Measures KL, agreement and loss on each text at each rank.
 
       recovered = 1 - KL(finetuned ‖ base + adapter) / KL(finetuned ‖ base)
 
@@ -142,8 +93,6 @@ def sweep_ranks(
     token, and `ranks`: a row for each rank, the base as rank 0 first. One
     adapted copy of the parameters is in memory at a time.
 
-  Example:
-    See `experiments.compare`, which calls it.
   """
   batches = {name: batches_of(rows) for name, rows in texts.items()}
   found: dict[str, Any] = {
@@ -175,22 +124,59 @@ def sweep_ranks(
   return found
 
 
-def _measure(apply, target, adapted, batches) -> dict[str, Any]:
-  # Both count tokens; those of the divergence stay.
-  loss = _plain(jlora.score(apply, adapted, batches))
-  return loss | _plain(jlora.mean_kl(apply, target, adapted, batches))
+def adapt_params(params: Params, adapter: PeftAdapter, rank: int) -> Params:
+  """Adds an adapter's first `rank` units, and what it keeps whole.
 
+  Args:
+    params: of the base, a nested dict.
+    adapter: from `load_adapter`.
+    rank: at most the adapter's; modules that have less give all.
 
-def _plain(figures: Any) -> dict[str, Any]:
-  """The fields of a named tuple as numbers that JSON holds."""
-  return {
-    name: value if isinstance(value, int) else float(value)
-    for name, value in figures._asdict().items()
+  Returns:
+    A nested dict; the base's arrays where nothing changed.
+
+  Raises:
+    ValueError: a tensor of the adapter that the model does not have.
+  """
+  flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+  for name, value in adapter.full.items():
+    path, transposed = models.from_hf(name)
+    if path not in flat:
+      raise ValueError(f"the adapter holds {name}, which the base lacks.")
+    flat[path] = jnp.asarray(value.T if transposed else value, flat[path].dtype)
+  for name, change in adapter.biases.items():
+    path, _ = models.from_hf(name)
+    flat[path] = flat[path] + change.astype(flat[path].dtype)
+  loras = {
+    models.from_hf(name)[0]: cut_lora(lora, rank)
+    for name, lora in adapter.loras.items()
   }
+  return jlora.apply(traverse_util.unflatten_dict(flat, sep="/"), loras)
+
+
+def cut_lora(lora: jlora.Lora, rank: int) -> jlora.Lora:
+  """Takes the first units of a Lora: its best change of that rank.
+
+  Args:
+    lora: units sorted, largest first.
+    rank: how many; more than there are gives all.
+
+  Returns:
+    Lora.
+
+  Example:
+    >>> lora = jlora.Lora(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.float32(1))
+    >>> cut_lora(lora, 2).rank
+    2
+  """
+  return jlora.Lora(lora.a[..., :rank, :], lora.b[..., :rank, :], lora.scale)
+
+
+_BATCH = 4
 
 
 def batches_of(tokens: np.ndarray) -> list[np.ndarray]:
-  """Rows a few at a time, all batches of one size: one compilation.
+  """Splits rows into batches of one size, to compile once.
 
   Args:
     tokens: (rows, time).
@@ -200,3 +186,18 @@ def batches_of(tokens: np.ndarray) -> list[np.ndarray]:
   """
   size = max(n for n in range(1, _BATCH + 1) if len(tokens) % n == 0)
   return np.split(tokens, len(tokens) // size)
+
+
+def _measure(apply, target, adapted, batches) -> dict[str, Any]:
+  """Measures the loss and the divergence of adapted parameters."""
+  # Both give a count of tokens; the divergence's is kept.
+  loss = _plain(jlora.score(apply, adapted, batches))
+  return loss | _plain(jlora.mean_kl(apply, target, adapted, batches))
+
+
+def _plain(figures: Any) -> dict[str, Any]:
+  """Converts a named tuple to numbers that JSON can hold."""
+  return {
+    name: value if isinstance(value, int) else float(value)
+    for name, value in figures._asdict().items()
+  }

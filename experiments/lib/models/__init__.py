@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models that experiments train."""
+"""Trains the small models of experiments."""

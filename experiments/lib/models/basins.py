@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small networks trained from different starts, and the line between two."""
+"""Trains small networks from different starts; walks the line between two."""
 
 import functools
 import itertools
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
 
 def digits_task(width: int, steps: int) -> Task:
-  """An MLP of two hidden layers that names scikit-learn's digits.
+  """Makes the task of an MLP that classifies scikit-learn's digits.
 
   Args:
     width: of both.
@@ -66,6 +66,7 @@ def digits_task(width: int, steps: int) -> Task:
   layers = ("a", "b", "c")
 
   def start(seed):
+    """Draws parameters."""
     sizes = (digits.PIXELS, width, width, digits.CLASSES)
     rng = np.random.default_rng(seed)
     return {
@@ -78,6 +79,7 @@ def digits_task(width: int, steps: int) -> Task:
     }
 
   def hidden(params, x):
+    """Returns the outputs of both hidden layers."""
     found = []
     for name in layers[:-1]:
       x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
@@ -86,10 +88,12 @@ def digits_task(width: int, steps: int) -> Task:
 
   @jax.jit
   def loss(params, x, y):
+    """Computes the cross entropy."""
     logits = hidden(params, x)[-1] @ params["c"]["kernel"] + params["c"]["bias"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
   def train(params, seed, steps):
+    """Trains on all but the held-out images."""
     keys = jax.random.split(jax.random.key(seed), steps)
     return _fit(loss, params, keys, images, labels)
 
@@ -107,31 +111,16 @@ def digits_task(width: int, steps: int) -> Task:
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _fit(loss, params, keys, images, labels):
-  optimiser = optax.adam(optax.cosine_decay_schedule(1e-3, len(keys)))
-
-  def step(carry, key):
-    params, state = carry
-    at = jax.random.randint(key, (128,), 0, len(labels))
-    gradient = jax.grad(loss)(params, images[at], labels[at])
-    change, state = optimiser.update(gradient, state)
-    return (optax.apply_updates(params, change), state), None
-
-  carry = (params, optimiser.init(params))
-  return jax.lax.scan(step, carry, keys)[0][0]
-
-
 def text_task(
   config: dict[str, Any], steps: int, domain: str, cache: str | None
 ) -> Task:
-  """A Llama of bytes that continues a text.
+  """Makes the task of a byte-level Llama that continues a text.
 
   Args:
     config: content of config.json.
     steps: updates of 8 x 128 bytes.
-    domain: of `corpora.CORPORA`.
-    cache: as `caches.cache_folder`.
+    domain: of `texts.CORPORA`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
 
   Returns:
     Task.
@@ -142,7 +131,8 @@ def text_task(
   model = models.init(config, jax.random.key(0))[0]
 
   def train(params, seed, steps):
-    # Where excerpts begin and their order are the seed's.
+    """Finetunes all parameters on excerpts."""
+    # The seed determines where excerpts begin, and their order.
     lessons = rows(read, rows=8 * steps, length=128, seed=seed)
     return finetunes.finetune(
       model, params, texts.batches(lessons, 8, seed),
@@ -168,7 +158,7 @@ _text_loss = jax.jit(finetunes.nll, static_argnums=0)
 def outputs(
   model: Model, params: Params, tokens: jax.Array
 ) -> dict[str, jax.Array]:
-  """What the modules of a decoder put out that permutations act on.
+  """Returns the outputs of a decoder's modules that permutations act on.
 
   Args:
     model: of the Llama family.
@@ -187,6 +177,7 @@ def outputs(
   found = {}
 
   def gather(tree, path, own):
+    """Collects the outputs under the paths of their parameters."""
     for name, value in tree.items():
       if name != "__call__":
         gather(value, f"{path}{name}/", own[name])
@@ -204,7 +195,7 @@ def outputs(
 def walk(
   loss: Callable[[Params], float], a: Params, b: Params, points: int
 ) -> list[float]:
-  """The loss at evenly spaced points of the line from a to b.
+  """Computes the loss at evenly spaced points of the line from a to b.
 
       L((1 - λ) a + λ b),   λ = 0, 1 / (points - 1), ..., 1
 
@@ -228,7 +219,7 @@ def walk(
 
 
 def barrier(losses: Sequence[float]) -> float:
-  """How far the loss on a line rises above the mean of its ends.
+  """Computes how far the loss on a line rises above the mean of its ends.
 
       max_λ L(λ) - (L(0) + L(1)) / 2
 
@@ -236,7 +227,7 @@ def barrier(losses: Sequence[float]) -> float:
     losses: of `walk`.
 
   Returns:
-    nats; 0 at least but for ends that differ.
+    nats; negative only if the ends differ and nothing between is higher.
 
   Example:
     >>> barrier([1.0, 4.0, 2.0])
@@ -246,3 +237,20 @@ def barrier(losses: Sequence[float]) -> float:
     Ainsworth et al. (2022), definition 2.2.
   """
   return max(losses) - (losses[0] + losses[-1]) / 2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(loss, params, keys, images, labels):
+  """Trains parameters by Adam on random batches of 128."""
+  optimiser = optax.adam(optax.cosine_decay_schedule(1e-3, len(keys)))
+
+  def step(carry, key):
+    """Takes one step."""
+    params, state = carry
+    at = jax.random.randint(key, (128,), 0, len(labels))
+    gradient = jax.grad(loss)(params, images[at], labels[at])
+    change, state = optimiser.update(gradient, state)
+    return (optax.apply_updates(params, change), state), None
+
+  carry = (params, optimiser.init(params))
+  return jax.lax.scan(step, carry, keys)[0][0]

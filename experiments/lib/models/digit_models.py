@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small diffusion model of images of 64 pixels.
+"""Trains a small diffusion model of 8 x 8 images, and programs on it.
 
     x_t = α_t x + σ_t ε,   α_t = cos(πt/2), σ_t = sin(πt/2),   t in [0, 1]
 
-The model tells x from x_t and t. Approximation: of Nichol and Dhariwal's (2021)
-cosine schedule without its offset at t = 0.
+The model predicts x from x_t and t. The schedule approximates Nichol and
+Dhariwal's (2021) cosine schedule, without its offset at t = 0. The programs are
+style LoRAs and control branches, which are told the digit wanted as a hint.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Denoiser(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-    """What the images were before the noise."""
+    """Predicts the images before the noise."""
     angle = time[:, None] * jnp.geomspace(1.0, 100.0, 16)[None]
     when = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
     h = nn.Dense(self.width, name="enter")(jnp.concatenate([x, when], -1))
@@ -49,7 +50,7 @@ class Denoiser(nn.Module):
 
 
 def init_model(net: Denoiser, key: jax.Array) -> tuple[Model, Any]:
-  """The model as a function of its parameters, and some to begin with.
+  """Returns the model as a function of its parameters, and initial ones.
 
   Args:
     net: the denoiser.
@@ -66,41 +67,14 @@ def init_model(net: Denoiser, key: jax.Array) -> tuple[Model, Any]:
   params = net.init(key, jnp.zeros((1, PIXELS)), jnp.zeros(1))["params"]
 
   def model(params, x, time) -> Any:
+    """Predicts clean images."""
     return net.apply({"params": params}, x, time)
 
   return model, params
 
 
-def _levels(time):
-  """α and σ, as columns."""
-  angle = jnp.pi / 2 * time[:, None]
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def blur(key: jax.Array, images: jax.Array) -> tuple[jax.Array, ...]:
-  """Images under noise, at times drawn evenly.
-
-  Args:
-    key: PRNG key.
-    images: (n, 64).
-
-  Returns:
-    x_t (n, 64), t (n,), and the images.
-
-  Example:
-    >>> x, time, clean = blur(jax.random.key(0), jnp.ones((2, 64)))
-    >>> x.shape, time.shape
-    ((2, 64), (2,))
-  """
-  first, second = jax.random.split(key)
-  time = jax.random.uniform(first, (len(images),))
-  alpha, sigma = _levels(time)
-  noise = jax.random.normal(second, images.shape)
-  return alpha * images + sigma * noise, time, images
-
-
 def make_loss(model: Model) -> Callable[..., jax.Array]:
-  """The mean squared error of a model's images.
+  """Returns the loss: the mean squared error of a model's images.
 
   Args:
     model: `(params, x_t, t) -> x`.
@@ -115,15 +89,78 @@ def make_loss(model: Model) -> Callable[..., jax.Array]:
   """
 
   def loss(params, x, time, clean):
+    """Computes the mean squared error."""
     return jnp.mean(jnp.square(model(params, x, time) - clean))
 
   return loss
 
 
+def make_trainer(
+  loss: Callable[..., jax.Array], steps: int, rate: float, batch: int
+) -> Callable[..., tuple[Any, float]]:
+  """Returns a function that trains all parameters.
+
+  Args:
+    loss: of `make_loss`.
+    steps: how many.
+    rate: Adam's largest learning rate.
+    batch: images a step.
+
+  Returns:
+    (params, data, key) -> params and the last loss.
+  """
+  optimiser = schedule(rate, steps)
+
+  def step(params, state, _, *batch):
+    """Takes one step."""
+    *parts, _ = batch
+    value, gradient = jax.value_and_grad(loss)(params, *parts)
+    change, state = optimiser.update(gradient, state, params)
+    return optax.apply_updates(params, change), state, value
+
+  loop = make_loop(step, batch)
+
+  def train(params, data, key):
+    """Trains from given parameters."""
+    return loop(params, optimiser.init(params), (), data, key, steps)
+
+  return train
+
+
+def make_program_trainer(
+  loss: Callable[..., jax.Array],
+  through: Callable[..., jax.Array],
+  steps: int,
+  rate: float,
+  batch: int,
+) -> Callable[..., tuple[Any, float]]:
+  """Returns a function that trains programs on a frozen base.
+
+  Args:
+    loss: `(params, x_t, t, x) -> ()`.
+    through: `obeying` or `unasked`.
+    steps: how many.
+    rate: Adam's largest learning rate.
+    batch: images a step.
+
+  Returns:
+    (programs, params, data, key) -> programs and the last loss; params may be
+    what `jlora.bind` gave: that is frozen too.
+  """
+  init, update = training.train(loss, schedule(rate, steps), through=through)
+  loop = make_loop(update, batch)
+
+  def train(programs, params, data, key):
+    """Trains from given programs."""
+    return loop(programs, init(programs), params, data, key, steps)
+
+  return train
+
+
 def denoise(
   model: Model, params: Any, noise: jax.Array, steps: int
 ) -> jax.Array:
-  """Images from noise, with no further noise on the way.
+  """Makes images from noise, with no further noise on the way.
 
       x = clip(model(x_t, t)),   x_s = α_s x + σ_s (x_t - α_t x) / σ_t
 
@@ -146,6 +183,7 @@ def denoise(
   """
 
   def step(i, state):
+    """Goes one step towards t = 0."""
     now = 1 - i.astype(jnp.float32) / steps
     times = jnp.full(len(state), now)
     clean = jnp.clip(model(params, state, times), -1, 1)
@@ -157,88 +195,8 @@ def denoise(
   return jnp.clip(jax.lax.fori_loop(0, steps, step, noise), -1, 1)
 
 
-def schedule(rate: float, steps: int) -> optax.GradientTransformation:
-  """Adam whose learning rate rises briefly and falls to zero as a cosine.
-
-  Args:
-    rate: the largest, after a twentieth of the steps.
-    steps: of the whole training.
-
-  Returns:
-    An optax transformation.
-  """
-  return optax.adam(
-    optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps + 1)
-  )
-
-
-def make_loop(step: Callable[..., tuple], batch: int) -> Callable[..., tuple]:
-  """Training as one compiled program.
-
-  Args:
-    step: (trained, state, frozen, x_t, t, x, hint) -> (trained, state, loss),
-      hint being one-hot labels (batch, 10).
-    batch: images a step, drawn evenly.
-
-  Returns:
-    (trained, state, frozen, data, key, steps) -> trained and the mean loss of
-    the last tenth of the steps.
-  """
-
-  @jax.jit
-  def run(trained, state, frozen, images, labels, keys):
-    def body(carry, key):
-      first, second = jax.random.split(key)
-      at = jax.random.randint(first, (batch,), 0, len(labels))
-      hint = jax.nn.one_hot(labels[at], CLASSES)
-      parts = blur(second, images[at])
-      trained, state, loss = step(*carry, frozen, *parts, hint)
-      return (trained, state), loss
-
-    (trained, _), losses = jax.lax.scan(body, (trained, state), keys)
-    return trained, losses
-
-  def train(trained, state, frozen, data: Digits, key, steps: int):
-    keys = jax.random.split(key, steps)
-    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
-    trained, losses = run(trained, state, frozen, images, labels, keys)
-    return trained, float(losses[-max(steps // 10, 1) :].mean())
-
-  return train
-
-
-def make_trainer(
-  loss: Callable[..., jax.Array], steps: int, rate: float, batch: int
-) -> Callable[..., tuple[Any, float]]:
-  """Training of all parameters.
-
-  Args:
-    loss: of `make_loss`.
-    steps: how many.
-    rate: Adam's largest learning rate.
-    batch: images a step.
-
-  Returns:
-    (params, data, key) -> params and the last loss.
-  """
-  optimiser = schedule(rate, steps)
-
-  def step(params, state, _, *batch):
-    *parts, _ = batch
-    value, gradient = jax.value_and_grad(loss)(params, *parts)
-    change, state = optimiser.update(gradient, state, params)
-    return optax.apply_updates(params, change), state, value
-
-  loop = make_loop(step, batch)
-
-  def train(params, data, key):
-    return loop(params, optimiser.init(params), (), data, key, steps)
-
-  return train
-
-
 def control(params: Any, x: jax.Array) -> jax.Array:
-  """What a branch writes: a function of what the layer reads and of the hint.
+  """Computes what a branch writes, from what its layer reads and from the hint.
 
       silu(x A + hint B) C
 
@@ -256,7 +214,7 @@ def control(params: Any, x: jax.Array) -> jax.Array:
 
 
 def init_control(params: Any, key: jax.Array, hidden: int = 48) -> Any:
-  """Branches that change nothing yet, one where a block writes to the stream.
+  """Makes branches that change nothing yet, wherever a block writes.
 
   Args:
     params: a Denoiser's.
@@ -281,7 +239,7 @@ def init_control(params: Any, key: jax.Array, hidden: int = 48) -> Any:
 
 
 def with_hint(branches: Mapping[str, Any], hint: jax.Array) -> dict[str, Any]:
-  """Branches that are told what to do in this call.
+  """Gives branches the hint of this call.
 
   Args:
     branches: path -> Branch whose params have a "net".
@@ -299,7 +257,7 @@ def with_hint(branches: Mapping[str, Any], hint: jax.Array) -> dict[str, Any]:
 
 
 def obeying(loss, params, programs, batch, dropout=None) -> jax.Array:
-  """A loss with branches; for `jlora.training.train`'s `through`.
+  """Computes a loss with branches; the `through` of `jlora.training.train`.
 
   Args:
     loss: `(params, *parts) -> ()`.
@@ -317,7 +275,7 @@ def obeying(loss, params, programs, batch, dropout=None) -> jax.Array:
 
 
 def unasked(loss, params, programs, batch, dropout=None) -> jax.Array:
-  """A loss with Loras, which never see the hint; for `through` too.
+  """Computes a loss with Loras, which see no hint; a `through` as well.
 
   Args:
     loss: `(params, *parts) -> ()`.
@@ -332,37 +290,8 @@ def unasked(loss, params, programs, batch, dropout=None) -> jax.Array:
   return training.beside(loss, params, programs, batch[:-1], dropout)
 
 
-def make_program_trainer(
-  loss: Callable[..., jax.Array],
-  through: Callable[..., jax.Array],
-  steps: int,
-  rate: float,
-  batch: int,
-) -> Callable[..., tuple[Any, float]]:
-  """Training of programs on a frozen base.
-
-  Args:
-    loss: `(params, x_t, t, x) -> ()`.
-    through: `obeying` or `unasked`.
-    steps: how many.
-    rate: Adam's largest learning rate.
-    batch: images a step.
-
-  Returns:
-    (programs, params, data, key) -> programs and the last loss; params may be
-    what `jlora.bind` gave: that is frozen too.
-  """
-  init, update = training.train(loss, schedule(rate, steps), through=through)
-  loop = make_loop(update, batch)
-
-  def train(programs, params, data, key):
-    return loop(programs, init(programs), params, data, key, steps)
-
-  return train
-
-
 def shuffle(loras: jlora.Loras, key: jax.Array) -> jlora.Loras:
-  """Loras of the same entries in another order, the change's norm kept.
+  """Shuffles the entries of Loras, and keeps the norm of the change.
 
   Args:
     loras: path -> Lora.
@@ -380,3 +309,85 @@ def shuffle(loras: jlora.Loras, key: jax.Array) -> jlora.Loras:
     size, now = (jnp.linalg.norm(jlora.loras.dense(x)) for x in (lora, other))
     found[path] = dataclasses.replace(other, scale=lora.scale * size / now)
   return found
+
+
+def schedule(rate: float, steps: int) -> optax.GradientTransformation:
+  """Returns Adam with a learning rate that rises briefly, then falls to zero.
+
+  Args:
+    rate: the largest, after a twentieth of the steps.
+    steps: of the whole training.
+
+  Returns:
+    An optax transformation.
+  """
+  return optax.adam(
+    optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps + 1)
+  )
+
+
+def make_loop(step: Callable[..., tuple], batch: int) -> Callable[..., tuple]:
+  """Returns training as one compiled program.
+
+  Args:
+    step: (trained, state, frozen, x_t, t, x, hint) -> (trained, state, loss),
+      hint being one-hot labels (batch, 10).
+    batch: images a step, drawn evenly.
+
+  Returns:
+    (trained, state, frozen, data, key, steps) -> trained and the mean loss of
+    the last tenth of the steps.
+  """
+
+  @jax.jit
+  def run(trained, state, frozen, images, labels, keys):
+    """Takes all steps."""
+
+    def body(carry, key):
+      """Draws a batch and takes one step."""
+      first, second = jax.random.split(key)
+      at = jax.random.randint(first, (batch,), 0, len(labels))
+      hint = jax.nn.one_hot(labels[at], CLASSES)
+      parts = blur(second, images[at])
+      trained, state, loss = step(*carry, frozen, *parts, hint)
+      return (trained, state), loss
+
+    (trained, _), losses = jax.lax.scan(body, (trained, state), keys)
+    return trained, losses
+
+  def train(trained, state, frozen, data: Digits, key, steps: int):
+    """Trains, and averages the last losses."""
+    keys = jax.random.split(key, steps)
+    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+    trained, losses = run(trained, state, frozen, images, labels, keys)
+    return trained, float(losses[-max(steps // 10, 1) :].mean())
+
+  return train
+
+
+def blur(key: jax.Array, images: jax.Array) -> tuple[jax.Array, ...]:
+  """Adds noise to images, at times drawn evenly.
+
+  Args:
+    key: PRNG key.
+    images: (n, 64).
+
+  Returns:
+    x_t (n, 64), t (n,), and the images.
+
+  Example:
+    >>> x, time, clean = blur(jax.random.key(0), jnp.ones((2, 64)))
+    >>> x.shape, time.shape
+    ((2, 64), (2,))
+  """
+  first, second = jax.random.split(key)
+  time = jax.random.uniform(first, (len(images),))
+  alpha, sigma = _levels(time)
+  noise = jax.random.normal(second, images.shape)
+  return alpha * images + sigma * noise, time, images
+
+
+def _levels(time):
+  """Returns α and σ as columns."""
+  angle = jnp.pi / 2 * time[:, None]
+  return jnp.cos(angle), jnp.sin(angle)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base model and a full finetune of it, made once and kept in the cache."""
+"""Makes a base model and full finetunes of it once; keeps them in the cache."""
 
 import functools
 import itertools
@@ -21,8 +21,6 @@ from experiments.lib.data import smollm2, texts
 from jlora import models
 
 Apply = Callable[[Any, jax.Array], jax.Array]
-
-
 #: The network of `tiny_pair`: bytes in, bytes out.
 TINY = {
   "model_type": "llama",
@@ -40,44 +38,96 @@ TINY = {
 }
 
 
-def nll(apply: Apply, params: Any, tokens: jax.Array) -> jax.Array:
-  """Mean negative log-likelihood of each token given those before it.
+def smollm2_pair(
+  cache: str | os.PathLike[str] | None,
+  domain: str,
+  *,
+  steps: int = 25,
+  learning_rate: float = 1e-4,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Returns the folders of SmolLM2-135M and of its full finetune on a text.
+
+  Made once, then found in the cache under the recipe's name. Trains on the
+  text's first nine tenths, 4 x 128 tokens a step, each seen once.
 
   Args:
-    apply: `apply(params, tokens) -> logits`.
-    params: its parameters.
-    tokens: (batch, time + 1) int32; the first column is only read.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
+    domain: the text, of `texts.CORPORA`.
+    steps: updates.
+    learning_rate: the largest.
 
   Returns:
-    () float32, nats per token.
+    The base folder and the finetuned folder, float32.
+
+  Raises:
+    ValueError: as `texts.parts`, or if the text is too short.
   """
-  logits = apply(params, tokens[:, :-1]).astype(jnp.float32)
-  # A comparison, not a gather: its gradient is not a scatter.
-  columns = jnp.arange(logits.shape[-1])[None, None]
-  target = jnp.where(columns == tokens[:, 1:, None], logits, 0.0).sum(-1)
-  return (jax.nn.logsumexp(logits, axis=-1) - target).mean()
+  base = smollm2.fetch(cache)
+  # Another version of Python has another help text.
+  text_name = texts.label(domain).replace(" of Python ", "")
+  folder = base.with_name(
+    f"{base.name}-{text_name}-{steps}x4x128-{learning_rate:g}-all"
+  )
+  if not folder.exists():
+    text, _ = texts.parts(domain, cache)
+    apply, params = models.load(base)
+    tokens = texts.excerpts(
+      text, smollm2.tokenizer(base), rows=4 * steps, length=128
+    )
+    params = finetune(
+      apply,
+      params,
+      texts.batches(tokens, 4),
+      steps=steps,
+      learning_rate=learning_rate,
+    )
+    models.save(
+      folder,
+      params,
+      models.read_config(base),
+      copy=sorted(base.glob("tokenizer*.json")),
+    )
+  return base, folder
 
 
-_row_nll = jax.jit(nll, static_argnums=0)
+def kjv_pair(
+  cache: str | os.PathLike[str] | None = None,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Returns SmolLM2-135M and its short finetune on the King James Bible.
+
+  Args and Returns: as `smollm2_pair`.
+  """
+  return smollm2_pair(cache, "kjv")
 
 
-def held_out_loss(apply: Apply, params: Any, tokens: np.ndarray) -> float:
-  """Mean negative log-likelihood of fixed text, in nats per token.
+def tiny_pair(
+  folder: str | os.PathLike[str], key: jax.Array
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Makes a random two-layer model of bytes and its full finetune.
 
   Args:
-    apply: `apply(params, tokens) -> logits`.
-    params: its parameters.
-    tokens: (rows, time + 1) int32; one row at a time bounds the memory.
+    folder: receives the folders `base` and `finetuned`.
+    key: PRNG key of the base.
 
   Returns:
-    The mean over rows and positions.
+    The base folder and the finetuned folder, float32.
+
+  Raises:
+    ValueError: if they exist already.
   """
-  rows = [_row_nll(apply, params, jnp.asarray(row[None])) for row in tokens]
-  return float(np.mean(jax.device_get(rows)))
+  folder = pathlib.Path(folder)
+  apply, params = models.init(TINY, key)
+  base = models.save(folder / "base", params, TINY)
+  text, _ = texts.split(texts.pydoc())
+  tokens = texts.excerpts(text, texts.encode_bytes, rows=8 * 60, length=64)
+  params = finetune(
+    apply, params, texts.batches(tokens, 8), steps=60, learning_rate=1e-2
+  )
+  return base, models.save(folder / "finetuned", params, TINY)
 
 
 def is_matrix(path: str) -> bool:
-  """Whether a path is a layer's matrix or an embedding: no norm, no bias."""
+  """Returns whether a path is of a matrix or embedding: no norm, no bias."""
   return path.endswith(("/kernel", "/embedding"))
 
 
@@ -90,7 +140,7 @@ def finetune(
   learning_rate: float,
   train: Callable[[str], bool] = is_matrix,
 ) -> Any:
-  """Parameters after full finetuning: every trained matrix moves freely.
+  """Finetunes parameters fully: every trained matrix moves freely.
 
   Adam without weight decay, linear warmup over a fifth of the steps, cosine to
   zero, gradients clipped to norm 1. Costs four copies of what is trained,
@@ -123,11 +173,13 @@ def finetune(
   optimiser = _optimiser(learning_rate, steps)
 
   def loss(moving, frozen, tokens):
+    """Computes the loss of moving and frozen parameters together."""
     tree = traverse_util.unflatten_dict({**moving, **frozen}, sep="/")
     return nll(apply, tree, tokens)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(moving, state, frozen, tokens):
+    """Takes one step."""
     value, gradient = jax.value_and_grad(loss)(moving, frozen, tokens)
     change, state = optimiser.update(gradient, state)
     return optax.apply_updates(moving, change), state, value
@@ -153,101 +205,49 @@ def finetune(
   return traverse_util.unflatten_dict({**frozen, **moving}, sep="/")
 
 
+def nll(apply: Apply, params: Any, tokens: jax.Array) -> jax.Array:
+  """Computes the mean negative log-likelihood of tokens given those before.
+
+  Args:
+    apply: `apply(params, tokens) -> logits`.
+    params: its parameters.
+    tokens: (batch, time + 1) int32; the first column is only read.
+
+  Returns:
+    () float32, nats per token.
+  """
+  logits = apply(params, tokens[:, :-1]).astype(jnp.float32)
+  # A comparison, not a gather, whose gradient would be a scatter.
+  columns = jnp.arange(logits.shape[-1])[None, None]
+  target = jnp.where(columns == tokens[:, 1:, None], logits, 0.0).sum(-1)
+  return (jax.nn.logsumexp(logits, axis=-1) - target).mean()
+
+
+_row_nll = jax.jit(nll, static_argnums=0)
+
+
+def held_out_loss(apply: Apply, params: Any, tokens: np.ndarray) -> float:
+  """Computes the mean negative log-likelihood of fixed text, nats per token.
+
+  Args:
+    apply: `apply(params, tokens) -> logits`.
+    params: its parameters.
+    tokens: (rows, time + 1) int32; one row at a time bounds the memory.
+
+  Returns:
+    The mean over rows and positions.
+  """
+  rows = [_row_nll(apply, params, jnp.asarray(row[None])) for row in tokens]
+  return float(np.mean(jax.device_get(rows)))
+
+
 def _optimiser(
   learning_rate: float, steps: int
 ) -> optax.GradientTransformation:
-  """Adam with clipped gradients and a learning rate that rises and falls."""
+  """Returns Adam with clipped gradients and a rate that rises and falls."""
   schedule = optax.warmup_cosine_decay_schedule(
     learning_rate / 5, learning_rate, steps // 5, steps + 1
   )
   return optax.chain(
     optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95)
   )
-
-
-def kjv_pair(
-  cache: str | os.PathLike[str] | None = None,
-) -> tuple[pathlib.Path, pathlib.Path]:
-  """SmolLM2-135M and its short full finetune on the King James Bible.
-
-  Args and Returns: as `smollm2_pair`.
-  """
-  return smollm2_pair(cache, "kjv")
-
-
-def smollm2_pair(
-  cache: str | os.PathLike[str] | None,
-  domain: str,
-  *,
-  steps: int = 25,
-  learning_rate: float = 1e-4,
-) -> tuple[pathlib.Path, pathlib.Path]:
-  """SmolLM2-135M and its full finetune on a text.
-
-  Made once, then found in the cache under the recipe's name. Trains on the
-  text's first nine tenths, 4 x 128 tokens a step, each seen once.
-
-  Args:
-    cache: as `caches.cache_folder`.
-    domain: the text, of `corpora.CORPORA`.
-    steps: updates.
-    learning_rate: the largest.
-
-  Returns:
-    The base folder and the finetuned folder, float32.
-
-  Raises:
-    ValueError: as `corpora.parts`, or if the text is too short.
-  """
-  base = smollm2.fetch(cache)
-  # Another Python's help is another text.
-  text_name = texts.label(domain).replace(" of Python ", "")
-  folder = base.with_name(
-    f"{base.name}-{text_name}-{steps}x4x128-{learning_rate:g}-all"
-  )
-  if not folder.exists():
-    text, _ = texts.parts(domain, cache)
-    apply, params = models.load(base)
-    tokens = texts.excerpts(
-      text, smollm2.tokenizer(base), rows=4 * steps, length=128
-    )
-    params = finetune(
-      apply,
-      params,
-      texts.batches(tokens, 4),
-      steps=steps,
-      learning_rate=learning_rate,
-    )
-    models.save(
-      folder,
-      params,
-      models.read_config(base),
-      copy=sorted(base.glob("tokenizer*.json")),
-    )
-  return base, folder
-
-
-def tiny_pair(
-  folder: str | os.PathLike[str], key: jax.Array
-) -> tuple[pathlib.Path, pathlib.Path]:
-  """A random two-layer model of bytes and its full finetune on English.
-
-  Args:
-    folder: receives the folders `base` and `finetuned`.
-    key: PRNG key of the base.
-
-  Returns:
-    The base folder and the finetuned folder, float32.
-
-  Raises:
-    ValueError: if they exist already.
-  """
-  folder = pathlib.Path(folder)
-  apply, params = models.init(TINY, key)
-  base = models.save(folder / "base", params, TINY)
-  text, _ = texts.split(texts.pydoc())
-  tokens = texts.excerpts(text, texts.encode_bytes, rows=8 * 60, length=64)
-  params = finetune(
-    apply, params, texts.batches(tokens, 8), steps=60, learning_rate=1e-2
-  )
-  return base, models.save(folder / "finetuned", params, TINY)

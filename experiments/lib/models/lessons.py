@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small base model and short lessons: programs trained on a second text."""
+"""Trains a small base model, then programs on it on a second text."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from jlora.training import Trainer, train
 
 
 class School(NamedTuple):
-  """A base model, and a text that it has not read.
+  """A base model, and a text that it has not been trained on.
 
   Attributes:
     model: `(params, tokens) -> logits`.
@@ -35,13 +35,13 @@ class School(NamedTuple):
 def open_school(
   width: int, steps: int, rows: int, cache: str | None, *, text: str = ""
 ) -> School:
-  """A byte-level Llama of four layers, trained on Python's help.
+  """Trains a byte-level Llama of four layers on Python's help.
 
   Args:
     width: hidden size, a multiple of 32.
     steps: of its training, 4 rows of 128 tokens each.
     rows: to learn from.
-    cache: as `caches.cache_folder`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
     text: to learn; the Bible without it.
 
   Returns:
@@ -63,7 +63,7 @@ def open_school(
 
 
 def hire(school: School, rate: float, steps: int) -> Trainer:
-  """A compiled trainer: Adam, a rate that rises and falls.
+  """Makes a compiled trainer: Adam with a rate that rises and falls.
 
   Args:
     school: whose model is trained.
@@ -78,6 +78,7 @@ def hire(school: School, rate: float, steps: int) -> Trainer:
   )
 
   def loss(params, tokens):
+    """Computes the loss."""
     return finetunes.nll(school.model, params, tokens)
 
   chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -92,7 +93,7 @@ def teach(
   steps: int,
   seed: int,
 ) -> dict[str, Any]:
-  """Programs after some steps of 4 rows each.
+  """Trains programs for some steps of 4 rows each.
 
   Args:
     school: base and text.
@@ -113,8 +114,11 @@ def teach(
   return taught
 
 
+_loss = jax.jit(finetunes.nll, static_argnums=0)
+
+
 def examine(model: Callable, params: Any, tokens: np.ndarray) -> float:
-  """The loss on held-out text, in nats per byte.
+  """Computes the loss on held-out text, in nats per byte.
 
   Args:
     model: `(params, tokens) -> logits`.
@@ -127,11 +131,8 @@ def examine(model: Callable, params: Any, tokens: np.ndarray) -> float:
   return float(_loss(model, params, jnp.asarray(tokens)))
 
 
-_loss = jax.jit(finetunes.nll, static_argnums=0)
-
-
 def mean_and_spread(values: Any) -> str:
-  """`mean ± standard deviation` of a few numbers.
+  """Formats a few numbers as `mean ± standard deviation`.
 
   Args:
     values: over seeds.

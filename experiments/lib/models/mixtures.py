@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of two finetunes' MLPs, and where their routers send tokens."""
+"""Mixes two finetunes' MLPs; measures where the routers send tokens."""
 
 import pathlib
 import re
@@ -17,11 +17,11 @@ from jlora import models
 from jlora.paths import flatten
 
 _MLP = re.compile(r"layers/(\d+)/mlp/.*")
-_READ = "layers/{}/mlp/gate/kernel"  # reads what a router reads
+_READ = "layers/{}/mlp/gate/kernel"  # has the same input as a router
 
 
 class Mixture(NamedTuple):
-  """A row of the table.
+  """A row of the table: how a mixture is made.
 
   Attributes:
     setting: in words.
@@ -38,7 +38,7 @@ class Mixture(NamedTuple):
 
 
 def by_states(apply: Any, params: Any, found: Skills) -> dict[int, np.ndarray]:
-  """Routers along the mean hidden states of the texts that were trained on.
+  """Makes routers along the mean hidden states of the training texts.
 
   Args:
     apply: the model that the mixture's rest is of.
@@ -60,7 +60,7 @@ def by_states(apply: Any, params: Any, found: Skills) -> dict[int, np.ndarray]:
 
 
 def at_random(_: Any, params: Any, found: Skills) -> dict[int, np.ndarray]:
-  """Routers of random directions, another for each layer."""
+  """Makes routers of random directions, others in each layer."""
   d = flatten(params)[_READ.format(0)].shape[0]
   keys = jax.random.split(jax.random.key(0), _depth(found))
   count = len(found.finetuned)
@@ -70,13 +70,13 @@ def at_random(_: Any, params: Any, found: Skills) -> dict[int, np.ndarray]:
 
 
 def of_equal_shares(_: Any, params: Any, found: Skills) -> dict[int, Any]:
-  """Routers of zeros: every expert has the same gate."""
+  """Makes routers of zeros: every expert has the same gate."""
   d = flatten(params)[_READ.format(0)].shape[0]
   zeros = np.zeros((len(found.finetuned), d), np.float32)
   return dict.fromkeys(range(_depth(found)), zeros)
 
 
-#: With the base's attention, norms and embedding, and with their mean.
+#: With the base's attention, norms and embedding, or the finetunes' mean ones.
 MIXTURES = (
   Mixture("MLPs alone, by states, top 1", False, by_states, 1),
   Mixture("MLPs alone, by states, both", False, by_states, 2),
@@ -89,8 +89,14 @@ MIXTURES = (
 )
 
 
+def mixtures_of(found: Skills) -> Iterator[tuple[str, Callable[[], Any]]]:
+  """Yields the rows: (setting, function that makes it)."""
+  for one in MIXTURES:
+    yield one.setting, lambda x=one: mix(x, found)
+
+
 def mix(one: Mixture, found: Skills) -> tuple[models.Model, Any]:
-  """A mixture's model and parameters, through the folder that users write.
+  """Makes a mixture's model and parameters, through the folder users write.
 
   Args:
     one: which.
@@ -119,8 +125,32 @@ def mix(one: Mixture, found: Skills) -> tuple[models.Model, Any]:
     return models.load(pathlib.Path(work, "mixture"))
 
 
+def routed(
+  apply: finetunes.Apply, params: Any, held_out: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+  """Measures how much of each text its own expert has the larger score for.
+
+  Args:
+    apply: a mixture.
+    params: its parameters.
+    held_out: text -> (rows, time + 1) int32, in the order of the two experts.
+
+  Returns:
+    text -> share of tokens, the mean over layers; a tie counts half.
+  """
+  flat = flatten(params)
+  paths = [path for path in flat if path.endswith("moe/router/kernel")]
+  found = {}
+  for i, (name, tokens) in enumerate(held_out.items()):
+    states = jlora.factoring.dense_inputs(apply, params, tokens[:, :-1], paths)
+    scores = [states[path] @ flat[path] for path in paths]
+    ahead = [x[..., i] - x[..., 1 - i] for x in scores]
+    found[name] = float(np.mean(np.heaviside(ahead, 0.5)))
+  return found
+
+
 def with_mlps_of(base: Any, tree: Any) -> Any:
-  """The base with another's MLPs: what a router without faults would choose.
+  """Gives the base another model's MLPs: what a perfect router would choose.
 
   Args:
     base: parameters.
@@ -145,39 +175,11 @@ def with_mlps_of(base: Any, tree: Any) -> Any:
   )
 
 
-def routed(
-  apply: finetunes.Apply, params: Any, held_out: Mapping[str, np.ndarray]
-) -> dict[str, float]:
-  """How much of each text its own expert has the larger score for.
-
-  Args:
-    apply: a mixture.
-    params: its parameters.
-    held_out: text -> (rows, time + 1) int32, in the order of the two experts.
-
-  Returns:
-    text -> share of tokens, the mean over layers; a tie counts half.
-  """
-  flat = flatten(params)
-  paths = [path for path in flat if path.endswith("moe/router/kernel")]
-  found = {}
-  for i, (name, tokens) in enumerate(held_out.items()):
-    states = jlora.factoring.dense_inputs(apply, params, tokens[:, :-1], paths)
-    scores = [states[path] @ flat[path] for path in paths]
-    ahead = [x[..., i] - x[..., 1 - i] for x in scores]
-    found[name] = float(np.mean(np.heaviside(ahead, 0.5)))
-  return found
-
-
-def mixtures_of(found: Skills) -> Iterator[tuple[str, Callable[[], Any]]]:
-  """The rows: setting, how to make it."""
-  for one in MIXTURES:
-    yield one.setting, lambda x=one: mix(x, found)
-
-
 def _depth(found: Skills) -> int:
+  """Returns the number of layers."""
   return int(found.config["num_hidden_layers"])
 
 
 def _as_rows(x: Any) -> np.ndarray:
+  """Flattens all but the last axis."""
   return np.asarray(x).reshape(-1, x.shape[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base, two finetunes of it on different texts, and their held-out losses."""
+"""Provides a base, two finetunes on different texts, and held-out losses."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from experiments.lib.data import smollm2, texts
 from experiments.lib.models import finetunes
 from jlora import models
 
-#: Two texts, and the recipe of a finetune on each: steps and learning rate.
+#: text -> (steps, learning rate) of the finetune on it.
 RECIPES = {"kjv": (150, 3e-4), "pydoc": (60, 3e-4)}
-#: How the texts are called in tables.
+#: text -> its name in tables.
 TITLES = {"kjv": "the Bible", "pydoc": "pydoc"}
 
 
 class Skills(NamedTuple):
-  """What merges begin with.
+  """The models and texts that merges begin with.
 
   Attributes:
     config: of config.json, the same for all three.
@@ -40,10 +40,10 @@ class Skills(NamedTuple):
 
 
 def smollm2_skills(cache: str | None) -> Skills:
-  """SmolLM2-135M and its finetunes of RECIPES, made if they are not there.
+  """Loads SmolLM2-135M and its finetunes of `RECIPES`; makes them if missing.
 
   Args:
-    cache: as `caches.cache_folder`.
+    cache: folder for downloads and models; None is ~/.cache/jlora.
 
   Returns:
     Skills of 8 rows of 256 tokens a text; three models in float32, 1.6 GB.
@@ -59,7 +59,7 @@ def smollm2_skills(cache: str | None) -> Skills:
 
 
 def tiny_skills(folder: str) -> Skills:
-  """A random model of bytes and two random changes of it, in a moment.
+  """Makes a random model of bytes and two random changes of it.
 
   Args:
     folder: receives the folders `base`, `kjv` and `pydoc`.
@@ -85,10 +85,15 @@ def tiny_skills(folder: str) -> Skills:
   return _read(folders, parts, texts.encode_bytes, rows=2, length=15)
 
 
+_row_loss: Callable[..., jax.Array] = functools.partial(
+  jax.jit, static_argnums=0
+)(finetunes.nll)
+
+
 def measure(
   apply: finetunes.Apply, params: Any, held_out: Mapping[str, np.ndarray]
 ) -> dict[str, list[float]]:
-  """Losses of every row of every text, nats per token.
+  """Computes the losses of every row of every text, nats per token.
 
   Args:
     apply: `apply(params, tokens) -> logits`; one program for each.
@@ -104,13 +109,8 @@ def measure(
   }
 
 
-_row_loss: Callable[..., jax.Array] = functools.partial(
-  jax.jit, static_argnums=0
-)(finetunes.nll)
-
-
 def _read(folders, parts, encode, rows: int, length: int) -> Skills:
-  """Skills of folders and of texts in two parts, trained on and held out."""
+  """Loads the models of folders, and excerpts of both parts of the texts."""
   cut = functools.partial(texts.excerpts, encode=encode, rows=rows)
   trees = {
     name: jax.tree.map(jnp.asarray, models.load(folder)[1])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges from disk to disk, one tensor at a time."""
+"""Merges checkpoints from disk to disk, one tensor at a time."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mergekit's recipes in YAML, read as data; what is not known is an error.
+"""Reads mergekit's recipes in YAML; whatever it does not know is an error.
 
-Who brings mergekit's recipe wants mergekit's merge: `recipe_forms` has its form
-of each method.
+A recipe gives the merge that mergekit would compute from it: `FORMS` translates
+each of its method names and parameters into a method of ours and its options.
 """
 
 import functools
@@ -34,15 +34,17 @@ from jlora.pairing.match import common_rows, same_rows
 
 
 class Form(NamedTuple):
-  """mergekit's form of a method.
+  """How one of mergekit's methods is written with ours.
 
   Attributes:
-    method: ours, with its options.
-    numbers: what may vary by layer and tensor, its name -> ours.
-    constants: what may not, its name -> (ours, {its value: ours} or None).
-    base: whether a base is needed; None: it may be there; False: it only lends
-      its names and tokenizer.
-    required: numbers without default.
+    method: our method, with the options that make it mergekit's.
+    numbers: parameters that may vary by layer and tensor: mergekit's name ->
+      ours.
+    constants: parameters that may not: mergekit's name -> (ours, {mergekit's
+      value: ours} or None if any number is allowed).
+    base: whether a base is needed; None: it is optional; False: it only gives
+      the result its names and tokenizer.
+    required: the `numbers` without a default.
   """
 
   method: Callable[..., Any]
@@ -52,27 +54,30 @@ class Form(NamedTuple):
   required: tuple[str, ...] = ()
 
 
+# Parts of the forms below. Constants that are named "" are only checked.
 _YES_NO = {True: True, False: False}
 _NORMALIZE = {"normalize": ("normalize", _YES_NO)}
 _RESCALE = {"rescale": ("rescale", {True: match_l1, False: unscaled})}
 _NO_RESCALE = {"rescale": ("", {False: None})}
+_EPSILON = {**_RESCALE, "epsilon": ("epsilon", None)}
+_GAMMA = {**_NO_RESCALE, "gamma": ("gamma", None)}
+# Numbers of methods that add changes, thinned out or not.
 _ADDED = {"weight": "weight", "lambda": "scale"}
 _THINNED = {**_ADDED, "density": "density"}
 _WEIGHT = ("weight",)
+# Options of our methods.
+_ELECTED = {"elect": by_mass_or_plus}
+_L1 = {"rescale": match_l1}
+_SMALL = {"erases_small": True}
 
 
 def _thinned(method: Callable[..., Any], constants=None, **options) -> Form:
-  """A method that thins changes out before it adds them."""
+  """Returns the form of a method that sparsifies changes before adding them."""
   method = functools.partial(method, density=1.0, **options)
   rest = _NO_RESCALE if constants is None else constants
   return Form(method, _THINNED, {**_NORMALIZE, **rest}, True, _WEIGHT)
 
 
-_EPSILON = {**_RESCALE, "epsilon": ("epsilon", None)}
-_GAMMA = {**_NO_RESCALE, "gamma": ("gamma", None)}
-_ELECTED = {"elect": by_mass_or_plus}
-_L1 = {"rescale": match_l1}
-_SMALL = {"erases_small": True}
 FORMS = {
   "linear": Form(
     linear, {"weight": "weight"}, _NORMALIZE, required=("weight",)
@@ -117,45 +122,28 @@ FORMS = {
 }
 
 
-# Of each input its own; all other numbers are of the merge.
-_OF_INPUTS = ("weight", "density")
-# How much memory mergekit takes, and nothing else.
-_IDLE = ("int8_mask",)
-_TOP = {
-  "merge_method": str,
-  "models": list,
-  "slices": list,
-  "base_model": str,
-  "parameters": dict,
-  "dtype": str,
-  "out_dtype": str,
-  "tokenizer_source": str,
-}
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
-
-
 def read_recipe(path: str | os.PathLike) -> Recipe:
-  r"""The recipe in a file of mergekit's form.
+  r"""Reads a recipe from a YAML file in mergekit's format.
 
-  Known are `merge_method` (all of mergekit's but arcee_fusion and what it does
-  not document), `models` or `slices` with `sources` and `layer_range`,
+  Known keys: `merge_method` (all of mergekit's documented ones except
+  arcee_fusion), `models` or `slices` with `sources` and `layer_range`,
   `base_model`, `parameters` (numbers, gradients, conditions by `filter`) at
-  every level, `dtype`, `out_dtype`, and `tokenizer_source: base`, which is
-  `common_rows`: tables get the base's rows. Rows that a model has besides are
-  left out, and for those that it lacks it has the base's; rows that are other
-  tokens in a model's tokenizer are an error. Without it a vocabulary of another
-  size is one. Paths are taken as they are written. Merges are computed in
-  float32 whatever `dtype` says, which is that of the result unless `out_dtype`
-  is given.
+  every level, `dtype`, `out_dtype`, and `tokenizer_source: base`.
+
+  The last one gives embeddings the base's rows (`common_rows`): further rows of
+  a model are left out, rows that it lacks are the base's, and rows that stand
+  for other tokens in its tokenizer are an error. Without it, a vocabulary of
+  another size is an error. Paths are used as they are written. Merges are
+  computed in float32; `out_dtype`, or else `dtype`, is the result's dtype.
 
   Args:
     path: the file.
 
   Returns:
-    Recipe, each method in mergekit's form, as `recipe_forms` says.
+    Recipe; its method and options are those of `FORMS`.
 
   Raises:
-    ValueError: no YAML, or anything that is not known, by name.
+    ValueError: the file is no YAML, or holds anything unknown, which is named.
 
   Example:
     >>> import tempfile
@@ -177,7 +165,21 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     raise ValueError(f"{path}: {error}") from error
 
 
+_TOP = {
+  "merge_method": str,
+  "models": list,
+  "slices": list,
+  "base_model": str,
+  "parameters": dict,
+  "dtype": str,
+  "out_dtype": str,
+  "tokenizer_source": str,
+}
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
 def _recipe(raw: Any) -> Recipe:
+  """Translates a parsed YAML file into a Recipe."""
   _check_keys("the recipe", raw, _TOP)
   name = raw.get("merge_method")
   if name not in FORMS:
@@ -216,7 +218,12 @@ def _recipe(raw: Any) -> Recipe:
   )
 
 
+# Only these numbers may differ between inputs.
+_OF_INPUTS = ("weight", "density")
+
+
 def _slice(form: Form, raw: Any, keys: Mapping[str, type]) -> Slice:
+  """Translates one slice and its sources."""
   _check_keys("a slice", raw, {"sources": list, "parameters": dict})
   inputs = []
   for source in raw.get("sources") or []:
@@ -250,11 +257,12 @@ def _slice(form: Form, raw: Any, keys: Mapping[str, type]) -> Slice:
 
 
 def _is_range(layers: list[Any]) -> bool:
+  """Returns whether a layer range is two integers of at least 0."""
   return len(layers) == 2 and all(type(x) is int and x >= 0 for x in layers)
 
 
 def _from_base(part: Slice, base: str | None) -> Slice:
-  """The base first: t = 0 is that."""
+  """Puts the base first among the inputs, as slerp has it at t = 0."""
   if base is None:
     raise ValueError("slerp needs a base_model: t = 0 is that.")
   first = [one for one in part.inputs if one.model == base]
@@ -263,11 +271,15 @@ def _from_base(part: Slice, base: str | None) -> Slice:
   return part._replace(inputs=(*(first or [Input(base, layers)]), *rest))
 
 
+# Accepted and ignored: it only affects how much memory mergekit takes.
+_IDLE = ("int8_mask",)
+
+
 def _numbers(form: Form, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings that may vary, under our names; others must be known as well."""
+  """Translates the parameters that may vary; raises for unknown ones."""
   known = {*form.numbers, *form.constants, *_IDLE}
   if form.base and "density" not in form.numbers:
-    known.add("density")  # mergekit takes it, and thins nothing out
+    known.add("density")  # mergekit accepts it here and ignores it
   unknown = sorted(set(given) - known)
   if unknown:
     raise ValueError(
@@ -285,7 +297,7 @@ def _numbers(form: Form, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_setting(key: str, value: Any) -> None:
-  """Nothing, for a number, a gradient or conditions."""
+  """Raises unless a value is a number, a gradient or conditions."""
   if isinstance(value, int | float) and not isinstance(value, bool):
     return
   if isinstance(value, list) and value:
@@ -307,7 +319,7 @@ def _check_setting(key: str, value: Any) -> None:
 
 
 def _constants(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
-  """Options that hold for the whole merge, wherever they are said."""
+  """Translates the options of the whole merge, given at any level."""
   found: dict[str, Any] = {}
   for key, value in _said(raw):
     if key not in form.constants:
@@ -337,7 +349,7 @@ def _constants(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  """Every parameter at every level."""
+  """Yields every parameter at every level."""
   parts = raw.get("slices") or []
   sources = [one for part in parts for one in part.get("sources") or []]
   for level in (raw, *parts, *sources, *(raw.get("models") or [])):
@@ -345,6 +357,7 @@ def _said(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_required(form: Form, parts: tuple[Slice, ...], raw: Any) -> None:
+  """Raises unless every model is given the required parameters."""
   top = raw.get("parameters") or {}
   for key in form.required:
     ours = form.numbers[key]
@@ -360,6 +373,7 @@ def _check_required(form: Form, parts: tuple[Slice, ...], raw: Any) -> None:
 
 
 def _check_keys(what: str, raw: Any, known: Mapping[str, type | None]) -> None:
+  """Raises unless a mapping has only known keys of the right types."""
   if not isinstance(raw, dict):
     raise ValueError(f"{what} is no mapping: {raw!r}.")
   if unknown := sorted(set(raw) - set(known)):

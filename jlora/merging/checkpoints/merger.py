@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tensor of a merge at a time: its inputs read, its method run."""
+"""Merges one tensor at a time: reads its inputs and runs the method."""
 
 import contextlib
 import functools
@@ -31,17 +31,17 @@ from jlora.paths import key_for
 from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
 
-_PIECE = 2**20  # entries: inputs and result of a piece stay in the cache
-_SMALL = 2**12  # that of biases and norms
+_PIECE = 2**20  # entries: a piece's inputs and result stay in the cache
+_SMALL = 2**12  # entries of a piece that is a bias or a norm
 _ROW = 2**10
 _ONE = (("weights", (1.0,)),)
 
 
 class Merger:
-  """Makes tensors of a merge; safe to call from several threads.
+  """The method of a merge, run on one tensor or piece; thread-safe.
 
   Programs are compiled once for each shape. Numbers are their arguments, so
-  that gradients over layers compile nothing more.
+  gradients over layers need no further compilation.
 
   Args:
     method: `(stack, weights, base, *, key, **settings) -> array`.
@@ -74,13 +74,13 @@ class Merger:
     self._programs = Programs()
 
   def pieces(self, job: Job) -> list[Piece] | list[None]:
-    """The pieces that a tensor can be made by.
+    """Lists the pieces that a tensor is made in.
 
     Args:
-      job: what it is made of.
+      job: what the tensor is made of.
 
     Returns:
-      Pieces, in the order of its entries; [None] where it is made as a whole.
+      Pieces in the order of the entries; [None] if it is made as a whole.
     """
     given = [*job.sources, *([] if job.base is None else [job.base])]
     stored = [find_stored(self._models, job, one) for one in given]
@@ -90,7 +90,7 @@ class Merger:
     return [None]
 
   def is_measured(self, job: Job) -> bool:
-    """Whether pieces need what `measure` finds in all of them.
+    """Returns whether pieces need the sums that `measure` computes.
 
     Args:
       job: what a tensor is made of.
@@ -103,14 +103,14 @@ class Merger:
     return not self._is_told(job, self._sums.setting)
 
   def measure(self, job: Job, piece: Piece) -> np.ndarray:
-    """A piece's share of what the method must be told of the whole tensor.
+    """Computes a piece's share of the sums that its method needs.
 
     Args:
-      job: what it is made of.
-      piece: of it.
+      job: what the tensor is made of.
+      piece: one piece of it.
 
     Returns:
-      float32, of one shape for all pieces; they are added up.
+      float32, of one shape for all pieces; `__call__` adds them up.
 
     Raises:
       ValueError: the tensor is not `is_measured`.
@@ -126,19 +126,20 @@ class Merger:
     piece: Piece | None = None,
     measured: Sequence[np.ndarray] = (),
   ) -> np.ndarray:
-    """The tensor, or a piece of it.
+    """Merges a tensor, or a piece of it.
 
     Args:
-      job: what it is made of.
-      piece: which, of `pieces`; None is all.
-      measured: where `is_measured`, of all pieces.
+      job: what the tensor is made of.
+      piece: one of `pieces`; None is the whole tensor.
+      measured: the `measure` of every piece, if `is_measured`.
 
     Returns:
-      The array, in the job's dtype and shape; a piece's as it comes.
+      The array in the job's dtype and shape; a piece's entries are flat, or as
+      they lie if the tensor is only copied.
 
     Raises:
-      ValueError: the method's, or tensors that are not floating and differ;
-        with the tensor's name.
+      ValueError: as the method, or tensors that are not floating and differ;
+        names the tensor.
     """
     leaves = self._open(job)
     if self._is_kept(job):
@@ -158,12 +159,12 @@ class Merger:
     return merged if piece is None else merged.reshape(-1)[: piece.size]
 
   def _open(self, job: Job) -> list[Any]:
-    """A tensor's inputs, and the last its base if it has one."""
+    """Opens a tensor's inputs, and last its base if it has one."""
     given = [*job.sources, *([] if job.base is None else [job.base])]
     return [open_input(self._models, job, one) for one in given]
 
   def _called(self, fixed, job, leaves, numbers, piece) -> np.ndarray:
-    """What a function, called as methods are, gives for `_open` inputs."""
+    """Runs a function on opened inputs, called as methods are."""
     count = len(job.sources)
     shape = None if piece is None else _layout(piece)
     is_drawn = self._plain in DRAWN
@@ -183,13 +184,13 @@ class Merger:
       return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
 
   def check(self, job: Job) -> None:
-    """Nothing, if the method takes a job's settings; traced, not compiled.
+    """Raises unless the method accepts a job's settings; compiles nothing.
 
     Args:
       job: what a tensor is made of.
 
     Raises:
-      ValueError: the method's, with the tensor's name.
+      ValueError: as the method; names the tensor.
     """
     if job.settings is None:
       return
@@ -209,6 +210,7 @@ class Merger:
       raise ValueError(f"{job.name}: {error}") from error
 
   def _is_told(self, job: Job, setting: str) -> bool:
+    """Returns whether an argument of the method is already set."""
     return setting in self._defaults or setting in dict(job.settings or ())
 
   def _is_told_first(self, job: Job) -> bool:
@@ -218,18 +220,18 @@ class Merger:
     return jax.default_backend() == "cpu"
 
   def _told_first(self, stack, base, numbers) -> dict[str, Any]:
-    """Returns the number, in place of the setting that it stands for."""
+    """Finds that number, and drops the setting that it replaces."""
     told: Any = self._told
     given = numbers.pop(told.instead_of, told.default)
     return {told.setting: told.of(stack, base, given)}
 
   def _is_kept(self, job: Job) -> bool:
-    """Whether the only source is the result, but for its dtype."""
+    """Returns whether the only source is the result, up to its dtype."""
     is_one = self._method is passthrough and job.settings == _ONE
     return is_one or job.settings is None
 
   def _run(self, function, fixed, *given):
-    """A function's result by a compiled program; the first to ask compiles."""
+    """Runs a function compiled; compiles it on the first call."""
     leaves, structure = jax.tree.flatten(given)
     kinds = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
     step = jax.jit(functools.partial(function, fixed))
@@ -240,22 +242,24 @@ class Merger:
 
 
 def _numbers(job: Job) -> dict[str, Any]:
+  """Returns the job's settings as float32 numbers."""
   return {name: np.float32(value) for name, value in job.settings or ()}
 
 
 def _layout(piece: Piece) -> tuple[int, int]:
-  """The shape of a piece with zeros after it: few, to compile few programs."""
+  """Returns the padded shape of a piece, one of two to compile few programs."""
   return (_SMALL if piece.size <= _SMALL else _PIECE) // _ROW, _ROW
 
 
 def _same(job: Job, arrays: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns the first array if all are equal, else raises."""
   if all(np.array_equal(arrays[0], other) for other in arrays):
     return arrays[0]
   raise ValueError(f"{job.name}: not floating, and models differ.")
 
 
 def _merge(fixed, stack, base, numbers, key):
-  """A method's result, in float32 and rounded once."""
+  """Runs a method in float32 and rounds its result once."""
   method, dtype = fixed
   numbers = dict(numbers)
   stack = stack.astype(jnp.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which merges can be made piece by piece, and what they are told for it."""
+"""Lists the merges that work piece by piece, and the numbers these need."""
 
 import functools
 import inspect
@@ -26,13 +26,13 @@ Method = Callable[..., Any]
 
 
 class WholeSums(NamedTuple):
-  """Numbers of a whole tensor, added up from those of its pieces.
+  """Sums over a whole tensor that a method needs to merge a piece of it.
 
   Attributes:
     setting: the method's argument that takes them.
-    of: called as the method is, with its options and a piece -> float32 of one
-      shape for all pieces. Zeros in all models and the base add none.
-    where: options of the method with which alone it needs them.
+    of: called as the method is, with its options and a piece; returns float32
+      of one shape for all pieces. Zeros in all models and the base add nothing.
+    where: the options of the method with which it needs them; else it does not.
   """
 
   setting: str
@@ -41,12 +41,12 @@ class WholeSums(NamedTuple):
 
 
 class ToldFirst(NamedTuple):
-  """A number of whole tensors that the host finds sooner than XLA on a CPU.
+  """A number over whole tensors that the host finds faster than XLA on a CPU.
 
   Attributes:
     setting: the method's argument that takes it.
-    instead_of: the argument it is found from, which it stands for.
-    default: of that argument.
+    instead_of: the argument that it is computed from and replaces.
+    default: that argument's default.
     of: (stack, base, value of the argument) -> the number of each model.
   """
 
@@ -65,7 +65,7 @@ def host_thresholds(stack: Any, base: Any, density: Any) -> np.ndarray:
     density: share to keep, one for all models or (n,).
 
   Returns:
-    (n,) float32; a NaN, which nothing reaches, where the share is 0.
+    (n,) float32; NaN, which no magnitude reaches, where the share is 0.
   """
   shares = np.broadcast_to(np.float32(density), (len(stack),))
   return np.asarray(
@@ -83,10 +83,10 @@ def _magnitudes(leaf, base):
   return jnp.abs(leaf.astype(jnp.float32) - base.astype(jnp.float32))
 
 
-# An entry of the result depends on nothing but that entry of the models and of
-# the base, on its place where entries are drawn, and on the sums where there
-# are some; whatever the method's options, or with these values of them. The
-# defaults are among those.
+# Methods whose result depends, entry by entry, on that entry of the models and
+# the base alone, on its position if they draw at random, and on `SUMS`. Each
+# with the options that matter for this, and their allowed values; the defaults
+# are among these.
 PIECEWISE: Mapping[Method, Mapping[str, frozenset[Any]]] = {
   linear: {},
   nearswap: {},
@@ -110,12 +110,13 @@ TOLD_FIRST: Mapping[Method, ToldFirst] = {
     host_thresholds,
   ),
 }
-# Told the key of the whole tensor, and where in it a piece starts.
+# Methods that draw at random: they get the whole tensor's key and the position
+# at which a piece starts.
 DRAWN = frozenset([dare])
 
 
 def is_piecewise(method: Method) -> bool:
-  """Whether a method can be given a tensor piece by piece.
+  """Returns whether a method can merge a tensor piece by piece.
 
   Args:
     method: a function, or options bound to one by `functools.partial`.
@@ -139,13 +140,13 @@ def is_piecewise(method: Method) -> bool:
 
 
 def whole_sums_of(method: Method) -> WholeSums | None:
-  """The sums that a method needs to be given a tensor piece by piece.
+  """Returns the sums over a tensor that a method needs for its pieces.
 
   Args:
     method: as for `is_piecewise`.
 
   Returns:
-    Sums, with the method's options bound, or None.
+    Sums with the method's options bound, or None.
 
   Example:
     >>> whole_sums_of(slerp).setting, whole_sums_of(dare)
@@ -161,7 +162,7 @@ def whole_sums_of(method: Method) -> WholeSums | None:
 
 
 def told_of(method: Method) -> ToldFirst | None:
-  """Returns what the host finds for a method, its own default taken over.
+  """Returns what the host finds for a method, with the method's own default.
 
   Args:
     method: as for `is_piecewise`.
@@ -177,16 +178,12 @@ def told_of(method: Method) -> ToldFirst | None:
 
 
 def unbind(method: Method) -> tuple[Method, Mapping[str, Any]]:
-  """A method without its options, and these.
+  """Splits a method into its function and the options bound to it.
 
   Args:
     method: as for `is_piecewise`.
 
   Returns:
-    The function, and its options.
-
-  Example:
-    >>> unbind(linear)[1]
-    {}
+    The function, and its options by name.
   """
   return getattr(method, "func", method), getattr(method, "keywords", {})

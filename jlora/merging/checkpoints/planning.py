@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge of checkpoints is to do, from headers alone."""
+"""Plans a merge of checkpoints from headers alone.
+
+`plan_merge` opens the models and pairs their tensors; `Planner` lists what each
+tensor of the result is made of, slice by slice.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,17 +25,15 @@ from jlora.pairing.match import Vocabulary, common_rows, is_table, pair_up
 from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of
 from jlora.pairing.vocabularies import differing_rows, read_tokens
 
-_EMBEDDING = re.compile(r"(.*\.)?(embed\w*|wte|wpe|tok_embeddings)(\..*)?")
-
 Catalogue = dict[str, Pair]  # a name as the reference has it -> where it lies
 
 
 class InputTensor(NamedTuple):
-  """Where one input of a tensor lies.
+  """The place of one input of a tensor: its model and where it lies there.
 
   Attributes:
-    model: its name in the recipe.
-    side: which tensors of it.
+    model: the model's name in the recipe.
+    side: which tensors of the model.
   """
 
   model: str
@@ -39,7 +41,7 @@ class InputTensor(NamedTuple):
 
 
 class Job(NamedTuple):
-  """One tensor of the result.
+  """One tensor of the result, and what it is made of.
 
   Attributes:
     name: its name.
@@ -47,9 +49,9 @@ class Job(NamedTuple):
     dtype: its dtype.
     sources: what is merged.
     base: what the method subtracts.
-    settings: numbers of the method, with `weights`, as sorted pairs; None:
-      the only source is taken as it is.
-    note: what is not as usual.
+    settings: numbers of the method, with `weights`, as sorted pairs; None: the
+      only source is copied.
+    note: what is unusual about it, for the report.
   """
 
   name: str
@@ -61,8 +63,176 @@ class Job(NamedTuple):
   note: str = ""
 
 
+class MergePlan(NamedTuple):
+  """All models of a merge, open, and the jobs for all tensors of the result.
+
+  Attributes:
+    models: name -> checkpoint.
+    reference: name of the model whose configuration and tokenizer are taken.
+    jobs: in the order of the result's files.
+    config: the reference's config.json.
+    taken: for each layer of the result, its layer in the slice's first model.
+    notes: tensors that only one model has and are left out, and tokens that
+      differ.
+  """
+
+  models: dict[str, Any]
+  reference: str
+  jobs: list[Job]
+  config: dict[str, Any]
+  taken: list[int]
+  notes: list[str]
+
+
+def plan_merge(recipe: Recipe) -> MergePlan:
+  """Plans a merge: opens the models and lists the tensors of the result.
+
+  Tensors outside all layers come from the first slice if they are embeddings,
+  else from the last. Only headers are read.
+
+  Args:
+    recipe: what to merge.
+
+  Returns:
+    MergePlan.
+
+  Raises:
+    ValueError: models that cannot be read or do not belong together, layers
+      that do not exist, a setting none of whose conditions holds, or, with
+      `common_rows`, tokenizers that give rows other tokens than the
+      reference's. With another policy the latter is only noted: rows are added
+      up by number.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints import write_safetensors
+    >>> from jlora.merging import Input, Slice, linear
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   file = f"{tmp}/m.safetensors"
+    ...   write_safetensors(file, {"w": np.ones(3)})
+    ...   plan = plan_merge(Recipe(linear, (Slice((Input(file),)),)))
+    >>> plan.jobs[0].name, plan.jobs[0].settings
+    ('w', (('weights', (1.0,)),))
+  """
+  models = {name: open_model(name) for name in recipe.models}
+  reference = recipe.models[0]
+  first = models[reference]
+  config = read_json_config(first.path)
+  catalogues = {
+    name: _catalogue(name, first.spec, model.spec, recipe.vocabulary)
+    for name, model in models.items()
+  }
+  _add_heads(catalogues)
+  is_sliced = any(one.layers for part in recipe.slices for one in part.inputs)
+  layers = _layers(first, config, is_sliced or _has_gradients(recipe))
+  jobs, taken = Planner(recipe, models, catalogues, layers).plan()
+  notes = [] if is_sliced else _left_out(catalogues, jobs, layers)
+  notes += _other_tokens(recipe, models, jobs)
+  return MergePlan(models, reference, jobs, config, taken, notes)
+
+
+def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
+  """Finds the reference's layers; none is an error only if they are needed."""
+  wanted = config.get("text_config", config).get("num_hidden_layers")
+  try:
+    return find_layers(first.spec, wanted)
+  except ValueError:
+    if needed:
+      raise
+    return LayerNames("", 0)
+
+
+def _has_gradients(recipe: Recipe) -> bool:
+  """Returns whether any setting is more than a number."""
+  levels = [recipe.settings, *(part.settings for part in recipe.slices)]
+  levels += [one.settings for part in recipe.slices for one in part.inputs]
+  return any(
+    isinstance(value, Sequence) for level in levels for value in level.values()
+  )
+
+
+def _catalogue(
+  model: str, reference: Any, spec: Any, vocabulary: Vocabulary
+) -> Catalogue:
+  """Maps the reference's names, and a model's further ones, to its tensors."""
+  pairing = pair_up(reference, spec, vocabulary=vocabulary)
+  parts = [p.path for p in pairing.pairs if p.base.index or p.base.swap]
+  if parts:
+    raise ValueError(
+      f"{model} holds apart what the reference holds fused: "
+      f"{name_some(parts)}. Save both in one form first."
+    )
+  found = {pair.path: pair for pair in pairing.pairs}
+  for name in pairing.only_finetuned:
+    shape = tuple(spec[name].shape)
+    found[name] = Pair(name, shape, TensorPart(name), TensorPart(name))
+  return found
+
+
+_HEAD = "lm_head.weight"
+
+
+def _add_heads(catalogues: Mapping[str, Catalogue]) -> None:
+  """Gives tied models a head of their own if any model has one."""
+  if not any(_HEAD in catalogue for catalogue in catalogues.values()):
+    return
+  for catalogue in catalogues.values():
+    tables = [
+      name for name in catalogue if name.endswith("embed_tokens.weight")
+    ]
+    if _HEAD not in catalogue and len(tables) == 1:
+      note = f"tied: {tables[0]} stands for it"
+      catalogue[_HEAD] = catalogue[tables[0]]._replace(path=_HEAD, note=note)
+
+
+def _left_out(catalogues, jobs, layers: LayerNames) -> list[str]:
+  """Describes tensors that only one model has; raises if they are layers."""
+  names, notes = {job.name for job in jobs}, []
+  for model, catalogue in catalogues.items():
+    rest = sorted(catalogue.keys() - names)
+    if deeper := [name for name in rest if layers.place_of(name)]:
+      raise ValueError(
+        f"Only {model} has {name_some(deeper)}: say by slices which layers "
+        "are merged."
+      )
+    if rest:
+      notes.append(f"{name_some(rest)}: only in {model}, left out")
+  return notes
+
+
+def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
+  """Describes rows of embeddings that stand for other tokens, or raises."""
+  reference, rows = recipe.models[0], {}
+  for job in jobs:
+    if is_table(job.name) and job.settings is not None:
+      for source in (*job.sources, *([job.base] if job.base else [])):
+        own = models[source.model].spec[names_of(source.side)[0]].shape[0]
+        rows[source.model] = min(own, job.shape[0])
+  rows.pop(reference, None)
+  known = read_tokens(models[reference].path) if rows else None
+  notes = []
+  for name, count in rows.items():
+    tokens = read_tokens(models[name].path)
+    wrong = differing_rows(known, tokens, count) if known and tokens else []
+    said = (
+      f"{name}: {len(wrong)} rows are other tokens than in {reference}: "
+      f"{name_some(wrong)}"
+    )
+    if wrong and recipe.vocabulary is common_rows:
+      raise ValueError(
+        f"{said}. Give models of one tokenizer; without `tokenizer_source` "
+        "(vocabulary=refuse) rows are added up by number all the same."
+      )
+    if wrong:
+      notes.append(f"{said}; added up by number")
+  return notes
+
+
+_EMBEDDING = re.compile(r"(.*\.)?(embed\w*|wte|wpe|tok_embeddings)(\..*)?")
+
+
 class Planner:
-  """Jobs of a recipe, slice by slice.
+  """The jobs of a recipe, listed slice by slice.
 
   Args:
     recipe: what to merge.
@@ -79,7 +249,7 @@ class Planner:
     self._own = {"weight"}.union(*(one.settings for one in inputs))
 
   def plan(self) -> tuple[list[Job], list[int]]:
-    """All jobs, and of the result's layers which of its model each one is."""
+    """Lists all jobs, and the source layer of each layer of the result."""
     slices = self._recipe.slices
     before, after = self._outside(slices[0]), self._outside(slices[-1])
     jobs = [
@@ -101,18 +271,19 @@ class Planner:
     return jobs, taken
 
   def _lead(self, part: Slice) -> str:
-    """The model whose names a slice has: the reference, if it is in it."""
+    """Returns the model that names a slice's tensors."""
     inputs = part.inputs
     is_whole = all(one.layers is None for one in inputs)
     return self._reference if is_whole else inputs[0].model
 
   def _outside(self, part: Slice) -> list[str]:
+    """Lists a slice's tensors that are in no layer."""
     place_of = self._layers.place_of
     own = self._catalogues[self._lead(part)]
     return [name for name in own if place_of(name) is None]
 
   def _range(self, part: Slice) -> tuple[list[int], int]:
-    """Each input's first layer, and how many there are."""
+    """Returns each input's first layer, and the number of layers."""
     given = [one.layers or (0, self._layers.count) for one in part.inputs]
     counts = {end - start for start, end in given}
     if len(counts) > 1 or min(counts) < (1 if self._layers.count else 0):
@@ -125,7 +296,7 @@ class Planner:
     return [start for start, _ in given], counts.pop()
 
   def _layer(self, part, index, starts, step, count) -> list[Job]:
-    """The tensors of one layer of the result."""
+    """Lists the jobs of one layer of the result."""
     lead, at = self._lead(part), starts[0] + step
     rests = [
       found[1]
@@ -142,7 +313,7 @@ class Planner:
     ]
 
   def _job(self, part: Slice, name, rest, place, offsets) -> Job:
-    """One tensor: `rest` is its name, or that in layers `offsets`."""
+    """Makes the job of a tensor; `rest` is its name without the layer."""
     is_inside = name != rest
     names = [
       self._layers.name_at(at, rest) if is_inside else rest for at in offsets
@@ -181,7 +352,7 @@ class Planner:
     )
 
   def _dtype(self, name: str, source: InputTensor) -> np.dtype:
-    """What the recipe says, or as the reference stores the tensor."""
+    """Returns the recipe's dtype, or that of the reference's tensor."""
     own = self._catalogues[self._reference].get(name)
     if own is not None:
       source = InputTensor(self._reference, own.finetuned)
@@ -190,6 +361,7 @@ class Planner:
     return merged_dtype(stored, self._recipe.dtype)
 
   def _find(self, model: str, name: str) -> Pair:
+    """Returns where a model has a tensor; raises if it lacks it."""
     found = self._catalogues[model].get(name)
     if found is None:
       lacking = [
@@ -204,6 +376,7 @@ class Planner:
     return found
 
   def _shape(self, part, name, pairs) -> tuple[int, ...]:
+    """Returns the common shape of the inputs; raises if they differ."""
     shapes = {pair.shape for pair in pairs}
     if len(shapes) > 1:
       said = [
@@ -213,7 +386,7 @@ class Planner:
     return pairs[0].shape
 
   def _base(self, part: Slice, names: list[str]) -> InputTensor | None:
-    """The base's tensor: its own layer's if it is listed, else the first's."""
+    """Finds the base's tensor: of its own layer if listed, else the first's."""
     base = self._recipe.base
     if base is None:
       return None
@@ -225,7 +398,7 @@ class Planner:
     return InputTensor(base, self._find(base, (listed or names)[0]).finetuned)
 
   def _settings(self, part, inputs, name, place):
-    """Numbers of the method: of each input where any has its own."""
+    """Lists the method's numbers, one per input where any input has its own."""
     levels = [part.settings, self._recipe.settings]
     keys = {key for level in levels for key in level}
     keys |= {key for one in inputs for key in one.settings}
@@ -243,6 +416,7 @@ class Planner:
     return tuple(sorted(found.items()))
 
   def _number(self, levels: list[Settings], key, name, place) -> float:
+    """Returns one number for a tensor; a weight is 1 if nothing sets it."""
     value = first_setting(levels, key, name, place)
     if value is None:
       if any(key in level for level in levels) or key != "weight":
@@ -252,168 +426,3 @@ class Planner:
         )
       return 1.0
     return float(value)
-
-
-_HEAD = "lm_head.weight"
-
-
-class MergePlan(NamedTuple):
-  """All models, open, and all tensors of the result.
-
-  Attributes:
-    models: name -> checkpoint.
-    reference: the name of the one whose configuration and tokenizer are taken.
-    jobs: in the order of the result's files.
-    config: the reference's config.json.
-    taken: of the result's layers, which of its model each one is.
-    notes: what was found only in one model and is left out, and tokens that
-      differ.
-  """
-
-  models: dict[str, Any]
-  reference: str
-  jobs: list[Job]
-  config: dict[str, Any]
-  taken: list[int]
-  notes: list[str]
-
-
-def plan_merge(recipe: Recipe) -> MergePlan:
-  """The plan of a merge; headers are read, tensors are not.
-
-  Tensors outside of all layers are the first slice's if they are embeddings,
-  else the last's.
-
-  Args:
-    recipe: what to merge.
-
-  Returns:
-    MergePlan.
-
-  Raises:
-    ValueError: models that cannot be read or do not belong together, layers
-      that are not there, a setting none of whose conditions holds, or with
-      `common_rows` tokenizers that name rows otherwise than the reference's.
-      Under another policy these are a note: rows are added up by number.
-
-  Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints.safetensors import write_safetensors
-    >>> from jlora.merging import linear
-    >>> import numpy as np
-    >>> from jlora.merging import Input, Slice
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   file = f"{tmp}/m.safetensors"
-    ...   write_safetensors(file, {"w": np.ones(3)})
-    ...   plan = plan_merge(Recipe(linear, (Slice((Input(file),)),)))
-    >>> plan.jobs[0].name, plan.jobs[0].settings
-    ('w', (('weights', (1.0,)),))
-  """
-  models = {name: open_model(name) for name in recipe.models}
-  reference = recipe.models[0]
-  first = models[reference]
-  config = read_json_config(first.path)
-  catalogues = {
-    name: _catalogue(name, first.spec, model.spec, recipe.vocabulary)
-    for name, model in models.items()
-  }
-  _add_heads(catalogues)
-  is_sliced = any(one.layers for part in recipe.slices for one in part.inputs)
-  layers = _layers(first, config, is_sliced or _has_gradients(recipe))
-  jobs, taken = Planner(recipe, models, catalogues, layers).plan()
-  notes = [] if is_sliced else _left_out(catalogues, jobs, layers)
-  notes += _other_tokens(recipe, models, jobs)
-  return MergePlan(models, reference, jobs, config, taken, notes)
-
-
-def _left_out(catalogues, jobs, layers: LayerNames) -> list[str]:
-  """What only one model has, said; a layer of that kind is an error."""
-  names, notes = {job.name for job in jobs}, []
-  for model, catalogue in catalogues.items():
-    rest = sorted(catalogue.keys() - names)
-    if deeper := [name for name in rest if layers.place_of(name)]:
-      raise ValueError(
-        f"Only {model} has {name_some(deeper)}: say by slices which layers "
-        "are merged."
-      )
-    if rest:
-      notes.append(f"{name_some(rest)}: only in {model}, left out")
-  return notes
-
-
-def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
-  """What rows are other tokens than the reference's, said; or an error."""
-  reference, rows = recipe.models[0], {}
-  for job in jobs:
-    if is_table(job.name) and job.settings is not None:
-      for source in (*job.sources, *([job.base] if job.base else [])):
-        own = models[source.model].spec[names_of(source.side)[0]].shape[0]
-        rows[source.model] = min(own, job.shape[0])
-  rows.pop(reference, None)
-  known = read_tokens(models[reference].path) if rows else None
-  notes = []
-  for name, count in rows.items():
-    tokens = read_tokens(models[name].path)
-    wrong = differing_rows(known, tokens, count) if known and tokens else []
-    said = (
-      f"{name}: {len(wrong)} rows are other tokens than in {reference}: "
-      f"{name_some(wrong)}"
-    )
-    if wrong and recipe.vocabulary is common_rows:
-      raise ValueError(
-        f"{said}. Give models of one tokenizer; without `tokenizer_source` "
-        "(vocabulary=refuse) rows are added up by number all the same."
-      )
-    if wrong:
-      notes.append(f"{said}; added up by number")
-  return notes
-
-
-def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
-  wanted = config.get("text_config", config).get("num_hidden_layers")
-  try:
-    return find_layers(first.spec, wanted)
-  except ValueError:
-    if needed:
-      raise
-    return LayerNames("", 0)
-
-
-def _has_gradients(recipe: Recipe) -> bool:
-  """Whether any setting is more than a number."""
-  levels = [recipe.settings, *(part.settings for part in recipe.slices)]
-  levels += [one.settings for part in recipe.slices for one in part.inputs]
-  return any(
-    isinstance(value, Sequence) for level in levels for value in level.values()
-  )
-
-
-def _catalogue(
-  model: str, reference: Any, spec: Any, vocabulary: Vocabulary
-) -> Catalogue:
-  """Where a model has what the reference names, and what it has besides."""
-  pairing = pair_up(reference, spec, vocabulary=vocabulary)
-  parts = [p.path for p in pairing.pairs if p.base.index or p.base.swap]
-  if parts:
-    raise ValueError(
-      f"{model} holds apart what the reference holds fused: "
-      f"{name_some(parts)}. Save both in one form first."
-    )
-  found = {pair.path: pair for pair in pairing.pairs}
-  for name in pairing.only_finetuned:
-    shape = tuple(spec[name].shape)
-    found[name] = Pair(name, shape, TensorPart(name), TensorPart(name))
-  return found
-
-
-def _add_heads(catalogues: Mapping[str, Catalogue]) -> None:
-  """A head of its own for all models, where one has it and others are tied."""
-  if not any(_HEAD in catalogue for catalogue in catalogues.values()):
-    return
-  for catalogue in catalogues.values():
-    tables = [
-      name for name in catalogue if name.endswith("embed_tokens.weight")
-    ]
-    if _HEAD not in catalogue and len(tables) == 1:
-      note = f"tied: {tables[0]} stands for it"
-      catalogue[_HEAD] = catalogue[tables[0]]._replace(path=_HEAD, note=note)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of a merge: opened, cut into pieces, stacked in memory used before."""
+"""Opens the inputs of a merge, cuts them into pieces and stacks them."""
 
 import contextlib
 import math
@@ -13,17 +13,17 @@ from jlora.checkpoints.float8 import FLOAT8
 from jlora.merging.checkpoints.planning import InputTensor, Job
 from jlora.pairing.pairs import TensorPart, read_side
 
-_ALIGNED = 64  # XLA takes such memory as it is; it copies other memory first
-_READ = 2**18  # entries that are read at a time: they stay in the cache
+_ALIGNED = 64  # XLA uses memory of this alignment without copying it
+_READ = 2**18  # entries read at a time: they stay in the cache
 
 
 class Piece(NamedTuple):
-  """A part of an array whose entries follow each other.
+  """A part of an array whose entries lie one after the other.
 
   Attributes:
-    index: of the leading axes.
-    size: how many entries.
-    start: which entry of the array is its first.
+    index: index of the leading axes.
+    size: number of entries.
+    start: position of its first entry in the flat array.
   """
 
   index: tuple[Any, ...]
@@ -32,13 +32,13 @@ class Piece(NamedTuple):
 
 
 class Stored(NamedTuple):
-  """A whole tensor of a file: `[index]` reads a part of it.
+  """A whole tensor in a file, of which `[index]` reads a part.
 
   Attributes:
-    checkpoint: an open one.
-    name: the tensor's.
+    checkpoint: an open checkpoint.
+    name: the tensor's name.
     shape: its shape.
-    dtype: as it is stored.
+    dtype: its stored dtype.
   """
 
   checkpoint: Any
@@ -53,21 +53,17 @@ class Stored(NamedTuple):
 def find_stored(
   models: Mapping[str, Any], job: Job, source: InputTensor
 ) -> Stored | None:
-  """An input of a tensor, where it is a whole tensor of a file.
+  """Returns an input that is a whole tensor of a file, else None.
 
   Args:
     models: name -> checkpoint.
-    job: of the tensor.
+    job: the tensor's job.
     source: one of its inputs.
 
   Returns:
-    Stored. None for what is not read as it lies there: parts of tensors, fused
-    experts, float8, what an adapter changes, leaves of orbax.
-
-  Example:
-    >>> job = Job("w", (2,), np.dtype(np.float32), (), None, None)
-    >>> one = InputTensor("a", TensorPart("w"))
-    >>> find_stored({"a": {"w": np.ones(2)}}, job, one)
+    Stored. None for what cannot be read as it lies in the file: parts of
+    tensors, fused experts, float8, weights that an adapter changes, orbax
+    leaves.
   """
   model, side = models[source.model], source.side
   if not hasattr(model, "read") or not isinstance(side, TensorPart):
@@ -82,15 +78,15 @@ def find_stored(
 def open_input(
   models: Mapping[str, Any], job: Job, source: InputTensor
 ) -> Stored | np.ndarray:
-  """An input of a tensor.
+  """Opens an input of a tensor; reads it unless it is a `Stored`.
 
   Args:
     models: name -> checkpoint, the reference first.
-    job: of the tensor.
+    job: the tensor's job.
     source: one of its inputs.
 
   Returns:
-    Stored where there is one, else the array, in the job's shape: rows that it
+    Stored if possible, else the array in the job's shape; rows that the model
     lacks are the reference's.
 
   Example:
@@ -110,14 +106,14 @@ def open_input(
 
 
 def pieces_of(shape: Sequence[int], limit: int) -> list[Piece]:
-  """The pieces that an array is cut into, in the order of its entries.
+  """Cuts an array into pieces, in the order of its entries.
 
   Args:
-    shape: its shape.
-    limit: entries of a piece, at the most.
+    shape: the array's shape.
+    limit: the most entries of a piece.
 
   Returns:
-    Pieces; one of index `()` if the array is no larger than that.
+    Pieces; a single one with index `()` if the array is no larger than `limit`.
 
   Example:
     >>> pieces_of((3, 2), 4)
@@ -143,10 +139,10 @@ def pieces_of(shape: Sequence[int], limit: int) -> list[Piece]:
 
 
 class Rooms:
-  """Memory for inputs, given back and used again; of several threads at once.
+  """Buffers for stacked inputs, reused; several threads may use them at once.
 
-  New memory is cleared by the kernel, page by page, which takes longer than
-  most merges.
+  The kernel clears new memory page by page, which takes longer than most
+  merges.
 
   Example:
     >>> with Rooms().stacked([np.ones(3), np.zeros(3)]) as stack:
@@ -166,15 +162,15 @@ class Rooms:
     piece: Piece | None = None,
     shape: tuple[int, ...] | None = None,
   ) -> Iterator[np.ndarray]:
-    """Inputs, or the same piece of each, stacked; valid until it is left.
+    """Stacks inputs, or one piece of each, for the duration of the context.
 
     Args:
       inputs: n of one shape, floating.
-      piece: of each; None is all.
-      shape: that a piece is laid out in, with zeros after its last entry.
+      piece: which piece of each; None is all.
+      shape: shape of the result for a piece, zeros after its last entry.
 
     Yields:
-      (n, ...) in the inputs' dtype; float32 where they differ or it is wider.
+      (n, ...) in the inputs' dtype; float32 if they differ or it is wider.
     """
     kinds = {one.dtype for one in inputs}
     kind = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
@@ -189,6 +185,7 @@ class Rooms:
   def _taken(
     self, shape: tuple[int, ...], dtype: np.dtype
   ) -> Iterator[np.ndarray]:
+    """Lends a buffer of the given shape, allocated if none is free."""
     nbytes = math.prod(shape) * dtype.itemsize
     with self._lock:
       fits = [at for at, room in enumerate(self._free) if len(room) >= nbytes]
@@ -207,6 +204,7 @@ class Rooms:
 def _fill(
   out: np.ndarray, one: Stored | np.ndarray, piece: Piece | None
 ) -> None:
+  """Reads an input, or a piece of it, into an array."""
   if piece is None:
     for part in pieces_of(one.shape, _READ):
       out[part.index] = one[part.index]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge of checkpoints as plain data, and what it says of one tensor.
+"""Describes a merge of checkpoints as plain data.
 
 A setting is a number, a flag, a gradient (numbers along the layers), or a list
 of conditions {filter, value}, of which the first whose filter is part of the
-tensor's name counts. mergekit's recipes say the same in YAML: `read_recipe`.
+tensor's name counts. `read_recipe` reads the same from mergekit's YAML.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ class Input(NamedTuple):
   """A model in a merge.
 
   Attributes:
-    model: a checkpoint's path, or `base+adapter`, of a folder that `load_peft`
-      reads.
-    layers: which of its layers, end exclusive; None is all.
-    settings: for its tensors alone.
+    model: path of a checkpoint, or `base+adapter` with the folder of an adapter
+      that `load_peft` reads.
+    layers: range of its layers, end exclusive; None is all.
+    settings: settings of its tensors alone.
   """
 
   model: str
@@ -31,11 +31,11 @@ class Input(NamedTuple):
 
 
 class Slice(NamedTuple):
-  """Layers that come from the same inputs, as many of each.
+  """Consecutive layers of the result that come from the same inputs.
 
   Attributes:
-    inputs: what is merged.
-    settings: for these layers alone.
+    inputs: what is merged, the same number of layers of each.
+    settings: settings of these layers alone.
   """
 
   inputs: tuple[Input, ...]
@@ -46,18 +46,20 @@ class Recipe(NamedTuple):
   """A merge of checkpoints.
 
   Attributes:
-    method: of `jlora.merging`, its options bound by `functools.partial`.
+    method: a method of `jlora.merging`, its options bound by
+      `functools.partial`.
     slices: one of whole models, or several whose layers follow each other.
-    settings: numbers of the method and `weight`, for all. The method is given
-      one for each input where any input has its own, and of `weight`.
-    base: what the method subtracts; not merged where it is among the inputs.
-    reference: whose names, configuration and tokenizer the result has; None is
-      the base, or the first input.
-    dtype: of the result's floating tensors; None keeps the reference's.
+    settings: numbers of the method and `weight`, for all inputs. The method
+      gets one number per input of `weight`, and of each setting that any input
+      has for itself.
+    base: what the method subtracts; not merged if it is among the inputs.
+    reference: the model that gives the result names, configuration and
+      tokenizer; None is the base, or the first input.
+    dtype: dtype of the result's floating tensors; None keeps the reference's.
     vocabulary: what happens to an embedding whose number of rows is not the
-      reference's: `same_rows`, `common_rows` (those that a model lacks are the
-      reference's, so the smallest model as the reference crops all tables) or
-      `keep_whole` (the reference's table, not merged).
+      reference's. `same_rows`: an error. `common_rows`: rows that a model lacks
+      are the reference's, so the smallest model as the reference crops all
+      tables. `keep_whole`: the reference's table, not merged.
   """
 
   method: Callable[..., Any]
@@ -70,19 +72,19 @@ class Recipe(NamedTuple):
 
   @property
   def models(self) -> list[str]:
-    """Every model, the reference first."""
+    """Lists every model, the reference first."""
     inputs = [one.model for part in self.slices for one in part.inputs]
     named = [self.reference or self.base, self.base, *inputs]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
 def setting_at(setting: Setting, name: str, place: float) -> Any:
-  """What a setting says of a tensor.
+  """Evaluates a setting for one tensor.
 
   Args:
     setting: a number, a flag, a gradient or conditions.
-    name: the tensor's.
-    place: of its layer, 0 the first and 1 the last; 0 for what is in none.
+    name: the tensor's name.
+    place: position of its layer, 0 the first and 1 the last; 0 outside layers.
 
   Returns:
     A number or a flag; None if no condition holds.
@@ -112,16 +114,16 @@ def setting_at(setting: Setting, name: str, place: float) -> Any:
 def first_setting(
   levels: Sequence[Settings], key: str, name: str, place: float
 ) -> Any:
-  """What the first level that speaks of a key says of a tensor.
+  """Evaluates a setting at the first level that has a value for a tensor.
 
   Args:
-    levels: the most particular first.
-    key: of the setting.
-    name: the tensor's.
+    levels: the most specific first.
+    key: name of the setting.
+    name: the tensor's name.
     place: as for `setting_at`.
 
   Returns:
-    A number or a flag; None if none says anything.
+    A number or a flag; None if no level has one.
 
   Example:
     >>> first_setting([{}, {"weight": 2}, {"weight": 3}], "weight", "w", 0)

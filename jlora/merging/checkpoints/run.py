@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges of checkpoints from disk to disk: streaming, bounded, resumable.
+"""Merges checkpoints from disk to disk: streaming, bounded, resumable.
 
 recipe ─► plan ─► read, merge (threads) ─► shards, one after the other ─► folder
 """
@@ -40,95 +40,17 @@ from jlora.runs.journal import (
 from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.runs.progress import Progress
 
-
-def merge_all(
-  merger: Merger,
-  jobs: Sequence[Job],
-  pool: ThreadPoolExecutor,
-  progress: Progress,
-) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-  """Tensors in turn, the largest first, each as an iterator of its parts.
-
-  Args:
-    merger: makes them.
-    jobs: what they are made of.
-    pool: that works. It takes up what is asked of it in order.
-    progress: told of every part once it has been taken.
-
-  Yields:
-    (name, parts); what is in work is within 512 MiB, or one task.
-
-  Example:
-    >>> import io
-    >>> from jlora.merging.checkpoints.planning import InputTensor
-    >>> from jlora.merging import linear
-    >>> from jlora.pairing.pairs import TensorPart
-    >>> job = Job("w", (1,), np.dtype(np.float32),
-    ...           (InputTensor("a", TensorPart("w")),), None,
-    ...           (("weights", (1.0,)),))
-    >>> merger = Merger(linear, {"a": {"w": np.ones(1)}}, None)
-    >>> with ThreadPoolExecutor(1) as pool, Progress(4, io.StringIO()) as bar:
-    ...   for name, parts in merge_all(merger, [job], pool, bar):
-    ...     print(name, list(parts))
-    w [array([1.], dtype=float32)]
-  """
-  jobs = sorted(jobs, key=lambda job: -_cost(job))
-  tasks = (task for job in jobs for task in _tasks(merger, job, pool))
-  parts = _told(finish_in_order(tasks), progress)
-  for name, group in itertools.groupby(parts, key=lambda part: part[0]):
-    yield name, (array for _, array in group)
-
-
-def _told(
-  made: Iterator[tuple[Task, np.ndarray]], progress: Progress
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, part), each told to the progress once it has been taken."""
-  for task, array in made:
-    yield task.name, array
-    progress.update(array.nbytes, task.name)
-    del array
-
-
-def _cost(job: Job, piece: Piece | None = None) -> int:
-  """Bytes in work: of all inputs, and of float32 copies of them."""
-  size = math.prod(job.shape) if piece is None else piece.size
-  return (4 + 8) * size * (len(job.sources) + (job.base is not None))
-
-
-def _tasks(
-  merger: Merger, job: Job, pool: ThreadPoolExecutor
-) -> Iterator[Task]:
-  """A tensor's pieces; what they must be told is begun before the first."""
-  pieces = merger.pieces(job)
-  measured = [
-    pool.submit(merger.measure, job, piece)
-    for piece in pieces
-    if piece is not None and merger.is_measured(job)
-  ]
-  for piece in pieces:
-    make = functools.partial(_make, merger, job, piece, measured)
-    yield Task(
-      job.name, _cost(job, piece), functools.partial(pool.submit, make)
-    )
-
-
-def _make(merger, job, piece, measured) -> np.ndarray:
-  # The pool has begun them all, so the wait is short and ends.
-  return merger(job, piece, [future.result() for future in measured])
-
-
 MERGE = "merge.json"
-_SHARDS = "shards"
 
 
 class MergeReport(NamedTuple):
-  """What a merge did; `merge.json` is its fields.
+  """What a merge did; stored as `merge.json`.
 
   Attributes:
     settings: the recipe and versions.
     tensors: how many were written.
     nbytes: their bytes.
-    notes: what is not as usual, each tensor or model by name.
+    notes: what was unusual, by name of the tensor or model.
   """
 
   settings: dict[str, Any]
@@ -147,47 +69,46 @@ def merge_checkpoints(
   overwrite: bool = False,
   log: IO[str] | None = None,
 ) -> MergeReport:
-  """The report of a merge, whose model is then in a checkpoint folder.
+  """Merges the checkpoints of a recipe into a folder; returns the report.
 
       out[name] = round(method([model[name], ...], weights, base[name]))
 
-  Computed in float32 and rounded once, whatever the models are stored in. The
-  folder holds safetensors files (with an index if several), the reference's
-  config.json, changed where layers or dtypes are, its tokenizer, and
-  `merge.json`.
+  Merges are computed in float32 and rounded once, whatever the models are
+  stored in. The folder holds safetensors files (with an index if there are
+  several), the reference's config.json, adapted to the result's layers and
+  dtype, its tokenizer, and `merge.json`.
 
   Args:
     recipe: what to merge; `read_recipe` reads one.
     out: output folder, new or empty.
     key: PRNG key; each tensor uses `key_for(key, name)`.
-    max_shard_bytes: a new file begins before this size is passed. A file is
-      what a killed run keeps.
-    resume: go on with an unfinished run of the same inputs and recipe in `out`;
-      a finished one gives its report.
+    max_shard_bytes: largest size of a file. A killed run keeps its finished
+      files.
+    resume: go on with an unfinished run of the same inputs and recipe in `out`,
+      or return the report of a finished one.
     overwrite: allow a folder that is not empty; a checkpoint in it is replaced,
       other files stay.
-    log: where progress goes, None is standard error.
+    log: where progress goes; None is standard error.
 
   Returns:
     MergeReport. The result is the same bytes whether or not the run was
-    interrupted. Memory: methods of `PIECEWISE` take a few MiB of each tensor
-    at a time; of the others, parameters with the method's float32 copies of
-    them, within 512 MiB, or one that is larger; not the model. By what XLA
-    says of its programs, two models and their base in float32 take 3.7 times
-    their tensors by DELLA, 3 at the most by others; in bfloat16 DELLA 6.7,
-    `karcher`, `sce` and `breadcrumbs` 4.7, others below 3. Disk: the result
-    once.
+    interrupted. Memory: methods that work piece by piece (`linear`, `slerp`,
+    `nearswap`, `passthrough`, `task_arithmetic`, `dare`) take a few MiB of each
+    tensor at a time; the others take whole tensors with their float32 copies,
+    within 512 MiB or a single larger one, never the whole model. For two models
+    and their base, XLA reports for `della` 3.7 times the size of their tensors
+    in float32 and 6.7 times in bfloat16; for `karcher`, `sce` and `breadcrumbs`
+    at most 3 and 4.7 times; for others at most 3. Disk: the result once.
 
   Raises:
-    ValueError: as `plan_merge`, settings that the method refuses, a folder that
-      is not empty, or a journal of another run.
+    ValueError: models that cannot be read or do not belong together, layers
+      that do not exist, settings that the method refuses, a folder that is not
+      empty, or a journal of another run.
 
   Example:
     >>> import io, tempfile
-    >>> from jlora.checkpoints import open_checkpoint
-    >>> from jlora.checkpoints import write_safetensors
-    >>> from jlora.merging import linear
-    >>> from jlora.merging import Input, Slice
+    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
+    >>> from jlora.merging import Input, Slice, linear
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   inputs = []
     ...   for name, value in (("a", 1.0), ("b", 3.0)):
@@ -237,7 +158,7 @@ def merge_checkpoints(
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:
-  """A recipe as JSON holds it."""
+  """Returns a recipe as values that JSON can hold."""
   slices = [
     {
       "inputs": [
@@ -257,12 +178,11 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
   return json.loads(json.dumps(plain))
 
 
-def _size(job: Job) -> int:
-  return int(np.prod(job.shape)) * job.dtype.itemsize
+_SHARDS = "shards"
 
 
 def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
-  """The files of the result in the journal's folder, those that lack."""
+  """Writes the missing files of the result into the journal's folder."""
   folder = out / FOLDER / _SHARDS
   folder.mkdir(exist_ok=True)
   for file in folder.glob(".*.tmp"):
@@ -284,10 +204,92 @@ def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
       stream_safetensors(path, shard, arrays, {"format": "pt"})
 
 
+def merge_all(
+  merger: Merger,
+  jobs: Sequence[Job],
+  pool: ThreadPoolExecutor,
+  progress: Progress,
+) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+  """Merges tensors, the largest first; yields each as an iterator of parts.
+
+  Args:
+    merger: makes the tensors.
+    jobs: what they are made of.
+    pool: the threads that work; it takes up tasks in order.
+    progress: counts every part once it has been consumed.
+
+  Yields:
+    (name, parts); work in progress takes at most 512 MiB, or is one task.
+
+  Example:
+    >>> import io
+    >>> from jlora.merging.checkpoints.planning import InputTensor
+    >>> from jlora.merging import linear
+    >>> from jlora.pairing.pairs import TensorPart
+    >>> job = Job("w", (1,), np.dtype(np.float32),
+    ...           (InputTensor("a", TensorPart("w")),), None,
+    ...           (("weights", (1.0,)),))
+    >>> merger = Merger(linear, {"a": {"w": np.ones(1)}}, None)
+    >>> with ThreadPoolExecutor(1) as pool, Progress(4, io.StringIO()) as bar:
+    ...   for name, parts in merge_all(merger, [job], pool, bar):
+    ...     print(name, list(parts))
+    w [array([1.], dtype=float32)]
+  """
+  jobs = sorted(jobs, key=lambda job: -_cost(job))
+  tasks = (task for job in jobs for task in _tasks(merger, job, pool))
+  parts = _told(finish_in_order(tasks), progress)
+  for name, group in itertools.groupby(parts, key=lambda part: part[0]):
+    yield name, (array for _, array in group)
+
+
+def _told(
+  made: Iterator[tuple[Task, np.ndarray]], progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, part) and reports each to the progress once consumed."""
+  for task, array in made:
+    yield task.name, array
+    progress.update(array.nbytes, task.name)
+    del array
+
+
+def _tasks(
+  merger: Merger, job: Job, pool: ThreadPoolExecutor
+) -> Iterator[Task]:
+  """Yields a task for each piece; sums that they need are begun before."""
+  pieces = merger.pieces(job)
+  measured = [
+    pool.submit(merger.measure, job, piece)
+    for piece in pieces
+    if piece is not None and merger.is_measured(job)
+  ]
+  for piece in pieces:
+    make = functools.partial(_make, merger, job, piece, measured)
+    yield Task(
+      job.name, _cost(job, piece), functools.partial(pool.submit, make)
+    )
+
+
+def _cost(job: Job, piece: Piece | None = None) -> int:
+  """Counts the bytes in work: of all inputs and their float32 copies."""
+  size = math.prod(job.shape) if piece is None else piece.size
+  return (4 + 8) * size * (len(job.sources) + (job.base is not None))
+
+
+def _make(merger, job, piece, measured) -> np.ndarray:
+  """Merges a piece, given the sums over all pieces."""
+  # The pool has begun all of them before, so this wait cannot deadlock.
+  return merger(job, piece, [future.result() for future in measured])
+
+
+def _size(job: Job) -> int:
+  """Counts the bytes of a tensor of the result."""
+  return int(np.prod(job.shape)) * job.dtype.itemsize
+
+
 def _finish(
   plan: MergePlan, recipe: Recipe, out: Path, limit: int, report: MergeReport
 ) -> None:
-  """Puts all in its place; `merge.json` last, which says that it is whole."""
+  """Moves all files into place; `merge.json` last, which marks the end."""
   source = plan.models[plan.reference].path
   for file in out.glob("*.safetensors.index.json"):
     file.unlink()
@@ -309,7 +311,7 @@ def _finish(
 
 
 def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:
-  """config.json after layers, dtypes or a tied head changed."""
+  """Returns config.json with changed layers, dtypes and tied head."""
   config = without_paths(plan.config)
   if plan.taken:
     config = configure_layers(config, plan.taken)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One threshold for each model of a merge from disk: TIES as in its paper."""
+"""Finds one threshold for each model of a merge: TIES as in its paper."""
 
 import functools
 import inspect
@@ -19,34 +19,35 @@ _PIECE = 2**22  # entries in work at a time
 
 
 def trim_models(recipe: Recipe, density: float) -> Recipe:
-  """A recipe whose models are trimmed as wholes, not tensor by tensor.
+  """Adds to a recipe a threshold that trims each model as a whole.
 
       t_i = the magnitude that a share `density` of all of δ_i reaches
 
-  so that a matrix that changed little loses more than one that changed much:
-  TIES' own trim, where `ties` by its density trims each tensor.
+  A matrix that changed little then loses more entries than one that changed
+  much. This is the trim of the TIES paper; `ties` by its density trims each
+  tensor by itself.
 
   Args:
-    recipe: of `ties`, or another method that takes a `threshold`; with a base.
+    recipe: a recipe with a base, of `ties` or another method that takes a
+      `threshold`.
     density: share of each model's changes to keep, in (0, 1].
 
   Returns:
     The recipe with a `threshold` among the settings of each input, for
-    `merge_checkpoints`: densities then say nothing. Exact: the values are
-    counted by their high bits, then those of the bin that counts by their low
-    ones. Reads all models twice and holds one tensor; tied weights and layers
-    that are repeated count once, what is not merged and rows that a model lacks
-    never.
+    `merge_checkpoints`; densities then have no effect. The threshold is exact:
+    a first pass counts values by their high bits, a second one those of the bin
+    that matters by their low bits. Reads all models twice and holds one tensor
+    at a time. Tied weights and repeated layers count once; tensors that are not
+    merged and rows that a model lacks do not count.
 
   Raises:
     ValueError: no base, a density out of range, a method without `threshold`,
-      or as `plan_merge`.
+      or models that `merge_checkpoints` would refuse.
 
   Example:
     >>> import tempfile
-    >>> from jlora.checkpoints.safetensors import write_safetensors
-    >>> from jlora.merging import ties
-    >>> from jlora.merging import Input, Slice
+    >>> from jlora.checkpoints import write_safetensors
+    >>> from jlora.merging import Input, Slice, ties
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   base, tuned = (f"{tmp}/{name}.safetensors" for name in "ab")
     ...   write_safetensors(base, {n: np.zeros(2, np.float32) for n in "vw"})
@@ -89,7 +90,7 @@ def trim_models(recipe: Recipe, density: float) -> Recipe:
 def _magnitudes(plan: MergePlan, model: str) -> Iterator[np.ndarray]:
   """Yields |δ| of a model's tensors, each tensor once, in pieces.
 
-  Rows that one of both lacks are at the end, and not counted.
+  Rows that either side lacks are at the end, and not counted.
   """
   seen: set[Any] = set()
   for job in plan.jobs:

@@ -59,9 +59,7 @@ def test_memory_is_told_beside_theory(monkeypatch):
   peaks = {"'ours'": 100 * 2**20, "'full'": 400 * 2**20}
 
   def measure(command):
-    (peak,) = (
-      peaks[name] for name in peaks if f"steppers.serve({name}" in command[-1]
-    )
+    (peak,) = (peaks[name] for name in peaks if f"serve({name}" in command[-1])
     return processes.Usage(1.0, 1.0, peak)
 
   monkeypatch.setattr(processes, "measure", measure)

@@ -18,7 +18,7 @@ from jlora.training.inits import init_lora
 def school():
   """A base of 32 channels and one layer that has learned nothing."""
   config = {
-    **which_modules.lessons.width_family.config_of(32),
+    **which_modules.lessons.llamas.config_of(32),
     "num_hidden_layers": 1,
   }
   model, params = models.init(config, jax.random.key(0))
@@ -49,7 +49,7 @@ def test_a_lesson_is_learned_and_can_be_repeated(school, trainer):
 
 
 def test_every_choice_has_the_same_budget():
-  config = lessons.width_family.config_of(which_modules.WIDTH)
+  config = lessons.llamas.config_of(which_modules.WIDTH)
   shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(0))[1])
   sizes = {
     name: sum(

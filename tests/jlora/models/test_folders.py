@@ -10,6 +10,7 @@ import transformers
 
 from jlora import models
 from jlora.checkpoints import checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from tests.helpers import tiny_models
 
 TINY = tiny_models.LLAMA
@@ -51,11 +52,11 @@ def test_a_second_copy_of_tied_embeddings_must_be_a_copy(tmp_path):
   tiny_models.write_model(tmp_path, "llama-tied")
   tensors = dict(checkpoint.open_checkpoint(tmp_path))
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  checkpoint.write_safetensors(tmp_path / "model.safetensors", tensors)
+  write_safetensors(tmp_path / "model.safetensors", tensors)
   _, params = models.load(tmp_path)
   assert "head" not in params
   tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-  checkpoint.write_safetensors(tmp_path / "model.safetensors", tensors)
+  write_safetensors(tmp_path / "model.safetensors", tensors)
   with pytest.raises(ValueError, match="ties the embeddings, but lm_head"):
     models.load(tmp_path)
 

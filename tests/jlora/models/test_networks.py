@@ -10,6 +10,7 @@ import transformers
 
 from jlora import models
 from jlora.checkpoints import checkpoint
+from jlora.checkpoints.safetensors import write_safetensors
 from tests.helpers import tiny_models
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 19))
@@ -55,7 +56,7 @@ def test_gpt2_saved_without_its_head_is_the_same(tmp_path):
     for name, array in checkpoint.open_checkpoint(tmp_path).items()
   }
   tensors["h.0.attn.bias"] = np.tril(np.ones((1, 1, 40, 40), np.float32))
-  checkpoint.write_safetensors(tmp_path / "model.safetensors", tensors)
+  write_safetensors(tmp_path / "model.safetensors", tensors)
   found = _ours(*models.load(tmp_path))
   np.testing.assert_allclose(found, _theirs(reference), atol=2e-5)
 

@@ -75,16 +75,16 @@ def test_another_runs_snapshot_is_refused(tmp_path):
 
 RUN = """
 import sys, jax, jax.numpy as jnp, numpy as np, optax
-from experiments import finetune
+from experiments.lib.models import finetunes
 from jlora import models
 from jlora.training.inits import init_lora
 from jlora.adapting.programs import Branch, Rows, Shift
 from jlora.training.snapshots import Snapshot, load_snapshot, save_snapshot
 from jlora.training.trainer import train
 folder, steps, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
-config = {**finetune.TINY, "num_hidden_layers": 1}
+config = {**finetunes.TINY, "num_hidden_layers": 1}
 model, params = models.init(config, jax.random.key(0))
-loss = lambda params, tokens: finetune.nll(model, params, tokens)
+loss = lambda params, tokens: finetunes.nll(model, params, tokens)
 schedule = optax.warmup_cosine_decay_schedule(1e-4, 1e-2, 3, 20)
 init, update = train(loss, optax.MultiSteps(optax.adamw(schedule), 2),
                      dropout=0.1)

@@ -16,8 +16,11 @@ import torch
 import transformers
 
 from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.merged import save_merged
 from jlora.checkpoints.safetensors import write_safetensors
-from jlora.formats.peft.writing import VLLM, load_peft, save_merged, save_peft
+from jlora.formats.peft.layouts import VLLM
+from jlora.formats.peft.reading import load_peft
+from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora, dense, from_in_rank, to_in_rank
 from jlora.views import as_parameter, table_for, view_of
 

@@ -78,9 +78,7 @@ def three(tmp_path):
       f"model.layers.{at}.q_proj.weight": np.full((2, 2), value, np.float32)
       for at in range(5)
     }
-    jlora.checkpoints.checkpoint.write_safetensors(
-      folder / "model.safetensors", tensors
-    )
+    jlora.checkpoints.write_safetensors(folder / "model.safetensors", tensors)
     text = json.dumps({"num_hidden_layers": 5, "layer_types": list("vwxyz")})
     (folder / "config.json").write_text(text)
     paths.append(str(folder))
