@@ -8,17 +8,19 @@ A shard may be a symbolic link that leads out of the folder, because the
 download cache stores every file that way. A name that leads out is refused.
 """
 
+import collections
 import json
 import math
 import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora.checkpoints.byte_ranges import place_arrays
-from jlora.checkpoints.safetensors import Shapes, lay_out_file, parse_json
+from jlora.checkpoints.safetensors import Shapes, lay_out_file
 from jlora.messages import name_file, name_some
 
 _INDEX = "model.safetensors.index.json"
@@ -222,10 +224,12 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
   """Reads an index: each shard, and the names of the tensors it must hold."""
   try:
-    text = index.read_bytes()
+    found = json.loads(index.read_bytes(), object_pairs_hook=_unique)
   except OSError as error:
     raise ValueError(f"{index} cannot be read: {error.strerror}") from error
-  weight_map = parse_json(text, index).get("weight_map")
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{index} is no valid JSON: {error}") from error
+  weight_map = found.get("weight_map") if isinstance(found, dict) else None
   if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(f"{index} has no weight_map from tensors to files")
   shards: dict[Path, set[str] | None] = {}
@@ -246,6 +250,15 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
       )
     shards[index.parent / name] = tensors
   return shards
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Makes a dict of a JSON object's pairs; raises if a name occurs twice."""
+  found = dict(pairs)
+  if len(found) != len(pairs):
+    names = collections.Counter(name for name, _ in pairs)
+    raise ValueError(f"{names.most_common(1)[0][0]!r} is given twice")
+  return found
 
 
 def _names(paths: list[Path]) -> str:

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading, checking and writing safetensors files.
+"""Reading headers of safetensors files, and writing whole files.
 
 A file is eight bytes of little-endian header length, a JSON header
 `{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}`, and the
 arrays' bytes, one after another without holes.
 
-`read_header` refuses whatever the official reader refuses, and besides: names
-given twice, fields other than the three, dtypes outside the table, and shapes
-that NumPy cannot hold. `write_safetensors` and `stream_safetensors` lay out the
-header first, then write each array at its place.
+The official package reads and checks the headers. It does not move the arrays,
+for reasons measured with 0.8:
+
+- float8 does not come as a NumPy array, and an empty axis cannot be sliced.
+- Mapped, the peak of resident memory is the whole file, and a file that is cut
+  short while open ends the process by SIGBUS. With `backend="pread"` each slice
+  reads its whole tensor.
+- Each file stays mapped, and one rewritten in place is not noticed.
+- Its writer needs all arrays in memory, writes those of Fortran's order as if
+  they were of C's, and puts metadata into a new order each time: the same
+  tensors would not give the same bytes.
 
 References:
   https://github.com/huggingface/safetensors, section "Format".
 """
 
-import collections
 import json
 import math
 import os
@@ -25,6 +31,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
 
 from jlora.checkpoints.byte_ranges import place_arrays
 
@@ -46,8 +53,6 @@ DTYPES = {
   "F64": np.dtype("<f8"),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_FIELDS = {"dtype", "shape", "data_offsets"}
-_MAX_HEADER_BYTES = 100_000_000  # the official limit
 _MAX_AXES = 64  # NumPy's limit
 
 Shapes = Mapping[str, tuple]  # name -> (shape, dtype), or a TensorSpec
@@ -90,9 +95,6 @@ class Header(NamedTuple):
 def read_header(path: str | os.PathLike) -> Header:
   """Reads and validates the header of a safetensors file; no array is read.
 
-  The announced length is compared with the size of the file before memory is
-  allocated for it.
-
   Args:
     path: the file; symbolic links are followed.
 
@@ -100,8 +102,9 @@ def read_header(path: str | os.PathLike) -> Header:
     Header: specs in the order of the bytes, metadata, bytes read.
 
   Raises:
-    ValueError: if the file cannot be opened, or its header is not valid or
-      does not describe every byte of the file exactly once.
+    ValueError: if the file cannot be opened, its header is not valid or does
+      not describe every byte of the file exactly once, or NumPy has no array
+      of a dtype or shape in it.
 
   Example:
     >>> import tempfile
@@ -117,24 +120,30 @@ def read_header(path: str | os.PathLike) -> Header:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   try:
-    with open(path, "rb", buffering=0) as stream:
-      size = os.fstat(stream.fileno()).st_size
-      length = _header_length(path, stream.read(8), size)
-      text = stream.read(length)
+    size = path.stat().st_size
+    with safe_open(path, "np") as file:
+      stored = {name: file.get_slice(name) for name in file.offset_keys()}
+      metadata = (file.metadata() or {}).items()
   except OSError as error:
-    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-  entries = parse_json(text, path)
-  metadata = _checked_metadata(entries.pop("__metadata__", None), path)
+    raise ValueError(f"{path} cannot be read: {error}") from error
+  except SafetensorError as error:
+    raise ValueError(
+      f"{path} is not a whole safetensors file: {error}; download or save it"
+      " again"
+    ) from error
   specs = {
-    name: _parse_entry(path, name, entry, 8 + length)
-    for name, entry in entries.items()
+    name: _stored(path, name, array.get_shape(), array.get_dtype())
+    for name, array in stored.items()
   }
-  ordered = sorted(
-    (spec.start or 0, spec.end or 0, name) for name, spec in specs.items()
+  # The arrays fill the file from the header on, so sizes give the places.
+  end = head = size - sum(spec.nbytes for spec in specs.values())
+  for name, spec in specs.items():
+    start, end = end, end + spec.nbytes
+    specs[name] = spec._replace(start=start, end=end)
+  in_order = sorted(specs, key=lambda n: (specs[n].start, specs[n].end, n))
+  return Header(
+    {name: specs[name] for name in in_order}, dict(sorted(metadata)), head
   )
-  _check_cover(path, ordered, 8 + length, size)
-  in_order = {name: specs[name] for _, _, name in ordered}
-  return Header(in_order, metadata, 8 + length)
 
 
 def write_safetensors(
@@ -254,61 +263,6 @@ def lay_out_file(
   }
 
 
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-  """Parses a JSON object; refuses repeated names and negative numbers.
-
-  Args:
-    text: UTF-8.
-    path: where it came from, for the error message.
-
-  Raises:
-    ValueError: if it is not UTF-8, not JSON, nested too deeply, not an object,
-      or has a name twice or a negative integer.
-  """
-  try:
-    found = json.loads(
-      text.decode(), object_pairs_hook=_unique, parse_int=_natural
-    )
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: not a valid JSON header: {error}") from error
-  if not isinstance(found, dict):
-    raise ValueError(f"{path}: a JSON object is needed, not {type(found)}")
-  return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Makes a dict of a JSON object's pairs; raises if a name occurs twice."""
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    names = collections.Counter(name for name, _ in pairs)
-    raise ValueError(f"{names.most_common(1)[0][0]!r} is given twice")
-  return found
-
-
-def _natural(digits: str) -> int:
-  """Parses an integer; raises if it is negative."""
-  if digits.startswith("-"):
-    raise ValueError(f"negative number {digits[:20]}")
-  return int(digits)
-
-
-def _header_length(path: Path, head: bytes, size: int) -> int:
-  """Returns the announced header length; raises if the file cannot hold it."""
-  if len(head) < 8:
-    raise ValueError(
-      f"{path}: {size} bytes, too few for a safetensors file, which begins"
-      " with an 8-byte header length; download or save it again"
-    )
-  length = int.from_bytes(head, "little")
-  if length > min(size - 8, _MAX_HEADER_BYTES):
-    raise ValueError(
-      f"{path}: header of {length} bytes announced, but the file has {size}"
-      f" and {_MAX_HEADER_BYTES} are allowed; not a safetensors file, or"
-      " truncated"
-    )
-  return length
-
-
 def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
   """Returns metadata as a dict; raises unless it maps strings to strings."""
   metadata = {} if metadata is None else metadata
@@ -329,61 +283,24 @@ def _check_text(text: str, path: Path) -> None:
     raise ValueError(f"{path}: {text!r} is not valid Unicode") from error
 
 
-def _parse_entry(path: Path, name: str, entry: Any, base: int) -> TensorSpec:
-  """Parses a tensor's header entry; its offsets count from the byte `base`."""
-  _check_text(name, path)
+def _stored(
+  path: Path, name: str, shape: Sequence[int], code: str
+) -> TensorSpec:
+  """Returns the spec of a stored tensor; raises unless NumPy can hold it."""
   where = f"{path}: tensor {name!r}"
-  if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-    raise ValueError(f"{where} must have exactly dtype, shape, data_offsets")
-  code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-  if not isinstance(code, str) or code not in DTYPES:
+  if code not in DTYPES:
     raise ValueError(
-      f"{where} has the unknown dtype {code!r}; known are {', '.join(DTYPES)}"
+      f"{where} has the dtype {code!r}; known are {', '.join(DTYPES)}"
     )
-  for field, numbers in (("shape", shape), ("data_offsets", offsets)):
-    if not isinstance(numbers, list) or any(
-      type(n) is not int for n in numbers
-    ):
-      raise ValueError(f"{where}: {field} must be a list of integers")
-  if len(offsets) != 2:
-    raise ValueError(f"{where}: data_offsets must be begin and end")
   dtype = DTYPES[code]
   if (
     len(shape) > _MAX_AXES
     or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63
   ):
-    raise ValueError(f"{where}: no array can have the announced shape")
-  nbytes = math.prod(shape) * dtype.itemsize
-  if offsets[1] - offsets[0] != nbytes:
-    raise ValueError(
-      f"{where}: shape {tuple(shape)} of {code} takes {nbytes} bytes, but"
-      f" data_offsets hold {offsets[1] - offsets[0]}"
-    )
-  start, end = (base + offset for offset in offsets)
-  return TensorSpec(tuple(shape), dtype, nbytes, path, start, end)
-
-
-def _check_cover(
-  path: Path, ordered: list[tuple[int, int, str]], position: int, size: int
-) -> None:
-  """Raises unless every byte of the file belongs to exactly one tensor."""
-  for start, end, name in ordered:
-    if start != position:
-      kind = "leaves a hole" if start > position else "overlaps another"
-      raise ValueError(
-        f"{path}: tensor {name!r} {kind}: begins at byte {start}, while the"
-        f" ones before it end at {position}"
-      )
-    if end > size:
-      raise ValueError(
-        f"{path}: tensor {name!r} ends at byte {end}, but the file has {size}:"
-        " truncated; download or save it again"
-      )
-    position = end
-  if position != size:
-    raise ValueError(
-      f"{path}: {size - position} bytes after the last tensor belong to none"
-    )
+    raise ValueError(f"{where}: no array can have the shape {tuple(shape)}")
+  return TensorSpec(
+    tuple(shape), dtype, math.prod(shape) * dtype.itemsize, path
+  )
 
 
 def _announced(

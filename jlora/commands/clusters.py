@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import jax
 
 # How long a process may be without a sign of life, to JAX's own runtime: it
-# aborts the others then. The run's own watch speaks up before.
+# aborts the others then. The run's own watch speaks up before, except to those
+# that wait for it in a collective.
 _HEARTBEAT_SECONDS = 50
 
 # What JAX needs to find the other processes by itself, and how many there are.

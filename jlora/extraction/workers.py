@@ -29,6 +29,7 @@ from jlora.runs.processes import (
   LostProcess,
   everywhere,
   gather,
+  is_of_collective,
   process_count,
   process_index,
 )
@@ -87,8 +88,10 @@ def factor_missing(
       for job in split:
         watch.check()
         share.factor_split(job)
-    except (jax.errors.JaxRuntimeError, LostProcess) as error:
-      watch.explain(error)
+    except Exception as error:
+      if isinstance(error, LostProcess) or is_of_collective(error):
+        watch.explain(error)
+      raise
     _in_threads(share.factor_whole, mine, extractor, watch)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.checkpoints.safetensors import read_header, write_safetensors
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora
 from jlora.messages import name_some
 
@@ -243,7 +243,7 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
     ValueError: /nowhere.safetensors does not exist
   """
   checkpoint = open_checkpoint(path)
-  text = read_header(path).metadata.get(_SHAPES)
+  text = checkpoint.metadata.get(_SHAPES)
   if text is None:
     raise ValueError(f"{path} holds no packed Loras: {_SHAPES} is missing.")
   shapes = {name: tuple(shape) for name, shape in json.loads(text).items()}

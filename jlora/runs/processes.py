@@ -41,7 +41,7 @@ class LostProcess(RuntimeError):
 
 
 def process_count() -> int:
-  """How many processes take part; 1 unless `jax.distributed` is initialised.
+  """Returns how many take part; 1 unless `jax.distributed` is initialised.
 
   Returns:
     The number. No backend is started to tell that it is 1.
@@ -54,7 +54,7 @@ def process_count() -> int:
 
 
 def process_index() -> int:
-  """Which process this is; 0 unless `jax.distributed` is initialised.
+  """Returns which process this is; 0 without `jax.distributed`.
 
   Returns:
     0..count - 1.
@@ -67,7 +67,7 @@ def process_index() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-  """What each process has; all must call it.
+  """Returns what each process has; all must call it.
 
   Args:
     value: for JSON.
@@ -90,7 +90,7 @@ def gather(value: Any) -> list[Any]:
     room = -(-int(sizes.max()) // _BLOCK) * _BLOCK
     padded = np.frombuffer(text.ljust(room), np.uint8)
     texts = multihost_utils.process_allgather(padded)
-  except jax.errors.JaxRuntimeError as error:
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
     raise LostProcess(
       f"Another process ended or was killed while all compared what they have "
       f"({error}). See what it said. {HINT}."
@@ -99,7 +99,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def everywhere(work: Callable[[], T]) -> T:
-  """What a function gives, if it succeeds on every process; all must call it.
+  """Calls a function on every process, which all must; returns its result.
 
   Args:
     work: without arguments; it takes no part in anything that all must call.
@@ -130,7 +130,9 @@ def everywhere(work: Callable[[], T]) -> T:
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-  """What a function gives on the first process, on all; all must call it.
+  """Calls a function on the first process; returns its result on all.
+
+  All must call this.
 
   Args:
     work: without arguments, its result for JSON; called on process 0 alone.
@@ -150,7 +152,7 @@ def from_first(work: Callable[[], Any]) -> Any:
 
 
 def check_same_facts(facts: Mapping[str, Any]) -> None:
-  """Nothing, if all processes have the same facts; all must call it.
+  """Raises unless all processes have the same facts; all must call it.
 
   Args:
     facts: versions, options, inputs: {name: value}, for JSON.
@@ -170,7 +172,7 @@ def check_same_facts(facts: Mapping[str, Any]) -> None:
 
 
 def tell_differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Which facts are not the same on all processes.
+  """Lists the facts that are not the same on all processes.
 
   Args:
     facts: of every process.
@@ -197,7 +199,7 @@ def tell_differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def tell_errors(errors: Sequence[str | None]) -> str:
-  """The message for all processes, from each one's own.
+  """Joins each process's message to one for all.
 
   Args:
     errors: of every process, None where all went well.
@@ -229,7 +231,7 @@ the same files.'
 
 
 def name_processes(which: Sequence[int]) -> str:
-  """Some processes by number.
+  """Names processes by number.
 
   Args:
     which: at least one.
@@ -249,14 +251,33 @@ def name_processes(which: Sequence[int]) -> str:
   return f"processes {', '.join(told)} and {last}"
 
 
+def is_of_collective(error: Exception) -> bool:
+  """Returns whether JAX failed where processes work together.
+
+  On CPU that is a ValueError if a call fails before it is dispatched.
+
+  Args:
+    error: what was raised.
+
+  Example:
+    >>> is_of_collective(ValueError("UNKNOWN: Gloo AllGather failed: ..."))
+    True
+    >>> is_of_collective(ValueError("NaN in w"))
+    False
+  """
+  is_of_gloo = isinstance(error, ValueError) and "Gloo" in str(error)
+  return is_of_gloo or isinstance(error, jax.errors.JaxRuntimeError)
+
+
 def _text_of(error: Exception) -> str:
+  """Returns an error's text, with its kind unless it is for the user."""
   if isinstance(error, ValueError):
     return str(error)
   return f"{type(error).__name__}: {error}"
 
 
 def versions() -> dict[str, str]:
-  """What must be installed alike on all processes, for `check_same_facts`.
+  """Returns what must be installed alike everywhere, for `check_same_facts`.
 
   Returns:
     Versions by package, and a hash of jlora's own files: checkouts have one

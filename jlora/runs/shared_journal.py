@@ -27,7 +27,7 @@ def share_journal(
   resume: bool,
   overwrite: bool,
 ) -> tuple[Journal, Watch]:
-  """The journal of a run, and the watch of its processes; all must call it.
+  """Opens a run's journal and the watch of its processes; all must call it.
 
   Args:
     out: the run's output folder.
@@ -70,6 +70,7 @@ def share_journal(
 
 
 def _join(states: Path) -> Journal:
+  """Opens the journal that the first process has begun."""
   if processes.process_index() == 0:
     return Journal(states.parent)
   end = time.monotonic() + _SECONDS_TO_SEE / 3
@@ -85,7 +86,7 @@ def _join(states: Path) -> Journal:
 
 
 def complete_journal(journal: Journal, paths: Iterable[str]) -> None:
-  """Takes up what other processes have put into a journal.
+  """Waits until a journal shows what other processes have put into it.
 
   Args:
     journal: of a run whose processes have all done their shares.
@@ -111,7 +112,7 @@ def complete_journal(journal: Journal, paths: Iterable[str]) -> None:
 
 
 def wait_for_files(look: Callable[[], T]) -> T:
-  """What a function gives, tried until other processes' files must be there.
+  """Calls a function until it sees other processes' files, or they are late.
 
   Args:
     look: reads what another process has written; a ValueError if it is not

@@ -1,5 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process's view of the others while a run works: its guard's other end."""
+"""A process's view of the others while a run works: its guard's other end.
+
+What JAX's coordination service does, measured with jax 0.10.2 and three CPU
+processes, heartbeat_timeout_seconds=50 (in brackets 10):
+
+  one is              the others are     after        and get
+  killed              in a collective    at once      ValueError: UNKNOWN: Gloo
+  killed              computing          47 s (6-8)   an abort
+  stopped             doing either       47 s (7)     an abort
+  killed, process 0   doing either       0.2 s        an abort
+  stopped, process 0  doing either       48 s         an abort
+
+An abort is SIGABRT after "Terminating process because the JAX distributed
+service detected fatal errors": no line of Python runs any more. An ordinary
+exit after the ValueError ends in one too. `jax_enable_recoverability`, set
+before JAX is initialised, spares the others unless process 0 is killed, but
+then nothing tells them, and a collective waits for ever. No sooner, and if all
+call it together, `multihost_utils.live_devices`, "not stable", tells who lives.
+
+So what is here: within seconds, or half a minute for a host, an exception that
+names the process and says to resume, however JAX was initialised; after an
+abort, the same words; and what is wrong on one process, said by all.
+"""
 
 import json
 import os
@@ -22,14 +44,13 @@ class Watch:
   """Tells others how this process is doing, and raises when one of them ends.
 
   Used in a `with`: what is raised inside is told to all, on whom it comes out
-  as the same ValueError, or as LostProcess. With one process all of it is
-  nothing.
+  as the same ValueError, or as LostProcess. With one process it does nothing.
 
   Args:
     folder: of the run's states, on a file system that all share; it is there.
     index: of this process.
     count: of processes.
-    turn: seconds between two signs of life; None is `guards.TURN`.
+    turn: seconds between two signs of life; None is `watchdog_process.TURN`.
 
   Example:
     >>> with Watch(Path("states"), 0, 1) as watch:
@@ -50,6 +71,7 @@ class Watch:
     return self
 
   def _start(self) -> None:
+    """Starts the guard."""
     state = watchdog_process.file_of(str(self._folder), self._index)
     watchdog_process.write_state(
       state, {"is": "working", "beats": 0}, os.O_CREAT
@@ -75,12 +97,12 @@ class Watch:
 
   @property
   def is_lost(self) -> bool:
-    """Whether a process is known to be lost."""
+    """Returns whether a process is known to be lost."""
     error = self._found["error"]
     return error is not None and error["kind"] == "lost"
 
   def check(self) -> None:
-    """Nothing, as long as all is well with the others.
+    """Raises what is known to be wrong with the others, if anything.
 
     Raises:
       ValueError: another process found something wrong with the inputs.
@@ -96,10 +118,9 @@ class Watch:
     self._say({"is": "done"})
 
   def wait(self) -> None:
-    """Returns when the others have done their shares.
+    """Waits until the others have done their shares.
 
-    Of the first process, for which all others wait, the last part is to write
-    the results.
+    The others wait for the first alone, which writes the results.
 
     Raises:
       ValueError, LostProcess: as `check`.
@@ -111,10 +132,10 @@ class Watch:
       self._hear(self._turn)
 
   def explain(self, error: Exception) -> None:
-    """What is known after JAX failed, waiting until the guard must know.
+    """Raises why JAX failed, once the guard must know it.
 
     Args:
-      error: of JAX's.
+      error: of a collective.
 
     Raises:
       ValueError, LostProcess: as `check`; the error itself, if all is well.
@@ -127,13 +148,14 @@ class Watch:
     raise error
 
   def _wait(self, is_enough, seconds: float) -> None:
+    """Listens until the guard has said enough, or for some seconds."""
     end = time.monotonic() + seconds
     while not is_enough(self._found) and time.monotonic() < end:
       if not self._hear(self._turn):
         return
 
   def _hear(self, seconds: float) -> bool:
-    """Takes what the guard has said; False if there is none any more."""
+    """Takes what the guard has said; returns False if it has ended."""
     if self._guard is None or self._guard.stdout is None:
       return False
     pipe = self._guard.stdout.fileno()
@@ -152,6 +174,7 @@ class Watch:
     return True
 
   def _say(self, state: dict[str, Any]) -> None:
+    """Gives the guard a state to show."""
     if self._guard is None or self._guard.stdin is None:
       return
     try:
@@ -161,7 +184,7 @@ class Watch:
       pass  # the others see its silence
 
   def _told(self, error: BaseException) -> dict[str, Any]:
-    """What the others are told of an error."""
+    """Returns what the others are told of an error."""
     known, text = self._found["error"], str(error)
     if known and known["text"] == text:
       return known
@@ -174,6 +197,7 @@ class Watch:
     return {"text": text, "kind": "lost"}
 
   def _close(self) -> None:
+    """Ends the guard."""
     if self._guard is None:
       return
     try:

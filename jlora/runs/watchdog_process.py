@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small process beside each process of a run on several: is all well?
 
-  python -I -S guards.py INDEX COUNT FOLDER SECONDS
+  python -I -S watchdog_process.py INDEX COUNT FOLDER SECONDS
 
 It needs the standard library alone, so that it starts in no time and JAX's
 runtime cannot take it along. Its standard input is a pipe from the process it
 guards: the lines are states, and the end is that process's own. Every few
 seconds it writes the state into a file of the shared folder and reads others':
-the first process those of all, all others that of the first. What it finds goes
-to its standard output, as lines of JSON.
+the first process those of all, all others that of the first, which shows them
+what it finds. That also goes to its standard output, as lines of JSON.
 
 Files are written in place: on network file systems a file is looked at anew
 when it is opened, while a name may be taken from a cache for a minute.
@@ -35,7 +35,7 @@ HINT = "Run the same command with --resume (resume=True)"
 
 
 def file_of(folder: str, index: int) -> str:
-  """Where a process's state lies.
+  """Returns the file of a process's state.
 
   Args:
     folder: of the run's states.
@@ -78,7 +78,7 @@ def write_state(file: str, state: dict[str, Any], flags: int = 0) -> None:
 
 
 def read_state(file: str) -> dict[str, Any]:
-  """A state, empty where there is none or it is half written.
+  """Reads a state, empty where there is none or it is half written.
 
   Args:
     file: of `file_of`.
@@ -99,7 +99,7 @@ def read_state(file: str) -> dict[str, Any]:
 
 
 class Lookout:
-  """What the states of other processes come to.
+  """Reads other processes' states, and counts who is silent for how long.
 
   Args:
     folder: of the run's states.
@@ -116,7 +116,7 @@ class Lookout:
     self._silent = dict.fromkeys(self._files, 0)
 
   def look(self) -> dict[str, Any]:
-    """One turn.
+    """Looks at all states, which it should once a turn.
 
     Returns:
       `error`, the first failed process's {text, kind}, or of lost ones; None.
@@ -137,12 +137,14 @@ class Lookout:
     }
 
   def _state_of(self, index: int) -> str:
+    """Returns a process's state, which is over after a long silence."""
     state = str(self._states[index]["is"])
     if self._silent[index] < _SILENT:
       return state
     return {_WORKING: _LOST, _DONE: _LEFT}.get(state, state)
 
   def _error(self, of: dict[int, str]) -> dict[str, Any] | None:
+    """Returns what went wrong, causes before effects."""
     for index, state in of.items():
       if state == _FAILED:
         return {key: self._states[index][key] for key in ("text", "kind")}
@@ -151,7 +153,7 @@ class Lookout:
 
 
 def tell_lost(lost: list[int]) -> str:
-  """The sentence about processes that are no more.
+  """Returns the sentence about processes that are no more.
 
   Args:
     lost: their indices, at least one.
@@ -190,6 +192,7 @@ def main(argv: list[str]) -> None:
 
 
 def _guard(index: int, folder: str, lookout: Lookout, turn: float) -> None:
+  """Shows the process's state and reads others', turn by turn until it ends."""
   file, state, beats, said = file_of(folder, index), {"is": _WORKING}, 0, None
   while True:
     found = lookout.look()
@@ -201,25 +204,28 @@ def _guard(index: int, folder: str, lookout: Lookout, turn: float) -> None:
       break
     state = json.loads(lines[-1]) if lines else state
     beats += 1
-    write_state(file, {**state, "beats": beats})
+    shown = state
+    if index == 0 and state["is"] == _WORKING and found["error"]:
+      # The others see this state alone, and it may be stuck in a collective.
+      shown = {"is": _FAILED, **found["error"]}
+    write_state(file, {**shown, "beats": beats})
   # Over without a word: killed, or ended by JAX's runtime.
-  is_lost = state["is"] == _WORKING
-  if is_lost:
-    state = {"is": _LOST}
+  if state["is"] == _WORKING:
+    error = found["error"]
+    shown = {"is": _FAILED, **error} if error else {"is": _LOST}
+    write_state(file, {**shown, "beats": beats + 1})
+    _tell(index, error, lookout, turn)
   elif state["is"] == _DONE:
-    state = {"is": _LEFT}
-  else:
-    return  # all is said, and the folder may be removed
-  write_state(file, {**state, "beats": beats + 1})
-  if is_lost:
-    _tell(index, lookout, turn)
+    write_state(file, {"is": _LEFT, "beats": beats + 1})
+  # Otherwise all is said, and the folder may be removed.
 
 
-def _tell(index: int, lookout: Lookout, turn: float) -> None:
+def _tell(
+  index: int, error: dict[str, Any] | None, lookout: Lookout, turn: float
+) -> None:
   """Says on standard error why the guarded process is no more."""
-  error = None
   for _ in range(_PATIENCE if index else 0):
-    error = lookout.look()["error"]
+    error = error or lookout.look()["error"]
     if error:
       break
     time.sleep(turn)
@@ -230,7 +236,7 @@ def _tell(index: int, lookout: Lookout, turn: float) -> None:
 
 
 def _listen(seconds: float) -> tuple[list[bytes], bool]:
-  """The lines that came within a time, and whether the pipe has ended."""
+  """Returns lines that came within a time, and whether the pipe has ended."""
   if not select.select([0], [], [], seconds)[0]:
     return [], False
   came = os.read(0, 2**16)

@@ -5,11 +5,13 @@ import io
 import json
 import signal
 import sys
+import time
 from unittest import mock
 
 import numpy as np
 import pytest
 
+from jlora.commands import clusters
 from jlora.extraction import run
 from jlora.extraction.report import read_report
 from jlora.runs.journal import FOLDER
@@ -255,11 +257,13 @@ def test_the_script_on_four_processes(four, alone):
   ] * 4
 
 
-# The script, one of whose processes kills itself at its n-th module.
+# The script, one of whose processes kills itself: at its n-th module, or where
+# the others wait for it.
 KILLED = """
 import os, runpy, signal, sys, time
-from jlora.extraction import module
-victim, count = map(int, sys.argv.pop(1).split(","))
+from jlora.extraction import module, run
+victim, count, where = sys.argv.pop(1).split(",")
+victim, count = int(victim), int(count)
 index = int(sys.argv[-1].partition("=")[2])
 real, calls = module.Extractor.__call__, []
 def slow(self, job, *args):
@@ -270,18 +274,25 @@ def slow(self, job, *args):
   print("factored", job.pair.path, flush=True)
   return real(self, job, *args)
 module.Extractor.__call__ = slow
+def die(*args):
+  time.sleep(1)
+  os.kill(os.getpid(), signal.SIGKILL)
+if index == victim and where == "comparing":
+  run._plan = die
+if index == victim and where == "factoring together":
+  module.Extractor.split = die
 runpy.run_module("jlora.commands.extract", run_name="__main__", alter_sys=True)
 """
 
 
-def launch(pair, folder, count, victim, *words):
+def launch(pair, folder, count, victim, *words, where=""):
   """The script by `count` processes, in a folder of their own."""
   folder.mkdir(exist_ok=True)
   port = free_port()
   return [
     start(
       [
-        "-c", KILLED, f"{victim},2", f"--base={pair[0]}",
+        "-c", KILLED, f"{victim},2,{where}", f"--base={pair[0]}",
         f"--finetuned={pair[1]}", "--out=out", "--rank=3",
         f"--cache={folder}/cache", *words, f"--coordinator=127.0.0.1:{port}",
         f"--num_processes={count}", f"--process_id={index}",
@@ -327,6 +338,26 @@ def test_a_killed_process_ends_all_and_the_run_resumes(pair, tmp_path):
     files_of(tmp_path / name / "out") for name in ("whole", "killed")
   )
   assert found == expected
+
+
+@pytest.mark.parametrize(
+  ("where", "said"),
+  [
+    ("comparing", "error: Another process ended or was killed while all comp"),
+    ("factoring together", LOST.format(2)),
+  ],
+)
+def test_a_process_killed_where_the_others_wait(pair, tmp_path, where, said):
+  began = time.monotonic()
+  ended = finish(
+    launch(pair, tmp_path / "k", 3, 2, "--split_mib=0.005", where=where)
+  )
+  assert [status for status, *_ in ended] == [1, 1, -signal.SIGKILL]
+  for _, _, err in ended[:2]:
+    assert said in err
+    assert "Fatal" not in err
+  # Before JAX would have ended them.
+  assert time.monotonic() - began < clusters._HEARTBEAT_SECONDS - 10
 
 
 def test_without_the_first_process_the_others_say_so(pair, tmp_path):

@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,33 +99,32 @@ def test_ids_that_do_not_exist_are_refused(ids):
 
 def test_nothing_is_compiled_again():
   """Another adapter of that shape, scale, set of ids, or rank in a bank."""
+  chex.clear_trace_counter()
   run, params, adapters = small()
-  traces = []
 
-  def counted(params, tokens):
-    traces.append(1)
+  @chex.assert_max_traces(n=1)
+  def once(params, tokens):
     return run(params, tokens)
 
   bank = make_bank(adapters[:2], rank=4)
   other = make_bank([adapters[2], adapters[0]], rank=4)
   double = {p: Lora(x.a, x.b, 2 * x.scale) for p, x in bank.items()}
-  rows = jax.jit(adapt_rows(counted))
+  rows = jax.jit(adapt_rows(once))
   outs = [
     rows(params, each, ids, ROWS)
     for each, ids in (
       (bank, IDS % 2), (other, IDS % 2), (double, IDS % 2), (bank, 1 - IDS % 2),
     )
   ]  # fmt: skip
-  assert len(traces) == 1
   assert all(np.abs(outs[0] - out).max() > 1e-3 for out in outs[1:])
 
 
 def test_decoding_with_adapters_compiles_once_and_agrees_with_merged():
+  chex.clear_trace_counter()
   run, params, adapters = small()
-  traces = []
 
+  @chex.assert_max_traces(n=1)
   def decode(params, tokens):
-    traces.append(1)
     return models.generate(run, params, tokens, 6)
 
   decode_adapted = jax.jit(adapt(decode))
@@ -136,7 +136,6 @@ def test_decoding_with_adapters_compiles_once_and_agrees_with_merged():
     wanted = models.generate(run, apply(params, loras), TOKENS, 6)
     np.testing.assert_array_equal(found, wanted)
     said.append(np.asarray(found))
-  assert len(traces) == 1
   assert any(np.any(said[0] != other) for other in said[1:])
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters with an adapter in them, against float32 sums by NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -128,20 +129,14 @@ def test_an_empty_adapter_changes_nothing():
 
 
 def test_under_jit_and_scale_swept_without_a_new_trace():
-  traces = []
-
-  @jax.jit
-  def summed(params, loras):
-    traces.append(None)
-    return apply(params, loras)
-
+  chex.clear_trace_counter()
+  summed = jax.jit(chex.assert_max_traces(apply, n=1))
   params = {"w": jnp.asarray(draw(4, 6).astype(BF16))}
   for scale in (0.5, 2.0):
     given = {"w": lora(4, 6, scale=scale)}
     np.testing.assert_array_equal(
       summed(params, given)["w"], apply(params, given)["w"]
     )
-  assert len(traces) == 1
 
 
 def test_gradients_reach_factors_and_parameters():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Permuted networks compute the same; permutations form a group."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -51,13 +52,11 @@ def test_what_is_done_can_be_undone_and_composed(name):
   assert is_identity(identity(layout))
   assert not is_identity(one)
   once = permute(params, one, symmetry)
-  jax.tree.map(
-    np.testing.assert_array_equal,
+  chex.assert_trees_all_equal(
     permute(once, two, symmetry),
     permute(params, compose(two, one, layout), symmetry),
   )
-  jax.tree.map(
-    np.testing.assert_array_equal,
+  chex.assert_trees_all_equal(
     permute(once, inverse(one, layout), symmetry),
     params,
   )

@@ -2,7 +2,6 @@
 """The official library is the oracle: what it refuses is refused."""
 
 import json
-import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -46,9 +45,7 @@ BROKEN = {
   "huge number": (b'{"a":' + b"9" * 5000 + b"}", None),
   "header beyond the file": ({}, 2**40),
   "header length overflows": ({}, 2**64 - 1),
-  "entry is a list": ({"a": ["F32", [1], [0, 4]]}, None),
   "entry lacks dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, None),
-  "entry has more": (entry(extra=1), None),
   "unknown dtype": (entry(dtype="F4"), None),
   "dtype is a list": (entry(dtype=[]), None),
   "shape is a string": (entry(shape="1"), None),
@@ -79,10 +76,6 @@ BROKEN = {
   "hole in front": (entry(shape=[0], data_offsets=[4, 4]), None),
   "overlap": ({"a": ENTRY, "b": ENTRY}, None),
   "trailing bytes": ({}, None),
-  "name twice": (
-    b"{%s,%s}" % ((b'"a":' + json.dumps(ENTRY).encode(),) * 2),
-    None,
-  ),
   "metadata not strings": ({"a": ENTRY, "__metadata__": {"x": 1}}, None),
   "metadata is a list": ({"a": ENTRY, "__metadata__": []}, None),
 }
@@ -96,36 +89,34 @@ def test_broken_header_is_a_value_error_naming_the_file(tmp_path, case):
     open_checkpoint(path)
 
 
-@pytest.mark.parametrize("length", [33, 2**26, 2**63])
-def test_nothing_is_allocated_for_a_lying_header(tmp_path, length):
+@pytest.mark.parametrize(
+  ("length", "words"),
+  [(33, "invalid header length"), (2**26, "invalid"), (2**63, "too large")],
+)
+def test_a_lying_header_length(tmp_path, length, words):
   path = save(tmp_path / "x.safetensors", b"{}", bytes(30), length)
-  tracemalloc.start()
-  with pytest.raises(ValueError, match=f"header of {length} bytes announced"):
+  with pytest.raises(ValueError, match=f"x.safetensors .*{words}"):
     read_header(path)
-  peak = tracemalloc.get_traced_memory()[1]
-  tracemalloc.stop()
-  assert peak < 2**20
 
 
 @pytest.mark.parametrize("size", range(8))
 def test_shorter_than_eight_bytes(tmp_path, size):
   path = tmp_path / "x.safetensors"
   path.write_bytes(bytes(size))
-  with pytest.raises(ValueError, match="too few"):
+  with pytest.raises(ValueError, match="too small; download or save it again"):
     read_header(path)
 
 
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ({"dtype": "Q4"}, r"'a'.*unknown dtype 'Q4'"),
-    ({"shape": [3]}, r"'a'.*takes 12 bytes.*hold 4"),
-    ({"shape": [4], "data_offsets": [0, 16]}, r"'a' ends.*truncated"),
+    ({"dtype": "F8_E8M0", "shape": [4]}, "dtype 'F8_E8M0'"),
+    ({"shape": [1] * 65}, r"no array can have the shape \(1, 1"),
   ],
 )
-def test_message_names_the_tensor_and_the_numbers(tmp_path, change, words):
+def test_what_numpy_cannot_hold_names_the_tensor(tmp_path, change, words):
   path = save(tmp_path / "x.safetensors", entry(**change))
-  with pytest.raises(ValueError, match=words):
+  with pytest.raises(ValueError, match=f"x.safetensors: tensor 'a'.*{words}"):
     read_header(path)
 
 
@@ -133,7 +124,8 @@ def test_accepts_what_the_official_reader_accepts(tmp_path):
   header = {
     "__metadata__": None,
     "a": ENTRY,
-    "none": ENTRY | {"shape": [0, 3], "data_offsets": [4, 4]},
+    "none": ENTRY | {"shape": [0, 3], "data_offsets": [4, 4], "more": 1},
+    "list": ["F32", [0], [4, 4]],
     "": ENTRY | {"shape": [], "data_offsets": [4, 8]},
   }
   text = b"  " + json.dumps(header).encode() + b"   "

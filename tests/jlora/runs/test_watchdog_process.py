@@ -140,6 +140,16 @@ def test_an_end_with_the_first_process_names_that(folder):
   assert said.endswith("Process 1 was ended with it.\n")
 
 
+def test_what_the_first_ones_guard_sees_is_shown_to_all(folder):
+  """The process itself may be stuck, and ended by JAX much later."""
+  say(folder, 2, "lost")
+  state, _, said = guard(folder, 0)
+  assert state["is"] == "failed"
+  assert state["text"].startswith("process 2 ended or was killed")
+  assert said.startswith("error: process 2 ended or was killed before its ")
+  assert said.endswith("Process 0 was ended with it.\n")
+
+
 @pytest.mark.parametrize(
   ("last", "kept"), [("done", "left"), ("left", "left"), ("failed", "failed")]
 )

@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def test_a_fresh_adapter_changes_nothing(init, key):
                          "layers/up/kernel"]  # fmt: skip
   assert loras["layers/up/kernel"].a.shape == (3, 2, 6)
   assert loras["layers/up/kernel"].scale.shape == (3,)
-  jax.tree.map(np.testing.assert_array_equal, apply(PARAMS, loras), PARAMS)
+  chex.assert_trees_all_equal(apply(PARAMS, loras), PARAMS)
 
 
 def test_embeddings_are_reversed_and_not_taken_unasked(key):
@@ -134,15 +135,15 @@ def test_neither_order_nor_subset_changes_a_module(ranks, seed):
   assert {path: lora.rank for path, lora in some.items()} == ranks
   for path, lora in some.items():
     alone = init_lora(PARAMS, {path: ranks[path]}, key)[path]
-    jax.tree.map(np.testing.assert_array_equal, lora, alone)
+    chex.assert_trees_all_equal(lora, alone)
 
 
 def test_shapes_suffice(key):
   shapes = jax.eval_shape(lambda: PARAMS)
   found = init_lora(shapes, 2, key)
-  jax.tree.map(np.testing.assert_array_equal, found, init_lora(PARAMS, 2, key))
+  chex.assert_trees_all_equal(found, init_lora(PARAMS, 2, key))
   abstract = jax.eval_shape(lambda p: init_lora(p, 2, key), PARAMS)
-  assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, found)
+  chex.assert_trees_all_equal_shapes(abstract, found)
 
 
 def test_a_rank_above_the_short_side_is_told():
@@ -202,11 +203,7 @@ def test_rest_and_adapter_sum_to_the_base(params, start):
   loras, rest = split_base(params, 3, start=start, alpha=5)
   assert rest["q"]["bias"] is params["q"]["bias"]
   assert float(jnp.abs(rest["q"]["kernel"] - params["q"]["kernel"]).max()) > 0.1
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, atol=3e-6),
-    apply(rest, loras),
-    params,
-  )
+  chex.assert_trees_all_close(apply(rest, loras), params, atol=3e-6)
 
 
 @STARTS
@@ -225,10 +222,8 @@ def test_training_on_the_rest_is_a_plain_adapter_of_the_base(
   }
   plain = relative_to_base(trained, loras)
   assert {lora.rank for lora in plain.values()} == {4}
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, atol=2e-5),
-    apply(params, plain),
-    apply(rest, trained),
+  chex.assert_trees_all_close(
+    apply(params, plain), apply(rest, trained), atol=2e-5
   )
   if not moved:
     for lora in plain.values():

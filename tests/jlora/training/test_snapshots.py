@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -36,11 +36,9 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
   found = load_snapshot(tmp_path, draw(0))
   assert found.step == 12
   assert load_snapshot(tmp_path / "7", draw(0)).step == 7
-  assert jax.tree.structure(found[:2]) == jax.tree.structure(kept[:2])
-  jax.tree.map(np.testing.assert_array_equal, found[:2], kept[:2])
+  chex.assert_trees_all_equal(found[:2], kept[:2])
   assert found.key == kept.key
-  types = jax.tree.map(lambda x: x.dtype, found[:2])
-  assert types == jax.tree.map(lambda x: x.dtype, kept[:2])
+  chex.assert_trees_all_equal_dtypes(found[:2], kept[:2])
 
 
 def scaled(params, x):
@@ -57,8 +55,7 @@ def test_programs_of_every_kind_come_back(tmp_path):
   key, state = jax.random.key(0), {"count": jnp.int32(1)}
   save_snapshot(tmp_path, Snapshot(programs, state, key, 1))
   found = load_snapshot(tmp_path, Snapshot(empty, state, key, 0)).programs
-  assert jax.tree.structure(found) == jax.tree.structure(programs)
-  jax.tree.map(np.testing.assert_array_equal, found, programs)
+  chex.assert_trees_all_equal(found, programs)
 
 
 def test_another_runs_snapshot_is_refused(tmp_path):

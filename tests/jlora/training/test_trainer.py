@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of an adapter: its numbers, its bytes, and what may not move."""
 
-import functools
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +99,7 @@ def test_both_routes_take_the_same_steps(key, batch):
       programs, state, value = step(programs, state, params, *batch)
     found.append((programs, value))
   assert found[0][1] < loss(params, *batch)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *found)
+  chex.assert_trees_all_close(*found, atol=2e-5)
 
 
 def test_scales_and_base_stay_and_the_loss_falls(key, batch):
@@ -115,7 +114,7 @@ def test_scales_and_base_stay_and_the_loss_falls(key, batch):
   for path, lora in programs.items():
     assert lora.scale == loras[path].scale
     assert not np.array_equal(lora.a, loras[path].a)
-  jax.tree.map(np.testing.assert_array_equal, params, before)
+  chex.assert_trees_all_equal(params, before)
 
 
 @pytest.mark.parametrize("width", [64, 256])
@@ -172,14 +171,10 @@ def test_accumulated_gradients_are_the_large_batchs(key, batch, through):
   )
   programs, state, step = dict(loras), small.init(loras), jax.jit(small.update)
   for at in range(0, 8, 2):
-    jax.tree.map(np.testing.assert_array_equal, programs, loras)
+    chex.assert_trees_all_equal(programs, loras)
     part = [x[at : at + 2] for x in batch]
     programs, state, _ = step(programs, state, params, *part)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, atol=1e-6),
-    programs,
-    expected,
-  )
+  chex.assert_trees_all_close(programs, expected, atol=1e-6)
 
 
 def test_lora_plus_is_a_learning_rate_of_its_own(key, batch):
@@ -201,9 +196,7 @@ def test_lora_plus_is_a_learning_rate_of_its_own(key, batch):
     for _ in range(4):
       programs, state, _ = step(programs, state, params, *batch)
     found.append(programs)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), *found
-  )
+  chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-7)
   with pytest.raises(ValueError, match="at least 1, got 0.5"):
     lora_plus(0.5)
 
@@ -241,7 +234,7 @@ def test_dropout_needs_a_key_and_follows_it(key, batch):
     step(loras, init(loras), params, *batch, key=k)[0]
     for k in (keys[0], keys[0], keys[1])
   )
-  jax.tree.map(np.testing.assert_array_equal, one, again)
+  chex.assert_trees_all_equal(one, again)
   assert not np.array_equal(one["up/kernel"].b, other["up/kernel"].b)
   with pytest.raises(ValueError, match="share in"):
     train(loss, optax.sgd(0.1), dropout=1.0)
