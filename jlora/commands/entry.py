@@ -56,11 +56,11 @@ def run(command: Command, words: Sequence[str]) -> int:
   """
   # That a machine has no TPU is no news.
   logging.getLogger("jax").setLevel(logging.WARNING)
-  if asked := [word for word in words if word in (*_HELP, *_FULL)]:
-    print(help_of(command, full=asked[0] in _FULL))
-    return 0
   try:
-    command.main(_parse(command, words))
+    if asked := [word for word in words if word in (*_HELP, *_FULL)]:
+      print(help_of(command, full=asked[0] in _FULL))
+    else:
+      command.main(_parse(command, words))
     sys.stdout.flush()
   except BrokenPipeError:  # `jlora show DIR | head` has read enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

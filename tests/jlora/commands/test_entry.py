@@ -192,7 +192,8 @@ def test_what_is_raised_is_told(probe, capsys, error, says):
   assert capsys.readouterr().err == f"error: {says}\n"
 
 
-def test_a_reader_that_has_enough_is_told_nothing(tmp_path):
+@pytest.mark.parametrize("word", ["merge.json", "--help"])
+def test_a_reader_that_has_enough_is_told_nothing(tmp_path, word):
   """As in `jlora show DIR | head`."""
   (tmp_path / "merge.json").write_text("{}")
   code = (
@@ -201,9 +202,10 @@ def test_a_reader_that_has_enough_is_told_nothing(tmp_path):
     "start('show', sys.argv[1:])"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code, str(tmp_path / "merge.json")],
+    [sys.executable, "-c", code, word],
     capture_output=True,
     text=True,
+    cwd=tmp_path,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
   )
   assert (done.returncode, done.stderr) == (1, "")
