@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import jlora
 from experiments.lib.data import pairs
-from jlora import commands as caches
+from jlora import commands
 from jlora.factoring import cheapest
 
 
@@ -93,7 +93,7 @@ def _synthetic(shape: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
 
 def _cached_pair() -> tuple[str, str] | None:
   """Finds the real pair that experiments.finetune left in the cache."""
-  for tuned in sorted(caches.cache_folder().glob("*-kjv-*")):
+  for tuned in sorted(commands.cache_folder().glob("*-kjv-*")):
     base = tuned.with_name(tuned.name.split("-kjv-")[0])
     if base.exists():
       return str(base), str(tuned)

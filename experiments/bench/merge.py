@@ -267,7 +267,7 @@ class Bench:
     """Returns our command for a recipe."""
     arguments = [f"--config={recipe}", f"--out={out}"]
     cache = f"--cache={self._work / 'cache'}"
-    return [sys.executable, "-m", "experiments.merge", *arguments, cache]
+    return [sys.executable, "-m", "jlora.commands.merge", *arguments, cache]
 
   def _theirs(self, recipe: pathlib.Path, out: str) -> list[str]:
     """Returns mergekit's command for a recipe."""

@@ -197,7 +197,7 @@ class Bench:
     paths = {"base": base, "finetuned": tuned, "out": out, "cache": cache}
     arguments = [f"--{name}={value}" for name, value in paths.items()]
     arguments.append(f"--rank={self._rank}")
-    command = [sys.executable, "-m", "experiments.extract", *arguments]
+    command = [sys.executable, "-m", "jlora.commands.extract", *arguments]
     return measure(command, {"PYTHONPATH": str(_ROOT)})
 
   def _run_theirs(self, base, tuned, out, _) -> Usage:

@@ -31,6 +31,7 @@ from absl import app, flags
 
 from experiments.bench.arrays import Row
 from experiments.bench.extract import as_line
+from experiments.bench.workers import answer, on_cores
 from experiments.lib.data import smollm2
 from experiments.lib.models import finetunes
 from jlora import models
@@ -187,35 +188,21 @@ def _take_turns(
 ) -> dict[str, np.ndarray]:
   """Times workers in turns: name -> (turns, 3), wall, processor, loss."""
   with contextlib.ExitStack() as stack:
-    stack.enter_context(_on_cores(sizes.threads))
+    stack.enter_context(on_cores(sizes.threads))
     # One after the other: loading a model would disturb timed turns.
     workers = {}
     for name in names:
       workers[name] = stack.enter_context(_start(name, folder, sizes))
-      _answer(workers[name])
+      answer(workers[name])
     found: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(sizes.turns + 1):
       for name, worker in workers.items():
         worker.stdin.write("\n")
         worker.stdin.flush()
-        found[name].append(_answer(worker))
+        found[name].append(answer(worker))
     for worker in workers.values():
       worker.stdin.close()
   return {name: np.array(turns[1:]) for name, turns in found.items()}
-
-
-@contextlib.contextmanager
-def _on_cores(count: int) -> Iterator[None]:
-  """Limits processes started in the context to some cores, if possible."""
-  if not hasattr(os, "sched_setaffinity"):
-    yield
-    return
-  before = os.sched_getaffinity(0)
-  os.sched_setaffinity(0, sorted(before)[:count])
-  try:
-    yield
-  finally:
-    os.sched_setaffinity(0, before)
 
 
 def _start(name: str, folder: str, sizes: Sizes) -> subprocess.Popen:
@@ -231,17 +218,6 @@ def _start(name: str, folder: str, sizes: Sizes) -> subprocess.Popen:
     cwd=pathlib.Path(__file__).parents[2],
     text=True,
   )
-
-
-def _answer(worker: Any) -> list[float]:
-  """Reads a worker's next line."""
-  line = worker.stdout.readline()
-  if not line:
-    raise RuntimeError(
-      f"{' '.join(map(str, worker.args))} ended with {worker.wait()}; start it "
-      "by hand to see why"
-    )
-  return json.loads(line)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from absl import app, flags
 from experiments.bench import scoring
 from experiments.bench.arrays import Row
 from experiments.bench.extract import as_line
+from experiments.bench.workers import answer, on_cores
 from experiments.lib.machines import processes
 from experiments.lib.models import finetunes
 from jlora import models
@@ -161,7 +162,7 @@ def _take_turns(
 ) -> dict[str, np.ndarray]:
   """Times workers in turns: name -> (turns, 3), wall, processor, loss."""
   with contextlib.ExitStack() as stack:
-    stack.enter_context(_on_cores(sizes.threads))
+    stack.enter_context(on_cores(sizes.threads))
     workers: dict[str, Any] = {
       name: stack.enter_context(
         subprocess.Popen(
@@ -175,30 +176,16 @@ def _take_turns(
       for name in names
     }
     for worker in workers.values():  # all are ready before any is timed
-      _answer(worker)
+      answer(worker)
     found: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(sizes.turns + 1):
       for name, worker in workers.items():
         worker.stdin.write("\n")
         worker.stdin.flush()
-        found[name].append(_answer(worker))
+        found[name].append(answer(worker))
     for worker in workers.values():
       worker.stdin.close()
   return {name: np.array(turns[1:]) for name, turns in found.items()}
-
-
-@contextlib.contextmanager
-def _on_cores(count: int) -> Iterator[None]:
-  """Limits processes started in the context to some cores, if possible."""
-  if not hasattr(os, "sched_setaffinity"):
-    yield
-    return
-  before = os.sched_getaffinity(0)
-  os.sched_setaffinity(0, sorted(before)[:count])
-  try:
-    yield
-  finally:
-    os.sched_setaffinity(0, before)
 
 
 def _command(name: str, folder: str, sizes: Sizes) -> list[str]:
@@ -211,17 +198,6 @@ def _command(name: str, folder: str, sizes: Sizes) -> list[str]:
     f"Sizes(*{tuple(sizes)}))"
   )
   return [sys.executable, "-c", run]
-
-
-def _answer(worker: Any) -> list[float]:
-  """Reads a worker's next line."""
-  line = worker.stdout.readline()
-  if not line:
-    raise RuntimeError(
-      f"{' '.join(map(str, worker.args))} ended with {worker.wait()}; start it "
-      "by hand to see why"
-    )
-  return json.loads(line)
 
 
 def serve(name: str, folder: str, sizes: Sizes) -> None:

