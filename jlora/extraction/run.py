@@ -120,7 +120,7 @@ def extract_checkpoint(
   Example:
     >>> import io, tempfile
     >>> import numpy as np
-    >>> from jlora.checkpoints.safetensors import write_safetensors
+    >>> from jlora.checkpoints import write_safetensors
     >>> with tempfile.TemporaryDirectory() as tmp:
     ...   for name, scale in (("base", 0.0), ("ft", 1.0)):
     ...     w = np.full((4, 6), scale, np.float32)
