@@ -19,6 +19,8 @@ _FORMATS = (
   ("NVFP4 of modelopt", "weight", ("weight_scale", "weight_scale_2")),
   ("compressed-tensors", "weight", ("weight_scale",)),
   ("EETQ", "weight", ("weight_scales",)),
+  ("torchao", "_weight_qdata", ("_weight_scale",)),
+  ("MLX", "weight", ("scales", "biases")),
   ("quanto", "weight._data", ("weight._scale",)),
   ("HQQ", "W_q", ("scale", "zero")),
   ("AQLM", "codes", ("codebooks", "scales")),
@@ -35,6 +37,7 @@ _REMEDIES = {
   "awq": _GPTQMODEL,
   "compressed-tensors": f"{_LOAD}, quantization_config="
   "CompressedTensorsConfig(dequantize=True)).save_pretrained(NEW_FOLDER)",
+  "mlx": "`mlx_lm.convert --hf-path FOLDER --mlx-path NEW_FOLDER --dequantize`",
   "bitsandbytes": f"{_LOAD}).dequantize().save_pretrained(NEW_FOLDER)",
 }
 _OTHERWISE = "the tool that quantised it, and save it in bfloat16"

@@ -21,6 +21,8 @@ PACKED = {
   "AWQ": {"qweight": WORDS, "qzeros": WORDS, "scales": SCALES},
   "compressed-tensors": {"weight_packed": WORDS, "weight_scale": SCALES},
   "NVFP4": {"weight": BYTES, "weight_scale": E4M3, "weight_scale_2": SCALES},
+  "torchao": {"_weight_qdata": BYTES, "_weight_scale": SCALES},
+  "MLX": {"weight": BYTES, "scales": SCALES, "biases": SCALES},
   "quanto": {"weight._data": BYTES, "weight._scale": SCALES},
   "HQQ": {"W_q": BYTES, "scale": SCALES, "zero": SCALES},
   "bitsandbytes": {"weight": BYTES, "weight.absmax": SCALES},

@@ -19,7 +19,7 @@ from tests.helpers.small_pairs import (
   shared_extractor,
   write_pair,
 )
-from tests.jlora.checkpoints.test_quantised import quantise
+from tests.jlora.checkpoints.test_quantised import mxfp4, quantise
 
 Q = "model.layers.0.self_attn.q_proj"
 HEAD = "lm_head.weight"
@@ -160,6 +160,33 @@ def test_the_change_of_a_base_in_four_bits_is_from_its_values(tmp_path):
     "scale, multiplied into its weight",
   )
   assert packed.keys() <= rows.keys()
+
+
+def test_the_change_of_experts_in_mxfp4_is_from_their_values(tmp_path):
+  """A finetune of gpt-oss that transformers saved: (expert, in, out)."""
+  codes, scales = mxfp4(2, 64, 1)
+  name = "model.layers.0.mlp.experts.gate_up_proj"
+  write_pair(
+    tmp_path / "read", {f"{name}_blocks": codes, f"{name}_scales": scales}, {}
+  )
+  values = open_checkpoint(tmp_path / "read" / "base")[name]
+  values = values.astype(np.float32)
+  assert values.shape == (2, 32, 64)
+  change = np.float32(0.1) * draw(2, 32, 1) @ draw(2, 1, 64, seed=1)
+  base = BASE | {f"{name}_blocks": codes, f"{name}_scales": scales}
+  report = extract(
+    tmp_path,
+    base,
+    TUNED | {name: values + change},
+    {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+  )()
+  assert report.totals["unmatched_bytes"] == {"base": 0, "finetuned": 0}
+  assert (
+    statuses(report)[f"{name}_blocks"][1] == "codes, read with their scales"
+  )
+  row = next(row for row in report.modules if row["path"] == name)
+  np.testing.assert_allclose(row["norm"], np.linalg.norm(change), rtol=1e-3)
+  assert row["singular_values"][1] < 1e-3 * row["singular_values"][0]
 
 
 def test_a_packed_base_is_refused_before_anything_is_written(tmp_path):
