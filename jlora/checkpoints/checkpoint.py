@@ -5,7 +5,8 @@
 
 Opening reads only headers and metadata, and validates all of them. An array, or
 a slice of one, is read when asked for. float8 weights come multiplied by their
-scales. Writers put a file in its place only when it is complete.
+scales, and weights of MXFP4 or bitsandbytes dequantised. Writers put a file in
+its place only when it is complete.
 """
 
 import json
@@ -20,8 +21,14 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints import byte_ranges, huggingface, orbax
-from jlora.checkpoints.float8 import FLOAT8, dequantise, pair_scales
+from jlora.checkpoints.float8 import (
+  FLOAT8,
+  dequantise,
+  pair_other_scales,
+  pair_scales,
+)
 from jlora.checkpoints.hub import locate
+from jlora.checkpoints.quantised import find_packed
 from jlora.checkpoints.safetensors import (
   TensorSpec,
   read_header,
@@ -39,14 +46,18 @@ class Checkpoint(Mapping[str, np.ndarray]):
   """A checkpoint on disk: a mapping from names to arrays, read on demand.
 
   `checkpoint[name]` is the whole array in its stored dtype, bfloat16 included.
-  float8 weights come as float32, codes times scales; their scales are not among
-  the names. Several threads may read at once. No file stays open.
+  float8 weights come as float32, codes times scales, and weights of MXFP4 and
+  bitsandbytes in the dtype they were made from; what lies beside a quantised
+  weight is not among the names. Several threads may read at once. No file stays
+  open.
 
   Attributes:
     path: what was opened.
     format: "safetensors", "huggingface" or "orbax".
-    spec: name -> TensorSpec, with the stored dtype; known without reading.
-    companions: name of a scale -> name of the float8 weight it belongs to.
+    spec: name -> TensorSpec, with the stored dtype; known without reading. Of
+      a weight of MXFP4 or bitsandbytes it has the dtype as read.
+    companions: name of a scale, or of another tensor beside a quantised weight
+      -> name of the weight it belongs to.
     metadata: the `__metadata__` strings of all files together.
 
   Example:
@@ -72,18 +83,27 @@ class Checkpoint(Mapping[str, np.ndarray]):
     self.path = path
     self.format = format
     self.metadata = dict(metadata or {})
-    try:
-      self.companions = pair_scales(stored)
-    except ValueError as error:
-      raise ValueError(f"{path}: {error}") from error
-    self.spec = {
-      name: spec for name, spec in stored.items() if name not in self.companions
-    }
-    self._scales = {weight: name for name, weight in self.companions.items()}
     self._stored = stored
     self._read = read
     self._lock = threading.Lock()
     self._bytes_read = bytes_read
+    try:
+      scales = pair_scales(stored)
+      self._packed = find_packed(stored, self._read_counted)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+    self._scales = {weight: name for name, weight in scales.items()}
+    self.companions = {**scales, **pair_other_scales(stored, scales)}
+    for name, packed in self._packed.items():
+      self.companions |= {part: name for part in packed.parts if part != name}
+    made = {packed.parts[0]: name for name, packed in self._packed.items()}
+    self.spec = {
+      made.get(name, name): self._packed[made[name]].spec
+      if name in made
+      else spec
+      for name, spec in stored.items()
+      if name in made or name not in self.companions
+    }
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read(name)
@@ -103,14 +123,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
   @property
   def model_type(self) -> str | None:
     """Returns `model_type` of the folder's config.json, None if it has none."""
+    return self.config.get("model_type")
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """Returns what the folder's config.json says, {} if it has none."""
     file = self.path / "config.json"
     if not file.exists():
-      return None
+      return {}
     try:
       config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
       raise ValueError(f"{file} is no JSON: {error}; mend it") from error
-    return config.get("model_type") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
 
   @property
   def bytes_read(self) -> int:
@@ -145,8 +170,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """
     spec = self.spec[name]
     region, shape = _region(name, spec.shape, index)
+    if name in self._packed:
+      array = self._packed[name].read(self._read_counted, region)
+      return array.reshape(shape)
     array = self._read_counted(name, region)
-    if spec.dtype in FLOAT8:
+    if spec.dtype in FLOAT8 and name in self._scales:
       scale = self._scales[name]
       whole = [range(n) for n in self._stored[scale].shape]
       scales = self._read_counted(scale, whole)
@@ -205,7 +233,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
   Raises:
     ValueError: if there is nothing to open, a file is damaged, the index and
       the shards disagree, it is not clear which arrays are meant, the weights
-      are pickled, or a float8 weight has no scale that fits.
+      are pickled, a float8 weight has no scale that fits, or what describes a
+      weight of bitsandbytes is damaged.
 
   Example:
     >>> import tempfile

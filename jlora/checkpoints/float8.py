@@ -5,9 +5,10 @@ A float8 weight W is stored as codes C and a scale S in a tensor of its own:
 
     W = C * S        S per tensor, per row, or per block of 128 x 128
 
-DeepSeek names the scale `<name>_scale_inv`, others `<name>_scale`. Both
-multiply: `inv` means that the scale is the inverse of the factor by which the
-weight was multiplied before it was rounded.
+DeepSeek names the scale `<name>_scale_inv`, others `<name>_scale`, and some
+that of `<module>.weight` `<module>.scale_weight`. All multiply: `inv` means
+that the scale is the inverse of the factor by which the weight was multiplied
+before it was rounded.
 
 References:
   DeepSeek-V3, README_WEIGHTS.md: each 128 x 128 block times its
@@ -15,6 +16,7 @@ References:
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import ml_dtypes
@@ -38,8 +40,8 @@ def pair_scales(tensors: Shapes) -> dict[str, str]:
     tensors: name -> (shape, dtype), or a TensorSpec, of a whole checkpoint.
 
   Returns:
-    {scale name: weight name}. Scales of other tensors, `input_scale` and the
-    like are left out.
+    {scale name: weight name}. Scales of other tensors and of activations are
+    left out.
 
   Raises:
     ValueError: for float8 weights without a scale, with two, or with one whose
@@ -52,9 +54,11 @@ def pair_scales(tensors: Shapes) -> dict[str, str]:
   """
   paired = {}
   for name, (shape, dtype, *_) in tensors.items():
-    if dtype not in FLOAT8:
+    if dtype not in FLOAT8 or _MARKER.fullmatch(name):
       continue
-    found = [name + end for end in _SUFFIXES if name + end in tensors]
+    if _is_scale_of_codes(name, tensors):
+      continue
+    found = [scale for scale in _scale_names(name) if scale in tensors]
     if len(found) != 1:
       raise ValueError(
         f"tensor {name!r} is {dtype} with {len(found)} scales, and needs one:"
@@ -72,6 +76,66 @@ def pair_scales(tensors: Shapes) -> dict[str, str]:
       )
     paired[found[0]] = name
   return paired
+
+
+# An empty float8 tensor: weights of this file have scales.
+_MARKER = re.compile(r"(.*\.)?scaled_fp8")
+# Scales of what a layer reads, gives or caches: after its name, its weight's.
+_OF_LAYER = re.compile(
+  r"(.*?)[._]?((input|output|activation|act)_scale(_ub)?|scale_(input|output)"
+  r"|(q|k|v|kv|prob)_scale)"
+)
+
+
+def _is_scale_of_codes(name: str, tensors: Shapes) -> bool:
+  """Returns whether a float8 tensor is itself a scale, of NVFP4 say."""
+  weight = name.removesuffix("_scale")
+  return weight != name and (
+    f"{weight}_packed" in tensors
+    or (weight in tensors and np.dtype(tensors[weight][1]).kind in "iu")
+  )
+
+
+def _scale_names(name: str) -> list[str]:
+  """Lists the names that the scale of a weight may have."""
+  names = [name + end for end in _SUFFIXES]
+  stem = name.removesuffix("weight")
+  return names if stem == name else [*names, f"{stem}scale_weight"]
+
+
+def pair_other_scales(
+  tensors: Shapes, paired: Mapping[str, str]
+) -> dict[str, str]:
+  """Finds what lies beside float8 weights and is no part of their values.
+
+  Args:
+    tensors: name -> (shape, dtype), or a TensorSpec, of a whole checkpoint.
+    paired: from `pair_scales`.
+
+  Returns:
+    {name: name of a weight it belongs to}: scales of activations and of caches
+    in modules that hold float8 weights, and the marker `scaled_fp8`. Empty
+    where no weight is float8.
+
+  Example:
+    >>> found = {"q.weight_scale": "q.weight"}
+    >>> pair_other_scales({"q.input_scale": ((), "float32")}, found)
+    {'q.input_scale': 'q.weight'}
+  """
+  owners: dict[str, str] = {}
+  for weight in paired.values():
+    for end in (at for at, letter in enumerate(weight) if letter == "."):
+      owners.setdefault(weight[:end], weight)
+    owners.setdefault(weight, weight)
+  found = {}
+  for name, (shape, *_) in tensors.items() if owners else ():
+    if name not in paired and _MARKER.fullmatch(name):
+      found[name] = next(iter(owners.values()))
+    elif name in paired or not (match := _OF_LAYER.fullmatch(name)):
+      continue
+    elif match[1] in owners and (not match[6] or math.prod(shape) == 1):
+      found[name] = owners[match[1]]
+  return found
 
 
 def dequantise(

@@ -203,7 +203,7 @@ def _merged_config(config, base, spec, dtype) -> dict[str, Any]:
   """Returns config.json changed for a new dtype, or for a grown vocabulary."""
   config = without_paths(config)
   stored = {entry.dtype.itemsize for entry in base.spec.values()}
-  if 1 in stored:
+  if 1 in stored or base.companions:
     config.pop("quantization_config", None)
   if dtype is not None:
     for key in ("dtype", "torch_dtype"):

@@ -27,6 +27,7 @@ from jlora import ranks
 from jlora.commands import clusters, entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
   ledger_lines,
   rounding_line,
@@ -124,6 +125,12 @@ _VOCABULARY = flags.DEFINE_enum(
   "the common rows, or stop.",
   flag_values=_FLAGS,
 )
+_UNMATCHED = flags.DEFINE_bool(
+  "allow_unmatched",
+  False,
+  "Go on where more than a tenth of a checkpoint has no partner.",
+  flag_values=_FLAGS,
+)
 _FACTOR = flags.DEFINE_enum(
   "factor",
   "krylov",
@@ -210,6 +217,7 @@ _POLICIES: dict[str, Callable[[ranks.Spectra], dict[str, int]] | None] = {
 _SHARED = (
   *(_RANK, _POLICY, _ENERGY, _RATIO, _BUDGET, _SELECT, _EXCLUDE, _DTYPE),
   *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
+  _UNMATCHED,
 )
 
 
@@ -252,6 +260,7 @@ def _run() -> None:
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
     split_bytes=int(_SPLIT.value * 2**20),
+    allow_unmatched=_UNMATCHED.value,
   )
   if process:
     return
@@ -259,6 +268,8 @@ def _run() -> None:
   if _JSON.value:
     print(json.dumps(report._asdict()))
     return
+  if line := unmatched_line(report.totals):
+    print(line, end="\n\n")
   print(type_table(report), end="\n\n")
   print(worst_table(report), end="\n\n")
   print(rounding_line(report))
@@ -318,6 +329,7 @@ COMMAND = Command(
       "select": "REGEX",
       "exclude": "REGEX",
       "vocabulary": "",
+      "allow_unmatched": "",
     },
     "Rank": {
       "rank": "N",

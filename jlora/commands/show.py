@@ -18,6 +18,7 @@ from absl import flags
 from jlora.commands import entry
 from jlora.commands.contents import contents_of
 from jlora.commands.help import COMMANDS, Command
+from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
   ledger_lines,
   read_report,
@@ -129,6 +130,9 @@ def _report_lines(found: Mapping[str, Any]) -> Iterator[str]:
   settings = report.settings
   yield f"extracted: {settings.get('finetuned')} minus {settings.get('base')}"
   yield ""
+  if line := unmatched_line(report.totals):
+    yield line
+    yield ""
   yield type_table(report)
   yield ""
   yield rounding_line(report)

@@ -10,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from jlora.checkpoints.quantised import describe_companion
+from jlora.extraction.coverage import count_unmatched
 from jlora.extraction.planning import Plan
-from jlora.extraction.report import Report, total_up, write_report
+from jlora.extraction.report import (
+  NO_PARAMETER,
+  Report,
+  total_up,
+  write_report,
+)
 from jlora.factoring.figures import row_of
 from jlora.formats.peft.layouts import Profile
 from jlora.formats.peft.writing import save_peft
@@ -161,7 +168,9 @@ def write_adapter(
     for name in checkpoint.companions
   ]
   ledger = keep_ledger(plan.pairing, outcomes, scales)
-  report = Report(settings, modules, total_up(modules, ledger), ledger)
+  totals = total_up(modules, ledger)
+  totals |= count_unmatched(plan.base, plan.finetuned, plan.pairing)
+  report = Report(settings, modules, totals, ledger)
   write_report(out, report)
   return report
 
@@ -178,7 +187,7 @@ def keep_ledger(
   Args:
     pairing: all pairs and the names without partner.
     outcomes: path -> (status, why) of every pair.
-    scales: (side, name) of float8 scales, which are folded in their weights.
+    scales: (side, name) of what lies beside quantised weights.
 
   Returns:
     Rows {base: [names], finetuned: [names], status, why}.
@@ -198,7 +207,11 @@ def keep_ledger(
     why = f"only in the {side} checkpoint"
     rows += [_single(side, name, "not representable", why) for name in names]
   rows += [
-    _single(side, name, "unchanged", "scale, multiplied into its weight")
+    _single(side, name, NO_PARAMETER, why)
+    for side, name, why in pairing.buffers
+  ]
+  rows += [
+    _single(side, name, "unchanged", describe_companion(name))
     for side, name in scales
   ]
   return rows

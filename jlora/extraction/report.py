@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.checkpoints.hub import model_name, name_apart
+from jlora.extraction.coverage import unmatched_line
 from jlora.formats.peft.layouts import CONFIG, VLLM
 from jlora.runs.fingerprints import replace_text
 
@@ -32,7 +33,8 @@ class Report(NamedTuple):
       stable_rank, effective_rank, rank_90, rank_95, rank_99, noise_floor,
       noise_floor_rank, learnt_norm, rounding_share, unchanged, spectral_bound,
       optimality, bytes, singular_values, relative_errors (by rank, 0..).
-    totals: sums over the model.
+    totals: sums over the model; of a run from disk also `floating_bytes` and
+      `unmatched_bytes` of both checkpoints, those that have no partner.
     ledger: rows {base, finetuned, status, why}; every tensor of both
       checkpoints is in exactly one row.
 
@@ -100,6 +102,7 @@ def read_report(folder: str | os.PathLike) -> Report:
 
 
 _STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
+NO_PARAMETER = "no parameter"  # counted only where there is one
 
 
 def total_up(
@@ -128,6 +131,8 @@ def total_up(
     0.6
   """
   modules, ledger = list(modules), list(ledger)
+  statuses = [row["status"] for row in ledger]
+  told = [*_STATUSES, *([NO_PARAMETER] if NO_PARAMETER in statuses else [])]
   norm2 = sum(row["norm"] ** 2 for row in modules)
   error2 = sum(row["error"] ** 2 for row in modules)
   share = error2 / norm2 if norm2 else 0.0
@@ -138,10 +143,7 @@ def total_up(
     **_total_rounding(modules),
     "adapter_bytes": sum(row["bytes"] for row in modules),
     "parameter_bytes": sum(row["parameter_bytes"] for row in modules),
-    "ledger": {
-      status: sum(row["status"] == status for row in ledger)
-      for status in _STATUSES
-    },
+    "ledger": {status: statuses.count(status) for status in told},
   }
 
 
@@ -334,7 +336,9 @@ def ledger_lines(report: Report, count: int = 8) -> str:
     "ledger: " + ", ".join(f"{n} {status}" for status, n in counts.items())
   ]
   noted = [
-    row for row in report.ledger if row["why"] and row["status"] != "unchanged"
+    row
+    for row in report.ledger
+    if row["why"] and row["status"] not in ("unchanged", NO_PARAMETER)
   ]
   # Lost tensors come first.
   noted.sort(key=lambda row: row["status"] != "not representable")
@@ -477,6 +481,7 @@ tags: [lora, jlora]
 
 # LoRA extracted from `{names["finetuned"]}`
 
+{_lead(report)}\
 The low-rank part of what a finetune changed in `{base}`. All deltas
 together, it misses {report.totals["relative_error"]:.2%} of their norm
 ({report.totals["energy"]:.2%} of the energy is kept).
@@ -504,6 +509,12 @@ It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by
 
 `{REPORT}` has every module and every tensor.
 """
+
+
+def _lead(report: Report) -> str:
+  """Returns the paragraph before all figures: what they leave out."""
+  line = unmatched_line(report.totals)
+  return f"**{line[0].upper()}{line[1:]}.**\n\n" if line else ""
 
 
 # The values that `vllm serve` accepts for --max-lora-rank.

@@ -17,14 +17,17 @@ import jax.numpy as jnp
 
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.hub import model_name
+from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.extraction.assembly import Policy, choose_ranks, write_adapter
+from jlora.extraction.coverage import check_coverage
 from jlora.extraction.module import Extractor
 from jlora.extraction.planning import Plan, fingerprint, plan_jobs
 from jlora.extraction.report import REPORT, Report, read_report
 from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
-from jlora.pairing.match import Vocabulary, keep_whole, pair_up
+from jlora.pairing.match import Vocabulary, is_table, keep_whole, pair_up
+from jlora.pairing.vocabularies import read_both_tokens
 from jlora.runs import processes
 from jlora.runs.fingerprints import name_of
 from jlora.runs.journal import (
@@ -58,6 +61,7 @@ def extract_checkpoint(
   resume: bool = False,
   overwrite: bool = False,
   split_bytes: int = 2**31,
+  allow_unmatched: bool = False,
   log: IO[str] | None = None,
 ) -> Report:
   """Extracts a finetune into a PEFT adapter folder; returns the report.
@@ -85,7 +89,8 @@ def extract_checkpoint(
     factor: the factoriser.
     select: `(path, spec) -> bool`, which matrices are factored; others that
       changed are reported as not representable.
-    vocabulary: what happens to an embedding whose number of rows changed.
+    vocabulary: what happens to an embedding whose number of rows changed. Rows
+      are compared by token where both checkpoints have a tokenizer.
     profile: the consumer, `PEFT` or `VLLM`.
     dtype: storage dtype of the factors.
     key: PRNG key; None is `key(0)`.
@@ -97,6 +102,8 @@ def extract_checkpoint(
       in it is replaced, other files stay.
     split_bytes: a matrix that takes more bytes in float32 is factored on all
       devices together, if there are several and they divide one of its axes.
+    allow_unmatched: go on where more than a tenth of the floating bytes of a
+      side have no partner on the other.
     log: where progress goes; None is standard error. Each process reports its
       own share.
 
@@ -110,7 +117,8 @@ def extract_checkpoint(
     adapter twice while it is written.
 
   Raises:
-    ValueError: inputs that cannot be read or do not belong together, NaN or
+    ValueError: inputs that cannot be read, are packed in a way that jlora does
+      not read, or do not belong together, most of them unmatched, NaN or
       infinity in a tensor, a folder that is not empty, a journal of another
       run, nothing to extract, or processes that differ in versions, options or
       what they see. All processes raise it.
@@ -151,6 +159,7 @@ def extract_checkpoint(
     "split_bytes": split_bytes,
     "resume": resume,
     "overwrite": overwrite,
+    "allow_unmatched": allow_unmatched,
   }
   _check_options(settings, named)
 
@@ -161,7 +170,7 @@ def extract_checkpoint(
 
   # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
-    lambda: _plan(base, finetuned, vocabulary, select, rank)
+    lambda: _plan(base, finetuned, vocabulary, select, rank, allow_unmatched)
   )
   marks = fingerprint(plan, key, options)
   processes.check_same_facts(marks)
@@ -202,11 +211,18 @@ def extract_checkpoint(
   return report
 
 
-def _plan(base, finetuned, vocabulary, select, rank) -> Plan:
+def _plan(base, finetuned, vocabulary, select, rank, allow_unmatched) -> Plan:
   """Opens both checkpoints, pairs their tensors and plans what is done."""
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
-  pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary)
-  return plan_jobs(left, right, pairing, select, rank)
+  check_dequantised(left)
+  check_dequantised(right)
+  has_table = any(is_table(name) for name in left.spec)
+  tokens = read_both_tokens(left.path, right.path) if has_table else None
+  pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary, tokens=tokens)
+  plan = plan_jobs(left, right, pairing, select, rank)
+  if not allow_unmatched:
+    check_coverage(left, right, pairing)
+  return plan
 
 
 def _missing(plan: Plan, journal: Journal) -> list[int]:

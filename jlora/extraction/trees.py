@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.factoring.deltas import difference
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Lora, Loras, exchange, from_factors
@@ -114,6 +116,9 @@ def extract(
     Eckart and Young (1936). Loss of extraction from full finetunes: Biderman
     et al. (2024), section 4.6.
   """
+  for tree in (base, finetuned):
+    if isinstance(tree, Checkpoint):
+      check_dequantised(tree)
   left, right = _leaves(base), _leaves(finetuned)
   if isinstance(left, dict) or isinstance(right, dict):
     check_same_paths(left, right, "base", "finetuned")

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 
 from jlora.numerics.backends import library_of
-from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of, read_side
+from jlora.pairing.pairs import (
+  Pair,
+  Rows,
+  Side,
+  TensorPart,
+  names_of,
+  read_side,
+)
 
 _COMPARED = 2**18  # bytes of a tensor to compare at a time
 
@@ -41,6 +48,9 @@ def read_pair(
     read_side(base, pair.base, one),
     read_side(finetuned, pair.finetuned, two),
   )
+  if isinstance(pair.finetuned, Rows):
+    lacking = np.asarray(pair.finetuned.rows, int) < 0
+    right[lacking] = left[lacking].astype(right.dtype)
   if not pair.whole and right.shape[:1] < left.shape[:1]:
     rest = left[right.shape[0] :].astype(right.dtype)
     right = np.concatenate([right, rest])
@@ -73,7 +83,8 @@ def is_same(
   """
   sides = pair.base, pair.finetuned
   if pair.whole or any(
-    isinstance(side, Stack) or side.index or side.swap for side in sides
+    not isinstance(side, TensorPart) or side.index or side.swap
+    for side in sides
   ):
     return False
   left, right = (
@@ -121,9 +132,7 @@ def is_equal(left: np.ndarray, right: np.ndarray) -> bool:
   return np.array_equal(left.astype(np.float32), right.astype(np.float32))
 
 
-def stored_dtype(
-  checkpoint: Mapping[str, Any], side: TensorPart | Stack
-) -> np.dtype:
+def stored_dtype(checkpoint: Mapping[str, Any], side: Side) -> np.dtype:
   """Returns the dtype of a side of a pair as its file has it, float8 included.
 
   Of several tensors it is that of the first.

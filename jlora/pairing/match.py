@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matching each tensor of a finetuned checkpoint with one of its base.
 
-Names come first, then what real checkpoints have: a wrapper's prefix, a head
-tied on one side, a grown vocabulary, experts fused on one side. A pair that its
+Names come first, then what real checkpoints have: wrappers' names in names, a
+head tied on one side, a vocabulary that grew or changed its order, experts
+fused on one side. Tensors that are no parameters are left out. A pair that its
 own name did not match has a note, which the report's ledger shows.
 """
 
@@ -11,8 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora.messages import name_some
+from jlora.pairing.buffers import why_no_parameter
 from jlora.pairing.fused_experts import fused_in_base, fused_in_finetuned
-from jlora.pairing.pairs import Pair, Pairing, Stack, TensorPart
+from jlora.pairing.pairs import Pair, Pairing, Rows, Side, Stack, TensorPart
+from jlora.pairing.vocabularies import Tokens, rows_by_token
+from jlora.pairing.wrappers import see_through
 
 # Wrappers around a language model, longest first.
 _PREFIXES = (
@@ -124,6 +128,7 @@ def pair_up(
   finetuned: Mapping[str, Any],
   *,
   vocabulary: Vocabulary = keep_whole,
+  tokens: tuple[Tokens, Tokens] | None = None,
 ) -> Pairing:
   """Pairs the tensors of two checkpoints, each accounted for exactly once.
 
@@ -132,10 +137,12 @@ def pair_up(
     finetuned: the same for the finetune.
     vocabulary: decides about an embedding or head whose number of rows differs:
       `keep_whole`, `common_rows`, `same_rows`, or a function like them.
+    tokens: of both, from `read_both_tokens`; rows that are compared are then
+      those of the same tokens. None compares rows of the same number.
 
   Returns:
-    Pairing: the pairs, in the order of the base, and the names on either side
-    that have no partner.
+    Pairing: the pairs, in the order of the base, the names on either side that
+    have no partner, and those of tensors that are no parameters.
 
   Raises:
     ValueError: shapes that differ in another way; names up to three with both.
@@ -148,6 +155,20 @@ def pair_up(
     >>> pairing.pairs[0].note
     'prefix differs: language_model.model.q.weight'
   """
+  buffers = tuple(
+    (side, name, why)
+    for side, spec in (("base", base), ("finetuned", finetuned))
+    for name, one in spec.items()
+    if (why := why_no_parameter(name, one.shape))
+  )
+  if buffers:
+    base, finetuned = (
+      _except(spec, {name for own, name, _ in buffers if own == side})
+      for side, spec in (("base", base), ("finetuned", finetuned))
+    )
+  one, two = see_through(base, finetuned, _bare)
+  base = {name: base[own] for name, own in one.items()}
+  finetuned = {name: finetuned[own] for name, own in two.items()}
   left, right = dict.fromkeys(base), dict.fromkeys(finetuned)
   pairs = [
     *_by_name(base, left, right),
@@ -156,7 +177,7 @@ def pair_up(
     *fused_in_base(base, finetuned, left, right, _bare),
     *_by_tie(base, finetuned, left, right),
   ]
-  pairs = [_settle_shape(pair, finetuned, vocabulary) for pair in pairs]
+  pairs = [_settle_shape(pair, finetuned, vocabulary, tokens) for pair in pairs]
   wrong = [
     f"{pair.path} {pair.shape} against {finetuned[pair.finetuned.name].shape}"
     for pair in pairs
@@ -172,7 +193,57 @@ def pair_up(
     )
   order = {name: place for place, name in enumerate(base)}
   pairs.sort(key=lambda pair: order[pair.base.name])
-  return Pairing(pairs, list(left), list(right))
+  pairs = [_as_stored(pair, one, two) for pair in pairs]
+  return Pairing(
+    pairs, [one[name] for name in left], [two[name] for name in right], buffers
+  )
+
+
+def _except(spec: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+  """Returns a mapping without some names."""
+  return {name: one for name, one in spec.items() if name not in names}
+
+
+def _as_stored(
+  pair: Pair, base: Mapping[str, str], finetuned: Mapping[str, str]
+) -> Pair:
+  """Gives a pair the names that its tensors have in the files."""
+  path = base.get(pair.path, pair.path)
+  side = pair.finetuned
+  names = [part.name for part in _parts_of(side)]
+  is_same = path == pair.path and all(finetuned[n] == n for n in names)
+  if is_same and base[pair.base.name] == pair.base.name:
+    return pair
+  pair = pair._replace(
+    path=path,
+    base=pair.base._replace(name=base[pair.base.name]),
+    finetuned=_renamed(side, finetuned),
+  )
+  if len(names) > 1 or "differs" in pair.note:
+    return pair
+  own, there = pair.base.name, finetuned[names[0]]
+  is_prefix = own.endswith(f".{there}") or there.endswith(f".{own}")
+  said = "prefix differs" if is_prefix else "a wrapper's name in the name"
+  return pair._replace(note=_and(f"{said}: {there}", pair.note))
+
+
+def _parts_of(side: Side) -> list[Any]:
+  """Lists the parts with a name that a side is made of."""
+  if isinstance(side, Stack):
+    return [part for parts in side.experts for part in parts]
+  return [side]
+
+
+def _renamed(side: Side, names: Mapping[str, str]) -> Side:
+  """Returns a side with other names."""
+  if isinstance(side, Stack):
+    return side._replace(
+      experts=tuple(
+        tuple(part._replace(name=names[part.name]) for part in parts)
+        for parts in side.experts
+      )
+    )
+  return side._replace(name=names[side.name])
 
 
 def _by_name(base, left, right):
@@ -244,23 +315,52 @@ def _only(names, rule: str) -> str | None:
   return found[0] if len(found) == 1 else None
 
 
-def _settle_shape(pair: Pair, finetuned, vocabulary: Vocabulary) -> Pair:
-  """Applies the vocabulary policy to a table whose number of rows differs."""
+def _settle_shape(
+  pair: Pair,
+  finetuned,
+  vocabulary: Vocabulary,
+  tokens: tuple[Tokens, Tokens] | None,
+) -> Pair:
+  """Settles which rows of a table belong together, by policy and by token."""
   side = pair.finetuned
-  if isinstance(side, Stack) or side.index:
+  if not isinstance(side, TensorPart) or side.index or not is_table(pair.path):
     return pair
   there = tuple(finetuned[side.name].shape)
-  if there == pair.shape or there[1:] != pair.shape[1:]:
+  if there[1:] != pair.shape[1:]:
     return pair
-  if not is_table(pair.path):
-    return pair
+  if there == pair.shape:
+    return _by_token(pair, tokens, there, pair.shape[0])
   rows = vocabulary(pair.path, pair.shape, there)
   said = f"vocabulary {pair.shape[0]} in the base, {there[0]} in the finetune"
   if rows is None:
     note = _and(pair.note, f"{said}: kept whole")
     return pair._replace(note=note, whole=True)
   note = _and(pair.note, f"{said}: {rows.stop} common rows compared")
-  return pair._replace(finetuned=side._replace(index=(rows,)), note=note)
+  found = _by_token(pair._replace(note=note), tokens, there, rows.stop)
+  if isinstance(found.finetuned, Rows):
+    return found._replace(note=_and(said, found.note.removeprefix(note)[2:]))
+  return found._replace(finetuned=side._replace(index=(rows,)))
+
+
+def _by_token(pair: Pair, tokens, there: tuple[int, ...], count: int) -> Pair:
+  """Pairs rows of the same tokens, if these have other numbers."""
+  side = pair.finetuned
+  if tokens is None or side.swap or len(pair.shape) != 2:
+    return pair
+  rows = rows_by_token(*tokens, (pair.shape[0], there[0]))
+  if rows is None:
+    return pair
+  if count < min(pair.shape[0], there[0]):  # a policy of the caller's
+    rows = (*rows[:count], *[-1] * (pair.shape[0] - count))
+  moved = sum(row not in (number, -1) for number, row in enumerate(rows))
+  lacking = sum(row < 0 for row in rows)
+  said = (
+    f"rows compared by token: {moved} of {len(rows)} have another number in "
+    f"the finetune, {lacking} are not there"
+  )
+  return pair._replace(
+    finetuned=Rows(side.name, rows), note=_and(pair.note, said)
+  )
 
 
 def _and(*notes: str) -> str:

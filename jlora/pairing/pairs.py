@@ -30,6 +30,21 @@ class Stack(NamedTuple):
   swap: bool = False
 
 
+class Rows(NamedTuple):
+  """Rows of a table that has them in another order, or lacks some.
+
+  Attributes:
+    name: the table's name.
+    rows: for each row of the result its row there; -1: there is none.
+  """
+
+  name: str
+  rows: tuple[int, ...]
+
+
+Side = TensorPart | Stack | Rows
+
+
 class Pair(NamedTuple):
   """A parameter of the base, and where its base and finetuned values lie.
 
@@ -46,17 +61,25 @@ class Pair(NamedTuple):
   path: str
   shape: tuple[int, ...]
   base: TensorPart
-  finetuned: TensorPart | Stack
+  finetuned: Side
   note: str = ""
   whole: bool = False
 
 
 class Pairing(NamedTuple):
-  """All pairs of two checkpoints, and each side's names without a partner."""
+  """All pairs of two checkpoints, and each side's names without a partner.
+
+  Attributes:
+    pairs: what belongs together.
+    only_base: names of the base without a partner.
+    only_finetuned: the same of the finetune.
+    buffers: (side, name, why) of tensors that are no parameters.
+  """
 
   pairs: list[Pair]
   only_base: list[str]
   only_finetuned: list[str]
+  buffers: tuple[tuple[str, str, str], ...] = ()
 
 
 # Bytes of a tensor that are read at a time into reused memory: they stay in the
@@ -68,14 +91,15 @@ _KEPT = 2**25
 
 def read_side(
   checkpoint: Any,
-  side: TensorPart | Stack,
+  side: Side,
   room: Callable[[int], np.ndarray] | None = None,
 ) -> np.ndarray:
   """Reads the values of one side of a pair.
 
   Args:
     checkpoint: an open checkpoint, or any mapping from names to arrays.
-    side: a TensorPart or a Stack of it.
+    side: a TensorPart, a Stack of it or Rows of it; rows that are not there
+      are NaN, and `read_pair` has the base's instead.
     room: number of bytes -> uint8 array of that size or more, in which the
       result may lie: memory that was used before costs less than new. It is
       called for whole tensors of files, of up to 32 MiB.
@@ -94,6 +118,11 @@ def read_side(
         for parts in side.experts
       ]
     )
+  elif isinstance(side, Rows):
+    rows = np.asarray(side.rows, int)
+    array = checkpoint[side.name][rows]
+    array[rows < 0] = np.nan
+    return array
   elif room is not None and _is_plain(checkpoint, side):
     array = _read_into(room, checkpoint, side.name)
   elif side.index and hasattr(checkpoint, "read"):
@@ -104,7 +133,7 @@ def read_side(
 
 
 def read_region_of_side(
-  checkpoint: Any, side: TensorPart | Stack, region: tuple[slice, ...]
+  checkpoint: Any, side: Side, region: tuple[slice, ...]
 ) -> np.ndarray:
   """Reads a region of one side of a pair.
 
@@ -116,7 +145,7 @@ def read_region_of_side(
   Returns:
     `read_side(checkpoint, side)[region]`. Of a TensorPart no more is read than
     `Checkpoint.read` needs for the region; of a Stack only the region's
-    experts, one by one.
+    experts, one by one; of Rows all.
 
   Example:
     >>> whole = {"w": np.arange(6).reshape(2, 3)}
@@ -125,6 +154,8 @@ def read_region_of_side(
     array([[1],
            [2]])
   """
+  if isinstance(side, Rows):
+    return read_side(checkpoint, side)[region]
   inner = (*region[:-2], *region[-2:][::-1]) if side.swap else region
   if isinstance(side, Stack):
     array = np.stack(
@@ -184,8 +215,8 @@ def _read_into(
   return array
 
 
-def names_of(side: TensorPart | Stack) -> list[str]:
+def names_of(side: Side) -> list[str]:
   """Returns the names of the tensors that a side of a pair is read from."""
-  if isinstance(side, TensorPart):
+  if isinstance(side, TensorPart | Rows):
     return [side.name]
   return [part.name for parts in side.experts for part in parts]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading which token each row of an embedding stands for.
 
-Merging adds rows by their number. That is right only where a number means the
-same token in all models, which shapes cannot tell, but tokenizers can.
+Rows are compared and added by their number. That is right only where a number
+means the same token in all models: shapes cannot tell, but tokenizers can.
 """
 
 import json
@@ -36,21 +36,63 @@ def read_tokens(path: str | os.PathLike) -> Tokens | None:
     ...   read_tokens(folder)
     {0: 'a', 1: 'b'}
   """
+  if (file := _find(path)) is None:
+    return None
+  try:
+    return _READERS[file.name](file)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{file} is no JSON: {error}") from error
+
+
+def read_both_tokens(
+  first: str | os.PathLike, second: str | os.PathLike
+) -> tuple[Tokens, Tokens] | None:
+  """Reads the tokens of two checkpoints where their tokenizers differ.
+
+  Args:
+    first: a checkpoint, its folder or a file in it.
+    second: another.
+
+  Returns:
+    The tokens of both; None if their `tokenizer.json` is the same file or holds
+    the same bytes, or if either has no tokens that can be read.
+
+  Raises:
+    ValueError: as `read_tokens`.
+
+  Example:
+    >>> read_both_tokens("/nowhere", "/nowhere") is None
+    True
+  """
+  files = _find(first), _find(second)
+  if files[0] is None or files[1] is None or _are_same(*files):
+    return None
+  one, two = read_tokens(first), read_tokens(second)
+  return None if one is None or two is None or one == two else (one, two)
+
+
+def _find(path: str | os.PathLike) -> Path | None:
+  """Finds the file that has a checkpoint's tokens; None if there is none."""
   folder = Path(path)
   folder = folder if folder.is_dir() else folder.parent
-  for name, read in _READERS.items():
-    if (folder / name).is_file():
-      try:
-        return read(folder / name)
-      except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / name} is no JSON: {error}") from error
-  return None
+  files = (folder / name for name in _READERS)
+  return next((file for file in files if file.is_file()), None)
+
+
+def _are_same(first: Path, second: Path) -> bool:
+  """Returns whether two files that stand alone hold the same bytes."""
+  if first.name != "tokenizer.json" or second.name != first.name:
+    return False
+  if first.stat().st_size != second.stat().st_size:
+    return False
+  return first.samefile(second) or first.read_bytes() == second.read_bytes()
 
 
 def _of_tokenizer(file: Path) -> Tokens | None:
   """Reads a tokenizer.json; None if its vocabulary has another form."""
   raw = json.loads(file.read_text("utf-8"))
-  vocabulary = raw.get("model", {}).get("vocab")
+  model = raw.get("model") if isinstance(raw, Mapping) else None
+  vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
   if isinstance(vocabulary, Mapping):
     found = {number: token for token, number in vocabulary.items()}
   elif isinstance(vocabulary, list):  # Unigram: (token, score) by number
@@ -106,3 +148,46 @@ def differing_rows(
     for number in sorted(first.keys() & second.keys())
     if number < rows and first[number] != second[number]
   ]
+
+
+def rows_by_token(
+  first: Mapping[int, str],
+  second: Mapping[int, str],
+  rows: tuple[int, int],
+) -> tuple[int, ...] | None:
+  """Finds for each row of one table the row of the same token in another.
+
+  A row whose token the other model does not know, or that has none, is paired
+  by number if that number is no token of the first there either: a reserved
+  token that was renamed, or padding.
+
+  Args:
+    first: number -> token.
+    second: number -> token.
+    rows: how many each table has.
+
+  Returns:
+    For each row of the first its row in the second, -1 where there is none.
+    None if these are the same numbers throughout.
+
+  Example:
+    >>> rows_by_token({0: "a", 1: "b"}, {0: "x", 1: "a", 2: "b"}, (2, 3))
+    (1, 2)
+    >>> rows_by_token({0: "a", 1: "b"}, {0: "a", 1: "c", 2: "d"}, (2, 3))
+  """
+  count, there = rows
+  number_of = {second[n]: n for n in sorted(second, reverse=True) if n < there}
+  known = set(first.values())
+
+  def row_of(number: int) -> int:
+    token, other = first.get(number), second.get(number)
+    is_there = number < there
+    if is_there and token is not None and token == other:
+      return number
+    if token is not None and token in number_of:
+      return number_of[token]
+    return number if is_there and other not in known else -1
+
+  found = tuple(row_of(number) for number in range(count))
+  plain = (number if number < there else -1 for number in range(count))
+  return None if found == tuple(plain) else found

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.checkpoints.merged import merged_dtype, read_json_config
+from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.formats.adapted import open_model
 from jlora.merging.checkpoints.recipes import (
   Recipe,
@@ -20,6 +21,7 @@ from jlora.merging.checkpoints.recipes import (
   first_setting,
 )
 from jlora.messages import name_some
+from jlora.pairing.buffers import why_no_parameter
 from jlora.pairing.layers import LayerNames, find_layers
 from jlora.pairing.match import Vocabulary, common_rows, is_table, pair_up
 from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of
@@ -97,7 +99,8 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     MergePlan.
 
   Raises:
-    ValueError: models that cannot be read or do not belong together, layers
+    ValueError: models that cannot be read or do not belong together, weights
+      that are packed in a way that jlora does not read, layers
       that do not exist, a setting none of whose conditions holds, or, with
       `common_rows`, tokenizers that give rows other tokens than the
       reference's. With another policy the latter is only noted: rows are added
@@ -115,6 +118,8 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     ('w', (('weights', (1.0,)),))
   """
   models = {name: open_model(name) for name in recipe.models}
+  for model in models.values():
+    check_dequantised(getattr(model, "base", model))
   reference = recipe.models[0]
   first = models[reference]
   config = read_json_config(first.path)
@@ -128,6 +133,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
   jobs, taken = Planner(recipe, models, catalogues, layers).plan()
   notes = [] if is_sliced else _left_out(catalogues, jobs, layers)
   notes += _other_tokens(recipe, models, jobs)
+  notes += _other_buffers(models)
   return MergePlan(models, reference, jobs, config, taken, notes)
 
 
@@ -166,6 +172,10 @@ def _catalogue(
   for name in pairing.only_finetuned:
     shape = tuple(spec[name].shape)
     found[name] = Pair(name, shape, TensorPart(name), TensorPart(name))
+  for side, name, why in pairing.buffers:
+    if side == "base":  # copied from the reference, whoever has it
+      shape, own = tuple(reference[name].shape), TensorPart(name)
+      found[name] = Pair(name, shape, own, own, f"{why}, copied", True)
   return found
 
 
@@ -197,6 +207,21 @@ def _left_out(catalogues, jobs, layers: LayerNames) -> list[str]:
       )
     if rest:
       notes.append(f"{name_some(rest)}: only in {model}, left out")
+  return notes
+
+
+def _other_buffers(models: Mapping[str, Any]) -> list[str]:
+  """Describes tensors beside the reference's that are no parameters."""
+  reference, *others = models
+  notes = []
+  for name in others:
+    lone = [
+      one
+      for one, spec in models[name].spec.items()
+      if one not in models[reference].spec and why_no_parameter(one, spec.shape)
+    ]
+    if lone:
+      notes.append(f"{name_some(lone)}: no parameters, of {name}, left out")
   return notes
 
 
@@ -344,20 +369,24 @@ class Planner:
     return Job(
       name=name,
       shape=shape,
-      dtype=self._dtype(names[0], sources[0]),
+      dtype=self._dtype(names[0], sources[0], shape),
       sources=sources,
       base=None if settings is None else base,
       settings=settings,
       note="; ".join(notes),
     )
 
-  def _dtype(self, name: str, source: InputTensor) -> np.dtype:
+  def _dtype(
+    self, name: str, source: InputTensor, shape: tuple[int, ...]
+  ) -> np.dtype:
     """Returns the recipe's dtype, or that of the reference's tensor."""
     own = self._catalogues[self._reference].get(name)
     if own is not None:
       source = InputTensor(self._reference, own.finetuned)
     model = self._models[source.model]
     stored = getattr(model, "base", model).spec[names_of(source.side)[0]].dtype
+    if why_no_parameter(name, shape):
+      return merged_dtype(stored, None)
     return merged_dtype(stored, self._recipe.dtype)
 
   def _find(self, model: str, name: str) -> Pair:

@@ -315,8 +315,9 @@ def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:
   config = without_paths(plan.config)
   if plan.taken:
     config = configure_layers(config, plan.taken)
-  spec = plan.models[plan.reference].spec
-  if any(entry.dtype.itemsize == 1 for entry in spec.values()):
+  first = plan.models[plan.reference]
+  spec, is_packed = first.spec, getattr(first, "base", first).companions
+  if is_packed or any(one.dtype.itemsize == 1 for one in spec.values()):
     config.pop("quantization_config", None)
   if recipe.dtype is not None:
     for name in ("dtype", "torch_dtype"):

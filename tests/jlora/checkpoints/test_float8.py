@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.checkpoints.float8 import FLOAT8, dequantise, pair_scales
+from jlora.checkpoints.float8 import (
+  FLOAT8,
+  dequantise,
+  pair_other_scales,
+  pair_scales,
+)
 
 E4M3, E5M2 = FLOAT8
 SHAPES = {
@@ -74,7 +79,40 @@ def test_scales_are_paired_and_others_left(suffix):
     "int8.weight": ((2, 2), np.dtype(np.int8)),
     "int8.weight_scale": ((2, 1), "float32"),
   }
-  assert pair_scales(tensors) == {f"q.weight{suffix}": "q.weight"}
+  found = pair_scales(tensors)
+  assert found == {f"q.weight{suffix}": "q.weight"}
+  others = pair_other_scales(tensors, found)
+  assert others == {"q.input_scale": "q.weight", "q.k_scale": "q.weight"}
+
+
+def test_scales_of_every_name_belong_to_their_weight():
+  """As written by vLLM's tools, by ComfyUI, and for fused experts."""
+  number, e4m3 = ((), np.dtype(np.float32)), ((4, 4), E4M3)
+  tensors = {
+    "a.q_proj.weight": e4m3,
+    "a.q_proj.weight_scale": number,
+    "a.q_proj.input_scale_ub": number,
+    "a.q_proj.output_scale": number,
+    "a.k_scale": number,
+    "b.weight": e4m3,
+    "b.scale_weight": number,
+    "b.scale_input": number,
+    "scaled_fp8": ((2,), E4M3),
+    "experts.gate_up_proj": e4m3,
+    "experts.gate_up_proj_scale_inv": number,
+    "experts.gate_up_proj_input_scale": number,
+  }
+  scales = pair_scales(tensors)
+  others = pair_other_scales(tensors, scales)
+  weights = {"a.q_proj.weight", "b.weight", "experts.gate_up_proj"}
+  assert {*scales.values()} == weights
+  assert {*scales, *others, *weights} == {*tensors}
+  assert others["scaled_fp8"] in weights
+  assert others["experts.gate_up_proj_input_scale"] == "experts.gate_up_proj"
+  # Without a float8 weight, and of a layer that has none, they may be anything.
+  strange = {"c.input_scale": number, "a.q_scale": ((4,), "float32")}
+  assert pair_other_scales(strange, {}) == {}
+  assert pair_other_scales(strange, scales) == {}
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,26 @@ def test_a_hub_id_is_found_in_the_cache_and_stays_in_the_card(
   )
 
 
+def test_what_has_no_partner_stops_the_run_or_leads_its_figures(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(extract, "keep_compilations", lambda cache: None)
+  more = BASE | {"vision.proj.weight": draw(12, 8)}
+  base, tuned = write_pair(tmp_path, more, TUNED)
+  words = [f"--base={base}", f"--finetuned={tuned}", "--rank=2"]
+  words.append(f"--out={tmp_path / 'out'}")
+  assert entry.run(extract.COMMAND, words) == 1
+  said = capsys.readouterr().err
+  assert "33% of the floating bytes of " in said
+  assert "--allow_unmatched" in said
+  assert entry.run(extract.COMMAND, [*words, "--allow_unmatched"]) == 0
+  first = capsys.readouterr().out.splitlines()[0]
+  assert first.startswith("not compared: 33.3% of the base's floating bytes")
+  card = (tmp_path / "out" / CARD).read_text()
+  assert "--allow_unmatched" in card
+  assert card.index("**Not compared: 33.3%") < card.index("it misses")
+
+
 def test_a_folder_that_is_not_empty_is_told_in_flags(run, tmp_path):
   out = tmp_path / "x"
   assert run(f"--out={out}")[0] == 0

@@ -14,7 +14,15 @@ from jlora.merging.checkpoints.mergekit import read_recipe
 from jlora.merging.checkpoints.planning import plan_merge
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import merge_checkpoints
-from jlora.pairing.vocabularies import differing_rows, read_tokens
+from jlora.pairing.comparison import read_pair
+from jlora.pairing.match import common_rows, keep_whole, pair_up
+from jlora.pairing.pairs import Rows, TensorPart, read_region_of_side, read_side
+from jlora.pairing.vocabularies import (
+  differing_rows,
+  read_both_tokens,
+  read_tokens,
+  rows_by_token,
+)
 
 TABLE = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -159,3 +167,117 @@ def test_a_broken_tokenizer_is_named(tmp_path):
 def test_only_rows_of_both_count():
   assert differing_rows({0: "a", 5: "x"}, {1: "b", 5: "y"}, 5) == []
   assert differing_rows({5: "x"}, {5: "y"}, 6) == ["row 5 is 'y', not 'x'"]
+
+
+def numbered(tokens):
+  return {n: token for n, token in enumerate(tokens) if token != "."}
+
+
+# Tokens of the base, of the finetune (a dot: none), rows of both, and for each
+# row of the base the finetune's.
+ORDERS = {
+  "the same": ("abcd", "abcd", (4, 4), None),
+  "appended": ("abc", "abcde", (3, 5), None),
+  "cut off": ("abcd", "ab", (4, 2), None),
+  "prepended": ("abc", "xyabc", (3, 5), (2, 3, 4)),
+  "reversed": ("abcd", "dcba", (4, 4), (3, 2, 1, 0)),
+  "inserted": ("abcd", "abxcd", (4, 5), (0, 1, 3, 4)),
+  "removed within": ("abcd", "acd", (4, 3), (0, -1, 1, 2)),
+  "renamed in place": ("abcd", "axcd", (4, 4), None),
+  "renamed and moved": ("abcd", "bacx", (4, 4), (1, 0, 2, 3)),
+  "padding": ("ab..", "ab..", (4, 4), None),
+  "padding put to use": ("ab..", "abxy", (4, 4), None),
+  "padding and prepended": ("ab..", "xab.", (4, 4), (1, 2, -1, 3)),
+  "beyond the table": ("abc", "xabc", (3, 3), (1, 2, -1)),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_rows_of_the_same_tokens(name):
+  one, two, rows, expected = ORDERS[name]
+  found = rows_by_token(numbered(one), numbered(two), rows)
+  assert found == expected
+  for row, other in enumerate(found or ()):
+    if other >= 0 and one[row] in two:
+      assert two[other] == one[row]
+
+
+def table(tokens, width=3):
+  """A row for each token that only its own letter gives."""
+  rows = np.array([ord(token) for token in tokens], np.float32)
+  return rows[:, None] + np.arange(width, dtype=np.float32) / 10
+
+
+@pytest.mark.parametrize("name", ["prepended", "reversed", "removed within"])
+def test_a_table_in_another_order_is_unchanged_token_by_token(name):
+  one, two, *_ = ORDERS[name]
+  base = {HEAD: table(one), "norm.weight": np.ones(3, np.float32)}
+  finetuned = base | {HEAD: table(two)}
+  tokens = numbered(one), numbered(two)
+  found = pair_up(base, finetuned, vocabulary=common_rows, tokens=tokens)
+  pair = next(pair for pair in found.pairs if pair.path == HEAD)
+  assert isinstance(pair.finetuned, Rows)
+  assert "by token" in pair.note
+  left, right = read_pair(pair, base, finetuned)
+  np.testing.assert_array_equal(left, right)
+  # By number they differ, which nobody would see.
+  found = pair_up(base, finetuned, vocabulary=common_rows)
+  pair = next(pair for pair in found.pairs if pair.path == HEAD)
+  assert "token" not in pair.note
+  assert (np.subtract(*read_pair(pair, base, finetuned)) != 0).any()
+
+
+def test_a_policy_that_keeps_tables_whole_compares_no_rows():
+  base, finetuned = {TABLE: table("abc")}, {TABLE: table("xabc")}
+  tokens = numbered("abc"), numbered("xabc")
+  (pair,) = pair_up(base, finetuned, vocabulary=keep_whole, tokens=tokens).pairs
+  assert pair.whole
+  assert pair.finetuned == TensorPart(TABLE)
+
+
+def test_a_policy_of_fewer_rows_is_kept():
+  def first_two(path, one, two):
+    return slice(0, 2)
+
+  base, finetuned = {TABLE: table("abc")}, {TABLE: table("xabc") + 1}
+  tokens = numbered("abc"), numbered("xabc")
+  (pair,) = pair_up(base, finetuned, vocabulary=first_two, tokens=tokens).pairs
+  left, right = read_pair(pair, base, finetuned)
+  np.testing.assert_allclose(right - left, [[1] * 3, [1] * 3, [0] * 3])
+
+
+def test_rows_are_read_in_parts():
+  side, one = Rows("w", (2, -1, 0)), {"w": table("abc")}
+  read = read_side(one, side)
+  assert np.isnan(read[1]).all()
+  np.testing.assert_array_equal(read[[0, 2]], one["w"][[2, 0]])
+  part = read_region_of_side(one, side, (slice(1, 3), slice(2)))
+  np.testing.assert_array_equal(part, read[1:3, :2])
+
+
+def test_other_parameters_keep_their_rows():
+  base = {"model.layers.0.q_proj.weight": table("abc")}
+  tokens = numbered("abc"), numbered("cba")
+  (pair,) = pair_up(base, base, tokens=tokens).pairs
+  assert pair.finetuned == pair.base
+
+
+def test_tokens_of_both_are_read_where_they_differ(tmp_path):
+  one = write(tmp_path / "one", list("abc"), 0)
+  same = write(tmp_path / "same", list("abc"), 1)
+  other = write(tmp_path / "other", list("cab"), 1)
+  (tmp_path / "none").mkdir()
+  assert read_both_tokens(one, same) is None
+  assert read_both_tokens(one, tmp_path / "none") is None
+  found = read_both_tokens(one, other)
+  assert found == (numbered("abc"), numbered("cab"))
+  # Other bytes, the same tokens.
+  file = tmp_path / "same" / "tokenizer.json"
+  file.write_text(json.dumps(json.loads(file.read_text()), indent=2))
+  assert read_both_tokens(one, same) is None
+
+
+@pytest.mark.parametrize("text", ["[]", '{"model": []}', '"x"', "3"])
+def test_tokenizers_of_other_forms_have_no_tokens(text, tmp_path):
+  (tmp_path / "tokenizer.json").write_text(text)
+  assert read_tokens(tmp_path) is None

@@ -507,3 +507,34 @@ def test_dare_keeps_its_share_and_the_mean(density, tmp_path, small_pieces):
   again = (kept[0][0] == kept[0][1]).mean()  # another key, another mask
   chance = density**2 + (1 - density) ** 2
   assert abs(again - chance) < 5 * np.sqrt(chance * (1 - chance) / sums[0].size)
+
+
+def test_no_parameters_are_copied_from_the_reference(tmp_path):
+  """They are not averaged, cast or asked of the others, and are told."""
+  name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+  base, other = draw(0), draw(1)
+  base |= {name.format(0): np.float32([1, 1 / 3]), "position_ids": np.arange(3)}
+  other |= {
+    name.format(0): np.float32([7, 7]),
+    name.format(1): np.ones(2, "f4"),
+  }
+  one, two = write(tmp_path / "one", base), write(tmp_path / "two", other)
+  recipe = Recipe(jlora.merging.linear, whole(one, two), dtype="bfloat16")
+  report = run(recipe, tmp_path / "out")
+  found = open_checkpoint(tmp_path / "out")
+  assert found.keys() == base.keys()
+  for kept in (name.format(0), "position_ids"):
+    np.testing.assert_array_equal(found[kept], base[kept])
+    assert found[kept].dtype == base[kept].dtype
+  notes = [note for note in report.notes if name.format(1) in note]
+  assert len(notes) == 1
+  assert "no parameters, of" in notes[0]
+
+
+def test_a_packed_model_is_refused_by_name(tmp_path):
+  tensors = draw(0)
+  packed = {f"{n}_packed": np.zeros((2, 2), np.int32) for n in tensors}
+  packed |= {f"{n}_scale": np.ones((2, 1), np.float32) for n in tensors}
+  one, two = write(tmp_path / "one", tensors), write(tmp_path / "two", packed)
+  with pytest.raises(ValueError, match=r"two is quantised \(compressed-tens"):
+    run(Recipe(jlora.merging.linear, whole(one, two)), tmp_path / "out")
