@@ -8,8 +8,11 @@ import ast
 import functools
 import graphlib
 import importlib
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -32,7 +35,13 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 
 # Neither a dependency nor a promise of jax: not in a library.
-FORBIDDEN = ("torch", "transformers", "tensorflow", "jax._src")
+FORBIDDEN = ("torch", "transformers", "peft", "tensorflow", "jax._src")
+# The one file that may: what `jlora verify` loads, and nothing else imports.
+GUESTS = {
+  ROOT / "jlora" / "commands" / "peft_models.py": (
+    "torch", "transformers", "peft",
+  ),
+}  # fmt: skip
 
 LIBRARY = sorted((ROOT / "jlora").rglob("*.py"))
 KERNELS = sorted((ROOT / "pallas_kernels").rglob("*.py"))
@@ -288,9 +297,43 @@ def test_nothing_forbidden_is_imported(file):
   wrong = [
     dotted
     for dotted in found
-    if any(dotted == f or dotted.startswith(f"{f}.") for f in FORBIDDEN)
+    if any(
+      dotted == f or dotted.startswith(f"{f}.")
+      for f in set(FORBIDDEN) - {*GUESTS.get(file, ())}
+    )
   ]
   assert not wrong
+
+
+@each(GUESTS)
+def test_what_imports_a_guest_is_imported_by_nothing(file):
+  """It is loaded by its name when a user asks for a check."""
+  askers = [
+    name_of(other)
+    for other in LIBRARY
+    for _, there in library_imports(other)
+    if there == file
+  ]
+  assert not askers
+  dotted = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+  named = [name_of(f) for f in LIBRARY if dotted in f.read_text("utf-8")]
+  assert named == ["jlora/commands/verdicts.py"]
+
+
+def test_commands_load_no_guest_until_they_are_asked():
+  guests = {name for names in GUESTS.values() for name in names}
+  code = (
+    "import sys, jlora.commands.extract, jlora.commands.verify; "
+    f"print(*{guests!r} & sys.modules.keys())"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert done.stdout.strip() == ""
 
 
 @each(LIBRARY + KERNELS)

@@ -27,11 +27,13 @@ from jlora import ranks
 from jlora.commands import clusters, entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.commands.verdicts import check_installed, raise_if_wrong, record
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
   ledger_lines,
   rounding_line,
   type_table,
+  verified_line,
   worst_table,
   write_card,
 )
@@ -154,6 +156,12 @@ _OVERWRITE = flags.DEFINE_bool(
   "Replace an adapter that is in the output folder.",
   flag_values=_FLAGS,
 )
+_VERIFY = flags.DEFINE_bool(
+  "verify",
+  False,
+  "Load the adapter in PEFT and compare every module with the finetune.",
+  flag_values=_FLAGS,
+)
 _SPLIT = flags.DEFINE_float(
   "split_mib",
   2048,
@@ -240,6 +248,8 @@ def main(words: Sequence[str]) -> None:
 
 
 def _run() -> None:
+  if _VERIFY.value:
+    check_installed()  # before hours of work
   keep_compilations(_CACHE.value)
   process = clusters.join(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -264,17 +274,23 @@ def _run() -> None:
   )
   if process:
     return
+  verdict = None
+  if _VERIFY.value:
+    verdict, report = record(_OUT.value, report, _BASE.value, _FINETUNED.value)
   write_card(_OUT.value, report, _command())
   if _JSON.value:
     print(json.dumps(report._asdict()))
-    return
-  if line := unmatched_line(report.totals):
-    print(line, end="\n\n")
-  print(type_table(report), end="\n\n")
-  print(worst_table(report), end="\n\n")
-  print(rounding_line(report))
-  print(ledger_lines(report))
-  print(f"\nwritten: {_OUT.value}")
+  else:
+    if line := unmatched_line(report.totals):
+      print(line, end="\n\n")
+    print(type_table(report), end="\n\n")
+    print(worst_table(report), end="\n\n")
+    print(rounding_line(report))
+    print(ledger_lines(report))
+    print(verified_line(report))
+    print(f"\nwritten: {_OUT.value}")
+  if verdict:
+    raise_if_wrong(verdict)
 
 
 def _policy() -> str:
@@ -302,7 +318,7 @@ def _is_selected(
 
 # What says how a run was started, or where, and not what it is.
 _UNSAID = {
-  *("resume", "overwrite", "json", "cache"),
+  *("resume", "overwrite", "json", "cache", "verify"),
   *("coordinator", "num_processes", "process_id"),
 }
 
@@ -344,6 +360,7 @@ COMMAND = Command(
       "dtype": "",
       "profile": "",
       "base_model": "NAME",
+      "verify": "",
       "json": "",
     },
     "Run": {

@@ -41,6 +41,10 @@ COMMANDS = {
     "A checkpoint, adapter or report at a glance, from its headers.",
     "jlora show DIR",
   ),
+  "verify": Glance(
+    "Whether PEFT makes of an adapter what its report says.",
+    "jlora verify ADAPTER --base=DIR --finetuned=DIR",
+  ),
 }
 
 

@@ -24,6 +24,7 @@ from jlora.extraction.report import (
   read_report,
   rounding_line,
   type_table,
+  verified_line,
 )
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands
@@ -137,6 +138,7 @@ def _report_lines(found: Mapping[str, Any]) -> Iterator[str]:
   yield ""
   yield rounding_line(report)
   yield ledger_lines(report)
+  yield verified_line(report)
 
 
 def _merge_head(found: Mapping[str, Any]) -> Iterator[str]:

@@ -37,6 +37,8 @@ class Report(NamedTuple):
       `unmatched_bytes` of both checkpoints, those that have no partner.
     ledger: rows {base, finetuned, status, why}; every tensor of both
       checkpoints is in exactly one row.
+    verified: {by, version, modules, worst_difference} of a check in the
+      consumer itself that found nothing wrong; else None.
 
   Example:
     >>> Report({}, [], {"modules": 0}, []).totals["modules"]
@@ -47,6 +49,7 @@ class Report(NamedTuple):
   modules: list[dict[str, Any]]
   totals: dict[str, Any]
   ledger: list[dict[str, Any]]
+  verified: dict[str, Any] | None = None
 
 
 def write_report(folder: str | os.PathLike, report: Report) -> None:
@@ -384,6 +387,36 @@ def rounding_line(report: Report) -> str:
   return "rounding: " + "; ".join(parts)
 
 
+def verified_line(report: Report) -> str:
+  """Tells in one line whether the adapter was tried in its consumer.
+
+  Args:
+    report: the report.
+
+  Returns:
+    What loaded it, how many modules it changes, and the largest difference
+    between a module's relative error as measured there and in the report.
+
+  Example:
+    >>> verified_line(Report({}, [], {}, []))
+    'not verified'
+    >>> verified_line(Report({}, [], {}, [], {"by": "PEFT", "version": "0.21.2",
+    ...                      "modules": 211, "worst_difference": 3.1e-8}))
+    'verified: PEFT 0.21.2 loads 211 modules, worst difference 3e-08'
+  """
+  found = report.verified
+  if found is None:
+    return "not verified"
+  worst = found["worst_difference"]
+  against = "not compared with a finetune"
+  if worst is not None:
+    against = f"worst difference {worst:.0e}"
+  return (
+    f"verified: {found['by']} {found['version']} loads {found['modules']} "
+    f"modules, {against}"
+  )
+
+
 def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
   """Writes the adapter's model card, `README.md`.
 
@@ -505,6 +538,7 @@ It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by
 
 {rounding_line(report)}
 {ledger_lines(report)}
+{verified_line(report)}
 ```
 
 `{REPORT}` has every module and every tensor.
