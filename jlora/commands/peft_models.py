@@ -89,9 +89,14 @@ class Adapted:
     with _silence():
       config = peft.PeftConfig.from_pretrained(str(adapter))
       # One stays as it is; PEFT takes the other to pieces.
-      self._plain, model = (
-        _resized(_build(base, config.task_type), adapter) for _ in range(2)
-      )
+      try:
+        self._plain, model = (
+          _resized(_build(base, config.task_type), adapter) for _ in range(2)
+        )
+      except Exception as error:  # code of its own, or packages that lack
+        raise ValueError(
+          f"not verified: transformers does not build {base}: {error}"
+        ) from error
       self.model_class = type(self._plain).__name__
       state = self._plain.state_dict()
       self.shapes = {name: tuple(leaf.shape) for name, leaf in state.items()}
@@ -314,7 +319,10 @@ def _build(base: Path, task: str | None) -> Any:
 
 def _resized(model: Any, adapter: Path) -> Any:
   """Makes room for another vocabulary, as PEFT's users have to."""
-  table = model.get_input_embeddings()
+  try:
+    table = model.get_input_embeddings()
+  except NotImplementedError:  # several, or none
+    return model
   names = [name for name, module in model.named_modules() if module is table]
   for key, spec in open_checkpoint(adapter / TENSORS).spec.items():
     is_table = any(key.endswith(f".{name}.weight") for name in names)

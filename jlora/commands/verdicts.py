@@ -181,7 +181,7 @@ def check(
       one parameter at a time.
 
   Returns:
-    Verdict. Memory: the adapter, and three float32 copies of the largest
+    Verdict. Memory: the adapter, and four float32 copies of the largest
     parameter. Reads both checkpoints once.
 
   Raises:

@@ -278,6 +278,20 @@ def test_without_a_report_what_is_not_carried_is_wrong(llama, tmp_path):
   assert found["model.norm"] == "changed, and not in the adapter"
 
 
+def test_a_base_without_an_architecture_is_built_for_its_task(llama, tmp_path):
+  adapter, base, tuned = llama
+  nameless = tmp_path / "base"
+  shutil.copytree(base, nameless)
+  config = json.loads((base / "config.json").read_text())
+  del config["architectures"]
+  (nameless / "config.json").write_text(json.dumps(config))
+  assert check(adapter, nameless, tuned) == check(adapter, base, tuned)
+  config["model_type"] = "nobody's"
+  (nameless / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="transformers does not build"):
+    check(adapter, nameless, tuned)
+
+
 @pytest.fixture
 def run(capsys, monkeypatch):
   """A command in this process: its exit code, and what it said."""
