@@ -228,9 +228,9 @@ def _four_bits(stored, weight: str, name: str, read: Read) -> PackedWeight:
       f"does not say how: {type(error).__name__} {error}. Save the model "
       "again, or dequantise it first by model.dequantize() of transformers"
     ) from error
-  absmax, more = f"{weight}.absmax", ()
+  absmax, more = f"{weight}.absmax", []
   if nested:
-    more = (f"{weight}.nested_absmax", f"{weight}.nested_quant_map")
+    more = [f"{weight}.nested_absmax", f"{weight}.nested_quant_map"]
   maps = tuple(n for n in (f"{weight}.quant_map",) if n in stored)
   parts = (weight, absmax, *more, *maps, name)
   if lacking := [part for part in parts if part not in stored]:
@@ -256,10 +256,10 @@ def _four_bits(stored, weight: str, name: str, read: Read) -> PackedWeight:
         f"{weight!r} is quantised by bitsandbytes, but {part!r} is not the "
         f"table of {kind}"
       )
-  inner = None
+  own = None
   if nested:
-    inner = (*more, int(nested[0]), float(nested[1]))
-  state = _State(weight, absmax, shape, values, block, inner)
+    own = (more[0], more[1], int(nested[0]), float(nested[1]))
+  state = _State(weight, absmax, shape, values, block, own)
   spec = _spec_of(stored, parts, weight, shape, dtype)
   reader = functools.partial(_read_four_bits, stored, state, dtype)
   return PackedWeight(spec, parts, reader)

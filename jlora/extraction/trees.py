@@ -29,7 +29,7 @@ from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import (
   Pair,
   Pairing,
-  Stack,
+  Side,
   TensorPart,
   read_region_of_side,
   read_side,
@@ -180,7 +180,7 @@ def _placed(
 
 def _take(
   tree: Mapping[str, Any],
-  side: TensorPart | Stack,
+  side: Side,
   shape: tuple[int, ...],
   sharding: NamedSharding | None,
 ) -> Any:

@@ -14,7 +14,15 @@ from typing import Any
 from jlora.messages import name_some
 from jlora.pairing.buffers import why_no_parameter
 from jlora.pairing.fused_experts import fused_in_base, fused_in_finetuned
-from jlora.pairing.pairs import Pair, Pairing, Rows, Side, Stack, TensorPart
+from jlora.pairing.pairs import (
+  Pair,
+  Pairing,
+  Rows,
+  Side,
+  Stack,
+  TensorPart,
+  names_of,
+)
 from jlora.pairing.vocabularies import Tokens, rows_by_token
 from jlora.pairing.wrappers import see_through
 
@@ -345,9 +353,10 @@ def _settle_shape(
 def _by_token(pair: Pair, tokens, there: tuple[int, ...], count: int) -> Pair:
   """Pairs rows of the same tokens, if these have other numbers."""
   side = pair.finetuned
-  if tokens is None or side.swap or len(pair.shape) != 2:
+  is_plain = isinstance(side, TensorPart) and not side.swap
+  if tokens is None or not is_plain or len(pair.shape) != 2:
     return pair
-  rows = rows_by_token(*tokens, (pair.shape[0], there[0]))
+  rows = rows_by_token(tokens[0], tokens[1], (pair.shape[0], there[0]))
   if rows is None:
     return pair
   if count < min(pair.shape[0], there[0]):  # a policy of the caller's
@@ -356,10 +365,10 @@ def _by_token(pair: Pair, tokens, there: tuple[int, ...], count: int) -> Pair:
   lacking = sum(row < 0 for row in rows)
   said = (
     f"rows compared by token: {moved} of {len(rows)} have another number in "
-    f"the finetune, {lacking} are not there"
+    f"the finetune, {lacking} are not there; the adapter has the base's order"
   )
   return pair._replace(
-    finetuned=Rows(side.name, rows), note=_and(pair.note, said)
+    finetuned=Rows(names_of(side)[0], rows), note=_and(pair.note, said)
   )
 
 

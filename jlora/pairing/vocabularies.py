@@ -64,8 +64,8 @@ def read_both_tokens(
     >>> read_both_tokens("/nowhere", "/nowhere") is None
     True
   """
-  files = _find(first), _find(second)
-  if files[0] is None or files[1] is None or _are_same(*files):
+  own, other = _find(first), _find(second)
+  if own is None or other is None or _are_same(own, other):
     return None
   one, two = read_tokens(first), read_tokens(second)
   return None if one is None or two is None or one == two else (one, two)

@@ -24,7 +24,7 @@ from jlora.messages import name_some
 from jlora.pairing.buffers import why_no_parameter
 from jlora.pairing.layers import LayerNames, find_layers
 from jlora.pairing.match import Vocabulary, common_rows, is_table, pair_up
-from jlora.pairing.pairs import Pair, Stack, TensorPart, names_of
+from jlora.pairing.pairs import Pair, Side, TensorPart, names_of
 from jlora.pairing.vocabularies import differing_rows, read_tokens
 
 Catalogue = dict[str, Pair]  # a name as the reference has it -> where it lies
@@ -39,7 +39,7 @@ class InputTensor(NamedTuple):
   """
 
   model: str
-  side: TensorPart | Stack
+  side: Side
 
 
 class Job(NamedTuple):

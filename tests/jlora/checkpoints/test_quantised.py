@@ -11,6 +11,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.merged import save_merged
 from jlora.checkpoints.quantised import VALUES, describe_companion
 from jlora.checkpoints.safetensors import write_safetensors
 
@@ -283,3 +284,17 @@ def test_what_looks_like_codes_is_left(tmp_path):
 )
 def test_companions_are_described(name, words):
   assert words in describe_companion(name)
+
+
+def test_what_is_merged_into_codes_is_written_as_values(tmp_path):
+  codes, scales = mxfp4(2, 2)
+  base = tmp_path / "base"
+  base.mkdir()
+  config = {"model_type": "x", "quantization_config": {"quant_method": "mxfp4"}}
+  (base / "config.json").write_text(json.dumps(config))
+  base = opened(base, {"q_blocks": codes, "q_scales": scales})
+  save_merged(tmp_path / "out", base, {})
+  found = open_checkpoint(tmp_path / "out")
+  assert found.config == {"model_type": "x"}
+  assert found.keys() == {"q"}
+  np.testing.assert_array_equal(found["q"], base["q"])

@@ -28,6 +28,7 @@ from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import MERGE, merge_checkpoints
 from jlora.runs.journal import FOLDER
 from jlora.runs.pool import open_pool
+from tests.jlora.checkpoints.test_quantised import quantise
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "dtype": "float32"}
 
@@ -538,3 +539,21 @@ def test_a_packed_model_is_refused_by_name(tmp_path):
   one, two = write(tmp_path / "one", tensors), write(tmp_path / "two", packed)
   with pytest.raises(ValueError, match=r"two is quantised \(compressed-tens"):
     run(Recipe(jlora.merging.linear, whole(one, two)), tmp_path / "out")
+
+
+def test_a_model_in_four_bits_is_merged_by_its_values(tmp_path):
+  """Its result is floating, and its configuration says nothing else."""
+  name = "model.layers.0.self_attn.q_proj.weight"
+  tensors = draw(0)
+  made, values = quantise(tensors[name], "nf4", 16)
+  packed = {n: x for n, x in tensors.items() if n != name}
+  packed |= {n.replace("m.weight", name, 1): x for n, x in made.items()}
+  config = CONFIG | {"quantization_config": {"quant_method": "bitsandbytes"}}
+  one = write(tmp_path / "one", packed, config)
+  two = write(tmp_path / "two", tensors)
+  run(Recipe(jlora.merging.linear, whole(one, two)), tmp_path / "out")
+  found = open_checkpoint(tmp_path / "out")
+  assert found.keys() == tensors.keys()
+  assert "quantization_config" not in found.config
+  expected = (values + tensors[name]) / 2
+  np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
