@@ -3,8 +3,8 @@
 
   python -m tests.families --jobs=2 --out=docs/families.md
 
-Each type runs in a process of its own, with limits of time and memory. Rows go
-to a file as they come; types that are there already are not walked again.
+Processes with limits of time and memory walk them. Rows go to a file as they
+come; types that are there already are not walked again.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 os.environ |= {
@@ -51,7 +52,8 @@ def main(words: list[str] | None = None) -> int:
   add("--only", default="", help="A regex of whole model types.")
   add("--again", default="", help="A regex of verdicts to walk again.")
   add("--jobs", type=int, default=2, help="Processes at a time.")
-  add("--seconds", type=int, default=60, help="The most for a type.")
+  add("--seconds", type=int, default=60, help="Processor time of a type.")
+  add("--each", type=int, default=25, help="Types that a process walks.")
   add("--gibibytes", type=int, default=12, help="Address space of a type.")
   add("--rows", type=Path, default=Path("build/families.jsonl"))
   add("--out", type=Path, help="A page of Markdown to write.")
@@ -82,9 +84,13 @@ def main(words: list[str] | None = None) -> int:
 
 
 def ordered(names: list[str]) -> list[str]:
-  """Whole models before their parts, so that a short walk shows most."""
+  """Whole models before their parts, mixed, so that a short walk shows most."""
   part = re.compile(r".*_(model|encoder|decoder|text|vision|audio|tokenizer)")
-  return sorted(names, key=lambda name: (bool(part.fullmatch(name)), name))
+
+  def place(name):
+    return bool(part.fullmatch(name)), zlib.crc32(name.encode())
+
+  return sorted(names, key=place)
 
 
 def read_rows(path: Path) -> dict[str, dict]:
@@ -101,64 +107,101 @@ def read_rows(path: Path) -> dict[str, dict]:
 
 def walk_all(names, asked):
   """Rows as they are done."""
-  waiting, running = list(names)[::-1], []
-  while waiting or running:
-    while waiting and len(running) < asked.jobs:
-      running.append(Worker(waiting.pop(), asked))
-    for worker in list(running):
-      row = worker.row()
-      if row is not None:
-        running.remove(worker)
+  waiting = list(names)[::-1]
+  workers = [Worker(asked) for _ in range(asked.jobs)]
+  while True:
+    for worker in workers:
+      if worker.name is None and waiting:
+        worker.begin(waiting.pop())
+      elif worker.name is not None and (row := worker.row()) is not None:
         yield row
-    time.sleep(0.05)
+    if not waiting and all(worker.name is None for worker in workers):
+      break
+    time.sleep(0.02)
+  for worker in workers:
+    worker.end()
 
 
 class Worker:
-  """A type in a process of its own."""
+  """A process that walks types one by one, so that it compiles a shape once.
 
-  def __init__(self, name, asked):
-    self.name, self.asked = name, asked
-    self.folder = tempfile.TemporaryDirectory()
-    self.started = time.monotonic()
-    self.process = _FORK.Process(target=self._run)
-    self.process.start()
+  It is replaced after some types, and when one takes too long or ends it.
+  """
 
-  def _run(self):
+  def __init__(self, asked):
+    self.asked, self.process, self.name = asked, None, None
+
+  def begin(self, name):
+    """Starts a type."""
+    if self.process is None or self.left == 0 or not self.process.is_alive():
+      self.end()
+      self.pipe, theirs = _FORK.Pipe()
+      self.process = _FORK.Process(target=self._run, args=(theirs,))
+      self.process.start()
+      self.left = self.asked.each
+    self.left -= 1
+    self.name, self.folder = name, tempfile.TemporaryDirectory()
+    self.started = self._processor_seconds()
+    self.began = time.monotonic()
+    self.pipe.send((name, self.folder.name))
+
+  def row(self):
+    """The row of the type, once there is one."""
+    spent = self._processor_seconds() - self.started
+    waited = time.monotonic() - self.began
+    most = self.asked.seconds
+    if self.pipe.poll():
+      try:
+        row = json.loads(self.pipe.recv())
+      except EOFError:
+        self.process.join()
+        row = self._lost(f"the process ended with {self.process.exitcode}")
+    elif not self.process.is_alive():
+      row = self._lost(f"the process ended with {self.process.exitcode}")
+    elif spent > most or waited > 10 * most:
+      row = self._lost(f"over {most} s of processor time", NOT_BUILT)
+    else:
+      return None
+    self.folder.cleanup()
+    self.name = None
+    return row
+
+  def end(self):
+    """Ends the process."""
+    if self.process is not None:
+      self.process.kill()
+      self.process.join()
+      self.process = None
+
+  def _lost(self, why, verdict=WRONG):
+    stage = Path(self.folder.name) / "stage"
+    at = stage.read_text() if stage.exists() else "starting"
+    self.end()
+    verdict = verdict if at == "extracting" else NOT_BUILT
+    return {"type": self.name, "verdict": verdict, "why": f"{why}, {at}"}
+
+  def _processor_seconds(self):
+    try:
+      stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+    except OSError:
+      return 0.0  # no such file on other systems: only waiting is limited
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+  def _run(self, pipe):
     most = self.asked.gibibytes * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    folder = Path(self.folder.name)
-    try:
-      row = walk(self.name, folder)
-    except Exception as error:
-      why = f"the walk itself: {summary(error)}"
-      row = {"type": self.name, "verdict": WRONG, "why": why}
-    (folder / "row.tmp").write_text(as_json(row))
-    (folder / "row.tmp").rename(folder / "row.json")
-
-  def row(self):
-    """The row, once there is one."""
-    late = time.monotonic() - self.started > self.asked.seconds
-    if self.process.is_alive() and not late:
-      return None
-    folder, why = Path(self.folder.name), f"over {self.asked.seconds} s"
-    if not self.process.is_alive():
-      why = f"the process ended with {self.process.exitcode}"
-    self.process.kill()
-    self.process.join()
-    done, stage = folder / "row.json", folder / "stage"
-    if done.exists():
-      row = json.loads(done.read_text())
-    else:
-      at = stage.read_text() if stage.exists() else "starting"
-      verdict = WRONG if at == "extracting" else NOT_BUILT
-      row = {
-        "type": self.name, "verdict": verdict, "why": f"{why} while {at}"
-      }  # fmt: skip
-    self.folder.cleanup()
-    return row
+    while True:
+      name, folder = pipe.recv()
+      try:
+        row = walk(name, Path(folder))
+      except Exception as error:
+        why = f"the walk itself: {summary(error)}"
+        row = {"type": name, "verdict": WRONG, "why": why}
+      pipe.send(as_json(row))
 
 
 if __name__ == "__main__":
