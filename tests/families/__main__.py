@@ -117,7 +117,7 @@ def walk_all(names, asked):
         yield row
     if not waiting and all(worker.name is None for worker in workers):
       break
-    time.sleep(0.02)
+    time.sleep(0.1)
   for worker in workers:
     worker.end()
 

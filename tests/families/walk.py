@@ -2,7 +2,7 @@
 """One model type through `jlora`, PEFT and transformers, and what came out.
 
 base, finetune ─► extract_checkpoint ─► PEFT    ─┐
-               └► extract, save_merged ─► loaded ┴► distance to the finetune
+               └► loras, save_merged ─► loaded   ┴► distance to the finetune
 
 A distance is |got - finetune| / |base - finetune|, of outputs and of each
 parameter of the merged model: 1 is an adapter that does nothing.
@@ -24,6 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import jlora
+from jlora.factoring.factorisers import svd
+from jlora.loras import Lora, exchange, from_factors
+from jlora.selection import is_matrix
+from jlora.views import in_stored_order, table_for, view_of
 from tests.families.build import NotBuilt, build, inputs_of
 
 RIGHT, ACCOUNTED, REFUSED = "right", "accounted", "refused"
@@ -195,7 +199,7 @@ def through_merged(case: Case, folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("always")
       base, finetuned = map(jlora.open_checkpoint, case.folders)
-      loras = jlora.extract(base, finetuned, rank=RANK)
+      loras = loras_of(base, finetuned)
       # What is no matrix to jlora is given whole.
       whole = {
         name: finetuned[name]
@@ -225,6 +229,23 @@ def through_merged(case: Case, folder: Path) -> dict[str, Any]:
     return row | {"merged": RIGHT, "merged_why": ""}
   verdict = ACCOUNTED if told else WRONG
   return row | {"merged": verdict, "merged_why": f"{worst:.1e} at {name}"}
+
+
+def loras_of(base: Any, finetuned: Any) -> dict[str, Lora]:
+  """`jlora.extract` of two open checkpoints of the same names, in NumPy.
+
+  Nothing is compiled, which would be most of a walk.
+  """
+  table, loras = table_for(base.spec, base.model_type), {}
+  for name, spec in base.spec.items():
+    view = view_of(name, spec.shape, table)
+    if view is None or not is_matrix(name, spec):
+      continue
+    change = np.float32(finetuned[name]) - np.float32(base[name])
+    change, is_exchanged = in_stored_order(change, view)
+    lora = from_factors(svd(change, RANK))
+    loras[name] = exchange(lora) if is_exchanged else lora
+  return loras
 
 
 def change_matrices(model: torch.nn.Module) -> None:
@@ -334,7 +355,9 @@ def said(warning) -> str:
 def summary(error: BaseException) -> str:
   """An error in a line."""
   text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text[:220]}"
+  if len(text) > 240:
+    text = f"{text[:140]} [...] {text[-90:]}"
+  return f"{type(error).__name__}: {text}"
 
 
 def as_json(row: Mapping[str, Any]) -> str:
