@@ -37,6 +37,8 @@ VERDICTS = (RIGHT, ACCOUNTED, REFUSED, PEFT_ERROR, WRONG, NOT_BUILT)
 RANK = 4
 CLOSE, EXPLAINED = 1e-5, 1e-4
 MISSING = "not representable"
+# Merged, all parameters are right; before, the layers' adapters are passed by.
+READ_OTHERWISE = "outputs: a weight is read otherwise than by its module's call"
 
 
 def walk(model_type: str, folder: Path) -> dict[str, Any]:
@@ -177,7 +179,8 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
   if max(outputs or 0, worst) <= CLOSE:
     return row | {"verdict": RIGHT, "why": ""}
   if not missing:
-    return row | {"verdict": WRONG, "why": f"the ledger is silent on {name}"}
+    where = name if worst > CLOSE else READ_OTHERWISE
+    return row | {"verdict": WRONG, "why": f"the ledger is silent on {where}"}
   # What the ledger calls missing, put back: nothing else may be missing.
   try:
     names = [name for r in missing for name in r["finetuned"] or r["base"]]
@@ -188,7 +191,8 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
     return row | {"verdict": WRONG, "why": f"unexplained: {summary(error)}"}
   if max(left[0] or 0, left[2]) <= EXPLAINED:
     return row | {"verdict": ACCOUNTED, "why": ""}
-  why = f"{left[2]:.1e} beyond the ledger: {left[1]}"
+  where = left[1] if left[2] > EXPLAINED else READ_OTHERWISE
+  why = f"{max(left[0] or 0, left[2]):.1e} beyond the ledger: {where}"
   return row | {"verdict": WRONG, "why": why, "parameter": left[1]}
 
 
