@@ -110,10 +110,18 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def commit() -> str:
-  """The commit of the tree that is walked."""
-  command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  return done.stdout.strip() or "an unknown commit"
+  """The last commit that touched jlora, and whether it was edited since."""
+  said = [
+    subprocess.run(
+      ["git", *words, "--", "jlora"],
+      capture_output=True,
+      text=True,
+      check=False,
+    ).stdout.strip()
+    for words in (["log", "-1", "--format=%h"], ["status", "--short"])
+  ]
+  edited = ", edited since" if said[1] else ""
+  return (said[0] or "an unknown commit") + edited
 
 
 def reason(why: str) -> str:
