@@ -8,6 +8,7 @@ folder.
 """
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ from jlora.extraction.report import REPORT, Report, read_report
 from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
+from jlora.formats.peft.parts import Rename
 from jlora.pairing.match import Vocabulary, keep_whole, pair_up
 from jlora.runs import processes
 from jlora.runs.fingerprints import name_of
@@ -55,6 +57,8 @@ def extract_checkpoint(
   dtype: Any = jnp.float32,
   key: jax.Array | None = None,
   base_model: str | None = None,
+  task_type: str | None = "auto",
+  rename: Rename | Sequence[tuple[str, str]] | None = None,
   resume: bool = False,
   overwrite: bool = False,
   split_bytes: int = 2**31,
@@ -91,6 +95,10 @@ def extract_checkpoint(
     key: PRNG key; None is `key(0)`.
     base_model: name of the base in the adapter's configuration; None is its
       Hub id if that is known, else the name of its folder.
+    task_type: PEFT's task name, or None; "auto" reads it from config.json.
+    rename: key on disk -> parameter's name in the model, for models that are
+      not in transformers; or (regex, replacement) pairs, applied to the names
+      that config.json gives.
     resume: go on with an unfinished run of the same inputs and options in
       `out`, or return the report of a finished one with the same settings.
     overwrite: allow a folder that is not empty; an adapter, report or journal
@@ -145,6 +153,12 @@ def extract_checkpoint(
     "vocabulary": name_of(vocabulary),
     **options,
   }
+  if task_type != "auto":
+    settings["task_type"] = task_type
+  if rename:
+    settings["rename"] = (
+      name_of(rename) if callable(rename) else [list(pair) for pair in rename]
+    )
   named = {
     "policy": None if policy is None else name_of(policy),
     "base_model": base_model,
@@ -161,7 +175,7 @@ def extract_checkpoint(
 
   # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
-    lambda: _plan(base, finetuned, vocabulary, select, rank)
+    lambda: _plan(base, finetuned, vocabulary, select, rank, rename)
   )
   marks = fingerprint(plan, key, options)
   processes.check_same_facts(marks)
@@ -196,17 +210,19 @@ def extract_checkpoint(
       profile=profile,
       base_model=model_name(base) if base_model is None else base_model,
       settings=settings,
+      task_type=task_type,
+      rename=rename,
     )
     watch.done()
   journal.close()
   return report
 
 
-def _plan(base, finetuned, vocabulary, select, rank) -> Plan:
+def _plan(base, finetuned, vocabulary, select, rank, rename) -> Plan:
   """Opens both checkpoints, pairs their tensors and plans what is done."""
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
   pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary)
-  return plan_jobs(left, right, pairing, select, rank)
+  return plan_jobs(left, right, pairing, select, rank, rename)
 
 
 def _missing(plan: Plan, journal: Journal) -> list[int]:
