@@ -55,7 +55,8 @@ def page(rows: Sequence[Row]) -> str:
     "# Model types",
     "",
     "Tiny random models of the types that transformers knows, each with a"
-    " change of rank 2 in every matrix: extracted at rank 4, loaded in PEFT;"
+    " change of rank 2 in every matrix: extracted at rank 4 (at 8 or 16 where a"
+    " tensor on disk holds several), loaded in PEFT;"
     " and merged by `save_merged`, loaded in transformers. Written by"
     " `python -m tests.families --out=docs/families.md` (`make test-families`"
     f" checks it); jlora at {commit()}, {versions}.",
