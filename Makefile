@@ -7,7 +7,7 @@ AOT := .venv/aot
 GPU := .venv/gpu
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  test-gpu bench-gpu \
+  test-gpu bench-gpu test-families \
   bench-scoring bench-sweep clean
 
 demo: .venv/.demo
@@ -27,6 +27,10 @@ types: .venv/.test
 
 unit: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Every model type of the installed transformers; an hour or two on two cores.
+test-families: .venv/.test
+	$(BIN)/python -m tests.families $(ARGS)
 
 bench: .venv/.demo
 	$(BIN)/python -m experiments.bench.extract $(ARGS)

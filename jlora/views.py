@@ -58,6 +58,7 @@ KERNEL = MatrixView()
 LINEAR = MatrixView(inputs=(1,), outputs=(0,))
 CONV1D = MatrixView(inputs=(1, 2), outputs=(0,))
 CONV2D = MatrixView(inputs=(1, 2, 3), outputs=(0,))
+CONV3D = MatrixView(inputs=(1, 2, 3, 4), outputs=(0,))
 EXPERTS_OUT_IN = MatrixView(batch=(0,), inputs=(2,), outputs=(1,))
 STACKED = MatrixView(batch=(0,), inputs=(1,), outputs=(2,))
 

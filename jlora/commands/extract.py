@@ -15,6 +15,7 @@ The same command, started once on each of several hosts, shares the work: see
 import functools
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from jlora.extraction.report import (
 )
 from jlora.extraction.run import extract_checkpoint
 from jlora.factoring.factorisers import gram, krylov, svd
-from jlora.formats.peft.layouts import PEFT, VLLM
+from jlora.formats.peft.layouts import PEFT, TASK_TYPES, VLLM
 from jlora.pairing.match import common_rows, keep_whole, same_rows
 from jlora.paths import matching
 from jlora.runs.processes import LostProcess, check_same_facts
@@ -147,6 +148,20 @@ _BASE_MODEL = flags.DEFINE_string(
   "known, else the name of its folder.",
   flag_values=_FLAGS,
 )
+_TASK = flags.DEFINE_enum(
+  "task_type",
+  "auto",
+  ["auto", "none", *TASK_TYPES],
+  "PEFT's name of what the model does; auto reads it from config.json.",
+  flag_values=_FLAGS,
+)
+_RENAME = flags.DEFINE_multi_string(
+  "rename",
+  None,
+  "REGEX=TO, may be repeated: for names of modules that config.json does not "
+  "tell. Applied in turn, to names as transformers has them.",
+  flag_values=_FLAGS,
+)
 _RESUME = flags.DEFINE_bool(
   "resume", False, "Go on with an unfinished run.", flag_values=_FLAGS
 )
@@ -226,6 +241,7 @@ _SHARED = (
   *(_RANK, _POLICY, _ENERGY, _RATIO, _BUDGET, _SELECT, _EXCLUDE, _DTYPE),
   *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
   _UNMATCHED,
+  *(_TASK, _RENAME),
 )
 
 
@@ -267,6 +283,8 @@ def _run() -> None:
     profile=_PROFILES[_PROFILE.value],
     dtype=jnp.dtype(_DTYPE.value),
     base_model=_BASE_MODEL.value,
+    task_type=None if _TASK.value == "none" else _TASK.value,
+    rename=_renamings(),
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
     split_bytes=int(_SPLIT.value * 2**20),
@@ -291,6 +309,19 @@ def _run() -> None:
     print(f"\nwritten: {_OUT.value}")
   if verdict:
     raise_if_wrong(verdict)
+
+
+def _renamings() -> list[tuple[str, str]]:
+  """Splits the renamings at their last equals sign; a regex can have others."""
+  pairs = [tuple(each.rpartition("=")[::2]) for each in _RENAME.value or ()]
+  for regex, _ in pairs:
+    try:
+      if not regex:
+        raise ValueError("it must be REGEX=TO")
+      re.compile(regex)
+    except (ValueError, re.error) as error:
+      raise ValueError(f"--rename={regex!r}: {error}") from None
+  return pairs
 
 
 def _policy() -> str:
@@ -361,6 +392,8 @@ COMMAND = Command(
       "profile": "",
       "base_model": "NAME",
       "verify": "",
+      "task_type": "",
+      "rename": "REGEX=TO",
       "json": "",
     },
     "Run": {

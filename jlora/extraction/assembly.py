@@ -4,7 +4,7 @@
 journal ─► choose_ranks ─► write_adapter (tensors, ledger, report.json)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jlora.extraction.report import (
 )
 from jlora.factoring.figures import row_of
 from jlora.formats.peft.layouts import Profile
+from jlora.formats.peft.parts import Rename
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
 from jlora.messages import name_some
@@ -100,6 +101,8 @@ def write_adapter(
   profile: Profile,
   base_model: str,
   settings: dict[str, Any],
+  task_type: str | None = "auto",
+  rename: Rename | Sequence[tuple[str, str]] | None = None,
 ) -> Report:
   """Writes the adapter folder of a run; returns the run's report.
 
@@ -111,6 +114,8 @@ def write_adapter(
     profile: the consumer.
     base_model: name of the base in the adapter's configuration.
     settings: for the report.
+    task_type: of `save_peft`.
+    rename: of `save_peft`.
 
   Returns:
     Report, also written as `report.json`. One module is in memory at a time.
@@ -148,7 +153,10 @@ def write_adapter(
     full=_Lazy(full, whole),
     profile=profile,
     base_model=base_model,
+    task_type=task_type,
     model_type=plan.model_type,
+    config=plan.config,
+    rename=rename,
     overwrite=True,
   )
   outcomes = {

@@ -149,7 +149,7 @@ class Extractor:
       return Outcome("not representable", "not selected")
     if pair.whole or view is None:
       check_finite(pair.path, right)
-      return Outcome("kept whole")
+      return Outcome("kept whole", job.why)
     return self._factored(
       job, left, right, stored_dtype(finetuned, pair.finetuned)
     )

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.formats.peft.families import read_config
+from jlora.formats.peft.parts import Base, Rename, describe_base, kind_of
 from jlora.messages import name_some
 from jlora.numerics.backends import words_of
 from jlora.pairing.pairs import Pair, Pairing, TensorPart, names_of
 from jlora.runs.fingerprints import digest, hash_lines
 from jlora.selection import Select, is_floating
-from jlora.views import MatrixView, table_for, view_of
+from jlora.views import MatrixView
 
 # `krylov` multiplies a module with 11 blocks of rank + 16 rows each. A matrix
 # whose short side is smaller than all of these together is multiplied once.
@@ -35,6 +37,7 @@ class ModuleJob(NamedTuple):
       not selected and is only compared.
     nbytes: bytes of both tensors on disk; of a fused one only the part used.
     can_be_split: whether all processes can factor it together, each its part.
+    why: the reason, where a matrix is not read as one.
   """
 
   pair: Pair
@@ -42,6 +45,7 @@ class ModuleJob(NamedTuple):
   rank: int
   nbytes: int
   can_be_split: bool = False
+  why: str = ""
 
   @property
   def is_refused(self) -> bool:
@@ -77,6 +81,8 @@ class Plan(NamedTuple):
     pairing: which tensors belong together.
     jobs: one for each pair, in the order of the pairs.
     model_type: what config.json says; None without one.
+    config: the contents of config.json; None without one.
+    about: what is known of the base's modules.
   """
 
   base: Checkpoint
@@ -84,6 +90,8 @@ class Plan(NamedTuple):
   pairing: Pairing
   jobs: list[ModuleJob]
   model_type: str | None
+  config: Mapping[str, Any] | None = None
+  about: Base | None = None
 
 
 def plan_jobs(
@@ -92,6 +100,7 @@ def plan_jobs(
   pairing: Pairing,
   select: Select,
   rank: int,
+  rename: Rename | Sequence[tuple[str, str]] | None = None,
 ) -> Plan:
   """Plans what is done with each pair, from headers alone.
 
@@ -101,6 +110,7 @@ def plan_jobs(
     pairing: of both, from `pair_up`.
     select: `(path, spec) -> bool`, which matrices are factored.
     rank: the rank of every module.
+    rename: of `save_peft`.
 
   Returns:
     Plan. No tensor is read.
@@ -116,16 +126,19 @@ def plan_jobs(
       "the base of that finetune?"
     )
   model_type = base.model_type or finetuned.model_type
-  table = table_for(base.spec, model_type)
+  config = read_config(base.path) or read_config(finetuned.path)
+  about = describe_base(base.spec, model_type, "auto", rename, config)
   jobs = []
   for pair in pairing.pairs:
-    view = view_of(pair.path, pair.shape, table)
+    kind = kind_of(pair.path, pair.shape, about)
+    view = kind.view
     taken = view is not None and select(pair.path, base.spec[pair.base.name])
     job = ModuleJob(
       pair,
       view,
       rank if taken else 0,
       _bytes_on_disk(base, finetuned, pair),
+      why=kind.why,
     )
     can_be_split = bool(taken) and _are_whole(base, finetuned, pair)
     jobs.append(job._replace(can_be_split=can_be_split))
@@ -133,7 +146,7 @@ def plan_jobs(
     raise ValueError(
       f"No matrix of {base.path} is selected: there are {name_some(base.spec)}."
     )
-  return Plan(base, finetuned, pairing, jobs, model_type)
+  return Plan(base, finetuned, pairing, jobs, model_type, config, about)
 
 
 def cost_of(shape: Sequence[int], rank: int) -> int:

@@ -8,6 +8,7 @@ folder.
 """
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from jlora.extraction.report import REPORT, Report, read_report
 from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
+from jlora.formats.peft.parts import Rename
 from jlora.pairing.match import Vocabulary, is_table, keep_whole, pair_up
 from jlora.pairing.vocabularies import read_both_tokens
 from jlora.runs import processes
@@ -58,6 +60,8 @@ def extract_checkpoint(
   dtype: Any = jnp.float32,
   key: jax.Array | None = None,
   base_model: str | None = None,
+  task_type: str | None = "auto",
+  rename: Rename | Sequence[tuple[str, str]] | None = None,
   resume: bool = False,
   overwrite: bool = False,
   split_bytes: int = 2**31,
@@ -96,6 +100,10 @@ def extract_checkpoint(
     key: PRNG key; None is `key(0)`.
     base_model: name of the base in the adapter's configuration; None is its
       Hub id if that is known, else the name of its folder.
+    task_type: PEFT's task name, or None; "auto" reads it from config.json.
+    rename: key on disk -> parameter's name in the model, for models that are
+      not in transformers; or (regex, replacement) pairs, applied to the names
+      that config.json gives.
     resume: go on with an unfinished run of the same inputs and options in
       `out`, or return the report of a finished one with the same settings.
     overwrite: allow a folder that is not empty; an adapter, report or journal
@@ -153,6 +161,12 @@ def extract_checkpoint(
     "vocabulary": name_of(vocabulary),
     **options,
   }
+  if task_type != "auto":
+    settings["task_type"] = task_type
+  if rename:
+    settings["rename"] = (
+      name_of(rename) if callable(rename) else [list(pair) for pair in rename]
+    )
   named = {
     "policy": None if policy is None else name_of(policy),
     "base_model": base_model,
@@ -170,7 +184,9 @@ def extract_checkpoint(
 
   # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
-    lambda: _plan(base, finetuned, vocabulary, select, rank, allow_unmatched)
+    lambda: _plan(
+      base, finetuned, vocabulary, select, rank, rename, allow_unmatched
+    )
   )
   marks = fingerprint(plan, key, options)
   processes.check_same_facts(marks)
@@ -205,13 +221,17 @@ def extract_checkpoint(
       profile=profile,
       base_model=model_name(base) if base_model is None else base_model,
       settings=settings,
+      task_type=task_type,
+      rename=rename,
     )
     watch.done()
   journal.close()
   return report
 
 
-def _plan(base, finetuned, vocabulary, select, rank, allow_unmatched) -> Plan:
+def _plan(
+  base, finetuned, vocabulary, select, rank, rename, allow_unmatched
+) -> Plan:
   """Opens both checkpoints, pairs their tensors and plans what is done."""
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
   check_dequantised(left)
@@ -219,7 +239,7 @@ def _plan(base, finetuned, vocabulary, select, rank, allow_unmatched) -> Plan:
   has_table = any(is_table(name) for name in left.spec)
   tokens = read_both_tokens(left.path, right.path) if has_table else None
   pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary, tokens=tokens)
-  plan = plan_jobs(left, right, pairing, select, rank)
+  plan = plan_jobs(left, right, pairing, select, rank, rename)
   if not allow_unmatched:
     check_coverage(left, right, pairing)
   return plan

@@ -9,7 +9,8 @@ References:
 import re
 from collections.abc import Sequence
 
-from jlora.formats.peft.layouts import PARAMETER_ORDER, ROUTER
+from jlora.formats.peft.families import drops_experts, expert_names
+from jlora.formats.peft.layouts import LINEAR_FILE, PARAMETER_ORDER, ROUTER
 from jlora.formats.peft.parts import (
   ROUTERS,
   SPLIT_EXPERTS,
@@ -17,21 +18,6 @@ from jlora.formats.peft.parts import (
   FilePart,
   zero_part,
 )
-
-# Model types for which PEFT 0.21 takes every module of these names for an
-# expert, even shared experts and dense layers, whose LoRAs it then drops.
-_EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
-_TAKEN_FOR_EXPERTS = {
-  "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
-  "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
-  "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
-  "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next",
-  "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker",
-  "solar_open",
-}  # fmt: skip
-# Model types whose separate experts transformers 5 fuses, but whose LoRAs PEFT
-# 0.21 does not convert.
-_NOT_CONVERTED = {"qwen2_moe"}
 
 
 def stack_experts(
@@ -62,7 +48,10 @@ def stack_experts(
     >>> [(part.module, part.rank) for part in stack_experts([part], base, {})]
     [('mlp.experts.0.up_proj', 3), ('mlp.experts.1.up_proj', 3)]
   """
-  parts = [part for part in parts if not _dropped(part, base, left)]
+  if drops_experts(base.model_type):
+    parts = _without_experts(parts, base, left)
+  taken = expert_names(base.model_type)
+  parts = [_untaken(part, taken) for part in parts]
   rank = max((part.rank for part in parts), default=0)
   stacks = {}
   padded = []
@@ -71,9 +60,7 @@ def stack_experts(
     if match:
       stacks[match[1]] = part.dtype
     is_router = base.splits_experts and re.fullmatch(ROUTERS, part.name)
-    if is_router and base.model_type in _NOT_CONVERTED:
-      part = part._replace(layout=ROUTER)
-    elif match or is_router:
+    if match or (is_router and part.layout is not ROUTER):
       part = part._replace(a=(rank, part.a[-1]), b=(rank, part.b[-1]))
     padded.append(part)
   present = {part.name for part in parts}
@@ -87,7 +74,7 @@ def stack_experts(
 
 
 def nest_parameters(
-  parts: Sequence[FilePart], left: dict[str, str]
+  parts: Sequence[FilePart], left: dict[str, str], base: Base | None = None
 ) -> list[FilePart]:
   """Sets the depths of parts where PEFT wraps several parameters of a module.
 
@@ -96,6 +83,7 @@ def nest_parameters(
   Args:
     parts: all parts.
     left: receives path -> reason, where the order is not known.
+    base: the base model; without one the order is `PARAMETER_ORDER`.
 
   Returns:
     Parts, in their order.
@@ -114,33 +102,47 @@ def nest_parameters(
   nested = []
   for part in parts:
     siblings = several.get(part.module, [])
+    family = base and base.family
+    known = family.order_of(part.module) if family else PARAMETER_ORDER
     if len(siblings) < 2:
       nested.append(part)
-    elif set(siblings) <= set(PARAMETER_ORDER):
-      order = [name for name in PARAMETER_ORDER if name in siblings]
+    elif set(siblings) <= set(known):
+      order = [name for name in known if name in siblings]
       depth = order[::-1].index(part.name.rpartition(".")[2])
       nested.append(part._replace(depth=depth))
     else:
       left[str(part.path)] = (
         f"PEFT nests several parameters of {part.module} in an order that is"
-        f" known only for {', '.join(PARAMETER_ORDER)}"
+        " not known"
       )
   return nested
 
 
-def _dropped(part: FilePart, base: Base, left: dict[str, str]) -> bool:
-  """Returns whether PEFT would drop a part; adds the reason to `left`."""
-  is_expert = re.fullmatch(SPLIT_EXPERTS, part.name)
+def _without_experts(
+  parts: Sequence[FilePart], base: Base, left: dict[str, str]
+) -> list[FilePart]:
+  """Drops separate experts, with the reason, and wraps their router."""
+  kept = []
+  for part in parts:
+    if re.fullmatch(SPLIT_EXPERTS, part.name):
+      left[str(part.path)] = (
+        f"PEFT 0.21 does not convert separate experts of {base.model_type}"
+      )
+    elif base.splits_experts and re.fullmatch(ROUTERS, part.name):
+      kept.append(part._replace(layout=ROUTER))
+    else:
+      kept.append(part)
+  return kept
+
+
+def _untaken(part: FilePart, taken: frozenset[str]) -> FilePart:
+  """Names a parameter where PEFT would take its module for an expert.
+
+  In models whose separate experts PEFT stacks, it takes every module with an
+  expert's name for one, even shared experts and dense layers, and drops it.
+  """
   leaf = part.module.rpartition(".")[2]
-  if is_expert and base.model_type in _NOT_CONVERTED:
-    reason = f"PEFT 0.21 does not convert separate experts of {base.model_type}"
-  elif (
-    not is_expert
-    and leaf in _EXPERT_NAMES
-    and base.model_type in _TAKEN_FOR_EXPERTS
-  ):
-    reason = f"PEFT 0.21 takes every {leaf} of {base.model_type} for an expert"
-  else:
-    return False
-  left[str(part.path)] = reason
-  return True
+  is_taken = part.layout is LINEAR_FILE and leaf in taken
+  if not is_taken or re.fullmatch(f"{SPLIT_EXPERTS}|{ROUTERS}", part.name):
+    return part
+  return part._replace(layout=ROUTER)

@@ -19,6 +19,10 @@ import numpy as np
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+TASK_TYPES = (
+  "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
+  "FEATURE_EXTRACTION",
+)  # fmt: skip
 
 # Parameters that PEFT wraps on one module, the outermost wrapper last. This is
 # the order in which transformers' modules define them; no file records it.

@@ -6,6 +6,7 @@ scanned layers has one for each layer, and an embedding that is also the output
 head has two.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.formats.peft.families import Family, Kind, family_of
 from jlora.formats.peft.layouts import (
   CONVOLUTION,
   EMBEDDING,
@@ -54,6 +56,7 @@ class Base(NamedTuple):
     tied_head: whether the output head shares the input embedding's table.
     splits_experts: whether each expert's matrices are separate parameters.
     rename: path -> Hugging Face name or names.
+    family: the model's class; None if only the names are known.
   """
 
   shapes: dict[str, tuple[int, ...]]
@@ -65,6 +68,7 @@ class Base(NamedTuple):
   tied_head: bool
   splits_experts: bool
   rename: Rename
+  family: Family | None = None
 
 
 class FilePart(NamedTuple):
@@ -119,7 +123,8 @@ def describe_base(
   like: Mapping[str, Any],
   model_type: str | None,
   task_type: str | None,
-  rename: Rename | None,
+  rename: Rename | Sequence[tuple[str, str]] | None,
+  config: Mapping[str, Any] | None = None,
 ) -> Base:
   """Collects what is known of the base model from its parameters' shapes.
 
@@ -127,15 +132,20 @@ def describe_base(
     like: path -> anything with `.shape`, every parameter; of an open checkpoint
       only the `.spec` is read.
     model_type: from config.json, or None.
-    task_type: PEFT's task name; only "CAUSAL_LM" can have a tied head.
-    rename: path -> Hugging Face name, or a sequence of them; None keeps paths.
+    task_type: PEFT's task name, or "auto". Without `config` these two can have
+      a tied head: "CAUSAL_LM" and "auto".
+    rename: path -> Hugging Face name, or a sequence of them; or (regex,
+      replacement) pairs, applied to the names that `config` gives; None keeps
+      those, or without `config` the paths.
+    config: the base's config.json, by which names and classes are looked up.
 
   Example:
     >>> like = {"h.0.q.weight": np.ones((2, 3))}
     >>> sorted(describe_base(like, None, None, None).modules)
     ['h', 'h.0', 'h.0.q']
   """
-  rename = rename or str
+  family = family_of(config)
+  rename = _renaming(rename, family)
   shapes = {
     path: tuple(leaf.shape)
     for path, leaf in getattr(like, "spec", like).items()
@@ -157,10 +167,80 @@ def describe_base(
     frozenset(modules),
     table_for(shapes, model_type),
     model_type,
-    task_type == "CAUSAL_LM" and HEAD not in names,
+    HEAD not in names
+    and (
+      family.ties_to(HEAD) if family else task_type in ("CAUSAL_LM", "auto")
+    ),
     any(re.fullmatch(SPLIT_EXPERTS, name) for name in names),
     rename,
+    family,
   )
+
+
+def _renaming(
+  rename: Rename | Sequence[tuple[str, str]] | None, family: Family | None
+) -> Rename:
+  """Returns path -> name from what the caller gave and the model's class."""
+  named = functools.cache(family.name_of) if family else str
+  if callable(rename):
+    return rename
+  pairs = [(re.compile(regex), to) for regex, to in rename or ()]
+  if not pairs:
+    return named
+
+  def apply(path: str) -> str:
+    name = named(path)
+    for regex, to in pairs:
+      name = regex.sub(to, name)
+    return name
+
+  return apply
+
+
+def kind_of(path: str, shape: tuple[int, ...], base: Base) -> Kind:
+  """Returns how a parameter is read, and how PEFT's file stores its Lora.
+
+  Args:
+    path: the parameter's path.
+    shape: its shape.
+    base: the base model.
+
+  Returns:
+    Kind. By the model's class where that is known, else by the parameter's name
+    and number of axes. Where a tied parameter has no LoRA, this one has none.
+
+  Example:
+    >>> base = describe_base({"q.weight": np.ones((2, 3))}, None, None, None)
+    >>> kind_of("q.weight", (2, 3), base).layout.kind
+    'linear'
+  """
+  name = base.rename(path)
+  if base.family is None or not isinstance(name, str):
+    view = view_of(path, shape, base.table)
+    return Kind(view, view and _guess_layout(path, view, base))
+  if len(shape) < 2:
+    return Kind(None)
+  kind = base.family.kind_of(name, len(shape))
+  for other in base.family.tied_to(name, base.names):
+    tied = base.family.kind_of(other, len(shape))
+    if kind.layout and not tied.layout:
+      return Kind(why=f"{other}, which is tied to it: {tied.why}")
+  return kind
+
+
+def ties_of(name: str, base: Base) -> list[str]:
+  """Lists the parameters that are not stored because they equal this one.
+
+  Example:
+    >>> base = describe_base({"wte.weight": np.ones((5, 4))}, None,
+    ...                      "CAUSAL_LM", None)
+    >>> ties_of("wte.weight", base)
+    ['lm_head.weight']
+  """
+  if base.family is not None:
+    return base.family.tied_to(name, base.names)
+  is_tied = base.tied_head and re.fullmatch(INPUT_EMBEDDINGS, name)
+  return [HEAD] if is_tied else []
 
 
 def is_transposed(part: FilePart, base: Base) -> bool:
@@ -175,10 +255,12 @@ def is_transposed(part: FilePart, base: Base) -> bool:
     >>> is_transposed(part, base)
     True
   """
+  if part.layout is not LINEAR_FILE:
+    return False
+  if base.family is not None:
+    return base.family.kind_of(part.name, 2).view == KERNEL
   table = table_for([part.name], base.model_type)
-  return (
-    part.layout is LINEAR_FILE and view_of(part.name, (1, 1), table) == KERNEL
-  )
+  return view_of(part.name, (1, 1), table) == KERNEL
 
 
 def parts_of(
@@ -213,12 +295,7 @@ def parts_of(
     part = FilePart(
       path, None, name, layout, lora.a.shape, lora.b.shape, dtype, kernel
     )
-    if base.tied_head and re.fullmatch(INPUT_EMBEDDINGS, name):
-      head = part._replace(
-        name=HEAD, layout=LINEAR_FILE, a=part.b, b=part.a, swapped=True
-      )
-      return [part, head]
-    return [part]
+    return [part, *(_copy(part, other, base) for other in ties_of(name, base))]
   count = math.prod(lora.a.shape[:-2])
   if len(name) != count:
     raise ValueError(f"{path}: {len(name)} names for {count} matrices.")
@@ -227,6 +304,18 @@ def parts_of(
     FilePart(path, index, each, layout, a, b, dtype, kernel)
     for index, each in enumerate(name)
   ]
+
+
+def _copy(part: FilePart, name: str, base: Base) -> FilePart:
+  """Returns the part of a parameter that is tied to a part's."""
+  layout = LINEAR_FILE
+  if base.family is not None:
+    layout = base.family.kind_of(name, 2).layout or LINEAR_FILE
+  if (layout is EMBEDDING) == (part.layout is EMBEDDING):
+    return part._replace(name=name, layout=layout)
+  return part._replace(
+    name=name, layout=layout, a=part.b, b=part.a, swapped=True
+  )
 
 
 def layout_of(
@@ -242,18 +331,27 @@ def layout_of(
     >>> layout_of("q.weight", MatrixView(), base)[0].kind
     'linear'
   """
+  kind = kind_of(path, base.shapes[path], base)
+  layout = kind.layout or _guess_layout(path, view, base)
+  if layout is CONVOLUTION:
+    return layout, tuple(base.shapes[path][axis] for axis in view.inputs)
+  return layout, ()
+
+
+def _guess_layout(path: str, view: MatrixView, base: Base) -> FileLayout:
+  """Returns the layout that a parameter's name suggests."""
   name = base.rename(path)
   if not isinstance(name, str):
-    return LINEAR_FILE, ()
+    return LINEAR_FILE
   if view.batch:
-    return EXPERTS, ()
+    return EXPERTS
   if re.fullmatch(TABLES, name):
-    return EMBEDDING, ()
+    return EMBEDDING
   if re.fullmatch(ROUTERS, name) and not base.splits_experts:
-    return ROUTER, ()
+    return ROUTER
   if len(view.inputs) > 1 and ("/" not in path or "conv" in path):
-    return CONVOLUTION, tuple(base.shapes[path][axis] for axis in view.inputs)
-  return LINEAR_FILE, ()
+    return CONVOLUTION
+  return LINEAR_FILE
 
 
 def zero_part(
@@ -271,8 +369,10 @@ def zero_part(
   """
   name = f"{module}.weight"
   path = base.paths.get(name)
-  view = path and view_of(path, base.shapes[path], base.table)
-  if not path or not view or layout_of(path, view, base)[0] is not LINEAR_FILE:
+  if not path:
+    return None
+  view, layout, *_ = kind_of(path, base.shapes[path], base)
+  if view is None or layout is not LINEAR_FILE:
     return None
   in_, out = view.shape(base.shapes[path])
   dtype = np.dtype(dtype)

@@ -25,16 +25,17 @@ from jlora.formats.peft.layouts import (
 )
 from jlora.formats.peft.parts import (
   HEAD,
-  INPUT_EMBEDDINGS,
   TABLES,
   Base,
   FilePart,
+  kind_of,
   parts_of,
+  ties_of,
   zero_part,
 )
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
-from jlora.views import MatrixView, view_of
+from jlora.views import MatrixView
 
 
 def plan_loras(
@@ -81,7 +82,11 @@ def plan_loras(
   for path, lora in loras.items():
     check_loras({path: lora})
     shape = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-    view = view_of(path, base.shapes[path], base.table)
+    kind = kind_of(path, base.shapes[path], base)
+    view = kind.view
+    if kind.why:
+      left[path] = kind.why
+      continue
     if view is None or view.shape(base.shapes[path]) != shape:
       wrong.append(f"{path}: Lora {shape}, parameter {base.shapes[path]}")
       continue
@@ -209,8 +214,8 @@ def plan_full(
       left[path] = reason
       continue
     kept[name] = path
-    if base.tied_head and re.fullmatch(INPUT_EMBEDDINGS, name):
-      kept.setdefault(HEAD, path)
+    for other in ties_of(name, base):
+      kept.setdefault(other, path)
   return kept
 
 
@@ -330,6 +335,10 @@ def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
 def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
   """Returns why PEFT cannot replace the module of a tensor, or None."""
   module = name.rpartition(".")[0]
+  shape = base.shapes.get(path, ())
+  kind = kind_of(path, shape, base)
+  if not kind.in_model:
+    return kind.why
   missing = [
     other
     for other in sorted(base.names)
@@ -338,6 +347,16 @@ def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
   alike = [
     other for other in sorted(base.modules - saved) if other.endswith(module)
   ]
+  because = f" ({kind.why})" if kind.why else ""
+  reason = _unreplaceable(name, path, missing, alike, wrapped, base)
+  return reason and reason + because
+
+
+def _unreplaceable(
+  name, path, missing, alike, wrapped, base: Base
+) -> str | None:
+  """Returns why a module cannot be replaced, or None."""
+  module = name.rpartition(".")[0]
   if not module:
     return "a parameter of no module, which PEFT cannot replace"
   if module not in base.modules and name != HEAD:

@@ -52,7 +52,8 @@ def save_peft(
   base_model: str | None = None,
   task_type: str | None = "CAUSAL_LM",
   model_type: str | None = None,
-  rename: Rename | None = None,
+  config: Mapping[str, Any] | None = None,
+  rename: Rename | Sequence[tuple[str, str]] | None = None,
   overwrite: bool = False,
 ) -> dict[str, str]:
   """Writes a PEFT adapter folder; returns the changes that it cannot hold.
@@ -76,15 +77,19 @@ def save_peft(
       changed layer is written, padded with zeros to rank r.
     dtype: storage dtype of factors and biases; None keeps each factor's own.
     base_model: name or path of the base, for the configuration.
-    task_type: PEFT's task name, or None. With "CAUSAL_LM" a base without
-      `lm_head.weight` is assumed to have a tied head; then both the embedding
-      and the head get the change. PEFT applies that correctly but merges a tied
-      LoRA twice: use `save_merged` to merge it.
+    task_type: PEFT's task name, or None, or "auto": what `config` says. With
+      "CAUSAL_LM" and no `config` a base without `lm_head.weight` is assumed to
+      have a tied head. Where tables are tied each of them gets the change: PEFT
+      applies that correctly but merges a tied LoRA twice: use `save_merged` to
+      merge it.
     model_type: `model_type` of the base's config.json.
+    config: the contents of the base's config.json. With a `model_type` in it,
+      names and classes of modules are looked up in a table of transformers'
+      models; what PEFT cannot hold in that model is returned with the reason.
     rename: path -> name in the Hugging Face model, for every path of `like` and
-      of the changes. For a parameter with leading axes (scanned layers) a
-      sequence of names, one per index. Needed for some checkpoints too: GPT-2's
-      lacks the prefix `transformer.` of its causal model.
+      of the changes; or (regex, replacement) pairs for the names that `config`
+      gives. For a parameter with leading axes (scanned layers) a sequence of
+      names, one per index.
     overwrite: whether an adapter in the folder may be replaced.
 
   Returns:
@@ -114,18 +119,20 @@ def save_peft(
   present = [name for name in (CONFIG, TENSORS) if (folder / name).exists()]
   if present and not overwrite:
     raise ValueError(f"{folder} already holds an adapter; use overwrite=True.")
-  base = describe_base(like, model_type, task_type, rename)
+  base = describe_base(like, model_type, task_type, rename, config)
+  if task_type == "auto":
+    task_type = base.family.task_type if base.family else "CAUSAL_LM"
   left: dict[str, str] = {}
   parts = plan_loras(loras, base, profile, dtype, left)
   if profile.stacks_experts:
     parts = stack_experts(parts, base, left)
-  parts = nest_parameters(parts, left)
+  parts = nest_parameters(parts, left, base)
   parts, carried = plan_biases(biases, parts, base, profile, left)
   kept = plan_full(full, parts, base, profile, left)
   if not parts:
     reasons = name_some(f"{path}: {reason}" for path, reason in left.items())
     raise ValueError(f"No module is left to write. {reasons}")
-  config = _configuration(parts, carried, kept, base)
+  entries = _configuration(parts, carried, kept, base)
   named = {"base_model_name_or_path": base_model, "task_type": task_type}
   spec = spec_of(parts, carried, full, kept)
   arrays = arrays_of(parts, loras, biases, carried, full, kept)
@@ -133,7 +140,7 @@ def save_peft(
     folder,
     spec,
     arrays,
-    config | {key: value for key, value in named.items() if value is not None},
+    entries | {key: value for key, value in named.items() if value is not None},
   )
   return left
 

@@ -65,7 +65,10 @@ def test_a_model_type_on_either_side_sets_the_views(folders, side):
   (folders[side] / "config.json").write_text('{"model_type": "gpt2"}')
   plan = plan_of(folders)
   assert plan.model_type == "gpt2"
-  assert (views_of(plan)[FC], views_of(plan)[Q]) == (KERNEL, LINEAR)
+  assert (views_of(plan)[FC], views_of(plan)[Q]) == (KERNEL, None)
+  assert [job.why for job in plan.jobs if job.pair.path == Q] == [
+    "GPT2LMHeadModel is not known to have it"
+  ]
 
 
 def test_select_sees_matrices_alone_and_the_base_spec(folders):

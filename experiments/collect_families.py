@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules has every model class of transformers, and what are they?
+
+  python -m experiments.collect_families [MODEL_TYPE ...] --out=FILE
+
+Builds every class in the automatic tables of the transformers that is installed
+on torch's meta device, small, and writes what `jlora.formats.peft.families`
+needs to know of it: `jlora/formats/peft/families.json`, if no model type is
+given. Takes two minutes; run it after a new release of transformers or PEFT.
+"""
+
+import ast
+import functools
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parents[1] / "jlora/formats/peft/families.json"
+
+_LAYERS = (
+  "num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers",
+  "decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth",
+)  # fmt: skip
+_DENSE_LAYERS = (
+  "first_k_dense_replace", "moe_layer_start_index", "n_dense_first_layers",
+  "moe_num_dense_layers", "num_dense_layers",
+)  # fmt: skip
+_LAYER_TYPES = (
+  "full_attention", "sliding_attention", "linear_attention", "conv", "mamba",
+  "attention", "recurrent", "moe", "mlp", "hybrid",
+)  # fmt: skip
+# Settings on which it depends which modules a model has.
+_VARIANTS = [
+  *({"layer_types": kind} for kind in _LAYER_TYPES),
+  {"mlp_layer_types": "sparse"},
+  {"mlp_layer_types": "dense"},
+  {"num_experts": 4},
+  {"num_local_experts": 4},
+  {"n_routed_experts": 4},
+  {"use_qk_norm": True},
+  {"feed_forward_proj": "gated-gelu"},
+  {"use_mamba": True},
+  {"attn_layer_period": 2},
+]
+# Functions that run before or after a model computes.
+_NOT_COMPUTING = (
+  "__init__", "init_weights", "_init_weights", "initialize_weights",
+  "reset_parameters", "tie_weights", "_tie_weights", "extra_repr",
+  "_rescale_layers", "_resize", "resize", "set_", "get_output_embeddings",
+  "get_input_embeddings", "_get_resized", "prune",
+)  # fmt: skip
+# Parts of a weight that an adapter does not change.
+_NO_VALUES = ("dtype", "device", "shape", "ndim", "size", "data", "is_cuda")
+_TASKS = {
+  "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "CAUSAL_LM",
+  "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "SEQ_2_SEQ_LM",
+}
+
+
+def collect(model_types: Iterable[str] = ()) -> dict[str, Any]:
+  """Returns the contents of families.json.
+
+  Args:
+    model_types: only these; all if empty.
+  """
+  os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+  warnings.simplefilter("ignore")
+  import transformers
+  from peft.tuners import tuners_utils
+  from peft.utils import transformers_weight_conversion as conversion
+  from transformers import conversion_mapping
+
+  transformers.logging.set_verbosity_error()
+  wanted = set(model_types)
+  tables = _tables()
+  classes: dict[str, dict[str, Any]] = {}
+  for name, types in _listed(tables).items():
+    if not wanted or wanted & types:
+      _build(name, min(types), classes)
+  for table, task in _TASKS.items():
+    for name in tables[table].values():
+      row = classes.get(name)
+      if row and row.pop("generates", False):
+        row["task"] = task
+  for row in classes.values():
+    row.pop("generates", None)
+    for key in ("ties", "parts", "modules"):
+      if not row.get(key):
+        row.pop(key, None)
+  patterns = conversion._MODEL_TO_CONVERSION_PATTERN
+  experts = conversion._MOE_TARGET_MODULE_MAPPING
+  conversions = conversion_mapping._build_checkpoint_conversion_mapping()
+  used = {*classes, "legacy", *(row["type"] for row in classes.values())}
+  return {
+    "versions": {
+      name: importlib.metadata.version(name)
+      for name in ("peft", "transformers")
+    },
+    "auto": {
+      kind: dict(sorted(_one_each(tables[table])))
+      for kind, table in (
+        ("base", "MODEL_MAPPING_NAMES"),
+        ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+      )
+    },
+    "peft_experts": {
+      name: sorted(experts[pattern])
+      for name, pattern in sorted(patterns.items())
+      if pattern in experts
+    },
+    "peft_refuses": _refused(tuners_utils._check_lora_target_modules_mamba),
+    "conversions": {
+      name: [_transform(each) for each in conversions[name]]
+      for name in sorted(conversions)
+      if name in used
+    },
+    "classes": dict(sorted(classes.items())),
+  }
+
+
+def write(facts: dict[str, Any], file: Path) -> None:
+  """Writes the facts, one class or conversion a line."""
+  dump = functools.partial(json.dumps, separators=(",", ":"))
+  lines = []
+  for key, value in facts.items():
+    if key in ("classes", "conversions"):
+      rows = ",\n".join(f" {dump(k)}:{dump(v)}" for k, v in value.items())
+      lines.append(f"{dump(key)}:{{\n{rows}\n}}")
+    else:
+      lines.append(f"{dump(key)}:{dump(value)}")
+  file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _tables() -> dict[str, dict[str, Any]]:
+  """Returns transformers' tables of model type -> class names."""
+  from transformers.models.auto import modeling_auto
+
+  return {
+    name: getattr(modeling_auto, name)
+    for name in dir(modeling_auto)
+    if name.startswith("MODEL") and name.endswith("_MAPPING_NAMES")
+  }
+
+
+def _one_each(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields (model type, the first class of it)."""
+  for model_type, names in table.items():
+    yield model_type, names if isinstance(names, str) else names[0]
+
+
+def _listed(tables: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
+  """Returns {class: its model types}."""
+  found: dict[str, set[str]] = {}
+  for table in tables.values():
+    for model_type, names in table.items():
+      for name in [names] if isinstance(names, str) else names:
+        found.setdefault(name, set()).add(model_type)
+  return dict(sorted(found.items()))
+
+
+def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
+  """Builds a class and its variants, and adds rows of it and its parts."""
+  import transformers
+
+  cls = getattr(transformers, name, None)
+  configs = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+  own = _attempt(lambda: cls.config_class)
+  model_type = getattr(own, "model_type", None) or model_type
+  if cls is None or model_type not in configs:
+    return
+
+  def make(**changes):
+    config = configs[model_type]()
+    if own is not None and not isinstance(config, own):
+      config = own()
+    _shrink(config, set())
+    for key, value in changes.items():
+      if not hasattr(config, key):
+        return None
+      if key.endswith("layer_types"):
+        if not isinstance(getattr(config, key), list):
+          return None
+        value = [value] * config.num_hidden_layers
+      setattr(config, key, value)
+    return _on_meta(cls, config)
+
+  model = _attempt(make)
+  if model is None:
+    return
+  _record(model, classes)
+  row = classes[name]
+  row["generates"] = bool(_attempt(model.can_generate))
+  tied = _attempt(lambda: make(tie_word_embeddings=True)) or model
+  ties = _attempt(lambda: tied.get_expanded_tied_weights_keys(True)) or {}
+  sizes = {key: value.dim() for key, value in tied.state_dict().items()}
+  row["ties"] = {
+    to: of for to, of in sorted(ties.items()) if sizes.get(of, 0) > 1
+  }
+  for variant in _VARIANTS:
+    other = _attempt(functools.partial(make, **variant))
+    if other is not None:
+      _record(other, classes)
+
+
+def _attempt(make: Any) -> Any:
+  """Calls; None where a library is missing or a setting does not go."""
+  try:
+    return make()
+  except Exception:
+    return None
+
+
+def _on_meta(cls: Any, config: Any) -> Any:
+  """Builds a model without memory."""
+  import torch
+
+  with torch.device("meta"):
+    return cls(config)
+
+
+def _shrink(config: Any, seen: set[int]) -> None:
+  """Leaves one layer of each kind in a configuration and those inside it."""
+  from transformers import PretrainedConfig
+
+  if id(config) in seen:
+    return
+  seen.add(id(config))
+  kinds = getattr(config, "layer_types", None)
+  kinds = list(dict.fromkeys(kinds)) if isinstance(kinds, list) else []
+  count = max(2, len(kinds))
+
+  def change(name, value):
+    _attempt(lambda: setattr(config, name, value))
+
+  for name in ("layer_types", "mlp_layer_types"):
+    if isinstance(getattr(config, name, None), list):
+      own = list(dict.fromkeys(getattr(config, name)))
+      change(name, (own * count)[:count])
+  for names, most in ((_LAYERS, count), (_DENSE_LAYERS, 1)):
+    for name in names:
+      if isinstance(getattr(config, name, None), int):
+        change(name, min(most, getattr(config, name)))
+  for inner in list(vars(config).values()):
+    if isinstance(inner, PretrainedConfig):
+      _shrink(inner, seen)
+
+
+def _record(model: Any, classes: dict[str, Any]) -> None:
+  """Adds what a model has to the rows of its class and of its parts."""
+  from transformers import PreTrainedModel
+
+  models = {
+    path: module
+    for path, module in model.named_modules()
+    if isinstance(module, PreTrainedModel)
+  }
+  places = {id(model.config): []}
+  _place(model.config, [], places)
+  for path, each in models.items():
+    start = f"{path}." if path else ""
+    inner = [p for p in models if p.startswith(start) and p != path]
+    inner = [p for p in inner if not any(p.startswith(f"{q}.") for q in inner)]
+    row = classes.setdefault(
+      type(each).__name__,
+      {
+        "type": each.config.model_type,
+        "prefix": each.base_model_prefix,
+        "parts": {},
+        "top": [],
+        "modules": {},
+      },
+    )
+    own = places.get(id(each.config))
+    for p in inner:
+      part = models[p]
+      place = places.get(id(part.config))
+      if place is not None and own is not None and place[: len(own)] == own:
+        place = place[len(own) :]
+      else:
+        place = None
+      row["parts"][_normal(p[len(start) :])] = [type(part).__name__, place]
+    children = [name for name, _ in each.named_children()]
+    children += [name for name, _ in each.named_parameters(recurse=False)]
+    row["top"] = sorted({*row["top"], *children})
+    for name, module in each.named_modules(remove_duplicate=False):
+      if any(f"{start}{name}.".startswith(f"{p}.") for p in inner):
+        continue
+      _record_module(name, module, row["modules"], type(each))
+
+
+def _place(config: Any, path: list[str], places: dict[int, list[str]]) -> None:
+  """Notes at which key of config.json each configuration lies."""
+  from transformers import PretrainedConfig
+
+  for key, value in vars(config).items():
+    if isinstance(value, PretrainedConfig) and not key.startswith("_"):
+      places.setdefault(id(value), [*path, key])
+      _place(value, [*path, key], places)
+
+
+def _record_module(name: str, module: Any, tree: dict, holder: type) -> None:
+  """Adds the codes of a module's parameters of two axes or more."""
+  for leaf, parameter in module.named_parameters(recurse=False):
+    if parameter.dim() < 2:
+      continue
+    code = _code(name, leaf, module, parameter, holder)
+    branch, last = tree, leaf
+    parts = _normal(name).split(".") if name else []
+    parts = parts if leaf == "weight" and parts else [*parts, leaf]
+    for part, following in itertools.pairwise([*parts, None]):
+      if following is None:
+        last = part
+        break
+      below = branch.setdefault(part, {})
+      if isinstance(below, str):  # a weight and something else
+        below = branch[part] = {"weight": below}
+      branch = below
+    if isinstance(branch.get(last), dict):
+      branch, last = branch[last], "weight"
+    before = branch.get(last, code)
+    branch[last] = code if before == code else "m"
+
+
+def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
+  """Returns the code of a parameter; `families.KINDS` says what they mean."""
+  import torch
+  from torch.nn.modules import conv
+  from transformers.pytorch_utils import Conv1D
+
+  axes = parameter.dim()
+  has_children = any(True for c in module.children() for _ in c.parameters())
+  if leaf == "weight" and not has_children:
+    reached = name.rpartition(".")[2] in _reached(holder.__module__)
+    if isinstance(module, conv._ConvTransposeNd):
+      return "t"
+    if isinstance(module, conv._ConvNd):
+      plain = str(axes - 2) if module.groups == 1 else "g"
+      return "d" if reached and plain != "g" else plain
+    if isinstance(
+      module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear
+    ):
+      return "d"  # torch's own attention reads its weight
+    if reached:
+      return "d"
+    if (
+      type(module) is torch.nn.Linear or type(module).__name__ == "FalconLinear"
+    ):
+      return "l"
+    if isinstance(module, Conv1D):
+      return "f"
+    if type(module) is torch.nn.Embedding:
+      return "e"
+    scaled = hasattr(module, "embed_scale")
+    if (
+      isinstance(module, torch.nn.Embedding)
+      and scaled
+      and "Scaled" in str(type(module))
+    ):
+      return "e"
+  if axes > 3:
+    return "x"
+  if not name or has_children:
+    return "n"
+  is_transposed = axes == 3 and getattr(module, "is_transposed", False)
+  return f"p{axes}" + ("t" if is_transposed else "")
+
+
+@functools.cache
+def _reached(module: str) -> frozenset[str]:
+  """Finds modules of which a model's code reads the weight itself.
+
+  What a wrapper adds when it is called is missed there.
+  """
+  try:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+  except (OSError, TypeError, KeyError):
+    return frozenset()
+  parents = {
+    child: node
+    for node in ast.walk(tree)
+    for child in ast.iter_child_nodes(node)
+  }
+  found = set()
+  for node in ast.walk(tree):
+    if not (
+      isinstance(node, ast.Attribute)
+      and node.attr == "weight"
+      and isinstance(node.value, ast.Attribute)
+    ):
+      continue
+    over = parents[node]
+    if isinstance(over, ast.Attribute) and over.attr in _NO_VALUES:
+      continue
+    if isinstance(over, ast.Call) and ast.unparse(over.func) == "isinstance":
+      continue
+    if _computes(node, parents):
+      found.add(node.value.attr)
+  return frozenset(found)
+
+
+def _computes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+  """Returns whether code runs in every forward pass that is not training."""
+  while node in parents:
+    before, node = node, parents[node]
+    if isinstance(node, ast.If) and before in node.body:
+      test = ast.unparse(node.test)
+      if "self.training" in test or "pretraining_tp" in test:
+        return False
+    if isinstance(node, ast.FunctionDef):
+      return not node.name.startswith(_NOT_COMPUTING)
+  return False
+
+
+def _refused(check: Any) -> dict[str, list[str]]:
+  """Reads from PEFT's source which modules of which models it refuses."""
+  tree = ast.parse(textwrap.dedent(inspect.getsource(check)))
+  values = {
+    node.targets[0].id: ast.literal_eval(node.value)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Assign)
+    and isinstance(node.targets[0], ast.Name)
+    and isinstance(node.value, ast.Set)
+  }
+  return {
+    "types": sorted(values["mamba_model_types"]),
+    "modules": sorted(values["incompatible_modules"]),
+  }
+
+
+def _transform(transform: Any) -> list[Any]:
+  """Returns [class, regexes, replacements, operations] of a conversion."""
+  sources = [
+    re.sub(r"\*\.", r".*\\.", pattern) for pattern in transform.source_patterns
+  ]
+  sources = [
+    f"{pattern}(?!\\w)" if re.search(r"[a-zA-Z0-9]$", pattern) else pattern
+    for pattern in sources
+  ]
+  operations = [type(o).__name__ for o in getattr(transform, "operations", [])]
+  return [
+    type(transform).__name__, sources, list(transform.target_patterns),
+    operations,
+  ]  # fmt: skip
+
+
+def _normal(name: str) -> str:
+  """Replaces numbers of layers by N."""
+  return re.sub(r"(?<![^.])\d+(?![^.])", "N", name)
+
+
+def main(words: list[str]) -> None:
+  """Collects and writes."""
+  out = [word.removeprefix("--out=") for word in words if "--out=" in word]
+  types = [word for word in words if "--out=" not in word]
+  if types and not out:
+    raise SystemExit("give --out for a part of the table")
+  facts = collect(types)
+  write(facts, Path(out[0]) if out else FILE)
+  print(
+    f"{len(facts['classes'])} classes, {len(facts['conversions'])} mappings"
+  )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

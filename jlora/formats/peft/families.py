@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the modules of a Hugging Face model are called, and of which class.
+
+A checkpoint's keys are not the names of its model's modules, and a name does
+not say what a module is. Both are read from a table here: `families.json`, made
+from transformers' own modules and conversions by
+`experiments.collect_families`.
+
+References:
+  huggingface/transformers 5, `conversion_mapping.py`, `core_model_loading.py`.
+  huggingface/peft 0.21.2, `utils/transformers_weight_conversion.py`.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora.formats.peft.layouts import (
+  CONVOLUTION,
+  EMBEDDING,
+  EXPERTS,
+  LINEAR_FILE,
+  ROUTER,
+  FileLayout,
+)
+from jlora.views import (
+  CONV1D,
+  CONV2D,
+  CONV3D,
+  EXPERTS_OUT_IN,
+  KERNEL,
+  LINEAR,
+  STACKED,
+  MatrixView,
+)
+
+
+class Kind(NamedTuple):
+  """What a parameter is to PEFT.
+
+  Attributes:
+    view: how it is read as a matrix; None if PEFT has no LoRA for it.
+    layout: how the file stores its Lora; None if there is none.
+    why: the reason, where PEFT has no LoRA for it.
+    in_model: whether the model has the parameter, so that it can go whole.
+  """
+
+  view: MatrixView | None = None
+  layout: FileLayout | None = None
+  why: str = ""
+  in_model: bool = True
+
+
+# The codes of families.json.
+KINDS: dict[str, Kind] = {
+  "l": Kind(LINEAR, LINEAR_FILE),
+  "f": Kind(KERNEL, LINEAR_FILE),
+  "e": Kind(KERNEL, EMBEDDING),
+  "1": Kind(CONV1D, CONVOLUTION),
+  "2": Kind(CONV2D, CONVOLUTION),
+  "3": Kind(CONV3D, CONVOLUTION),
+  "p2": Kind(LINEAR, ROUTER),
+  "p3": Kind(EXPERTS_OUT_IN, EXPERTS),
+  "p3t": Kind(STACKED, EXPERTS),
+  "g": Kind(why="a convolution in groups, which PEFT adapts at few ranks"),
+  "t": Kind(why="a transposed convolution, for which PEFT has no LoRA"),
+  "d": Kind(why="the model reads this weight past its module"),
+  "m": Kind(why="modules of several classes have this name"),
+  "n": Kind(why="a parameter of a module that holds others"),
+  "x": Kind(why="a parameter of more than three axes"),
+}
+_AXES = {
+  **{"l": 2, "f": 2, "e": 2, "1": 3, "2": 4, "3": 5},
+  **{"p2": 2, "p3": 3, "p3t": 3},
+}
+_MODULES = ("l", "f", "e", "1", "2", "3", "g", "t")  # of whole modules
+# Conversions of names alone.
+_RENAMINGS = ("WeightRenaming", "PrefixChange")
+_CONVERTER = "WeightConverter"
+# The conversions of separate experts that PEFT does with their Loras too.
+_STACKED = {"MergeModulelist", "Concatenate"}
+
+
+class _Conversion(NamedTuple):
+  """A row of transformers' conversion mapping, for a part of a model."""
+
+  kind: str
+  pattern: re.Pattern[str]
+  targets: list[str]
+  operations: list[str]
+  scopes: tuple[str, ...]  # beginnings of names; the first that fits counts
+
+  def match(self, name: str) -> tuple[str, re.Match[str]] | None:
+    """Returns the beginning that was taken off and the match in the rest."""
+    for scope in self.scopes:
+      if name.startswith(scope):
+        found = self.pattern.search(name[len(scope) :])
+        return (scope, found) if found else None
+    return None
+
+  def apply(self, name: str) -> str:
+    """Returns the new name; the same if the row does not apply."""
+    matched = self.match(name)
+    if matched is None:
+      return name
+    scope, found = matched
+    new = self.targets[0]
+    if r"\1" in new:
+      group = next(key for key, value in found.groupdict().items() if value)
+      new = new.replace(r"\1", found[self.pattern.groupindex[group] + 1])
+    rest = name[len(scope) :].replace(found[0], new, 1)
+    return scope + rest
+
+
+class _Part(NamedTuple):
+  """A model inside a model: its place, class and type."""
+
+  place: str
+  name: str
+  model_type: str
+
+
+class Family:
+  """A model class: the names, classes and ties of its modules.
+
+  Args:
+    name: the class in transformers.
+    config: the contents of config.json, which says what its parts are.
+
+  Attributes:
+    name: the class in transformers.
+    model_type: what config.json says.
+    task_type: PEFT's task name, or None.
+  """
+
+  def __init__(self, name: str, config: Mapping[str, Any]):
+    row = _table()["classes"][name]
+    self.name = name
+    self.model_type: str = config.get("model_type") or row["type"]
+    self.task_type: str | None = row.get("task")
+    self._ties: dict[str, str] = row.get("ties", {})
+    self._prefix: str = row["prefix"]
+    parts = [*_parts_of(name, config)]
+    # Innermost first: that is the one a name belongs to.
+    self._parts = [
+      (re.compile(re.sub(r"(?<![^.])N(?![^.])", r"\\d+", place) + r"\."), part)
+      for place, part, _ in sorted(parts[1:], key=lambda each: -len(each.place))
+    ]
+    self._conversions = [*_conversions(parts, self._prefix)]
+    self._is_converted = self.model_type in _table()["conversions"]
+
+  def name_of(self, key: str) -> str:
+    """Returns a parameter's name in the model, from its key on disk.
+
+    Example:
+      >>> family = family_of({"model_type": "gpt2",
+      ...                     "architectures": ["GPT2LMHeadModel"]})
+      >>> family.name_of("h.0.ln_1.weight")
+      'transformer.h.0.ln_1.weight'
+    """
+    name = key
+    for conversion in self._conversions:
+      if conversion.kind in _RENAMINGS:
+        name = conversion.apply(name)
+    prefix = f"{self._prefix}." if self._prefix else ""
+    bare = name.removeprefix(prefix)
+    if prefix and bare != name and self._has(bare):
+      return bare
+    if prefix and self._has(prefix + name):
+      return prefix + name
+    return name
+
+  def kind_of(self, name: str, axes: int) -> Kind:
+    """Returns what a parameter is.
+
+    Args:
+      name: its name in the model.
+      axes: how many axes it has.
+
+    Example:
+      >>> family = family_of({"model_type": "gpt2",
+      ...                     "architectures": ["GPT2LMHeadModel"]})
+      >>> family.kind_of("transformer.h.0.attn.c_attn.weight", 2).view
+      MatrixView(batch=(), inputs=(0,), outputs=(1,))
+    """
+    for conversion in self._conversions:
+      if conversion.kind not in (*_RENAMINGS, _CONVERTER) and conversion.match(
+        name
+      ):
+        return Kind(why="transformers renames it by a rule", in_model=False)
+    code = self._code(name)
+    if code is None:
+      return self._unknown(name, axes)
+    refuses = _table()["peft_refuses"]
+    module = name.rpartition(".")[0]
+    if (
+      self.model_type in refuses["types"]
+      and module.rpartition(".")[2] in refuses["modules"]
+    ):
+      return Kind(why=f"PEFT refuses this module in {self.model_type}")
+    if _AXES.get(code, axes) != axes:
+      return Kind(
+        why=f"it has {axes} axes here and {_AXES[code]} in {self.name}",
+        in_model=False,
+      )
+    if KINDS[code].layout and not self._is_stable(f"{module}.lora_A.weight"):
+      return Kind(why="PEFT would rename the keys of its LoRA")
+    return KINDS[code]
+
+  def tied_to(self, name: str, names: frozenset[str]) -> list[str]:
+    """Lists parameters that are not stored because they are this one.
+
+    Args:
+      name: a parameter's name in the model.
+      names: those of all parameters that are stored.
+    """
+    return [
+      to for to, of in self._ties.items() if of == name and to not in names
+    ]
+
+  def ties_to(self, name: str) -> bool:
+    """Returns whether a parameter can be another one."""
+    return name in self._ties
+
+  def order_of(self, module: str) -> list[str]:
+    """Lists a module's parameters in the order in which it defines them."""
+    branch = self._branch(f"{module}.")
+    return list(branch) if isinstance(branch, dict) else []
+
+  def _is_stable(self, key: str) -> bool:
+    """Returns whether PEFT, which renames keys as if from disk, keeps a key."""
+    if not self._is_converted:
+      return True
+    name = key
+    for conversion in self._conversions:
+      if conversion.kind in _RENAMINGS:
+        name = conversion.apply(name)
+    return name == key
+
+  def _part(self, name: str) -> tuple[str, str]:
+    """Returns the class of the innermost part of a name, and the rest."""
+    for path, part in self._parts:
+      match = path.match(name)
+      if match:
+        return part, name[match.end() :]
+    return self.name, name
+
+  def _branch(self, name: str) -> Any:
+    """Follows the dots of a name, but for the last part, into the table."""
+    part, rest = self._part(name)
+    branch = _table()["classes"][part].get("modules", {})
+    for each in rest.split(".")[:-1]:
+      if not isinstance(branch, dict):
+        return None
+      branch = branch.get("N" if each.isdigit() else each)
+    return branch
+
+  def _code(self, name: str) -> str | None:
+    """Returns the code of a parameter's kind, None for an unknown name."""
+    branch, leaf = self._branch(name), name.rpartition(".")[2]
+    if isinstance(branch, str):
+      return branch if leaf == "weight" else None
+    code = (branch or {}).get("N" if leaf.isdigit() else leaf)
+    if not isinstance(code, str) or (leaf != "weight" and code in _MODULES):
+      return None
+    return code
+
+  def _has(self, name: str) -> bool:
+    """Returns whether the model has modules that a name can be in."""
+    part, rest = self._part(name)
+    return rest.partition(".")[0] in _table()["classes"][part]["top"]
+
+  def _unknown(self, name: str, axes: int) -> Kind:
+    """Returns the kind of a parameter that the table does not have."""
+    for conversion in self._conversions:
+      if conversion.kind in _RENAMINGS or not conversion.match(name):
+        continue
+      to = ", ".join(target.strip(".") for target in conversion.targets)
+      operations = set(conversion.operations)
+      if (
+        conversion.kind == _CONVERTER
+        and axes == 2
+        and operations <= _STACKED
+        and self.model_type in _table()["peft_experts"]
+        and conversion.targets[0].endswith(("gate_up_proj", "down_proj"))
+      ):
+        return KINDS["l"]
+      return Kind(
+        why=f"transformers turns it into {to}, and PEFT not its LoRA",
+        in_model=False,
+      )
+    holder = self._branch(name.rpartition(".")[0])
+    agreed = _agreed().get(_leaf(name))
+    if isinstance(holder, dict) and agreed and _AXES[agreed] == axes:
+      return KINDS[agreed]
+    return Kind(why=f"{self.name} is not known to have it", in_model=False)
+
+
+class UnknownFamily(Family):
+  """A model that is not in transformers: what its names say everywhere else."""
+
+  def __init__(self, config: Mapping[str, Any]):
+    self.model_type = config["model_type"]
+    self.name = (config.get("architectures") or [self.model_type])[0]
+    self.task_type = "CAUSAL_LM" if "CausalLM" in self.name else None
+    self._ties = {}
+
+  def name_of(self, key: str) -> str:
+    """Returns the key: nothing is known."""
+    return key
+
+  def kind_of(self, name: str, axes: int) -> Kind:
+    """Returns what all known families agree on."""
+    agreed = _agreed().get(_leaf(name))
+    if agreed and _AXES[agreed] == axes:
+      return KINDS[agreed]
+    return Kind(
+      why=f"the class of this module of {self.model_type} is not known"
+    )
+
+  def order_of(self, module: str) -> list[str]:
+    """Returns nothing: the order is not known."""
+    return []
+
+
+def family_of(config: Mapping[str, Any] | None) -> Family | None:
+  """Returns what is known of the model of a config.json.
+
+  Args:
+    config: its contents.
+
+  Returns:
+    A Family. None without a `model_type`: then the names are the modules', and
+    what they are is told by the tables of `jlora.views`.
+
+  Example:
+    >>> family_of({"model_type": "bert", "architectures": ["BertModel"]}).name
+    'BertModel'
+  """
+  model_type = (config or {}).get("model_type")
+  if config is None or not model_type:
+    return None
+  table = _table()
+  names = config.get("architectures") or []
+  names = [name for name in names if name in table["classes"]]
+  if not names and not config.get("auto_map"):
+    names = [
+      table["auto"][kind][model_type]
+      for kind in ("causal", "base")
+      if model_type in table["auto"][kind]
+    ]
+    names = [name for name in names if name in table["classes"]]
+  return Family(names[0], config) if names else UnknownFamily(config)
+
+
+def expert_names(model_type: str | None) -> frozenset[str]:
+  """Names that PEFT takes for experts, whatever module has them.
+
+  Example:
+    >>> sorted(expert_names("mixtral"))
+    ['gate', 'w1', 'w2', 'w3']
+  """
+  return frozenset(_table()["peft_experts"].get(model_type, ()))
+
+
+def drops_experts(model_type: str | None) -> bool:
+  """Returns whether transformers stacks separate experts, and PEFT does not.
+
+  Example:
+    >>> drops_experts("qwen2_moe"), drops_experts("qwen3_moe")
+    (True, False)
+  """
+  rows = _table()["conversions"].get(model_type, ())
+  return model_type not in _table()["peft_experts"] and any(
+    "MergeModulelist" in operations for *_, operations in rows
+  )
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+  """Returns the contents of a checkpoint's config.json, None without one.
+
+  Args:
+    folder: the checkpoint's folder; a file has none.
+  """
+  file = folder / "config.json"
+  if not file.is_file():
+    return None
+  try:
+    config = json.loads(file.read_text())
+  except ValueError:
+    return None
+  return config if isinstance(config, dict) else None
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+  """Reads families.json, once."""
+  file = resources.files("jlora.formats.peft") / "families.json"
+  return json.loads(file.read_text())
+
+
+@functools.cache
+def _agreed() -> dict[str, str]:
+  """Returns {last part of a name: code} where all families agree."""
+  found: dict[str, set[str]] = {}
+  for row in _table()["classes"].values():
+    for leaf, code in _leaves(row.get("modules", {})):
+      found.setdefault(leaf, set()).add(code)
+  return {
+    leaf: next(iter(codes))
+    for leaf, codes in found.items()
+    if len(codes) == 1 and leaf != "N" and codes <= _AXES.keys()
+  }
+
+
+def _leaves(branch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields the last parts of all names in a tree, with their codes."""
+  for key, value in branch.items():
+    if isinstance(value, str):
+      yield key, value
+    else:
+      yield from _leaves(value)
+
+
+def _leaf(name: str) -> str:
+  """Returns the last part of a module's or a bare parameter's name."""
+  parts = name.split(".")
+  return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+
+
+def _parts_of(
+  name: str, config: Mapping[str, Any], place: str = "", depth: int = 0
+) -> Iterator[_Part]:
+  """Yields a model and the models inside it, in the order of its modules."""
+  classes, auto = _table()["classes"], _table()["auto"]
+  row = classes[name]
+  yield _Part(place, name, config.get("model_type") or row["type"])
+  for path, (part, keys) in row.get("parts", {}).items():
+    inner: Any = config
+    for key in keys or ():
+      inner = inner.get(key) if isinstance(inner, Mapping) else None
+    inner = inner if isinstance(inner, Mapping) else {}
+    usual = classes.get(part, {}).get("type")
+    given = inner.get("model_type", usual) if keys else usual
+    first = part
+    if given != usual:
+      kinds = [kind for kind in auto if auto[kind].get(usual) == part]
+      part = auto[kinds[0] if kinds else "base"].get(given, part)
+      inner = inner if part != first else {}
+    if part in classes and depth < 5:
+      below = f"{place}.{path}" if place else path
+      inner = (
+        {**inner, "model_type": classes[part]["type"]} if not keys else inner
+      )
+      yield from _parts_of(part, inner, below, depth + 1)
+
+
+def _conversions(
+  parts: Sequence[_Part], base_prefix: str
+) -> Iterator[_Conversion]:
+  """Yields the rows of transformers' mapping that hold for a model.
+
+  This is `get_model_conversion_mapping` of transformers 5: a class's own rows
+  go before its model type's, and what a model has claimed, its parts do not
+  apply again.
+  """
+  mapping = _table()["conversions"]
+  seen: dict[str, list[str]] = {}
+
+  def is_claimed(key: str, place: str) -> bool:
+    return any(
+      not other or place.startswith(f"{other}.") for other in seen.get(key, ())
+    )
+
+  for place, name, model_type in parts:
+    if is_claimed(name, place):
+      continue
+    by_class = name in mapping
+    if not by_class and is_claimed(model_type, place):
+      continue
+    rows = mapping.get(name, mapping.get(model_type))
+    if rows is None:
+      continue
+    scopes = [""]
+    if place:
+      scope = place.removeprefix(base_prefix).removeprefix(".")
+      scope = f"{scope}." if scope else ""
+      scopes = [f"{base_prefix}." + scope if base_prefix else scope, scope]
+    yield from (_conversion(row, scopes) for row in rows)
+    seen.setdefault(name, []).append(place)
+    if not by_class:
+      seen.setdefault(model_type, []).append(place)
+  yield from (_conversion(row, [""]) for row in mapping.get("legacy", ()))
+
+
+def _conversion(row: Sequence[Any], scopes: Sequence[str]) -> _Conversion:
+  """Compiles a row; of several patterns the longest is tried first."""
+  kind, sources, targets, operations = row
+  order = sorted(enumerate(sources), key=lambda each: -len(each[1]))
+  pattern = "|".join(f"(?P<g{at}>{source})" for at, source in order)
+  return _Conversion(
+    kind, re.compile(pattern), targets, operations, tuple(scopes)
+  )
