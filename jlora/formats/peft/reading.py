@@ -124,27 +124,27 @@ def load_peft(
     ...   load_peft(folder).loras["q.weight"].scale
     Array(4., dtype=float32)
   """
-  base_config, folder = config, locate(folder)
+  folder = locate(folder)
   for name in (CONFIG, TENSORS):
     if not (folder / name).is_file():
       raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
-  config = json.loads((folder / CONFIG).read_text())
-  check_config(config, str(folder / CONFIG))
-  if isinstance(config.get("target_modules"), list):
-    config["target_modules"] = frozenset(config["target_modules"])
+  entries = json.loads((folder / CONFIG).read_text())
+  check_config(entries, str(folder / CONFIG))
+  if isinstance(entries.get("target_modules"), list):
+    entries["target_modules"] = frozenset(entries["target_modules"])
   file = open_checkpoint(folder / TENSORS)
-  found, full = _sort_keys(file, config)
-  wrappers = _wrappers(found, file, config)
+  found, full = _sort_keys(file, entries)
+  wrappers = _wrappers(found, file, entries)
   paths: Mapping[str, str] = {}
   if like is not None:
-    base = describe_base(like, model_type, "auto", None, base_config)
+    base = describe_base(like, model_type, "auto", None, config)
     shapes = {str(base.rename(p)): shape for p, shape in base.shapes.items()}
     paths = {str(base.rename(path)): path for path in base.shapes}
     ties = {to for name in shapes for to in ties_of(name, base)} - {HEAD}
     wrappers = [each for each in wrappers if each.name not in ties]
     full = {name: key for name, key in full.items() if name not in ties}
     wrappers, full = _without_tied_head(wrappers, full, file, shapes)
-    _check_complete(config, wrappers, shapes, base)
+    _check_complete(entries, wrappers, shapes, base)
     _check_shapes(wrappers, file, shapes, base)
   biases = {
     wrapper.name.removesuffix("weight") + "bias": wrapper.scale
