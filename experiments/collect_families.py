@@ -38,6 +38,8 @@ _LAYER_TYPES = (
   "full_attention", "sliding_attention", "linear_attention", "conv", "mamba",
   "attention", "recurrent", "moe", "mlp", "hybrid",
 )  # fmt: skip
+# Settings that say which layers are of which kind.
+_PERIODS = re.compile(r"_(period|offset|interval|freq|step|pattern|indices)\b")
 # Settings on which it depends which modules a model has.
 _VARIANTS = [
   *({"layer_types": kind} for kind in _LAYER_TYPES),
@@ -236,7 +238,8 @@ def _shrink(config: Any, seen: set[int]) -> None:
   seen.add(id(config))
   kinds = getattr(config, "layer_types", None)
   kinds = list(dict.fromkeys(kinds)) if isinstance(kinds, list) else []
-  count = max(2, len(kinds))
+  is_periodic = any(_PERIODS.search(key) for key in vars(config))
+  count = max(8 if is_periodic else 2, len(kinds))
 
   def change(name, value):
     _attempt(lambda: setattr(config, name, value))

@@ -313,7 +313,8 @@ def _run() -> None:
 
 def _renamings() -> list[tuple[str, str]]:
   """Splits the renamings at their last equals sign; a regex can have others."""
-  pairs = [tuple(each.rpartition("=")[::2]) for each in _RENAME.value or ()]
+  words = [each.rpartition("=") for each in _RENAME.value or ()]
+  pairs = [(regex, to) for regex, _, to in words]
   for regex, _ in pairs:
     try:
       if not regex:

@@ -21,7 +21,7 @@ from jlora.extraction.report import (
 )
 from jlora.factoring.figures import row_of
 from jlora.formats.peft.layouts import Profile
-from jlora.formats.peft.parts import Rename
+from jlora.formats.peft.parts import Base, Rename
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
 from jlora.messages import name_some
@@ -143,8 +143,12 @@ def write_adapter(
     if path not in plan.base.spec
   }
   kept = [p for p in pairs if journal[p]["status"] == "kept whole"]
+  held = {} if "full" in profile.refused else _held(kept, pairs, plan.about)
+  held = {path: why for path, why in held.items() if path not in kept}
+  ranks = {path: rank for path, rank in ranks.items() if path not in held}
   refused = {job.pair.path for job in plan.jobs if job.is_refused}
   biases, full = _sort_kept(kept, pairs, ranks.keys() | refused)
+  full += [path for path in held if path not in full]
   left = save_peft(
     out,
     _Lazy([path for path in pairs if path in ranks], lora),
@@ -162,6 +166,8 @@ def write_adapter(
   outcomes = {
     path: ("not representable", left[path])
     if path in left and record["status"] != "unchanged"
+    else ("kept whole", held[path])
+    if path in held and record["status"] == "extracted"
     else (record["status"], record["why"])
     for path, record in journal.items()
   }
@@ -241,6 +247,32 @@ class _Lazy(Mapping[str, Any]):
 
   def __len__(self) -> int:
     return len(self._paths)
+
+
+def _held(
+  kept: Iterable[str], pairs: Iterable[str], about: Base | None
+) -> dict[str, str]:
+  """Returns {path: why} of all in modules that are replaced with their parts.
+
+  A parameter that lies beside modules, as a table of positions beside the
+  convolution of patches, can only be carried with them. That is done once in a
+  model; where every layer has such a module its matrices keep their Loras.
+  """
+  if about is None or about.family is None:
+    return {}
+  names = {path: str(about.rename(path)) for path in pairs}
+  held = {}
+  for path in kept:
+    module = names[path].rpartition(".")[0]
+    inside = [p for p in names if module and names[p].startswith(f"{module}.")]
+    is_deep = any("." in names[p][len(module) + 1 :] for p in inside)
+    in_layers = any(
+      part.isdigit() for p in inside for part in names[p].split(".")
+    )
+    if is_deep and not in_layers:
+      why = f"{module} is replaced, because {names[path]} is beside its parts"
+      held |= dict.fromkeys(inside, why)
+  return held
 
 
 def _sort_kept(

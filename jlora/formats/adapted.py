@@ -11,8 +11,9 @@ import numpy as np
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.merged import changed, check_changes
 from jlora.checkpoints.safetensors import TensorSpec
+from jlora.formats.peft.families import read_config
+from jlora.formats.peft.parts import describe_base, kind_of
 from jlora.formats.peft.reading import load_peft
-from jlora.views import table_for, view_of
 
 
 class AdaptedCheckpoint(Mapping[str, np.ndarray]):
@@ -36,9 +37,12 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
     model_type = base.model_type
     self.base, self.path, self.model_type = base, base.path, model_type
     self.adapter = Path(adapter)
-    found = load_peft(adapter, like=base.spec, model_type=model_type)
-    table = table_for(base.spec, model_type)
-    views = {p: view_of(p, base.spec[p].shape, table) for p in found.loras}
+    config = read_config(base.path)
+    found = load_peft(
+      adapter, like=base.spec, model_type=model_type, config=config
+    )
+    about = describe_base(base.spec, model_type, "auto", None, config)
+    views = {p: kind_of(p, base.spec[p].shape, about).view for p in found.loras}
     check_changes(base, found.loras, views, found.biases, found.full)
     self._changes = (found.loras, views, found.biases, found.full)
     self.spec = dict(base.spec)

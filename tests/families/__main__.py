@@ -4,7 +4,7 @@
   python -m tests.families --jobs=2 --out=docs/families.md
 
 Processes with limits of time and memory walk them. Rows go to a file as they
-come; types that are there already are not walked again.
+come; types that are there already are walked again once jlora has changed.
 """
 
 import argparse
@@ -60,12 +60,12 @@ def main(words: list[str] | None = None) -> int:
   asked = parser.parse_args(words)
 
   asked.rows.parent.mkdir(parents=True, exist_ok=True)
-  rows = read_rows(asked.rows)
+  rows, now = read_rows(asked.rows), table.commit()
   todo = [
     name
     for name in ordered(build.model_types())
     if re.fullmatch(asked.only or ".*", name)
-    if name not in rows
+    if rows.get(name, {}).get("jlora") != now
     or (asked.again and re.fullmatch(asked.again, rows[name]["verdict"]))
   ]
   transformers.logging.set_verbosity_error()
@@ -73,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
   torch.set_num_threads(1)
   with asked.rows.open("a") as file:
     for done, row in enumerate(walk_all(todo, asked), 1):
-      rows[row["type"]] = row
+      rows[row["type"]] = row = row | {"jlora": now}
       print(as_json(row), file=file, flush=True)
       print(f"{done}/{len(todo)} {table.line(row)}", flush=True)
   if asked.out:

@@ -47,6 +47,8 @@ def line(row: Row) -> str:
 def page(rows: Sequence[Row]) -> str:
   """The whole page."""
   built = [row for row in rows if row["verdict"] != NOT_BUILT]
+  now = commit()
+  commits = collections.Counter(str(row.get("jlora")) for row in rows)
   versions = ", ".join(
     f"{name} {metadata.version(name)}"
     for name in ("transformers", "peft", "torch")
@@ -59,9 +61,11 @@ def page(rows: Sequence[Row]) -> str:
     " tensor on disk holds several), loaded in PEFT;"
     " and merged by `save_merged`, loaded in transformers. Written by"
     " `python -m tests.families --out=docs/families.md` (`make test-families`"
-    f" checks it); jlora at {commit()}, {versions}.",
+    f" checks it); {versions}.",
     "",
-    f"{len(rows)} types tried, {len(built)} built.",
+    f"{len(rows)} types tried, {len(built)} built; jlora at "
+    + ", ".join(f"{name} ({count})" for name, count in commits.items())
+    + ". A verdict of another commit than the last names it.",
     "",
     "| | " + " | ".join(VERDICTS) + " |",
     "|---" * (len(VERDICTS) + 1) + "|",
@@ -82,7 +86,8 @@ def page(rows: Sequence[Row]) -> str:
     " faults of jlora.",
     "",
     "The distance is that of outputs, in brackets that of the worst parameter"
-    " where no forward pass was arranged.",
+    " where no forward pass was arranged. Loras: matrices carried as such;"
+    " whole: tensors carried whole, in `modules_to_save`.",
     "",
   ]
   kinds = sorted({row["kind"] for row in built if "kind" in row})
@@ -90,12 +95,12 @@ def page(rows: Sequence[Row]) -> str:
     lines += [
       f"## {kind}",
       "",
-      "| type | model | in PEFT | distance | modules | not carried, and why"
-      " | merged |",
-      "|---|---|---|---|---|---|---|",
+      "| type | model | in PEFT | distance | Loras | whole | not carried, and"
+      " why | merged |",
+      "|---|---|---|---|---|---|---|---|",
     ]
     mine = [row for row in built if row.get("kind") == kind]
-    lines += [_cells(row) for row in sorted(mine, key=lambda r: r["type"])]
+    lines += [_cells(row, now) for row in sorted(mine, key=lambda r: r["type"])]
     lines.append("")
   lost = [row for row in built if "kind" not in row]
   lines += ["## No row", ""] if lost else []
@@ -127,10 +132,10 @@ def commit() -> str:
 
 def reason(why: str) -> str:
   """A reason of the ledger without the names in it."""
-  return re.sub(r"; give also .*", "", why)
+  return re.sub(r"; give also [^(]*", " ", why)
 
 
-def _cells(row):
+def _cells(row, now):
   distance = row.get("distance")
   shown = f"{distance:.0e}" if distance is not None else "-"
   if distance is None and row.get("parameter_distance") is not None:
@@ -144,9 +149,13 @@ def _cells(row):
   merged = row.get("merged", "-")
   if merged not in (RIGHT, "-"):
     merged += f": {row['merged_why']}"
+  verdict = row["verdict"]
+  if row.get("jlora") != now:
+    verdict += f" ({row.get('jlora')})"
   cells = [
-    row["type"], row["model"], row["verdict"], shown,
-    str(row.get("carried", "-")), "; ".join(missing) or "", merged,
+    row["type"], row["model"], verdict, shown,
+    str(row.get("carried", "-")), str(row.get("whole", "-")),
+    "; ".join(missing), merged,
   ]  # fmt: skip
   return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
 

@@ -52,8 +52,9 @@ def walk(model_type: str, folder: Path) -> dict[str, Any]:
   Returns:
     type, kind, model (its class), parameters, inputs (None if no forward pass
     could be arranged), verdict, why, distance (of outputs), parameter and
-    parameter_distance (the worst), missing ({why: how many}), merged (verdict),
-    merged_why, merged_distance, seconds.
+    parameter_distance (the worst), carried (as Loras), whole (tensors carried
+    whole), missing ({why: how many}), merged (verdict), merged_why,
+    merged_distance, seconds.
   """
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -165,6 +166,7 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
   row = {
     "missing": dict(collections.Counter(r["why"] for r in missing)),
     "carried": len(report.modules),
+    "whole": sum(r["status"] == "kept whole" for r in report.ledger),
     "rank": rank,
   }
   try:

@@ -11,11 +11,11 @@ References:
   huggingface/peft 0.21.2, `utils/transformers_weight_conversion.py`.
 """
 
+import collections
 import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ class Kind(NamedTuple):
   why: str = ""
   in_model: bool = True
 
+
+FILE = Path(__file__).with_name("families.json")
 
 # The codes of families.json.
 KINDS: dict[str, Kind] = {
@@ -399,22 +401,28 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 @functools.cache
 def _table() -> dict[str, Any]:
   """Reads families.json, once."""
-  file = resources.files("jlora.formats.peft") / "families.json"
-  return json.loads(file.read_text())
+  return json.loads(FILE.read_text())
 
 
 @functools.cache
 def _agreed() -> dict[str, str]:
-  """Returns {last part of a name: code} where all families agree."""
-  found: dict[str, set[str]] = {}
+  """Returns {last part of a name: code} where all families agree.
+
+  Up to one class in twenty may differ: q_proj is a linear layer, of which a few
+  models read the weight themselves.
+  """
+  found: dict[str, collections.Counter[str]] = {}
   for row in _table()["classes"].values():
     for leaf, code in _leaves(row.get("modules", {})):
-      found.setdefault(leaf, set()).add(code)
-  return {
-    leaf: next(iter(codes))
-    for leaf, codes in found.items()
-    if len(codes) == 1 and leaf != "N" and codes <= _AXES.keys()
-  }
+      found.setdefault(leaf, collections.Counter())[code] += 1
+  agreed = {}
+  for leaf, codes in found.items():
+    code, count = codes.most_common(1)[0]
+    # Stacked experts have the same names, but no `.weight` and three axes.
+    rest = codes.total() - sum(codes[other] for other in ("p3", "p3t"))
+    if leaf != "N" and code in _AXES and 20 * count >= 19 * rest:
+      agreed[leaf] = code
+  return agreed
 
 
 def _leaves(branch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

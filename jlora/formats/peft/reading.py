@@ -36,10 +36,10 @@ from jlora.formats.peft.layouts import (
   TENSORS,
   FileLayout,
 )
-from jlora.formats.peft.parts import HEAD
+from jlora.formats.peft.parts import HEAD, Base, describe_base, ties_of
 from jlora.loras import Lora
 from jlora.messages import name_some
-from jlora.views import table_for, view_of
+from jlora.views import view_of
 
 # A key without its prefix: the module, nested wrappers, and the tensor's role.
 _KEY = re.compile(
@@ -86,6 +86,7 @@ def load_peft(
   *,
   like: Mapping[str, Any] | None = None,
   model_type: str | None = None,
+  config: Mapping[str, Any] | None = None,
 ) -> PeftAdapter:
   """Reads the Loras, biases and whole tensors of a PEFT adapter folder.
 
@@ -97,9 +98,12 @@ def load_peft(
       given, shapes must fit, every module that the configuration targets must
       be there, and a tied head's copy of the embedding's change is left out.
     model_type: `model_type` of the base's config.json, used with `like`.
+    config: the contents of the base's config.json, used with `like`: then the
+      adapter has the names of the model's modules, and `like` those on disk.
 
   Returns:
-    PeftAdapter, in the dtypes of the file.
+    PeftAdapter, in the dtypes of the file; by the names of `like` where
+    `config` is given.
 
   Raises:
     ValueError: a method other than plain LoRA, tensors that the configuration
@@ -124,18 +128,24 @@ def load_peft(
   for name in (CONFIG, TENSORS):
     if not (folder / name).is_file():
       raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
-  config = json.loads((folder / CONFIG).read_text())
-  check_config(config, str(folder / CONFIG))
-  if isinstance(config.get("target_modules"), list):
-    config["target_modules"] = frozenset(config["target_modules"])
+  entries = json.loads((folder / CONFIG).read_text())
+  check_config(entries, str(folder / CONFIG))
+  if isinstance(entries.get("target_modules"), list):
+    entries["target_modules"] = frozenset(entries["target_modules"])
   file = open_checkpoint(folder / TENSORS)
-  found, full = _sort_keys(file, config)
-  wrappers = _wrappers(found, file, config)
+  found, full = _sort_keys(file, entries)
+  wrappers = _wrappers(found, file, entries)
+  paths: Mapping[str, str] = {}
   if like is not None:
-    shapes = _shapes(like)
+    base = describe_base(like, model_type, "auto", None, config)
+    shapes = {str(base.rename(p)): shape for p, shape in base.shapes.items()}
+    paths = {str(base.rename(path)): path for path in base.shapes}
+    ties = {to for name in shapes for to in ties_of(name, base)} - {HEAD}
+    wrappers = [each for each in wrappers if each.name not in ties]
+    full = {name: key for name, key in full.items() if name not in ties}
     wrappers, full = _without_tied_head(wrappers, full, file, shapes)
-    _check_complete(config, wrappers, shapes)
-    _check_shapes(wrappers, file, shapes, table_for(shapes, model_type))
+    _check_complete(entries, wrappers, shapes, base)
+    _check_shapes(wrappers, file, shapes, base)
   biases = {
     wrapper.name.removesuffix("weight") + "bias": wrapper.scale
     * file.read_float32(wrapper.keys["bias"])
@@ -143,9 +153,19 @@ def load_peft(
     if "bias" in wrapper.keys
   }
   return PeftAdapter(
-    {wrapper.name: _read(wrapper, file) for wrapper in wrappers},
-    {name: jnp.asarray(bias) for name, bias in biases.items() if bias.any()},
-    {name: jnp.asarray(file[key]) for name, key in full.items()},
+    {
+      paths.get(wrapper.name, wrapper.name): _read(wrapper, file)
+      for wrapper in wrappers
+    },
+    {
+      paths.get(name, name): jnp.asarray(bias)
+      for name, bias in biases.items()
+      if bias.any()
+    },
+    {
+      paths.get(name, name): jnp.asarray(file[key])
+      for name, key in full.items()
+    },
   )
 
 
@@ -238,12 +258,6 @@ def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:
   return Lora(jnp.asarray(a), jnp.asarray(b), scale)
 
 
-def _shapes(like: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every parameter, without reading a checkpoint."""
-  leaves = getattr(like, "spec", like)
-  return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-
-
 def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
   """Drops a head that repeats the embedding it is tied to."""
   if HEAD in shapes:
@@ -269,7 +283,9 @@ def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
   return [wrapper for wrapper in wrappers if wrapper.name != HEAD], kept
 
 
-def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
+def _check_complete(
+  config, wrappers: list[_Wrapper], shapes, base: Base
+) -> None:
   """Raises unless the file has every module of an explicit target list."""
   if (
     config.get("target_modules") == "all-linear"
@@ -284,6 +300,7 @@ def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
     and name.endswith(".weight")
     and name not in present
     and is_targeted(config, name.removesuffix(".weight"))
+    and not (base.family and base.family.kind_of(name, len(shape)).why)
   ]
   if missing:
     raise ValueError(
@@ -292,11 +309,16 @@ def _check_complete(config, wrappers: list[_Wrapper], shapes) -> None:
     )
 
 
-def _check_shapes(wrappers: list[_Wrapper], file, shapes, table) -> None:
+def _check_shapes(wrappers: list[_Wrapper], file, shapes, base: Base) -> None:
   """Raises unless every Lora fits the parameter it changes."""
   wrong = []
   for wrapper in wrappers:
-    view = view_of(wrapper.name, shapes.get(wrapper.name, ()), table)
+    shape = shapes.get(wrapper.name, ())
+    view = (
+      base.family.kind_of(wrapper.name, len(shape)).view
+      if base.family
+      else view_of(wrapper.name, shape, base.table)
+    )
     needed = view and view.shape(shapes[wrapper.name])
     blank = [
       np.broadcast_to(np.int8(0), file.spec[wrapper.keys[role]].shape)

@@ -163,6 +163,9 @@ def _configuration(
   }
   modules = {part.module for part in parts if not part.layout.wraps_parameter}
   saved = {name.rpartition(".")[0] for name in kept}
+  saved = {  # of a module and one inside it the outer one is replaced
+    name for name in saved if not any(name.startswith(f"{s}.") for s in saved)
+  }
   has_head = HEAD in kept and base.rename(kept[HEAD]) == HEAD
   ours = {part.name for part in parts} | kept.keys()
   optional = {
