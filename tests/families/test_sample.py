@@ -5,10 +5,6 @@ import pytest
 
 from tests.families.walk import ACCOUNTED, RIGHT, walk
 
-# Wrong today, and why; whoever mends one takes it out.
-WRONG_TODAY = {
-  "gemma3": "a module to save and one within it are both given to PEFT",
-}
 SAMPLE = (
   "bert", "gemma3", "gpt2", "llama", "llava", "mamba", "mixtral", "t5", "vit",
 )  # fmt: skip
@@ -27,18 +23,7 @@ def row_of(tmp_path_factory):
   return find
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(
-      name,
-      marks=pytest.mark.xfail(strict=True, reason=WRONG_TODAY[name])
-      if name in WRONG_TODAY
-      else (),
-    )
-    for name in SAMPLE
-  ],
-)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_peft_loads_the_finetune_or_the_ledger_says_what_is_missing(
   name, row_of
 ):
