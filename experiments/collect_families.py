@@ -98,8 +98,9 @@ def collect(model_types: Iterable[str] = ()) -> dict[str, Any]:
     for key in ("ties", "parts", "modules"):
       if not row.get(key):
         row.pop(key, None)
-  patterns = conversion._MODEL_TO_CONVERSION_PATTERN
-  experts = conversion._MOE_TARGET_MODULE_MAPPING
+  rules: Any = conversion  # its tables have no public names
+  patterns = rules._MODEL_TO_CONVERSION_PATTERN
+  experts = rules._MOE_TARGET_MODULE_MAPPING
   conversions = conversion_mapping._build_checkpoint_conversion_mapping()
   used = {*classes, "legacy", *(row["type"] for row in classes.values())}
   return {
@@ -173,7 +174,7 @@ def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
   """Builds a class and its variants, and adds rows of it and its parts."""
   import transformers
 
-  cls = getattr(transformers, name, None)
+  cls: Any = getattr(transformers, name, None)
   configs = transformers.models.auto.configuration_auto.CONFIG_MAPPING
   own = _attempt(lambda: cls.config_class)
   model_type = getattr(own, "model_type", None) or model_type
@@ -316,7 +317,8 @@ def _record_module(name: str, module: Any, tree: dict, holder: type) -> None:
     if parameter.dim() < 2:
       continue
     code = _code(name, leaf, module, parameter, holder)
-    branch, last = tree, leaf
+    branch: Any = tree
+    last: Any = leaf
     parts = _normal(name).split(".") if name else []
     parts = parts if leaf == "weight" and parts else [*parts, leaf]
     for part, following in itertools.pairwise([*parts, None]):
