@@ -77,7 +77,7 @@ def save_merged(
   folder, biases, full = Path(folder), biases or {}, full or {}
   if folder.exists():
     raise ValueError(f"{folder} exists; give a new name.")
-  config = read_json_config(base.path)
+  config = base.config
   table = table_for(base.spec, model_type or config.get("model_type"))
   views = {p: view_of(p, base.spec[p].shape, table) for p in loras if p in base}
   check_changes(base, loras, views, biases, full)
@@ -178,12 +178,6 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
   if dtype is not None:
     return np.dtype(dtype)
   return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
-
-
-def read_json_config(path: Path) -> dict[str, Any]:
-  """Reads the config.json of a checkpoint folder; {} if it has none."""
-  file = path / _CONFIG
-  return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ from jlora.commands import clusters, entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
 from jlora.commands.verdicts import check_installed, raise_if_wrong, record
+from jlora.extraction.card import write_card
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
   ledger_lines,
@@ -36,7 +37,6 @@ from jlora.extraction.report import (
   type_table,
   verified_line,
   worst_table,
-  write_card,
 )
 from jlora.extraction.run import extract_checkpoint
 from jlora.factoring.factorisers import gram, krylov, svd

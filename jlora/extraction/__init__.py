@@ -6,6 +6,7 @@ extract_checkpoint(base, finetuned, out)   disk to disk, resumable
 """
 
 from jlora.extraction.assembly import Policy as Policy
+from jlora.extraction.card import write_card as write_card
 from jlora.extraction.report import REPORT as REPORT
 from jlora.extraction.report import Report as Report
 from jlora.extraction.report import change_of_weights as change_of_weights
@@ -17,7 +18,6 @@ from jlora.extraction.report import rounding_line as rounding_line
 from jlora.extraction.report import total_up as total_up
 from jlora.extraction.report import type_table as type_table
 from jlora.extraction.report import worst_table as worst_table
-from jlora.extraction.report import write_card as write_card
 from jlora.extraction.run import extract_checkpoint as extract_checkpoint
 from jlora.extraction.trees import extract as extract
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint
-from jlora.formats.peft.families import read_config
 from jlora.formats.peft.parts import Base, Rename, describe_base, kind_of
 from jlora.messages import name_some
 from jlora.numerics.backends import words_of
@@ -126,7 +125,7 @@ def plan_jobs(
       "the base of that finetune?"
     )
   model_type = base.model_type or finetuned.model_type
-  config = read_config(base.path) or read_config(finetuned.path)
+  config = base.config or finetuned.config or None
   about = describe_base(base.spec, model_type, "auto", rename, config)
   jobs = []
   for pair in pairing.pairs:

@@ -11,7 +11,6 @@ import numpy as np
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.merged import changed, check_changes
 from jlora.checkpoints.safetensors import TensorSpec
-from jlora.formats.peft.families import read_config
 from jlora.formats.peft.parts import describe_base, kind_of
 from jlora.formats.peft.reading import load_peft
 
@@ -31,13 +30,14 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
     spec: name -> TensorSpec.
     path: the base's, with config.json and tokenizer.
     model_type: the base's.
+    config: the base's.
   """
 
   def __init__(self, base: Checkpoint, adapter: str | os.PathLike):
     model_type = base.model_type
     self.base, self.path, self.model_type = base, base.path, model_type
     self.adapter = Path(adapter)
-    config = read_config(base.path)
+    self.config = config = base.config
     found = load_peft(
       adapter, like=base.spec, model_type=model_type, config=config
     )

@@ -19,7 +19,7 @@ import numpy as np
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
-from jlora.checkpoints.merged import copy_companions, read_json_config
+from jlora.checkpoints.merged import copy_companions
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
 from jlora.routing.mixtures import check_chosen
@@ -92,7 +92,7 @@ def save_mixture(
   folder = Path(folder)
   if folder.exists():
     raise ValueError(f"{folder} exists; give a new name.")
-  config = read_json_config(base.path)
+  config = base.config
   layers = _check_base(base, config)
   _check_experts(base, experts, layers)
   rows = _rows_of(routers, len(layers), len(experts), config["hidden_size"])

@@ -382,22 +382,6 @@ def drops_experts(model_type: str | None) -> bool:
   )
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-  """Returns the contents of a checkpoint's config.json, None without one.
-
-  Args:
-    folder: the checkpoint's folder; a file has none.
-  """
-  file = folder / "config.json"
-  if not file.is_file():
-    return None
-  try:
-    config = json.loads(file.read_text())
-  except ValueError:
-    return None
-  return config if isinstance(config, dict) else None
-
-
 @functools.cache
 def _table() -> dict[str, Any]:
   """Reads families.json, once."""

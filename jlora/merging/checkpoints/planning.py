@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.merged import merged_dtype, read_json_config
+from jlora.checkpoints.merged import merged_dtype
 from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.formats.adapted import open_model
 from jlora.merging.checkpoints.recipes import (
@@ -122,7 +122,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     check_dequantised(getattr(model, "base", model))
   reference = recipe.models[0]
   first = models[reference]
-  config = read_json_config(first.path)
+  config = first.config
   catalogues = {
     name: _catalogue(name, first.spec, model.spec, recipe.vocabulary)
     for name, model in models.items()

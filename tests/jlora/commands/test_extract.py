@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from jlora.commands import entry, extract
-from jlora.extraction.report import CARD
+from jlora.extraction.card import CARD
 from tests.helpers.small_pairs import draw, files_of, write_pair
 
 ROOT = pathlib.Path(__file__).parents[3]

@@ -16,7 +16,8 @@ from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.commands import entry, extract, show, verdicts, verify
 from jlora.commands.verdicts import check
-from jlora.extraction.report import CARD, read_report
+from jlora.extraction.card import CARD
+from jlora.extraction.report import read_report
 from jlora.extraction.run import extract_checkpoint
 from jlora.pairing.match import common_rows
 from tests.helpers.tiny_models import write_model

@@ -10,8 +10,9 @@ import pytest
 
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.extraction import run as runs
+from jlora.extraction.card import write_card
 from jlora.extraction.coverage import unmatched_line
-from jlora.extraction.report import read_report, write_card
+from jlora.extraction.report import read_report
 from jlora.pairing.match import common_rows
 from tests.helpers.small_pairs import (
   change_of,
