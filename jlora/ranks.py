@@ -461,5 +461,5 @@ def _numbers(
 
 
 def _squared(norm: Any) -> float:
-  """The sum of squares of one norm or several, in float64."""
+  """Sums the squares of one norm or several, in float64."""
   return float(np.sum(np.square(np.asarray(norm, np.float64))))

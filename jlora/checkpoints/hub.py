@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models by their names on the Hugging Face Hub: found here, and named there.
+"""Finds models by their Hugging Face Hub names, and names folders for others.
 
 What was downloaded lies in the Hub's own cache, as
 `models--org--name/snapshots/<commit>`; nothing here goes to the network.
@@ -54,7 +54,7 @@ def locate(path: str | os.PathLike) -> Path:
 
 
 def folder_name(path: str | os.PathLike) -> str:
-  """What a checkpoint is called outside of this machine, where it was read.
+  """Returns what a checkpoint is called away from the machine that read it.
 
   Args:
     path: as for `locate`; it need not exist.
@@ -100,7 +100,7 @@ def name_apart(paths: Mapping[str, str | os.PathLike]) -> dict[str, str]:
 
 
 def model_name(path: str | os.PathLike) -> str:
-  """What the base of an adapter is called in the adapter's files.
+  """Returns what an adapter's files call its base.
 
   Args:
     path: as for `locate`; it need not exist.
@@ -132,7 +132,7 @@ def model_name(path: str | os.PathLike) -> str:
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
-  """Whether a text has the form of `org/name`, and is no path that is here.
+  """Returns whether a text looks like `org/name` and is no path that is here.
 
   Args:
     name: any text.
@@ -149,7 +149,7 @@ def is_hub_id(name: str | os.PathLike) -> bool:
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A config.json that can be shared: a path of this machine is left out.
+  """Returns a config.json that can be shared, without paths of this machine.
 
   Args:
     config: of a checkpoint.
@@ -168,7 +168,7 @@ def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cached(name: str) -> Path | None:
-  """The snapshot of a Hub id in the local cache, if there is one."""
+  """Returns the snapshot of a Hub id in the local cache, if there is one."""
   folder = _cache() / f"models--{name.replace('/', '--')}"
   main = folder / "refs" / "main"
   if main.is_file():
@@ -185,7 +185,7 @@ def _cached(name: str) -> Path | None:
 
 
 def _cache() -> Path:
-  """The folder of the Hub's cache, by the variables that its tools read."""
+  """Returns the folder of the Hub's cache, by the variables its tools read."""
   if folder := os.environ.get("HF_HUB_CACHE"):
     return Path(folder).expanduser()
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -8,7 +8,7 @@ import jax
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> pathlib.Path:
-  """The folder of downloads and models: `cache`, or the user's own.
+  """Returns the folder of downloads and models: `cache`, or the user's own.
 
   Args:
     cache: a folder, or None for `$XDG_CACHE_HOME/jlora`, `~/.cache/jlora`.

@@ -98,7 +98,7 @@ def arguments_for(
   *,
   has_tpu: bool,
 ) -> dict | None:
-  """What `jax.distributed.initialize` should be called with, if at all.
+  """Returns what to call `jax.distributed.initialize` with; None: not at all.
 
   Args:
     environment: variables.
@@ -151,7 +151,7 @@ def _numbers(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
 def _found(
   environment: Mapping[str, str], size: int | None, has_tpu: bool
 ) -> dict | None:
-  """Empty arguments where JAX will find several processes by itself."""
+  """Returns empty arguments where JAX finds several processes by itself."""
   for names, count in _LAUNCHERS:
     if all(name in environment for name in names):
       return {} if int(environment[count]) > 1 else None
@@ -169,7 +169,7 @@ def _found(
 
 
 def _has_tpu() -> bool:
-  """Whether there are chips: their device files, as the kernel names them."""
+  """Returns whether there are chips, by their device files."""
   files = pathlib.Path("/dev").glob("accel[0-9]*")
   groups = pathlib.Path("/dev/vfio").glob("[0-9]*")
   return "linux" in sys.platform and any((*files, *groups))

@@ -118,7 +118,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
 def _not_for_vllm(
   config: Mapping[str, Any], spec: Mapping[str, TensorSpec], rank: int
 ) -> list[str]:
-  """Why vLLM would not load an adapter; empty where nothing speaks against."""
+  """Returns why vLLM would not load an adapter, or nothing."""
   reasons = {
     "bias": config.get("lora_bias"),
     "full": config.get("modules_to_save"),

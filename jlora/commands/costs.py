@@ -65,7 +65,7 @@ def bytes_read(module: Module) -> int:
 
 
 def cost_of(module: Module, rank: int, passes: int, devices: int = 1) -> Cost:
-  """What a device does for a module that so many devices share.
+  """Estimates what a device does for a module that several devices share.
 
       flops = [2 m n w (2 p - 1) + certificate + small problems] / devices
 
@@ -177,7 +177,7 @@ def bound_of(
   devices: int,
   disk: float,
 ) -> Bound:
-  """The roofline of a run.
+  """Computes the roofline of a run.
 
   Args:
     whole: modules that one device does alone, dealt longest first.

@@ -76,7 +76,7 @@ def run(command: Command, words: Sequence[str]) -> int:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """The known word that was probably meant, as the end of a sentence.
+  """Returns the known word that was probably meant, as a sentence's end.
 
   Args:
     word: not known.
@@ -90,7 +90,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _parse(command: Command, words: Sequence[str]) -> list[str]:
-  """The words that are no flags; the command's flags have their values then."""
+  """Sets the command's flags; returns the words that are none."""
   values = command.values
   values.set_gnu_getopt(True)
   values.unparse_flags()
@@ -104,7 +104,7 @@ def _parse(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def _explain(command: Command, words: Sequence[str], error: flags.Error) -> str:
-  """What is wrong with flags: one that is not known, lacking, or else."""
+  """Says what is wrong with flags: one not known, one lacking, or else."""
   values = command.values
   known = [f"--{name}" for name in (*values, *flags.FLAGS)]
   named = [w.partition("=")[0] for w in words if re.match("--[a-zA-Z]", w)]
@@ -122,7 +122,7 @@ def _explain(command: Command, words: Sequence[str], error: flags.Error) -> str:
 
 
 def _told(error: OSError) -> str:
-  """An error of the system in one line, with the file's name."""
+  """Returns an error of the system in one line, with the file's name."""
   reason = error.strerror or str(error)
   if error.filename is None:
     return reason

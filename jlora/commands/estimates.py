@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 def list_modules(model: str, unchanged: str | None) -> list[Module]:
-  """The parameters of a model that are matrices, and how they are stored.
+  """Lists the parameters of a model that are matrices, and their dtypes.
 
   Args:
     model: a config.json or a checkpoint.
@@ -86,7 +86,7 @@ Spec = dict[str, tuple[tuple[int, ...], int]]
 
 
 def _shapes(file: pathlib.Path) -> tuple[Spec, None]:
-  """The parameters that a config.json asks for, none of them made."""
+  """Returns the parameters that a config.json asks for, none of them made."""
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -118,7 +118,7 @@ def plan_extraction(
   disk: float,
   split: float = math.inf,
 ) -> Plan:
-  """What an extraction costs.
+  """Estimates what an extraction costs.
 
   Args:
     modules: from `list_modules`.
@@ -161,7 +161,7 @@ def plan_extraction(
 
 
 def describe(plan: Plan, machine: Machine, devices: int) -> Iterator[str]:
-  """A plan as a Markdown table.
+  """Formats a plan as a Markdown table.
 
   Args:
     plan: from `plan_extraction`.

@@ -326,7 +326,7 @@ def _renamings() -> list[tuple[str, str]]:
 
 
 def _policy() -> str:
-  """The policy's name; a budget is one whether or not it is said twice."""
+  """Returns the policy's name; a budget need not be named twice."""
   if _BUDGET.value is None:
     if _POLICY.value == "budget":
       raise ValueError("--policy=budget needs --budget_mib.")
@@ -337,7 +337,7 @@ def _policy() -> str:
 
 
 def _selector() -> Callable[[str, Any], bool]:
-  """The matrices that --select and --exclude leave."""
+  """Returns the selector of the matrices that --select and --exclude leave."""
   named = matching(_SELECT.value, _EXCLUDE.value)
   return functools.partial(_is_selected, named)
 
@@ -356,7 +356,7 @@ _UNSAID = {
 
 
 def _command() -> str:
-  """What makes this adapter again, by the flags that were given."""
+  """Returns the command line that makes this adapter again."""
   words = [
     flag.serialize()
     for name in _FLAGS

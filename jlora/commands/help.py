@@ -83,7 +83,7 @@ def overview() -> str:
 
 
 def help_of(command: Command, *, full: bool = False) -> str:
-  """A command's help: an example, what it does, its flags by purpose.
+  """Formats a command's help: an example, what it does, its flags by purpose.
 
   Args:
     command: which.
@@ -109,7 +109,7 @@ def help_of(command: Command, *, full: bool = False) -> str:
 
 
 def _flag_lines(command: Command, name: str, shown: str) -> Iterator[str]:
-  """A flag and what it does, beside it or below if its name is long."""
+  """Yields a flag and what it does, beside it or below if its name is long."""
   flag = command.values[name]
   head = f"  --{name}={shown}" if shown else f"  --{name}"
   choices = getattr(flag.parser, "enum_values", None)

@@ -80,7 +80,7 @@ class Here(NamedTuple):
 
 
 def measure_here() -> Here:
-  """What one thread of this machine does while the others do the same.
+  """Measures what one thread of this machine does while the others do it too.
 
   Returns:
     Here. Takes seconds; other jobs on the machine lower what is found.

@@ -107,11 +107,11 @@ class Adapted:
         raise Refused(error) from error
 
   def loader(self, checkpoint: Checkpoint) -> "Loader":
-    """How transformers would load a checkpoint into this base."""
+    """Returns how transformers would load a checkpoint into this base."""
     return Loader(self._plain, self.shapes, self.owners, checkpoint)
 
   def change(self, parameter: str) -> np.ndarray | None:
-    """What the adapter adds to a parameter, as PEFT computes it."""
+    """Computes what the adapter adds to a parameter, as PEFT does."""
     *_, layers = self._find(parameter)
     leaf, found = parameter.rpartition(".")[2], None
     for layer in layers:
@@ -121,13 +121,13 @@ class Adapted:
     return None if found is None else found.numpy()
 
   def carries(self, parameter: str) -> bool:
-    """Whether the adapter has a Lora or a new value for a parameter."""
+    """Returns whether the adapter has a Lora or a new value for a parameter."""
     tensor, layers = self._find(parameter)
     leaf = parameter.rpartition(".")[2]
     return not tensor.is_meta or any(_is_changed(one, leaf) for one in layers)
 
   def new_value(self, parameter: str) -> np.ndarray | None:
-    """What the adapter puts in a parameter's place, float32; None: nothing."""
+    """Returns the float32 value that replaces a parameter, or None."""
     tensor, _ = self._find(parameter)
     return None if tensor.is_meta else tensor.detach().float().numpy()
 
@@ -164,7 +164,7 @@ class Adapted:
     self._root = model.get_base_model()
 
   def _find(self, parameter: str) -> tuple[torch.Tensor, list[Any]]:
-    """The tensor in a parameter's place, and the LoRA layers around it."""
+    """Finds the tensor at a parameter's place, and the LoRAs around it."""
     *parts, leaf = parameter.split(".")
     module, layers = self._root, []
     for part in parts:
@@ -208,18 +208,18 @@ class Loader:
           self.places[name].append(parameter)
 
   def parameters_of(self, name: str) -> list[str]:
-    """The parameters that a tensor of this name is loaded into."""
+    """Lists the parameters that a tensor of this name is loaded into."""
     if name in self.places:
       return self.places[name]
     first, _ = self._place(name)
     return [first] if first in self._shapes else []
 
   def source_of(self, parameter: str) -> list[str]:
-    """The tensors a parameter is made of: its own, or those it is tied to."""
+    """Lists the tensors a parameter is made of, its own or a tied one's."""
     return self.sources.get(self._own(parameter), [])
 
   def read(self, parameter: str) -> np.ndarray | None:
-    """A parameter's values; None if the checkpoint does not have them."""
+    """Reads a parameter's values; None if the checkpoint does not have them."""
     parameter = self._own(parameter)
     first = self._group_of.get(parameter)
     if first is None:
@@ -231,7 +231,7 @@ class Loader:
     return self._last[1].pop(parameter, None)
 
   def _own(self, parameter: str) -> str:
-    """The parameter itself, or the one it is tied to if that is stored."""
+    """Returns the parameter itself, or the stored one that it is tied to."""
     if parameter in self._group_of:
       return parameter
     owner = self._owners.get(parameter, parameter)
@@ -242,7 +242,7 @@ class Loader:
     return next((one for one in tied if one in self._group_of), owner)
 
   def _place(self, name: str) -> tuple[str, str | None]:
-    """The first parameter made of a tensor, and the pattern that says so."""
+    """Finds the first parameter made of a tensor, and the pattern for it."""
     rename = core_model_loading.rename_source_key
     prefix, meta = self._model.base_model_prefix, self._shapes
     found = rename(name, self._renamings, self._converters, prefix, meta)
@@ -251,7 +251,7 @@ class Loader:
     return found
 
   def _targets(self, first: str) -> list[str]:
-    """All parameters that come out together with the first."""
+    """Lists all parameters that come out together with the first."""
     pattern = self._groups[first][0][1]
     if pattern is None:
       return [first]
@@ -291,7 +291,7 @@ class Loader:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-  """What is said on the way: it is found in what was loaded."""
+  """Silences the libraries: what they warn of is found in what was loaded."""
   logging = transformers.utils.logging
   level = logging.get_verbosity()
   logging.set_verbosity_error()
@@ -304,7 +304,7 @@ def _silence() -> Iterator[None]:
 
 
 def _build(base: Path, task: str | None) -> Any:
-  """The base by its config.json, on the meta device: no memory, no values."""
+  """Builds the base from config.json on the meta device, without values."""
   config = transformers.AutoConfig.from_pretrained(
     base, trust_remote_code=False, local_files_only=True
   )
@@ -368,7 +368,7 @@ def _unused(model: Any, tensors: dict[str, torch.Tensor]) -> set[str]:
 
 
 def _unwrap(module: Any) -> tuple[Any, list[Any]]:
-  """The module that PEFT's wrappers are around, and those that are LoRA."""
+  """Returns the module inside PEFT's wrappers, and the LoRA wrappers."""
   layers: list[Any] = []
   while True:
     if isinstance(module, ModulesToSaveWrapper):
@@ -384,7 +384,7 @@ def _unwrap(module: Any) -> tuple[Any, list[Any]]:
 
 
 def _is_changed(layer: LoraLayer, leaf: str) -> bool:
-  """Whether a LoRA layer has tensors for this parameter of its module."""
+  """Returns whether a LoRA layer has tensors for this parameter."""
   held = [
     *(one[_ADAPTER].weight for one in (layer.lora_A, layer.lora_B)
       if _ADAPTER in one),
@@ -401,7 +401,7 @@ def _is_changed(layer: LoraLayer, leaf: str) -> bool:
 
 
 def _change_of(layer: Any, leaf: str) -> torch.Tensor | None:
-  """What a LoRA layer adds to a parameter of its module."""
+  """Computes what a LoRA layer adds to a parameter of its module."""
   if not _is_changed(layer, leaf):
     return None
   with torch.no_grad():
@@ -417,5 +417,5 @@ def _give_shape(layer: ParamWrapper) -> None:
 
 
 def _as_numpy(tensor: torch.Tensor) -> Any:
-  """An array; a tensor without values as it is."""
+  """Returns a tensor as an array; one without values as it is."""
   return tensor if tensor.is_meta else tensor.numpy()

@@ -131,7 +131,7 @@ _SIZES = ((1024, 2816, 4), (2048, 5632, 2), (2048, 5632, 4), (4096, 11008, 1))
 
 
 def _check() -> None:
-  """Small runs on this machine: planned, measured, and how far apart."""
+  """Runs small extractions here; prints planned and measured seconds."""
   here = measure_here()
   print(
     f"A thread: {here.machine.flops / 1e9:.0f} Gflop/s, "

@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
-  """What was found, for a reader.
+  """Formats what was found, for a reader.
 
   Args:
     found: from `contents_of`.

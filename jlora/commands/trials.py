@@ -18,7 +18,7 @@ _DIRECTIONS = 128  # of a change, over a floor of noise
 
 
 def configure(width: int, inner: int, layers: int) -> dict[str, Any]:
-  """The config.json of a Llama of a size, its tables small.
+  """Makes the config.json of a Llama of a size, its tables small.
 
   Args:
     width: of the residual stream.
@@ -49,7 +49,7 @@ def configure(width: int, inner: int, layers: int) -> dict[str, Any]:
 def write_pair(
   folder: str | os.PathLike, config: Mapping[str, Any]
 ) -> tuple[Path, Path]:
-  """A random Llama and its finetune as Hugging Face folders, in bfloat16.
+  """Writes a random Llama and its finetune as folders, in bfloat16.
 
   Args:
     folder: receives the folders `base` and `finetuned`.

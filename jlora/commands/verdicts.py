@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an adapter is in PEFT what its report says.
+"""Checks whether an adapter is in PEFT what its report says.
 
 adapter, config.json ─► model without weights, adapter on it (peft_models.py)
   ─► keys, modules, sizes ─► with a finetune: each module's error ─► Verdict
@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
 
 
 def verified(verdict: Verdict) -> dict[str, Any] | None:
-  """What a report says of a verdict.
+  """Returns what a report says of a verdict.
 
   Args:
     verdict: from `check`.
@@ -140,7 +140,7 @@ class _Unit(NamedTuple):
 
   @property
   def name(self) -> str:
-    """What it is called in messages."""
+    """Returns what it is called in messages."""
     first, *more = self.rows
     if self.is_tied:
       return f"{self.parameters[0]} (tied to {first['path']})"
@@ -255,7 +255,7 @@ class _Check:
     self.offenders.setdefault(_module_of(name), why)
 
   def _check_keys(self) -> None:
-    """All keys of the file arrive, and nothing of the adapter is left empty."""
+    """Reports keys of the file that do not arrive, and parts left empty."""
     for key in self._adapted.unused:
       self._blame(key, "PEFT loads its tensors nowhere")
     for key in self._adapted.missing:
@@ -300,7 +300,7 @@ class _Check:
             yield _Unit(rows, [other], is_tied=True)
 
   def _check_unit(self, unit: _Unit) -> None:
-    """The adapter changes these parameters as the report says."""
+    """Reports parameters that the adapter changes otherwise than reported."""
     lacking = [n for n in unit.parameters if not self._adapted.carries(n)]
     for name in lacking:
       self._blame(
@@ -315,7 +315,7 @@ class _Check:
       self._check_error(unit)
 
   def _check_size(self, unit: _Unit) -> None:
-    """Without a finetune: the change is as large as what was kept of it."""
+    """Reports, without a finetune, a change of another size than was kept."""
     norms = []
     for name in unit.parameters:
       change = self._adapted.change(name)
@@ -335,7 +335,7 @@ class _Check:
       )
 
   def _check_error(self, unit: _Unit) -> None:
-    """`W + change` misses the finetune by as much as the report says."""
+    """Reports where `W + change` misses the finetune by another error."""
     norm2 = error2 = 0.0
     is_partly = False
     for name in unit.parameters:
@@ -367,7 +367,7 @@ class _Check:
       )
 
   def _check_kept(self) -> None:
-    """What the report calls kept whole is in the adapter."""
+    """Reports what is called kept whole and is not in the adapter."""
     for row in self._report.ledger:
       if row["status"] != "kept whole":
         continue
@@ -377,7 +377,7 @@ class _Check:
           self._blame(tensor, "kept whole, and PEFT changes nothing in it")
 
   def _check_other(self, name: str) -> None:
-    """A parameter of no extracted module: kept, unchanged or in the ledger."""
+    """Reports a changed parameter that is neither carried nor in the ledger."""
     found = self._compare(name)
     if isinstance(found, str):
       self._blame(name, found)
@@ -439,7 +439,7 @@ class _Check:
     return norm, _norm(after)
 
   def _is_excused(self, name: str) -> bool:
-    """Whether the ledger says that a parameter's tensors are not carried."""
+    """Returns whether the ledger lists a parameter's tensors as missing."""
     loader: Any = self._finetuned
     told = [
       self._statuses[side].get(tensor)
@@ -450,20 +450,20 @@ class _Check:
 
 
 def _module_of(name: str) -> str:
-  """The module that a parameter, or a tensor of an adapter, belongs to."""
+  """Returns the module of a parameter or of an adapter's tensor."""
   name = name.removeprefix(PREFIX)
   name = re.sub(r"(\.base_layer)*\.lora_[^.]+(\.\w+){0,2}$", "", name)
   return name.removesuffix(".weight")
 
 
 def _norm(array: np.ndarray) -> float:
-  """The Frobenius norm; pieces of float32 are summed in float64."""
+  """Computes the Frobenius norm; pieces of float32 are summed in float64."""
   flat = array.reshape(-1)
   pieces = (flat[at : at + _PIECE] for at in range(0, flat.size, _PIECE))
   return math.sqrt(sum(float(np.dot(piece, piece)) for piece in pieces))
 
 
 def _misfit(shape: tuple[int, ...], found: np.ndarray | None) -> str:
-  """What is wrong with a shape."""
+  """Says what is wrong with a shape."""
   there = "nothing" if found is None else found.shape
   return f"{there} for a parameter of shape {tuple(shape)}"

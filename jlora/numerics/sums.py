@@ -136,7 +136,7 @@ def sum_of_squares(x: Any) -> Any:
 
 
 def inner_product(x: Any, y: Any) -> float:
-  """`Σ x y` of NumPy's arrays, block sums added up in float64.
+  """Computes `Σ x y` of NumPy's arrays, block sums added up in float64.
 
   A single float32 sum loses digits with the length: the squares of 28 million
   normal numbers came out 1.4e-4 too small.
@@ -159,7 +159,7 @@ def inner_product(x: Any, y: Any) -> float:
 
 
 def norm_of(x: np.ndarray) -> float:
-  """The Frobenius norm of a NumPy array of any size and scale.
+  """Computes the Frobenius norm of a NumPy array of any size and scale.
 
   Args:
     x: float32, any shape.
