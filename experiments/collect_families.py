@@ -53,12 +53,37 @@ _VARIANTS = [
   {"use_mamba": True},
   {"attn_layer_period": 2},
 ]
+# What a class needs that its configuration leaves open.
+_OPEN = {
+  "head_dim": 64,
+  "context_length": 4,
+  "is_decoder": True,
+  "layer_types": ["conv", "full_attention"],
+  "mask_token_id": 4,
+  "n_routed_experts": 4,
+  "n_shared_experts": 1,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 1,
+  "pad_token_id": 1,
+  "prediction_length": 4,
+  "rope_theta": 1e4,
+  "shared_expert_intermediate_size": 64,
+  "vocab_size": 128,
+  "vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, "IMGIMGA": 7},
+}
 # Functions that run before or after a model computes.
 _NOT_COMPUTING = (
   "__init__", "init_weights", "_init_weights", "initialize_weights",
   "reset_parameters", "tie_weights", "_tie_weights", "extra_repr",
   "_rescale_layers", "_resize", "resize", "set_", "get_output_embeddings",
   "get_input_embeddings", "_get_resized", "prune",
+)  # fmt: skip
+# Calls that read no weight of a module that they are given.
+_ONLY_TENSORS = re.compile(r"(torch|nn|init)\.|.*\b_?init_|(is|has)[a-z]+$")
+# What PEFT's layers around convolutions and embeddings do not have.
+_NOT_OF_LORA = (
+  "stride", "kernel_size", "padding", "dilation", "groups", "in_channels",
+  "out_channels", "num_embeddings", "embedding_dim", "padding_idx",
 )  # fmt: skip
 # Parts of a weight that an adapter does not change.
 _NO_VALUES = ("dtype", "device", "shape", "ndim", "size", "data", "is_cuda")
@@ -181,11 +206,13 @@ def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
   if cls is None or model_type not in configs:
     return
 
-  def make(**changes):
+  def make(is_open=False, **changes):
     config = configs[model_type]()
     if own is not None and not isinstance(config, own):
       config = own()
     _shrink(config, set())
+    if is_open:
+      _fill(config, set())
     for key, value in changes.items():
       if not hasattr(config, key):
         return None
@@ -197,6 +224,9 @@ def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
     return _on_meta(cls, config)
 
   model = _attempt(make)
+  if model is None:
+    make = functools.partial(make, is_open=True)
+    model = _attempt(make)
   if model is None:
     return
   _record(model, classes)
@@ -256,6 +286,29 @@ def _shrink(config: Any, seen: set[int]) -> None:
   for inner in list(vars(config).values()):
     if isinstance(inner, PretrainedConfig):
       _shrink(inner, seen)
+
+
+def _fill(config: Any, seen: set[int]) -> None:
+  """Sets what a configuration and those inside it leave open."""
+  from transformers import PretrainedConfig
+
+  if id(config) in seen:
+    return
+  seen.add(id(config))
+  for name, value in _OPEN.items():
+    if not getattr(config, name, None):
+      _attempt(functools.partial(setattr, config, name, value))
+  if getattr(config, "num_kv_shared_layers", None):
+    config.num_kv_shared_layers = 0
+  width, heads = (
+    getattr(config, name, None)
+    for name in ("hidden_size", "num_attention_heads")
+  )
+  if isinstance(width, int) and isinstance(heads, int) and width % heads:
+    config.num_attention_heads = 1
+  for inner in list(vars(config).values()):
+    if isinstance(inner, PretrainedConfig):
+      _fill(inner, seen)
 
 
 def _record(model: Any, classes: dict[str, Any]) -> None:
@@ -344,12 +397,17 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
   axes = parameter.dim()
   has_children = any(True for c in module.children() for _ in c.parameters())
   if leaf == "weight" and not has_children:
-    reached = name.rpartition(".")[2] in _reached(holder.__module__)
+    place = name.rpartition(".")[2]
+    reached = place in _reached(holder.__module__, ("weight",))
+    is_read = place in _reached(holder.__module__, _NOT_OF_LORA)
     if isinstance(module, conv._ConvTransposeNd):
       return "t"
     if isinstance(module, conv._ConvNd):
-      plain = str(axes - 2) if module.groups == 1 else "g"
-      return "d" if reached and plain != "g" else plain
+      if module.groups != 1:
+        return "g"
+      if {*module.dilation} != {1} or module.padding_mode != "zeros":
+        return "v"
+      return "d" if reached or is_read else str(axes - 2)
     if isinstance(
       module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear
     ):
@@ -362,6 +420,8 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
       return "l"
     if isinstance(module, Conv1D):
       return "f"
+    if is_read and isinstance(module, torch.nn.Embedding):
+      return "d"
     if type(module) is torch.nn.Embedding:
       return "e"
     scaled = hasattr(module, "embed_scale")
@@ -371,17 +431,28 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
       and "Scaled" in str(type(module))
     ):
       return "e"
+  if ".parametrizations." in f"{name}.":
+    return "z"
   if axes > 3:
     return "x"
-  if not name or has_children:
+  place = name.rpartition(".")[2]
+  opened, named = _uses(holder.__module__)
+  has_matrices = any(
+    p.dim() > 1 for child in module.children() for p in child.parameters()
+  )
+  is_in_layers = bool(re.search(r"(^|\.)\d+\.", name))
+  is_closed = is_in_layers and not place.isdigit() and place not in opened
+  if not name or has_matrices or (has_children and not is_closed):
     return "n"
+  if place in named:
+    return "k"
   is_transposed = axes == 3 and getattr(module, "is_transposed", False)
   return f"p{axes}" + ("t" if is_transposed else "")
 
 
 @functools.cache
-def _reached(module: str) -> frozenset[str]:
-  """Finds modules of which a model's code reads the weight itself.
+def _reached(module: str, attributes: tuple[str, ...]) -> frozenset[str]:
+  """Finds modules of which a model's code reads an attribute itself.
 
   What a wrapper adds when it is called is missed there.
   """
@@ -396,9 +467,14 @@ def _reached(module: str) -> frozenset[str]:
   }
   found = set()
   for node in ast.walk(tree):
+    # A function may read the weight of a module that it is given.
+    is_call = "weight" in attributes and isinstance(node, ast.Call)
+    if is_call and _computes(node, parents):
+      if not _ONLY_TENSORS.match(ast.unparse(node.func)):
+        found |= {a.attr for a in node.args if isinstance(a, ast.Attribute)}
     if not (
       isinstance(node, ast.Attribute)
-      and node.attr == "weight"
+      and node.attr in attributes
       and isinstance(node.value, ast.Attribute)
     ):
       continue
@@ -410,6 +486,38 @@ def _reached(module: str) -> frozenset[str]:
     if _computes(node, parents):
       found.add(node.value.attr)
   return frozenset(found)
+
+
+@functools.cache
+def _uses(module: str) -> tuple[frozenset[str], frozenset[str]]:
+  """Finds modules that a model's code looks into, and calls by keywords alone.
+
+  PEFT's wrapper of a parameter has none of the attributes of the module in it,
+  and its first argument has another name.
+  """
+  try:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+  except (OSError, TypeError, KeyError):
+    return frozenset(), frozenset()
+  building = ("__init__", "init_weights", "_init_weights", "reset_parameters")
+  skipped = {
+    id(node)
+    for function in ast.walk(tree)
+    if isinstance(function, ast.FunctionDef) and function.name in building
+    for node in ast.walk(function)
+  }
+  opened, named = set(), set()
+  for node in ast.walk(tree):
+    if id(node) in skipped:
+      continue
+    inner = getattr(node, "value", None)
+    if isinstance(node, ast.Attribute) and isinstance(inner, ast.Attribute):
+      opened.add(inner.attr)
+    function = getattr(node, "func", None)
+    if isinstance(function, ast.Attribute) and not node.args:
+      if node.keywords:
+        named.add(function.attr)
+  return frozenset(opened), frozenset(named)
 
 
 def _computes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
@@ -442,7 +550,10 @@ def _refused(check: Any) -> dict[str, list[str]]:
 
 
 def _transform(transform: Any) -> list[Any]:
-  """Returns [class, regexes, replacements, operations] of a conversion."""
+  """Returns [class, regexes, replacements, operations] of a conversion.
+
+  An operation is its name and the axes it works on.
+  """
   sources = [
     re.sub(r"\*\.", r".*\\.", pattern) for pattern in transform.source_patterns
   ]
@@ -450,7 +561,11 @@ def _transform(transform: Any) -> list[Any]:
     f"{pattern}(?!\\w)" if re.search(r"[a-zA-Z0-9]$", pattern) else pattern
     for pattern in sources
   ]
-  operations = [type(o).__name__ for o in getattr(transform, "operations", [])]
+  operations = [
+    [type(o).__name__, *(value for key, value in sorted(vars(o).items())
+                         if key.startswith("dim") and value is not None)]
+    for o in getattr(transform, "operations", [])
+  ]  # fmt: skip
   return [
     type(transform).__name__, sources, list(transform.target_patterns),
     operations,

@@ -4,7 +4,8 @@
 journal ─► choose_ranks ─► write_adapter (tensors, ledger, report.json)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from jlora.extraction.report import (
   write_report,
 )
 from jlora.factoring.figures import row_of
+from jlora.formats.peft.conversions import Lazy, together
 from jlora.formats.peft.layouts import Profile
-from jlora.formats.peft.parts import Base, Rename
+from jlora.formats.peft.parts import Base, Rename, module_of
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
 from jlora.messages import name_some
@@ -149,12 +151,15 @@ def write_adapter(
   refused = {job.pair.path for job in plan.jobs if job.is_refused}
   biases, full = _sort_kept(kept, pairs, ranks.keys() | refused)
   full += [path for path in held if path not in full]
+  joined = together(plan.about)
+  beside = [other for path in full for other in joined.get(path, ())]
+  full += [p for p in dict.fromkeys(beside) if p not in {*full, *ranks}]
   left = save_peft(
     out,
-    _Lazy([path for path in pairs if path in ranks], lora),
+    Lazy({path: partial(lora, path) for path in pairs if path in ranks}),
     like=plan.base.spec | shapes,
-    biases=_Lazy(biases, change),
-    full=_Lazy(full, whole),
+    biases=Lazy({path: partial(change, path) for path in biases}),
+    full=Lazy({path: partial(whole, path) for path in full}),
     profile=profile,
     base_model=base_model,
     task_type=task_type,
@@ -231,24 +236,6 @@ def keep_ledger(
   return rows
 
 
-class _Lazy(Mapping[str, Any]):
-  """A mapping whose values are made on each access, and not kept."""
-
-  def __init__(self, paths: Iterable[str], make: Callable[[str], Any]):
-    self._paths, self._make = dict.fromkeys(paths), make
-
-  def __getitem__(self, path: str) -> Any:
-    if path not in self._paths:
-      raise KeyError(path)
-    return self._make(path)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._paths)
-
-  def __len__(self) -> int:
-    return len(self._paths)
-
-
 def _held(
   kept: Iterable[str], pairs: Iterable[str], about: Base | None
 ) -> dict[str, str]:
@@ -263,7 +250,7 @@ def _held(
   names = {path: str(about.rename(path)) for path in pairs}
   held = {}
   for path in kept:
-    module = names[path].rpartition(".")[0]
+    module = module_of(names[path])
     inside = [p for p in names if module and names[p].startswith(f"{module}.")]
     is_deep = any("." in names[p][len(module) + 1 :] for p in inside)
     in_layers = any(
@@ -285,9 +272,9 @@ def _sort_kept(
     if path.endswith(".bias")
     and path.removesuffix("bias") + "weight" in matrices
   ]
-  owners = {path.rpartition(".")[0] for path in kept if path not in biases}
+  owners = {module_of(path) for path in kept if path not in biases}
   # A consumer replaces whole modules: write their unchanged parameters too.
-  full = [path for path in pairs if path.rpartition(".")[0] in owners]
+  full = [path for path in pairs if module_of(path) in owners]
   return biases, [path for path in full if path not in matrices | {*biases}]
 
 

@@ -12,10 +12,10 @@ References:
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from jlora.formats.peft.layouts import PARAMETER_ORDER
+from jlora.formats.peft.layouts import PARAMETER_ORDER, PREFIX
 
 # Configuration entries with which a module is not base + scale * B @ A, or only
 # for another base. Any value but None, False and empty is refused.
@@ -168,12 +168,17 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
   return targets == "all-linear" or _matches(targets, module)
 
 
-def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
+def wrapped_parameters(
+  config: Mapping[str, Any],
+  module: str,
+  order: Sequence[str] = PARAMETER_ORDER,
+) -> list[str]:
   """Returns the parameters of a module that PEFT wraps, the innermost first.
 
   Args:
     config: the contents of `adapter_config.json`.
     module: a full module name.
+    order: in which the module defines its parameters.
 
   Returns:
     Last parts of names from `target_parameters`; empty if there are none.
@@ -194,11 +199,11 @@ def wrapped_parameters(config: Mapping[str, Any], module: str) -> list[str]:
   }
   if len(names) < 2:
     return list(names)
-  if names <= set(PARAMETER_ORDER):
-    return [name for name in PARAMETER_ORDER if name in names]
+  if names <= set(order):
+    return [name for name in order if name in names]
   raise ValueError(
     f"{module}: PEFT nests {', '.join(sorted(names)[:3])} in an order that is"
-    f" known only for {', '.join(PARAMETER_ORDER)}."
+    f" known only for {', '.join(order)}."
   )
 
 
@@ -210,7 +215,9 @@ def is_saved(config: Mapping[str, Any], module: str) -> bool:
     True
   """
   parts = module.split(".")
-  holders = [".".join(parts[: count + 1]) for count in range(len(parts))]
+  holders = [
+    PREFIX + ".".join(parts[: count + 1]) for count in range(len(parts))
+  ]
   saved = tuple(config.get("modules_to_save") or ())
   return any(holder.endswith(saved) for holder in holders) if saved else False
 

@@ -69,22 +69,39 @@ KINDS: dict[str, Kind] = {
   "p3": Kind(EXPERTS_OUT_IN, EXPERTS),
   "p3t": Kind(STACKED, EXPERTS),
   "g": Kind(why="a convolution in groups, which PEFT adapts at few ranks"),
+  "v": Kind(why="a convolution whose dilation or padding PEFT leaves out"),
+  "z": Kind(why="a weight that is computed from others (weight norm)"),
   "t": Kind(why="a transposed convolution, for which PEFT has no LoRA"),
   "d": Kind(why="the model reads this weight past its module"),
   "m": Kind(why="modules of several classes have this name"),
   "n": Kind(why="a parameter of a module that holds others"),
+  "k": Kind(why="a parameter of a module that is called by keywords"),
   "x": Kind(why="a parameter of more than three axes"),
 }
 _AXES = {
   **{"l": 2, "f": 2, "e": 2, "1": 3, "2": 4, "3": 5},
   **{"p2": 2, "p3": 3, "p3t": 3},
 }
-_MODULES = ("l", "f", "e", "1", "2", "3", "g", "t")  # of whole modules
+_MODULES = ("l", "f", "e", "1", "2", "3", "g", "t", "v")  # of whole modules
 # Conversions of names alone.
 _RENAMINGS = ("WeightRenaming", "PrefixChange")
 _CONVERTER = "WeightConverter"
 # The conversions of separate experts that PEFT does with their Loras too.
 _STACKED = {"MergeModulelist", "Concatenate"}
+_STACK = ("MergeModulelist", 0)
+# The conversions that are known here: the operations, the codes that their
+# parameters can have, and how each of their tensors is read.
+KNOWN_CONVERSIONS: dict[tuple[tuple[Any, ...], ...], dict[str, Kind]] = {
+  (_STACK,): {"p3": KINDS["l"]},
+  (_STACK, ("Concatenate", 1)): {"p3": KINDS["l"]},
+  (("Chunk", 0),): {"l": KINDS["l"], "p2": KINDS["l"]},
+  (("Concatenate", 0),): {
+    "l": KINDS["l"],
+    "p2": KINDS["l"],
+    "e": KINDS["e"],
+    "g": KINDS["g"],
+  },
+}
 
 
 class _Conversion(NamedTuple):
@@ -93,7 +110,7 @@ class _Conversion(NamedTuple):
   kind: str
   pattern: re.Pattern[str]
   targets: list[str]
-  operations: list[str]
+  operations: tuple[tuple[Any, ...], ...]  # (name, axes ...) of each
   scopes: tuple[str, ...]  # beginnings of names; the first that fits counts
 
   def match(self, name: str) -> tuple[str, re.Match[str]] | None:
@@ -106,16 +123,42 @@ class _Conversion(NamedTuple):
 
   def apply(self, name: str) -> str:
     """Returns the new name; the same if the row does not apply."""
+    return next(iter(self.apply_all(name)), name)
+
+  def apply_all(self, name: str) -> list[str]:
+    """Returns the names of all that a tensor becomes; empty if not matched."""
     matched = self.match(name)
     if matched is None:
-      return name
+      return []
     scope, found = matched
-    new = self.targets[0]
-    if r"\1" in new:
-      group = next(key for key, value in found.groupdict().items() if value)
-      new = new.replace(r"\1", found[self.pattern.groupindex[group] + 1])
-    rest = name[len(scope) :].replace(found[0], new, 1)
-    return scope + rest
+    names = []
+    for new in self.targets:
+      if r"\1" in new:
+        group = next(key for key, value in found.groupdict().items() if value)
+        new = new.replace(r"\1", found[self.pattern.groupindex[group] + 1])
+      rest = name[len(scope) :].replace(found[0], new, 1)
+      names.append(scope + rest)
+    return names
+
+  def place_of(self, name: str) -> int:
+    """Returns which of the sources a name that matches is."""
+    matched = self.match(name)
+    groups = matched[1].groupdict() if matched else {}
+    return int(next(key for key, value in groups.items() if value)[1:])
+
+
+class Origin(NamedTuple):
+  """What transformers makes of a tensor that is no parameter of the model.
+
+  Attributes:
+    parameters: names of the parameters that it becomes, or becomes a part of.
+    operations: (name, axes ...) of transformers' operations, in their order.
+    place: which of the converter's sources it is.
+  """
+
+  parameters: tuple[str, ...]
+  operations: tuple[tuple[Any, ...], ...]
+  place: int
 
 
 class _Part(NamedTuple):
@@ -168,6 +211,10 @@ class Family:
     for conversion in self._conversions:
       if conversion.kind in _RENAMINGS:
         name = conversion.apply(name)
+    return self._with_prefix(name)
+
+  def _with_prefix(self, name: str) -> str:
+    """Returns a name with or without the base model's, as the model has it."""
     prefix = f"{self._prefix}." if self._prefix else ""
     bare = name.removeprefix(prefix)
     if prefix and bare != name and self._has(bare):
@@ -212,6 +259,32 @@ class Family:
     if KINDS[code].layout and not self._is_stable(f"{module}.lora_A.weight"):
       return Kind(why="PEFT would rename the keys of its LoRA")
     return KINDS[code]
+
+  def origin_of(self, name: str) -> Origin | None:
+    """Returns what a tensor is made into, if that is not itself a parameter.
+
+    Args:
+      name: as `name_of` returns it.
+
+    Returns:
+      Origin, of a conversion in `KNOWN_CONVERSIONS`; None for a parameter, for
+      experts that PEFT converts itself, and for any other conversion.
+
+    Example:
+      >>> family = family_of({"model_type": "phimoe",
+      ...                     "architectures": ["PhimoeForCausalLM"]})
+      >>> family.origin_of("model.layers.0.mlp.experts.3.w2.weight").parameters
+      ('model.layers.0.mlp.experts.down_proj',)
+    """
+    if self._code(name) is not None:
+      return None
+    row = self._converter(name)
+    if row is None or self._converts_experts(row):
+      return None
+    if row.operations not in KNOWN_CONVERSIONS:
+      return None
+    parameters = tuple(map(self._with_prefix, row.apply_all(name)))
+    return Origin(parameters, row.operations, row.place_of(name))
 
   def tied_to(self, name: str, names: frozenset[str]) -> list[str]:
     """Lists parameters that are not stored because they are this one.
@@ -276,21 +349,36 @@ class Family:
     part, rest = self._part(name)
     return rest.partition(".")[0] in _table()["classes"][part]["top"]
 
+  def _converter(self, name: str) -> _Conversion | None:
+    """Returns the conversion of a tensor's values, or rule, that applies."""
+    for row in self._conversions:
+      if row.kind not in _RENAMINGS and row.match(name):
+        return row
+    return None
+
+  def _converts_experts(self, row: _Conversion) -> bool:
+    """Returns whether PEFT does a conversion with Loras, too."""
+    return (
+      row.kind == _CONVERTER
+      and {operation for operation, *_ in row.operations} <= _STACKED
+      and self.model_type in _table()["peft_experts"]
+      and row.targets[0].endswith(("gate_up_proj", "down_proj"))
+    )
+
   def _unknown(self, name: str, axes: int) -> Kind:
     """Returns the kind of a parameter that the table does not have."""
-    for conversion in self._conversions:
-      if conversion.kind in _RENAMINGS or not conversion.match(name):
-        continue
-      to = ", ".join(target.strip(".") for target in conversion.targets)
-      operations = set(conversion.operations)
-      if (
-        conversion.kind == _CONVERTER
-        and axes == 2
-        and operations <= _STACKED
-        and self.model_type in _table()["peft_experts"]
-        and conversion.targets[0].endswith(("gate_up_proj", "down_proj"))
-      ):
+    row = self._converter(name)
+    if row is not None:
+      if axes == 2 and self._converts_experts(row):
         return KINDS["l"]
+      origin = self.origin_of(name)
+      known = KNOWN_CONVERSIONS.get(row.operations, {})
+      codes = [self._code(each) for each in origin.parameters] if origin else []
+      kinds = {known.get(code or "") for code in codes}
+      if len(kinds) == 1 and (kind := kinds.pop()):
+        if kind.view is None or axes == 2:
+          return kind
+      to = ", ".join(target.strip(".") for target in row.targets)
       return Kind(
         why=f"transformers turns it into {to}, and PEFT not its LoRA",
         in_model=False,
@@ -327,6 +415,9 @@ class UnknownFamily(Family):
   def order_of(self, module: str) -> list[str]:
     """Returns nothing: the order is not known."""
     return []
+
+  def origin_of(self, name: str) -> None:
+    """Returns None: no conversion is known."""
 
 
 def family_of(config: Mapping[str, Any] | None) -> Family | None:
@@ -378,7 +469,7 @@ def drops_experts(model_type: str | None) -> bool:
   """
   rows = _table()["conversions"].get(model_type, ())
   return model_type not in _table()["peft_experts"] and any(
-    "MergeModulelist" in operations for *_, operations in rows
+    [*_STACK] in operations for *_, operations in rows
   )
 
 
@@ -495,5 +586,6 @@ def _conversion(row: Sequence[Any], scopes: Sequence[str]) -> _Conversion:
   order = sorted(enumerate(sources), key=lambda each: -len(each[1]))
   pattern = "|".join(f"(?P<g{at}>{source})" for at, source in order)
   return _Conversion(
-    kind, re.compile(pattern), targets, operations, tuple(scopes)
-  )
+    kind, re.compile(pattern), targets, tuple(map(tuple, operations)),
+    tuple(scopes),
+  )  # fmt: skip

@@ -119,6 +119,18 @@ class FilePart(NamedTuple):
     return self.module + ".base_layer" * self.depth
 
 
+def module_of(name: str) -> str:
+  """Returns the module that a consumer replaces to replace a parameter.
+
+  The parts of a parametrised weight lie in modules of their own inside it.
+
+  Example:
+    >>> module_of("h.conv.parametrizations.weight.original0")
+    'h.conv'
+  """
+  return name.rpartition(".")[0].partition(".parametrizations.")[0]
+
+
 def describe_base(
   like: Mapping[str, Any],
   model_type: str | None,
@@ -150,6 +162,32 @@ def describe_base(
     path: tuple(leaf.shape)
     for path, leaf in getattr(like, "spec", like).items()
   }
+  base = Base(
+    {}, {}, frozenset(), frozenset(), table_for(shapes, model_type), model_type,
+    False, False, rename, family,
+  )  # fmt: skip
+  base = with_names(base, shapes, rename)
+  ties_head = (
+    family.ties_to(HEAD) if family else task_type in ("CAUSAL_LM", "auto")
+  )
+  return base._replace(tied_head=HEAD not in base.names and ties_head)
+
+
+def with_names(
+  base: Base, shapes: Mapping[str, tuple[int, ...]], rename: Rename
+) -> Base:
+  """Returns a base with other parameters; its class and table stay.
+
+  Args:
+    base: what else is known.
+    shapes: path -> shape of every parameter.
+    rename: path -> Hugging Face name or names.
+
+  Example:
+    >>> base = describe_base({"q": np.ones((2, 3))}, None, None, None)
+    >>> with_names(base, {"h.k": (2, 3)}, str).modules
+    frozenset({'h'})
+  """
   given = {path: rename(path) for path in shapes}
   paths = {name: path for path, name in given.items() if isinstance(name, str)}
   names = {
@@ -160,20 +198,13 @@ def describe_base(
   modules = {
     name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)
   }
-  return Base(
-    shapes,
-    paths,
-    frozenset(names),
-    frozenset(modules),
-    table_for(shapes, model_type),
-    model_type,
-    HEAD not in names
-    and (
-      family.ties_to(HEAD) if family else task_type in ("CAUSAL_LM", "auto")
-    ),
-    any(re.fullmatch(SPLIT_EXPERTS, name) for name in names),
-    rename,
-    family,
+  return base._replace(
+    shapes=dict(shapes),
+    paths=paths,
+    names=frozenset(names),
+    modules=frozenset(modules),
+    splits_experts=any(re.fullmatch(SPLIT_EXPERTS, name) for name in names),
+    rename=rename,
   )
 
 

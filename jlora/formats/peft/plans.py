@@ -11,7 +11,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from jlora.formats.peft.parts import (
   Base,
   FilePart,
   kind_of,
+  module_of,
   parts_of,
   ties_of,
   zero_part,
@@ -203,20 +204,34 @@ def plan_full(
   if both:
     raise ValueError(f"Given as a Lora and in full: {name_some(both)}.")
   names = {str(base.rename(path)): path for path in full}
-  saved = {name.rpartition(".")[0] for name in names}
   wrapped = {part.module for part in parts}
   kept: dict[str, str] = {}
   for name, path in names.items():
     reason = profile.refused.get("full") or _obstacle(
-      name, path, names, saved, wrapped, base
+      name, path, names, wrapped, base
     )
     if reason:
       left[path] = reason
       continue
     kept[name] = path
+  for name in _not_whole(kept, names):
+    left[kept.pop(name)] = "PEFT replaces whole modules, and a part is missing"
+  for name, path in list(kept.items()):
     for other in ties_of(name, base):
       kept.setdefault(other, path)
   return kept
+
+
+def _not_whole(kept: Mapping[str, str], names: Iterable[str]) -> list[str]:
+  """Lists those whose modules have other parameters that are not kept."""
+  missing = set(names) - kept.keys()
+  holders = {module_of(name) for name in missing}
+  return [
+    name
+    for name in kept
+    if module_of(name) in holders
+    or any(other.startswith(f"{module_of(name)}.") for other in missing)
+  ]
 
 
 def spec_of(
@@ -332,9 +347,9 @@ def _check_parts(parts: Sequence[FilePart], profile: Profile) -> None:
     raise ValueError(f"Names given to several Loras: {name_some(twice)}.")
 
 
-def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
+def _obstacle(name, path, names, wrapped, base: Base) -> str | None:
   """Returns why PEFT cannot replace the module of a tensor, or None."""
-  module = name.rpartition(".")[0]
+  module = module_of(name)
   shape = base.shapes.get(path, ())
   kind = kind_of(path, shape, base)
   if not kind.in_model:
@@ -344,29 +359,25 @@ def _obstacle(name, path, names, saved, wrapped, base: Base) -> str | None:
     for other in sorted(base.names)
     if other.startswith(f"{module}.") and other not in names
   ]
-  alike = [
-    other for other in sorted(base.modules - saved) if other.endswith(module)
-  ]
   because = f" ({kind.why})" if kind.why else ""
-  reason = _unreplaceable(name, path, missing, alike, wrapped, base)
+  reason = _unreplaceable(name, path, missing, wrapped, base)
   return reason and reason + because
 
 
-def _unreplaceable(
-  name, path, missing, alike, wrapped, base: Base
-) -> str | None:
+def _unreplaceable(name, path, missing, wrapped, base: Base) -> str | None:
   """Returns why a module cannot be replaced, or None."""
-  module = name.rpartition(".")[0]
+  module = module_of(name)
   if not module:
     return "a parameter of no module, which PEFT cannot replace"
   if module not in base.modules and name != HEAD:
     return "the base has no such module"
   if module in wrapped:
     return "its module has a Lora; give its change in `biases`"
+  around = [w for w in wrapped if module.startswith(f"{w}.")]
+  if around:
+    return f"PEFT wraps a parameter of {around[0]}, and saves nothing inside"
   if missing:
     return f"PEFT replaces whole modules; give also {name_some(missing)}"
-  if alike:
-    return f"PEFT compares ends of names and would replace {name_some(alike)}"
   if (
     "/" in path
     and len(base.shapes.get(path, ())) > 1

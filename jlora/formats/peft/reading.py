@@ -9,7 +9,7 @@ import collections
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,12 @@ from jlora.formats.peft.config import (
   rank_and_scale,
   wrapped_parameters,
 )
+from jlora.formats.peft.conversions import (
+  convert_base,
+  find_conversions,
+  revert_full,
+  revert_loras,
+)
 from jlora.formats.peft.layouts import (
   BIAS,
   CONFIG,
@@ -32,6 +38,7 @@ from jlora.formats.peft.layouts import (
   EMBEDDING,
   EXPERTS,
   LINEAR_FILE,
+  PARAMETER_ORDER,
   PREFIX,
   TENSORS,
   FileLayout,
@@ -133,11 +140,15 @@ def load_peft(
   if isinstance(entries.get("target_modules"), list):
     entries["target_modules"] = frozenset(entries["target_modules"])
   file = open_checkpoint(folder / TENSORS)
-  found, full = _sort_keys(file, entries)
-  wrappers = _wrappers(found, file, entries)
-  paths: Mapping[str, str] = {}
+  stored = base = None
   if like is not None:
-    base = describe_base(like, model_type, "auto", None, config)
+    stored = describe_base(like, model_type, "auto", None, config)
+    base = convert_base(stored, find_conversions(stored))
+  order = _order_in(base)
+  found, full = _sort_keys(file, entries, order)
+  wrappers = _wrappers(found, file, entries, order)
+  paths: Mapping[str, str] = {}
+  if base is not None:
     shapes = {str(base.rename(p)): shape for p, shape in base.shapes.items()}
     paths = {str(base.rename(path)): path for path in base.shapes}
     ties = {to for name in shapes for to in ties_of(name, base)} - {HEAD}
@@ -152,24 +163,34 @@ def load_peft(
     for wrapper in wrappers
     if "bias" in wrapper.keys
   }
+  loras = {
+    paths.get(each.name, each.name): _read(each, file, base)
+    for each in wrappers
+  }
+  whole = {
+    paths.get(name, name): jnp.asarray(file[key]) for name, key in full.items()
+  }
+  if stored is not None:
+    loras, whole = revert_loras(loras, stored), revert_full(whole, stored)
   return PeftAdapter(
-    {
-      paths.get(wrapper.name, wrapper.name): _read(wrapper, file)
-      for wrapper in wrappers
-    },
+    loras,
     {
       paths.get(name, name): jnp.asarray(bias)
       for name, bias in biases.items()
       if bias.any()
     },
-    {
-      paths.get(name, name): jnp.asarray(file[key])
-      for name, key in full.items()
-    },
+    whole,
   )
 
 
-def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
+def _order_in(base: Base | None) -> Callable[[str], Sequence[str]]:
+  """Returns the order in which a module's parameters are wrapped, as known."""
+  if base is None or base.family is None:
+    return lambda module: PARAMETER_ORDER
+  return base.family.order_of
+
+
+def _sort_keys(file: Checkpoint, config: Mapping[str, Any], order):
   """Sorts keys into {(module, depth): {role: key}} and {parameter: key}."""
   found: dict[tuple[str, int], dict[str, str]] = {}
   full: dict[str, str] = {}
@@ -181,7 +202,7 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
       roles = found.setdefault((module, match["nest"].count(".")), {})
       roles[_ROLES[role]] = key
       explained = is_targeted(config, module) or wrapped_parameters(
-        config, module
+        config, module, order(module)
       )
       explained = explained and (role != BIAS or config.get("lora_bias"))
     else:
@@ -201,7 +222,7 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any]):
   return found, full
 
 
-def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
+def _wrappers(found, file: Checkpoint, config, order) -> list[_Wrapper]:
   """Returns every LoRA layer; raises if one contradicts the configuration."""
   wrappers, wrong = [], []
   depths = collections.Counter(module for module, _ in found)
@@ -210,7 +231,9 @@ def _wrappers(found, file: Checkpoint, config) -> list[_Wrapper]:
       wrong.append(f"{module}: only {name_some(sorted(keys.values()))}")
       continue
     parameters = (
-      [] if is_targeted(config, module) else wrapped_parameters(config, module)
+      []
+      if is_targeted(config, module)
+      else wrapped_parameters(config, module, order(module))
     )
     if depths[module] != max(len(parameters), 1):
       wrong.append(
@@ -247,12 +270,17 @@ def _layout(
   return CONVOLUTION if len(shape) > 2 else LINEAR_FILE
 
 
-def _read(wrapper: _Wrapper, file: Checkpoint) -> Lora:
-  """Reads the Lora of a layer; a single expert becomes a plain matrix."""
+def _read(wrapper: _Wrapper, file: Checkpoint, base: Base | None) -> Lora:
+  """Reads the Lora of a layer; a stack of one becomes a plain matrix.
+
+  Unless the base has a parameter of three axes there.
+  """
   a, b = wrapper.layout.load(
     file[wrapper.keys["a"]], file[wrapper.keys["b"]], wrapper.rank
   )
-  if wrapper.layout is EXPERTS and len(a) == 1:
+  path = base.paths.get(wrapper.name) if base else None
+  is_stack = base and path and len(base.shapes[path]) > 2
+  if wrapper.layout is EXPERTS and len(a) == 1 and not is_stack:
     a, b = a[0], b[0]
   scale = jnp.full(a.shape[:-2], wrapper.scale, jnp.float32)
   return Lora(jnp.asarray(a), jnp.asarray(b), scale)

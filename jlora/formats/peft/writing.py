@@ -13,14 +13,21 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from jlora.checkpoints.safetensors import stream_safetensors
 from jlora.formats.peft.config import shortest_targets
+from jlora.formats.peft.conversions import (
+  convert_base,
+  convert_full,
+  convert_loras,
+  find_conversions,
+  spread_reasons,
+)
 from jlora.formats.peft.experts import nest_parameters, stack_experts
-from jlora.formats.peft.layouts import CONFIG, PEFT, TENSORS, Profile
+from jlora.formats.peft.layouts import CONFIG, PEFT, PREFIX, TENSORS, Profile
 from jlora.formats.peft.parts import (
   HEAD,
   Base,
@@ -28,6 +35,7 @@ from jlora.formats.peft.parts import (
   Rename,
   describe_base,
   is_transposed,
+  module_of,
 )
 from jlora.formats.peft.plans import (
   arrays_of,
@@ -123,12 +131,18 @@ def save_peft(
   if task_type == "auto":
     task_type = base.family.task_type if base.family else "CAUSAL_LM"
   left: dict[str, str] = {}
+  conversions = find_conversions(base) if profile.stacks_experts else []
+  given = [*loras, *biases, *full]
+  full = convert_full(full, loras, conversions, base, left)
+  loras = convert_loras(loras, conversions, base, left)
+  base = convert_base(base, conversions)
   parts = plan_loras(loras, base, profile, dtype, left)
   if profile.stacks_experts:
     parts = stack_experts(parts, base, left)
   parts = nest_parameters(parts, left, base)
   parts, carried = plan_biases(biases, parts, base, profile, left)
   kept = plan_full(full, parts, base, profile, left)
+  spread_reasons(left, conversions, given)
   if not parts:
     reasons = name_some(f"{path}: {reason}" for path, reason in left.items())
     raise ValueError(f"No module is left to write. {reasons}")
@@ -162,7 +176,7 @@ def _configuration(
     if part.rank != rank
   }
   modules = {part.module for part in parts if not part.layout.wraps_parameter}
-  saved = {name.rpartition(".")[0] for name in kept}
+  saved = {module_of(name) for name in kept}
   saved = {  # of a module and one inside it the outer one is replaced
     name for name in saved if not any(name.startswith(f"{s}.") for s in saved)
   }
@@ -173,7 +187,7 @@ def _configuration(
     "ensure_weight_tying": base.tied_head and HEAD in ours and not has_head,
     "fan_in_fan_out": any(is_transposed(part, base) for part in parts),
     "lora_bias": bool(carried),
-    "modules_to_save": sorted(saved),
+    "modules_to_save": sorted(_unlike_others(saved, base.modules)),
     "rank_pattern": patterns,
     "target_parameters": sorted(
       part.name for part in parts if part.layout.wraps_parameter
@@ -185,6 +199,15 @@ def _configuration(
     "r": rank,
     "target_modules": shortest_targets(modules, base.modules - modules),
   } | {key: value for key, value in optional.items() if value}
+
+
+def _unlike_others(saved: Set[str], modules: Set[str]) -> list[str]:
+  """Names modules so that no other name ends like theirs, as PEFT compares."""
+  others = modules - saved
+  return [
+    PREFIX + name if any(other.endswith(name) for other in others) else name
+    for name in saved
+  ]
 
 
 def _write_folder(

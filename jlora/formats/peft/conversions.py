@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives Loras to the parameters that transformers makes of a file's tensors.
+
+transformers 5 stacks separate experts, cuts fused projections and joins parts
+when it loads a checkpoint. Where PEFT does not do the same with a LoRA, the
+Loras of a file's tensors are put together here as those of the parameters:
+
+    stacked        a = [a_1; a_2; ...] by expert,       b the same
+    joined rows    a = [a_1; a_2],                      b = diag(b_1, b_2)
+    cut rows       a for each part,                     b's own columns
+
+All are exact; those of what is joined have the sum of the ranks.
+
+References:
+  huggingface/transformers 5, `core_model_loading.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.formats.peft.families import Origin
+from jlora.formats.peft.parts import Base, kind_of, with_names
+from jlora.loras import Lora
+from jlora.messages import name_some
+
+_MIXED = "transformers makes one parameter of it and of others that have Loras"
+_PARTIAL = "transformers makes one parameter of it and of others; give them all"
+
+
+class Conversion(NamedTuple):
+  """Tensors of a file, and the parameters that transformers makes of them.
+
+  Attributes:
+    parameters: names of the parameters.
+    sources: the tensors' paths, by source of the converter, each in order.
+    operations: (name, axes ...) of what is done.
+  """
+
+  parameters: tuple[str, ...]
+  sources: tuple[tuple[str, ...], ...]
+  operations: tuple[tuple[Any, ...], ...]
+
+  @property
+  def paths(self) -> list[str]:
+    """All tensors' paths."""
+    return [path for row in self.sources for path in row]
+
+
+class Lazy(Mapping[str, Any]):
+  """A mapping whose values are made on each access, and not kept.
+
+  Args:
+    makers: key -> function without arguments.
+  """
+
+  def __init__(self, makers: Mapping[str, Callable[[], Any]]):
+    self._makers = makers
+
+  def __getitem__(self, path: str) -> Any:
+    return self._makers[path]()
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._makers)
+
+  def __len__(self) -> int:
+    return len(self._makers)
+
+
+def find_conversions(base: Base) -> list[Conversion]:
+  """Lists what transformers makes of the tensors of a file, where PEFT does not.
+
+  Args:
+    base: the base model; only one with a family has any.
+
+  Returns:
+    Those that can be done with Loras: all tensors are there, of one shape for
+    each source of a stack, and cut into equal parts.
+
+  Example:
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> config = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]}
+    >>> names = [f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight"
+    ...          for e in range(2)]
+    >>> base = describe_base(dict.fromkeys(names, np.ones((3, 2))), None, None,
+    ...                      None, config)
+    >>> [each.parameters for each in find_conversions(base)]
+    [('model.layers.0.mlp.experts.down_proj',)]
+  """
+  if base.family is None:
+    return []
+  found: dict[Origin, dict[int, list[str]]] = {}
+  for path in sorted(base.shapes, key=_in_order):
+    name = base.rename(path)
+    origin = base.family.origin_of(name) if isinstance(name, str) else None
+    if origin is not None:
+      rows = found.setdefault(origin._replace(place=0), {})
+      rows.setdefault(origin.place, []).append(path)
+  conversions = [
+    Conversion(
+      origin.parameters,
+      tuple(tuple(rows[place]) for place in sorted(rows)),
+      origin.operations,
+    )
+    for origin, rows in found.items()
+  ]
+  return [each for each in conversions if _is_possible(each, base)]
+
+
+def convert_base(base: Base, conversions: Iterable[Conversion]) -> Base:
+  """Returns a base with parameters in the place of what they are made of.
+
+  Args:
+    base: the base model.
+    conversions: from `find_conversions`.
+
+  Returns:
+    Base. A parameter's path is its name.
+
+  Example:
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> base = describe_base({"qkv": np.ones((6, 2))}, None, None, None)
+    >>> cut = Conversion(("q", "k", "v"), (("qkv",),), (("Chunk", 0),))
+    >>> convert_base(base, [cut]).shapes
+    {'q': (2, 2), 'k': (2, 2), 'v': (2, 2)}
+  """
+  gone = {path for each in conversions for path in each.paths}
+  shapes = {p: shape for p, shape in base.shapes.items() if p not in gone}
+  new = {
+    name: _shape_of(each, base.shapes)
+    for each in conversions
+    for name in each.parameters
+  }
+  rename = base.rename
+  return with_names(
+    base, shapes | new, lambda path: path if path in new else rename(path)
+  )
+
+
+def convert_loras(
+  loras: Mapping[str, Lora],
+  conversions: Sequence[Conversion],
+  base: Base,
+  left: dict[str, str],
+) -> Mapping[str, Lora]:
+  """Returns Loras of parameters in the place of those they are made of.
+
+  Args:
+    loras: path -> Lora, may be lazy.
+    conversions: from `find_conversions`.
+    base: the base, as it is in the file.
+    left: receives path -> reason, of those whose parameter cannot be made.
+
+  Returns:
+    A lazy mapping: of a conversion, all Loras are in memory at once. The same
+    where nothing is converted.
+
+  Example:
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> base = describe_base({"qk": np.ones((4, 3))}, None, None, None)
+    >>> cut = Conversion(("q", "k"), (("qk",),), (("Chunk", 0),))
+    >>> whole = Lora(np.ones((1, 3)), np.arange(4.)[None], np.float32(1))
+    >>> convert_loras({"qk": whole}, [cut], base, {})["k"].b
+    array([[2., 3.]])
+  """
+  place = {path: each for each in conversions for path in each.paths}
+  lost = _unmade(loras, place, base)
+  left.update(lost)
+  if not (place.keys() | lost.keys()) & loras.keys():
+    return loras
+  makers: dict[str, Callable[[], Any]] = {}
+  for path in loras:
+    if path in lost:
+      continue
+    conversion = place.get(path)
+    if conversion is None:
+      makers[path] = lambda path=path: loras[path]
+      continue
+    for at, name in enumerate(conversion.parameters):
+      makers[name] = lambda at=at, each=conversion: _lora(at, each, loras, base)
+  return Lazy(makers)
+
+
+def convert_full(
+  full: Mapping[str, Any],
+  loras: Mapping[str, Any],
+  conversions: Sequence[Conversion],
+  base: Base,
+  left: dict[str, str],
+) -> Mapping[str, Any]:
+  """Returns whole parameters in the place of the tensors they are made of.
+
+  Args:
+    full: path -> whole tensor, may be lazy.
+    loras: path -> Lora, as they are in the file.
+    conversions: from `find_conversions`.
+    base: the base, as it is in the file.
+    left: receives path -> reason, of those whose parameter cannot be made.
+
+  Returns:
+    A lazy mapping. The same where nothing is converted.
+
+  Example:
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> base = describe_base({"qk": np.ones(4)}, None, None, None)
+    >>> cut = Conversion(("q", "k"), (("qk",),), (("Chunk", 0),))
+    >>> convert_full({"qk": np.arange(4.)}, {}, [cut], base, {})["k"]
+    array([2., 3.])
+  """
+  place = {path: each for each in conversions for path in each.paths}
+  lost = _unmade(full, place, base)
+  left.update(lost)
+  if not (place.keys() | lost.keys()) & full.keys():
+    return full
+  makers: dict[str, Callable[[], Any]] = {
+    path: lambda path=path: full[path]
+    for path in full
+    if path not in lost and path not in place
+  }
+  for each in conversions:
+    given = [path for path in each.paths if path in full]
+    if any(path in loras for path in each.paths):
+      left.update(dict.fromkeys(given, _MIXED))
+    elif 0 < len(given) < len(each.paths):
+      left.update(dict.fromkeys(given, _PARTIAL))
+    elif given:
+      for at, name in enumerate(each.parameters):
+        makers[name] = lambda at=at, each=each: _array(at, each, full)
+  return Lazy(makers)
+
+
+def revert_loras(loras: Mapping[str, Lora], base: Base) -> dict[str, Lora]:
+  """Returns Loras of a file's tensors in the place of the parameters'.
+
+  Args:
+    loras: path or parameter -> Lora.
+    base: the base, as it is in the file.
+
+  Returns:
+    {path: Lora}, without units that change nothing.
+
+  Example:
+    >>> revert_loras({}, Base({}, {}, frozenset(), frozenset(), (), None, False,
+    ...                       False, str))
+    {}
+  """
+  found = dict(loras)
+  for each in find_conversions(base):
+    given = {n: found.pop(n) for n in each.parameters if n in found}
+    if given:
+      found.update(_parted(each, given, base))
+  return found
+
+
+def revert_full(full: Mapping[str, Any], base: Base) -> dict[str, Any]:
+  """Returns whole tensors of a file in the place of the parameters'.
+
+  Args:
+    full: path or parameter -> value.
+    base: the base, as it is in the file.
+
+  Returns:
+    {path: value}.
+
+  Raises:
+    ValueError: a part of what a tensor of the file holds is not there.
+
+  Example:
+    >>> revert_full({}, Base({}, {}, frozenset(), frozenset(), (), None, False,
+    ...                      False, str))
+    {}
+  """
+  found = dict(full)
+  for each in find_conversions(base):
+    given = {n: found.pop(n) for n in each.parameters if n in found}
+    if not given:
+      continue
+    missing = [name for name in each.parameters if name not in given]
+    if missing:
+      raise ValueError(
+        f"{each.paths[0]} is not whole in the adapter: {name_some(missing)} are"
+        " missing."
+      )
+    (operation, *_), *_ = each.operations
+    if operation == "Chunk":
+      found[each.paths[0]] = np.concatenate([*given.values()])
+      continue
+    whole = given[each.parameters[0]]
+    for path, part, rows in _slices(each, base.shapes):
+      found[path] = (whole if part is None else whole[part])[rows]
+  return found
+
+
+def spread_reasons(
+  left: dict[str, str],
+  conversions: Iterable[Conversion],
+  given: Iterable[str],
+) -> None:
+  """Moves the reasons of parameters to the tensors that they are made of.
+
+  Args:
+    left: path or parameter -> reason; changed in place.
+    conversions: from `find_conversions`.
+    given: paths of all changes.
+
+  Example:
+    >>> cut = Conversion(("q", "k"), (("qk",),), (("Chunk", 0),))
+    >>> left = {"k": "a reason"}
+    >>> spread_reasons(left, [cut], ["qk"]); left
+    {'qk': 'k: a reason'}
+  """
+  given = set(given)
+  for each in conversions:
+    for name in each.parameters:
+      if name in left:
+        reason = f"{name}: {left.pop(name)}"
+        left.update({path: reason for path in each.paths if path in given})
+
+
+def together(base: Base | None) -> dict[str, list[str]]:
+  """Returns path -> paths of all that one parameter is made of with it.
+
+  Args:
+    base: the base model, or None.
+
+  Example:
+    >>> together(None)
+    {}
+  """
+  found = find_conversions(base) if base is not None else []
+  return {path: each.paths for each in found for path in each.paths}
+
+
+def _unmade(
+  paths: Iterable[str], place: Mapping[str, Any], base: Base
+) -> dict[str, str]:
+  """Returns {path: why} of tensors that are no parameters and not converted."""
+  lost: dict[str, str] = {}
+  for path in paths:
+    name = base.rename(path)
+    if base.family is None or path in place or not isinstance(name, str):
+      continue
+    origin = base.family.origin_of(name)
+    if origin is not None:
+      to = ", ".join(origin.parameters)
+      lost[path] = f"transformers turns it into {to}, and PEFT not its LoRA"
+  return lost
+
+
+def _in_order(path: str) -> list[Any]:
+  """Sorts names by their numbers."""
+  parts = re.split(r"(\d+)", path)
+  return [int(part) if part.isdigit() else part for part in parts]
+
+
+def _is_possible(each: Conversion, base: Base) -> bool:
+  """Returns whether a conversion's tensors are all there and fit."""
+  shapes = [[base.shapes[path] for path in row] for row in each.sources]
+  if any(not kind_of(p, base.shapes[p], base).in_model for p in each.paths):
+    return False
+  (operation, *_), *more = each.operations
+  if operation == "Chunk":
+    return shapes[0][0][0] % len(each.parameters) == 0
+  if operation == "Concatenate":
+    return all(len(row) == 1 for row in shapes)
+  return (
+    all(len(set(row)) == 1 for row in shapes)
+    and len({len(row) for row in shapes}) == 1
+    and (len(shapes) == 1 or bool(more))
+  )
+
+
+def _shape_of(each: Conversion, shapes: Mapping[str, tuple]) -> tuple[int, ...]:
+  """Returns the shape of each parameter of a conversion."""
+  rows = [shapes[row[0]] for row in each.sources]
+  (operation, *_), *_ = each.operations
+  if operation == "Chunk":
+    return (rows[0][0] // len(each.parameters), *rows[0][1:])
+  joined = (sum(row[0] for row in rows), *rows[0][1:])
+  if operation == "Concatenate":
+    return joined
+  return (len(each.sources[0]), *joined)
+
+
+def _array(at: int, each: Conversion, full: Mapping[str, Any]) -> np.ndarray:
+  """Returns a parameter, as transformers makes it."""
+  (operation, *_), *_ = each.operations
+  if operation == "Chunk":
+    whole = np.asarray(full[each.sources[0][0]])
+    return np.split(whole, len(each.parameters))[at]
+  parts = [[np.asarray(full[path]) for path in row] for row in each.sources]
+  if operation == "Concatenate":
+    return np.concatenate([row[0] for row in parts])
+  return np.concatenate([np.stack(row) for row in parts], axis=1)
+
+
+def _lora(
+  at: int, each: Conversion, loras: Mapping[str, Lora], base: Base
+) -> Lora:
+  """Returns the Lora of a conversion's parameter."""
+  (operation, *_), *_ = each.operations
+  if operation == "Chunk":
+    whole = loras[each.sources[0][0]]
+    rows = np.split(np.asarray(whole.b), len(each.parameters), axis=-1)[at]
+    return Lora(whole.a, rows, whole.scale)
+  given = {path: _folded(loras[path]) for path in each.paths if path in loras}
+  dtype = next(iter(given.values()))[0].dtype
+
+  def factors(path: str) -> tuple[np.ndarray, np.ndarray]:
+    view = kind_of(path, base.shapes[path], base).view
+    sizes = view.shape(base.shapes[path]) if view else (0, 0)
+    none = np.zeros((0, sizes[0]), dtype), np.zeros((0, sizes[1]), dtype)
+    return given.get(path, none)
+
+  columns = [[*map(factors, row)] for row in zip(*each.sources, strict=True)]
+  if operation == "Concatenate":
+    view = kind_of(each.paths[0], base.shapes[each.paths[0]], base).view
+    rows_are_inputs = view is not None and view.inputs == (0,)
+    a, b = _join(columns[0], rows_are_inputs)
+    return Lora(a, b, np.float32(1))
+  ranks = [
+    max(len(column[row][0]) for column in columns)
+    for row in range(len(each.sources))
+  ]
+  joined = [
+    _join([_pad(*f, rank) for f, rank in zip(column, ranks, strict=True)])
+    for column in columns
+  ]
+  a, b = (np.stack(found) for found in zip(*joined, strict=True))
+  return Lora(a, b, np.ones(len(a), np.float32))
+
+
+def _parted(
+  each: Conversion, given: Mapping[str, Lora], base: Base
+) -> dict[str, Lora]:
+  """Returns the Loras of a conversion's tensors from those of parameters."""
+  (operation, *_), *_ = each.operations
+  if operation == "Chunk":
+    return {each.paths[0]: _rejoined(each, given, base)}
+  a, b = _folded(given[each.parameters[0]])
+  if operation == "MergeModulelist" and a.ndim == 2:  # of one expert
+    a, b = a[None], b[None]
+  view = kind_of(each.paths[0], base.shapes[each.paths[0]], base).view
+  rows_are_inputs = view is not None and view.inputs == (0,)
+  found = {}
+  for path, part, rows in _slices(each, base.shapes):
+    one, other = (a, b) if part is None else (a[part], b[part])
+    if rows_are_inputs:
+      one = one[:, rows]
+    else:
+      other = other[:, rows]
+    used = one.any(axis=1) & other.any(axis=1)
+    if used.any():
+      found[path] = Lora(one[used], other[used], np.float32(1))
+  return found
+
+
+def _rejoined(each: Conversion, given: Mapping[str, Lora], base: Base) -> Lora:
+  """Returns the Lora of a tensor from those of the parts it is cut into."""
+  path = each.paths[0]
+  height = base.shapes[path][0] // len(each.parameters)
+  parts = [_folded(given[n]) if n in given else None for n in each.parameters]
+  known = next(part for part in parts if part is not None)
+  width, dtype = known[0].shape[1], known[0].dtype
+  none = np.zeros((0, width), dtype), np.zeros((0, height), dtype)
+  parts = [none if part is None else part for part in parts]
+  if all(np.array_equal(part[0], known[0]) for part in parts):
+    b = np.concatenate([part[1] for part in parts], axis=1)
+    return Lora(known[0], b, np.float32(1))
+  return Lora(*_join(parts), np.float32(1))
+
+
+def _slices(
+  each: Conversion, shapes: Mapping[str, tuple]
+) -> Iterator[tuple[str, int | None, slice]]:
+  """Yields where in a parameter each tensor is: path, index, rows."""
+  start = 0
+  for row in each.sources:
+    end = start + shapes[row[0]][0]
+    for index, path in enumerate(row):
+      is_stacked = each.operations[0][0] == "MergeModulelist"
+      yield path, index if is_stacked else None, slice(start, end)
+    start = end
+
+
+def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a Lora's factors, with its scale in the second."""
+  a, b = np.asarray(lora.a), np.asarray(lora.b)
+  scale = np.asarray(lora.scale, np.float32)[..., None, None]
+  return a, b if (scale == 1).all() else b.astype(np.float32) * scale
+
+
+def _pad(a: np.ndarray, b: np.ndarray, rank: int):
+  """Adds units of zeros."""
+  more = ((0, rank - len(a)), (0, 0))
+  return np.pad(a, more), np.pad(b, more)
+
+
+def _join(
+  factors: Sequence[tuple[np.ndarray, np.ndarray]],
+  rows_are_inputs: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Joins Loras of parts along their outputs, or along their inputs."""
+  first, second = zip(*factors, strict=True)
+  if rows_are_inputs:
+    return _diagonal(first), np.concatenate(second)
+  return np.concatenate(first), _diagonal(second)
+
+
+def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns a block-diagonal matrix."""
+  sizes = np.sum([block.shape for block in blocks], axis=0)
+  whole = np.zeros(sizes, np.result_type(*blocks))
+  row = column = 0
+  for block in blocks:
+    height, width = block.shape
+    whole[row : row + height, column : column + width] = block
+    row, column = row + height, column + width
+  return whole
