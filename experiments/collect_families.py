@@ -149,7 +149,7 @@ def collect(model_types: Iterable[str] = ()) -> dict[str, Any]:
     "conversions": {
       name: [_transform(each) for each in conversions[name]]
       for name in sorted(conversions)
-      if name in used
+      if not wanted or name in used
     },
     "classes": dict(sorted(classes.items())),
   }
@@ -231,6 +231,8 @@ def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
     return
   _record(model, classes)
   row = classes[name]
+  if refusal := _refusal(model):
+    row["peft"] = refusal
   row["generates"] = bool(_attempt(model.can_generate))
   tied = _attempt(lambda: make(tie_word_embeddings=True)) or model
   ties = _attempt(lambda: tied.get_expanded_tied_weights_keys(True)) or {}
@@ -242,6 +244,17 @@ def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
     other = _attempt(functools.partial(make, **variant))
     if other is not None:
       _record(other, classes)
+
+
+def _refusal(model: Any) -> str:
+  """Returns why PEFT puts no adapter at all on a model; "" if it does."""
+  from peft.utils import other
+
+  try:
+    other._get_module_names_tied_with_embedding(model)
+  except Exception as error:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+  return ""
 
 
 def _attempt(make: Any) -> Any:
@@ -468,9 +481,9 @@ def _reached(module: str, attributes: tuple[str, ...]) -> frozenset[str]:
   found = set()
   for node in ast.walk(tree):
     # A function may read the weight of a module that it is given.
-    is_call = "weight" in attributes and isinstance(node, ast.Call)
-    if is_call and _computes(node, parents):
-      if not _ONLY_TENSORS.match(ast.unparse(node.func)):
+    if "weight" in attributes and isinstance(node, ast.Call):
+      computes = _computes(node, parents)
+      if computes and not _ONLY_TENSORS.match(ast.unparse(node.func)):
         found |= {a.attr for a in node.args if isinstance(a, ast.Attribute)}
     if not (
       isinstance(node, ast.Attribute)
@@ -513,10 +526,9 @@ def _uses(module: str) -> tuple[frozenset[str], frozenset[str]]:
     inner = getattr(node, "value", None)
     if isinstance(node, ast.Attribute) and isinstance(inner, ast.Attribute):
       opened.add(inner.attr)
-    function = getattr(node, "func", None)
-    if isinstance(function, ast.Attribute) and not node.args:
-      if node.keywords:
-        named.add(function.attr)
+    is_named = isinstance(node, ast.Call) and node.keywords and not node.args
+    if is_named and isinstance(node.func, ast.Attribute):
+      named.add(node.func.attr)
   return frozenset(opened), frozenset(named)
 
 

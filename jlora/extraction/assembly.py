@@ -4,6 +4,7 @@
 journal ─► choose_ranks ─► write_adapter (tensors, ledger, report.json)
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -237,13 +238,14 @@ def keep_ledger(
 
 
 def _held(
-  kept: Iterable[str], pairs: Iterable[str], about: Base | None
+  kept: Iterable[str], pairs: Mapping[str, Pair], about: Base | None
 ) -> dict[str, str]:
   """Returns {path: why} of all in modules that are replaced with their parts.
 
   A parameter that lies beside modules, as a table of positions beside the
   convolution of patches, can only be carried with them. That is done once in a
-  model; where every layer has such a module its matrices keep their Loras.
+  model; where every layer has such a module its matrices keep their Loras,
+  unless the parameter is larger than all that is beside it.
   """
   if about is None or about.family is None:
     return {}
@@ -256,7 +258,9 @@ def _held(
     in_layers = any(
       part.isdigit() for p in inside for part in names[p].split(".")
     )
-    if is_deep and not in_layers:
+    beside = sum(math.prod(pairs[p].shape) for p in inside if p != path)
+    is_small = beside < math.prod(pairs[path].shape)
+    if is_deep and (is_small or not in_layers):
       why = f"{module} is replaced, because {names[path]} is beside its parts"
       held |= dict.fromkeys(inside, why)
   return held

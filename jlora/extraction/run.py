@@ -28,6 +28,7 @@ from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
 from jlora.formats.peft.parts import Rename
+from jlora.formats.peft.writing import check_consumer
 from jlora.pairing.match import Vocabulary, is_table, keep_whole, pair_up
 from jlora.pairing.vocabularies import read_both_tokens
 from jlora.runs import processes
@@ -185,9 +186,10 @@ def extract_checkpoint(
   # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
     lambda: _plan(
-      base, finetuned, vocabulary, select, rank, rename, allow_unmatched
+      base, finetuned, vocabulary, select, rank, rename, allow_unmatched,
+      profile,
     )
-  )
+  )  # fmt: skip
   marks = fingerprint(plan, key, options)
   processes.check_same_facts(marks)
   journal, watch = share_journal(
@@ -230,7 +232,7 @@ def extract_checkpoint(
 
 
 def _plan(
-  base, finetuned, vocabulary, select, rank, rename, allow_unmatched
+  base, finetuned, vocabulary, select, rank, rename, allow_unmatched, profile
 ) -> Plan:
   """Opens both checkpoints, pairs their tensors and plans what is done."""
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
@@ -240,6 +242,8 @@ def _plan(
   tokens = read_both_tokens(left.path, right.path) if has_table else None
   pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary, tokens=tokens)
   plan = plan_jobs(left, right, pairing, select, rank, rename)
+  if plan.about is not None:
+    check_consumer(plan.about, profile)
   if not allow_unmatched:
     check_coverage(left, right, pairing)
   return plan

@@ -104,23 +104,40 @@ def _jacobi(symmetric):
   return values, vectors
 
 
-def shifted_cholesky(gram: Any, share: Any = 1e-6) -> Any:
+# A share of the trace that is above the rounding of any float32 Gram matrix.
+_SURE = 1e-6
+
+
+def shifted_cholesky(gram: Any, share: Any = _SURE) -> Any:
   """Computes the lower Cholesky factor of a Gram matrix, its diagonal raised.
 
   The diagonal is raised by a share of the trace. So the factor is finite also
-  for dependent and for zero rows.
+  for dependent and for zero rows. A smaller share can be less than rounding,
+  where most rows are zero: then it is raised by 1e-6.
 
   Args:
     gram: (k, k), positive semidefinite.
     share: of the trace.
   """
   xp = library_of(gram)
-  shift = share * xp.trace(gram) + np.float32(1e-30)
-  gram = gram + shift * xp.eye(gram.shape[0], dtype=gram.dtype)
+
+  def raised(share):
+    shift = share * xp.trace(gram) + np.float32(1e-30)
+    return gram + shift * xp.eye(gram.shape[0], dtype=gram.dtype)
+
   if xp is np:
-    return np.linalg.cholesky(gram)
-  return alike(
-    lambda gram: jax.lax.linalg.cholesky(gram, symmetrize_input=False), gram
+    try:
+      return np.linalg.cholesky(raised(share))
+    except np.linalg.LinAlgError:
+      return np.linalg.cholesky(raised(_SURE))
+  factor = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+  lower = alike(factor, raised(share))
+  if isinstance(share, float):
+    return lower
+  return branch(
+    xp.isfinite(lower[-1, -1]),
+    lambda: lower,
+    lambda: alike(factor, raised(_SURE)),
   )
 
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.formats.peft.families import Origin
-from jlora.formats.peft.parts import Base, kind_of, with_names
+from jlora.formats.peft.families import KNOWN_CONVERSIONS, Origin
+from jlora.formats.peft.parts import Base, kind_of, module_of, with_names
 from jlora.loras import Lora
 from jlora.messages import name_some
 
@@ -70,7 +70,7 @@ class Lazy(Mapping[str, Any]):
 
 
 def find_conversions(base: Base) -> list[Conversion]:
-  """Lists what transformers makes of the tensors of a file, where PEFT does not.
+  """Lists what transformers makes of a file's tensors, and PEFT does not.
 
   Args:
     base: the base model; only one with a family has any.
@@ -81,7 +81,8 @@ def find_conversions(base: Base) -> list[Conversion]:
 
   Example:
     >>> from jlora.formats.peft.parts import describe_base
-    >>> config = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]}
+    >>> config = {"model_type": "phimoe",
+    ...           "architectures": ["PhimoeForCausalLM"]}
     >>> names = [f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight"
     ...          for e in range(2)]
     >>> base = describe_base(dict.fromkeys(names, np.ones((3, 2))), None, None,
@@ -126,6 +127,7 @@ def convert_base(base: Base, conversions: Iterable[Conversion]) -> Base:
     >>> convert_base(base, [cut]).shapes
     {'q': (2, 2), 'k': (2, 2), 'v': (2, 2)}
   """
+  conversions = list(conversions)
   gone = {path for each in conversions for path in each.paths}
   shapes = {p: shape for p, shape in base.shapes.items() if p not in gone}
   new = {
@@ -134,9 +136,10 @@ def convert_base(base: Base, conversions: Iterable[Conversion]) -> Base:
     for name in each.parameters
   }
   rename = base.rename
-  return with_names(
+  converted = with_names(
     base, shapes | new, lambda path: path if path in new else rename(path)
   )
+  return converted._replace(modules=converted.modules | _others(shapes, base))
 
 
 def convert_loras(
@@ -333,6 +336,19 @@ def together(base: Base | None) -> dict[str, list[str]]:
   return {path: each.paths for each in found for path in each.paths}
 
 
+def _others(paths: Iterable[str], base: Base) -> set[str]:
+  """Returns modules that transformers makes of tensors otherwise than here."""
+  modules = set()
+  for path in paths:
+    name = base.rename(path)
+    if base.family is not None and isinstance(name, str):
+      origin = base.family.origin_of(name)
+      modules |= (
+        {module_of(to) for to in origin.parameters} if origin else set()
+      )
+  return modules
+
+
 def _unmade(
   paths: Iterable[str], place: Mapping[str, Any], base: Base
 ) -> dict[str, str]:
@@ -356,7 +372,9 @@ def _in_order(path: str) -> list[Any]:
 
 
 def _is_possible(each: Conversion, base: Base) -> bool:
-  """Returns whether a conversion's tensors are all there and fit."""
+  """Returns whether a conversion is known, its tensors there, and fit."""
+  if each.operations not in KNOWN_CONVERSIONS:
+    return False
   shapes = [[base.shapes[path] for path in row] for row in each.sources]
   if any(not kind_of(p, base.shapes[p], base).in_model for p in each.paths):
     return False
@@ -404,7 +422,7 @@ def _lora(
   if operation == "Chunk":
     whole = loras[each.sources[0][0]]
     rows = np.split(np.asarray(whole.b), len(each.parameters), axis=-1)[at]
-    return Lora(whole.a, rows, whole.scale)
+    return _made(whole.a, rows, whole.scale)
   given = {path: _folded(loras[path]) for path in each.paths if path in loras}
   dtype = next(iter(given.values()))[0].dtype
 
@@ -419,7 +437,7 @@ def _lora(
     view = kind_of(each.paths[0], base.shapes[each.paths[0]], base).view
     rows_are_inputs = view is not None and view.inputs == (0,)
     a, b = _join(columns[0], rows_are_inputs)
-    return Lora(a, b, np.float32(1))
+    return _made(a, b, np.float32(1))
   ranks = [
     max(len(column[row][0]) for column in columns)
     for row in range(len(each.sources))
@@ -429,7 +447,7 @@ def _lora(
     for column in columns
   ]
   a, b = (np.stack(found) for found in zip(*joined, strict=True))
-  return Lora(a, b, np.ones(len(a), np.float32))
+  return _made(a, b, np.ones(len(a), np.float32))
 
 
 def _parted(
@@ -453,7 +471,7 @@ def _parted(
       other = other[:, rows]
     used = one.any(axis=1) & other.any(axis=1)
     if used.any():
-      found[path] = Lora(one[used], other[used], np.float32(1))
+      found[path] = _made(one[used], other[used], np.float32(1))
   return found
 
 
@@ -468,8 +486,8 @@ def _rejoined(each: Conversion, given: Mapping[str, Lora], base: Base) -> Lora:
   parts = [none if part is None else part for part in parts]
   if all(np.array_equal(part[0], known[0]) for part in parts):
     b = np.concatenate([part[1] for part in parts], axis=1)
-    return Lora(known[0], b, np.float32(1))
-  return Lora(*_join(parts), np.float32(1))
+    return _made(known[0], b, np.float32(1))
+  return _made(*_join(parts), np.float32(1))
 
 
 def _slices(
@@ -483,6 +501,11 @@ def _slices(
       is_stacked = each.operations[0][0] == "MergeModulelist"
       yield path, index if is_stacked else None, slice(start, end)
     start = end
+
+
+def _made(a: Any, b: Any, scale: Any) -> Lora:
+  """Makes a Lora of NumPy arrays."""
+  return Lora(a, b, scale)
 
 
 def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:

@@ -180,6 +180,7 @@ class Family:
     name: the class in transformers.
     model_type: what config.json says.
     task_type: PEFT's task name, or None.
+    refusal: why PEFT puts no adapter on this class; "" if it does.
   """
 
   def __init__(self, name: str, config: Mapping[str, Any]):
@@ -187,6 +188,8 @@ class Family:
     self.name = name
     self.model_type: str = config.get("model_type") or row["type"]
     self.task_type: str | None = row.get("task")
+    self.refusal: str = row.get("peft", "")
+    self._origins: dict[str, Origin | None] = {}
     self._ties: dict[str, str] = row.get("ties", {})
     self._prefix: str = row["prefix"]
     parts = [*_parts_of(name, config)]
@@ -267,8 +270,7 @@ class Family:
       name: as `name_of` returns it.
 
     Returns:
-      Origin, of a conversion in `KNOWN_CONVERSIONS`; None for a parameter, for
-      experts that PEFT converts itself, and for any other conversion.
+      Origin; None for a parameter and for experts that PEFT converts itself.
 
     Example:
       >>> family = family_of({"model_type": "phimoe",
@@ -276,15 +278,9 @@ class Family:
       >>> family.origin_of("model.layers.0.mlp.experts.3.w2.weight").parameters
       ('model.layers.0.mlp.experts.down_proj',)
     """
-    if self._code(name) is not None:
-      return None
-    row = self._converter(name)
-    if row is None or self._converts_experts(row):
-      return None
-    if row.operations not in KNOWN_CONVERSIONS:
-      return None
-    parameters = tuple(map(self._with_prefix, row.apply_all(name)))
-    return Origin(parameters, row.operations, row.place_of(name))
+    if name not in self._origins:
+      self._origins[name] = self._origin(name)
+    return self._origins[name]
 
   def tied_to(self, name: str, names: frozenset[str]) -> list[str]:
     """Lists parameters that are not stored because they are this one.
@@ -296,6 +292,15 @@ class Family:
     return [
       to for to, of in self._ties.items() if of == name and to not in names
     ]
+
+  def may_be_tied(self, names: frozenset[str]) -> bool:
+    """Returns whether a table may be tied in a way that is not known.
+
+    Args:
+      names: those of all parameters that are stored.
+    """
+    del names
+    return False
 
   def ties_to(self, name: str) -> bool:
     """Returns whether a parameter can be another one."""
@@ -349,6 +354,14 @@ class Family:
     part, rest = self._part(name)
     return rest.partition(".")[0] in _table()["classes"][part]["top"]
 
+  def _origin(self, name: str) -> Origin | None:
+    """Looks up what a tensor is made into."""
+    row = None if self._code(name) is not None else self._converter(name)
+    if row is None or row.kind != _CONVERTER or self._converts_experts(row):
+      return None
+    parameters = tuple(map(self._with_prefix, row.apply_all(name)))
+    return Origin(parameters, row.operations, row.place_of(name))
+
   def _converter(self, name: str) -> _Conversion | None:
     """Returns the conversion of a tensor's values, or rule, that applies."""
     for row in self._conversions:
@@ -373,11 +386,11 @@ class Family:
         return KINDS["l"]
       origin = self.origin_of(name)
       known = KNOWN_CONVERSIONS.get(row.operations, {})
-      codes = [self._code(each) for each in origin.parameters] if origin else []
-      kinds = {known.get(code or "") for code in codes}
-      if len(kinds) == 1 and (kind := kinds.pop()):
-        if kind.view is None or axes == 2:
-          return kind
+      made = origin.parameters if origin else ()
+      kinds = {known.get(self._code(each) or "") for each in made}
+      kind = kinds.pop() if len(kinds) == 1 else None
+      if kind is not None and (kind.view is None or axes == 2):
+        return kind
       to = ", ".join(target.strip(".") for target in row.targets)
       return Kind(
         why=f"transformers turns it into {to}, and PEFT not its LoRA",
@@ -397,7 +410,10 @@ class UnknownFamily(Family):
     self.model_type = config["model_type"]
     self.name = (config.get("architectures") or [self.model_type])[0]
     self.task_type = "CAUSAL_LM" if "CausalLM" in self.name else None
+    self.refusal = ""
     self._ties = {}
+    told = [*_values(config, "tie_word_embeddings")]
+    self._says_untied = bool(told) and not any(told)
 
   def name_of(self, key: str) -> str:
     """Returns the key: nothing is known."""
@@ -418,6 +434,10 @@ class UnknownFamily(Family):
 
   def origin_of(self, name: str) -> None:
     """Returns None: no conversion is known."""
+
+  def may_be_tied(self, names: frozenset[str]) -> bool:
+    """Returns whether config.json leaves it open, and no head is stored."""
+    return not self._says_untied and not any("head." in name for name in names)
 
 
 def family_of(config: Mapping[str, Any] | None) -> Family | None:
@@ -498,6 +518,15 @@ def _agreed() -> dict[str, str]:
     if leaf != "N" and code in _AXES and 20 * count >= 19 * rest:
       agreed[leaf] = code
   return agreed
+
+
+def _values(config: Any, key: str) -> Iterator[Any]:
+  """Yields the values of a key in a configuration and those inside it."""
+  if isinstance(config, Mapping):
+    if key in config:
+      yield config[key]
+    for inner in config.values():
+      yield from _values(inner, key)
 
 
 def _leaves(branch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

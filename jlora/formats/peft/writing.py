@@ -128,6 +128,7 @@ def save_peft(
   if present and not overwrite:
     raise ValueError(f"{folder} already holds an adapter; use overwrite=True.")
   base = describe_base(like, model_type, task_type, rename, config)
+  check_consumer(base, profile)
   if task_type == "auto":
     task_type = base.family.task_type if base.family else "CAUSAL_LM"
   left: dict[str, str] = {}
@@ -157,6 +158,27 @@ def save_peft(
     entries | {key: value for key, value in named.items() if value is not None},
   )
   return left
+
+
+def check_consumer(base: Base, profile: Profile) -> None:
+  """Raises if a consumer puts no adapter on this class of model at all.
+
+  Args:
+    base: the base model.
+    profile: the consumer.
+
+  Raises:
+    ValueError: with the consumer's own words.
+
+  Example:
+    >>> check_consumer(describe_base({}, None, None, None), PEFT)
+  """
+  family = base.family
+  if family is not None and family.refusal and profile is PEFT:
+    raise ValueError(
+      f"PEFT puts no adapter on a {family.name} ({family.refusal}). Merge the"
+      " change into a checkpoint instead: `save_merged`, `jlora merge`."
+    )
 
 
 def _configuration(

@@ -63,6 +63,15 @@ def test_the_parts_give_the_whole(case, convert):
   np.testing.assert_allclose(found, whole, atol=2e-4 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_rounding_below_zero_does_not_stop_a_factor(convert):
+  # the Gram matrix of two rows among twenty, as float32 products left it
+  gram = np.diag(np.float32([1, 1, *[0] * 17, -1.3e-7]))
+  lower = shifted_cholesky(convert(gram), np.float32(5e-8))
+  assert np.isfinite(np.asarray(lower)).all()
+  np.testing.assert_allclose(lower @ lower.T, gram, atol=4e-6)
+
+
 def test_eigenvalues_come_largest_first():
   values, _ = descending_eigh(jnp.diag(jnp.arange(3.0)))
   assert values.tolist() == [2.0, 1.0, 0.0]
