@@ -526,9 +526,8 @@ def _uses(module: str) -> tuple[frozenset[str], frozenset[str]]:
     inner = getattr(node, "value", None)
     if isinstance(node, ast.Attribute) and isinstance(inner, ast.Attribute):
       opened.add(inner.attr)
-    is_named = isinstance(node, ast.Call) and node.keywords and not node.args
-    if is_named and isinstance(node.func, ast.Attribute):
-      named.add(node.func.attr)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+      named |= {node.func.attr} if node.keywords and not node.args else set()
   return frozenset(opened), frozenset(named)
 
 

@@ -253,7 +253,8 @@ def kind_of(path: str, shape: tuple[int, ...], base: Base) -> Kind:
     return Kind(None)
   kind = base.family.kind_of(name, len(shape))
   if kind.layout is EMBEDDING and base.family.may_be_tied(base.names):
-    return Kind(why="what else it is tied to in this model is not known")
+    why = "what else it is tied to in this model is not known"
+    return Kind(why=why, in_model=False)
   for other in base.family.tied_to(name, base.names):
     tied = base.family.kind_of(other, len(shape))
     if kind.layout and not tied.layout:

@@ -118,5 +118,8 @@ def error(found, wanted):
 
 
 def bound(of_xla, dtype):
-  """Twice what XLA errs by, and no less than one rounding of the result."""
-  return 2 * max(of_xla, float(jnp.finfo(dtype).eps) / 4)
+  """Twice what XLA errs by, and no less than two roundings of the result.
+
+  Both products are rounded, and so is their sum.
+  """
+  return 2 * max(of_xla, float(jnp.finfo(dtype).eps) / 2)
