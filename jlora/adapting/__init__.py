@@ -10,6 +10,7 @@
 from jlora.adapting.adapted import Adapted as Adapted
 from jlora.adapting.banks import make_bank as make_bank
 from jlora.adapting.binding import bind as bind
+from jlora.adapting.program_views import views_from as views_from
 from jlora.adapting.programs import Branch as Branch
 from jlora.adapting.programs import Rows as Rows
 from jlora.adapting.programs import Shift as Shift
@@ -31,4 +32,5 @@ __all__ = [
   "lora_dot",
   "make_bank",
   "prepend",
+  "views_from",
 ]

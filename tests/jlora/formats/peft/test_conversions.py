@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loras of tensors that transformers stacks, cuts or joins when it loads them."""
+"""Loras of tensors that transformers stacks, cuts or joins on loading."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,9 @@ def test_stacks_of_any_ranks_hold_the_changes_of_their_experts(ranks, seed):
     rows = [
       np.concatenate(
         [
-          change_of(loras[name]) if name in loras else np.zeros(like[name].shape)
+          change_of(loras[name])
+          if name in loras
+          else np.zeros(like[name].shape)
           for name in (f"{IN_LAYER}.{e}.{part}.weight" for part in parts)
         ]
       )
@@ -143,7 +145,8 @@ def test_whole_tensors_are_made_and_parted():
   left = {}
   found = convert_full(full, {}, find_conversions(base), base, left)
   stacked = found[f"{FUSED}.gate_up_proj"]
-  assert not left and stacked.shape == (EXPERTS, 2 * INNER, WIDTH)
+  assert not left
+  assert stacked.shape == (EXPERTS, 2 * INNER, WIDTH)
   second = full[f"{IN_LAYER}.1.w3.weight"]
   np.testing.assert_array_equal(stacked[1, INNER:], second)
   back = revert_full({path: found[path] for path in found}, base)
@@ -181,9 +184,7 @@ def test_an_expert_that_is_not_there_leaves_all_in_the_ledger():
 def test_a_consumer_that_does_not_load_with_transformers_gets_none(tmp_path):
   like = moe_like()
   loras = {n: lora_of(leaf.shape, 1, 0) for n, leaf in like.items()}
-  left = save_peft(
-    tmp_path / "out", loras, like=like, config=MOE, profile=VLLM
-  )
+  left = save_peft(tmp_path / "out", loras, like=like, config=MOE, profile=VLLM)
   assert left.keys() == {name for name in like if "experts" in name}
 
 
