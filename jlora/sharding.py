@@ -16,7 +16,8 @@ from jlora.loras import Lora
 from jlora.messages import name_some
 from jlora.numerics.meshes import entries_of, sharding_of
 from jlora.paths import first_match, flatten
-from jlora.views import MatrixView, ViewRule, table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import MatrixView, ViewRule, view_of
 
 Rules = Iterable[tuple[str, PartitionSpec]]
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -218,13 +219,13 @@ def adapter_shardings(
     P(None, 'x')
   """
   flat = flatten(params)
-  table = tuple(table_for(flat) if views is None else views)
+  table = table_for(flat) if views is None else tuple(views)
   found, wrong = {}, []
   for path, lora in loras.items():
     own = sharding_of(flat.get(path))
     shape = flat[path].shape if own else ()
-    view = view_of(path, shape, table)
     given = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    view = view_of(path, shape, table, given)
     if not own or view is None or view.shape(shape) != given:
       wrong.append(f"{path} {given} for {shape or 'no sharded parameter'}")
     else:

@@ -42,6 +42,11 @@ class MatrixView:
     )
 
   @property
+  def axes(self) -> int:
+    """The number of axes of the parameter."""
+    return len(self.batch) + len(self.inputs) + len(self.outputs)
+
+  @property
   def exchanged(self) -> "MatrixView":
     """Returns the view that reads the transposed matrix, (out, in)."""
     return MatrixView(self.batch, self.outputs, self.inputs)
@@ -53,6 +58,8 @@ class MatrixView:
 
 
 ViewRule = tuple[str, int, MatrixView]
+#: The ways in which a parameter can be read; one where the tree decides.
+Readings = tuple[MatrixView, ...]
 
 KERNEL = MatrixView()
 LINEAR = MatrixView(inputs=(1,), outputs=(0,))
@@ -62,28 +69,49 @@ CONV3D = MatrixView(inputs=(1, 2, 3, 4), outputs=(0,))
 EXPERTS_OUT_IN = MatrixView(batch=(0,), inputs=(2,), outputs=(1,))
 STACKED = MatrixView(batch=(0,), inputs=(1,), outputs=(2,))
 
-# Flax, Haiku, NNX and plain JAX: kernels are (in, out). First match wins.
+# Names of vectors, which a scanned block or heads give an axis more.
+VECTORS = (
+  r"(?i)(.*/)?(bias|scale|b|g|offset|mean|var|gamma|beta|[^/]*norm[^/]*"
+  r"|[^/]*norm[^/]*/(w|weight))"
+)
+_CONVOLUTION = r"(?i)(.*/)?[^/]*conv[^/]*"
+_READERS = r"(?i)(.*/)?(\w*_)?(q|k|v|qkv|kv|query|key|value)(_\w*|\d+)?"
+_WRITERS = r"(?i)(.*/)?(o|out|output|attn_out|attn_vec_einsum)(_\w*|\d+)?"
+_EXPERTS = (
+  r"(?i)(.*/)?[^/]*(experts?|moe|mixture)[^/]*(/.*)?|(.*/)?(wi|wo|w1|w2|w3)"
+  r"|(.*/)?(wi|wo)_\d"
+)
+_ENDS = r"/(kernel|w|weight)"
+
+# What the name of a layer of three axes or more says. First match wins.
+FLAX_NAMES: tuple[ViewRule, ...] = (
+  (r"(.*/)?q_einsum/w", 3, MatrixView(inputs=(1,), outputs=(0, 2))),
+  (r"(.*/)?(qkv|kv)_einsum/w", 4, MatrixView((0,), (2,), (1, 3))),
+  (r"(.*/)?gating_einsum(/w)?", 3, MatrixView((0,), (2,), (1,))),
+  (_CONVOLUTION + "/weight", 3, CONV1D),
+  (_CONVOLUTION + "/weight", 4, CONV2D),
+  (_CONVOLUTION + "/weight", 5, CONV3D),
+  (_CONVOLUTION + "/(kernel|w)", 3, MatrixView((), (0, 1), (2,))),
+  (_CONVOLUTION + "/(kernel|w)", 4, MatrixView((), (0, 1, 2), (3,))),
+  (_CONVOLUTION + "/(kernel|w)", 5, MatrixView((), (0, 1, 2, 3), (4,))),
+  (_READERS + _ENDS, 3, MatrixView((), (0,), (1, 2))),
+  (_READERS + _ENDS, 4, MatrixView((0,), (1,), (2, 3))),
+  (_WRITERS + _ENDS, 3, MatrixView((), (0, 1), (2,))),
+  (_WRITERS + _ENDS, 4, MatrixView((0,), (1, 2), (3,))),
+  (r"(.*/)?DenseGeneral_\d+/kernel", 3, MatrixView((), (0,), (1, 2))),
+  (_EXPERTS, 3, STACKED),
+  (_EXPERTS, 4, MatrixView((0, 1), (2,), (3,))),
+)
+
+# Flax, Haiku, NNX and plain JAX, by names alone: kernels are (in, out).
 FLAX_VIEWS: tuple[ViewRule, ...] = (
-  (r"(.*/)?(bias|scale|b|g|mean|var|gamma|beta)", 2,
-   MatrixView((0, 1), (), ())),
-  (r".*conv[^/]*/kernel", 3, MatrixView(inputs=(0, 1), outputs=(2,))),
-  (r".*/(q|k|v|query|key|value)[^/]*/kernel", 3,
-   MatrixView(inputs=(0,), outputs=(1, 2))),
-  (r".*/(o|out|attn_out|attn_vec_einsum)[^/]*/kernel", 3,
-   MatrixView(inputs=(0, 1), outputs=(2,))),
-  (r".*/q_einsum/w", 3, MatrixView(inputs=(1,), outputs=(0, 2))),
-  (r".*/attn_vec_einsum/w", 3, MatrixView(inputs=(0, 1), outputs=(2,))),
-  (r".*/(qkv|kv)_einsum/w", 4, MatrixView((0,), (2,), (1, 3))),
-  (r".*/gating_einsum(/w)?", 3, MatrixView((0,), (2,), (1,))),
-  (r".*conv[^/]*/kernel", 4, MatrixView(inputs=(0, 1, 2), outputs=(3,))),
-  (r".*/(q|k|v|query|key|value)[^/]*/kernel", 4,
-   MatrixView((0,), (1,), (2, 3))),
-  (r".*/(o|out|attn_out)[^/]*/kernel", 4, MatrixView((0,), (1, 2), (3,))),
+  (VECTORS, 2, MatrixView((0, 1), (), ())),
+  (VECTORS, 3, MatrixView((0, 1, 2), (), ())),
+  *FLAX_NAMES,
   (r".*/kernel", 4, MatrixView((0, 1), (2,), (3,))),
-  (r"(.*/)?(bias|scale)", 3, MatrixView((0, 1, 2), (), ())),
   (r".*", 2, KERNEL),
   (r".*", 3, STACKED),
-)  # fmt: skip
+)
 
 # PyTorch checkpoints: weights are (out, in). Embeddings, with a row for each
 # token, are read as (token, feature), as PEFT does.
@@ -122,18 +150,27 @@ VIEWS_OF_MODEL: dict[str, tuple[ViewRule, ...]] = {
 
 
 def view_of(
-  path: str, shape: tuple[int, ...], table: Iterable[ViewRule]
+  path: str,
+  shape: tuple[int, ...],
+  table: Iterable[ViewRule] | dict[str, Readings],
+  matrix: tuple[int, ...] | None = None,
 ) -> MatrixView | None:
   """Returns the view of the first rule that fits a parameter, or None.
 
   Args:
     path: the parameter's own name.
     shape: its shape.
-    table: rules (regex for the whole path, number of axes, view).
+    table: rules (regex for the whole path, number of axes, view), or the
+      readings of each parameter of a tree, from `table_for`.
+    matrix: the (..., in, out) that is known of it; of several readings the one
+      that gives it is meant.
 
   Returns:
     A view. None if no rule fits, or if the rule that fits sees no matrix (a
     bias stacked over scanned layers).
+
+  Raises:
+    ValueError: the tree leaves several readings, and `matrix` does not decide.
 
   Example:
     >>> view_of("mlp/kernel", (3, 7), FLAX_VIEWS).shape((3, 7))
@@ -141,33 +178,45 @@ def view_of(
     >>> view_of("layers/bias", (30, 7), FLAX_VIEWS) is None
     True
   """
+  if isinstance(table, dict):
+    readings: Readings = table.get(path, ())  # pyright: ignore
+    fitting = [v for v in readings if matrix == v.shape(shape)]
+    readings = fitting or readings
+    if len(readings) > 1:
+      raise ValueError(
+        f"{describe_readings(path, shape, readings)}. Say which: `views=` with"
+        " a rule for it, or `views=views_from(model, params, *inputs)`."
+      )
+    found = readings[0] if readings else MatrixView((), (), ())
+    is_matrix = found.inputs and found.outputs and found.axes == len(shape)
+    return found if is_matrix else None
   for pattern, axes, view in table:
     if axes == len(shape) and re.fullmatch(pattern, path):
       return view if view.inputs and view.outputs else None
   return None
 
 
-def table_for(paths: Iterable[str], model_type: str | None = None):
-  """Chooses the table of view rules for a set of parameter names.
+def describe_readings(
+  path: str, shape: tuple[int, ...], readings: Iterable[MatrixView]
+) -> str:
+  """Says how a parameter can be read, with the matrix that each way gives.
 
   Args:
-    paths: the parameter names. Names with dots and no slashes are PyTorch's.
-    model_type: `model_type` of the checkpoint's config.json, if there is one.
-
-  Returns:
-    A tuple of rules for `view_of`.
+    path: the parameter.
+    shape: its shape.
+    readings: the ways.
 
   Example:
-    >>> table_for(["h.0.attn.c_attn.weight"], "gpt2") is GPT2_VIEWS
-    True
-    >>> table_for(["layers/0/kernel"]) is FLAX_VIEWS
-    True
+    >>> views = STACKED, MatrixView((), (0, 1), (2,))
+    >>> describe_readings("w", (2, 3, 4), views)
+    'w (2, 3, 4) is 2 matrices of 3 x 4, or one of 6 x 4'
   """
-  paths = list(paths)
-  dotted = sum("." in path and "/" not in path for path in paths)
-  if 2 * dotted <= len(paths):
-    return FLAX_VIEWS
-  return VIEWS_OF_MODEL.get(model_type or "", TORCH_VIEWS)
+  ways = []
+  for view in readings:
+    *batch, in_, out = view.shape(shape)
+    many = f"{math.prod(batch)} matrices" if view.batch else "one"
+    ways.append(f"{many} of {in_} x {out}")
+  return f"{path} {shape} is " + ", or ".join(ways)
 
 
 def as_matrix(parameter: Any, view: MatrixView) -> Any:

@@ -14,7 +14,8 @@ from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
 from jlora.paths import flatten, key_for, unflatten
 from jlora.selection import is_floating
-from jlora.views import MatrixView, ViewRule, table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import MatrixView, ViewRule, view_of
 
 Program = Lora | Rows | Shift | Branch
 Programs = Mapping[str, Program]
@@ -151,8 +152,11 @@ def attach(
       f"{len(missing)} programs have no parameter: {name_some(missing)}; "
       f"there are {name_some(flat)}."
     )
-  table = tuple(table_for(flat) if views is None else views)
-  how = {path: view_of(path, flat[path].shape, table) for path in found}
+  table = table_for(flat) if views is None else tuple(views)
+  how = {
+    path: view_of(path, flat[path].shape, table, _matrix_of(own, is_bank))
+    for path, own in found.items()
+  }
   wrong = [
     f"{path} {flat[path].dtype} {flat[path].shape} for {_said(program)}"
     for path, own in found.items()
@@ -168,6 +172,17 @@ def attach(
     )
   seen = {path: view for path, view in how.items() if view is not None}
   return BoundPrograms(flat, found, seen)
+
+
+def _matrix_of(
+  programs: Iterable[tuple[Program, Any]], is_bank: bool
+) -> tuple[int, ...] | None:
+  """Returns the (..., in, out) that a parameter's first Lora is for."""
+  for program, _ in programs:
+    if isinstance(program, Lora):
+      batch = program.a.shape[int(is_bank) : -2]
+      return (*batch, program.a.shape[-1], program.b.shape[-1])
+  return None
 
 
 def _said(program: Program) -> str:

@@ -18,7 +18,8 @@ from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
-from jlora.views import as_parameter, table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import as_parameter, view_of
 
 # Files that a folder needs besides its weights: configuration, tokenizer, code.
 _COMPANIONS = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}

@@ -24,7 +24,8 @@ from jlora.commands.costs import (
 from jlora.commands.machines import GB, Machine
 from jlora.models.networks import init
 from jlora.paths import flatten
-from jlora.views import table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import view_of
 
 
 class Plan(NamedTuple):

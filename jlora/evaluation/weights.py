@@ -23,11 +23,11 @@ from jlora.numerics.meshes import run_automatic
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import names_of, read_side
 from jlora.paths import flatten
+from jlora.tree_views import table_for
 from jlora.views import (
   MatrixView,
   ViewRule,
   in_stored_order,
-  table_for,
   view_of,
 )
 
@@ -92,7 +92,7 @@ def compare(
   sides = [getattr(side, "spec", side) for side in (left, right)]
   pairs = {pair.path: pair for pair in pair_up(*sides).pairs if not pair.whole}
   table = table_for(sides[0], getattr(left, "model_type", None))
-  table = tuple(table if views is None else views)
+  table = table if views is None else tuple(views)
   found = _views_of(loras, pairs, table)
   rows = {}
   for path, lora in loras.items():
@@ -232,8 +232,9 @@ def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
     )
   found, wrong = {}, []
   for path, lora in loras.items():
-    shape, view = pairs[path].shape, view_of(path, pairs[path].shape, table)
+    shape = pairs[path].shape
     given = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    view = view_of(path, shape, table, given)
     if view is None or view.shape(shape) != given:
       wrong.append(f"{path} {shape} for a {lora.a.shape}, b {lora.b.shape}")
     else:

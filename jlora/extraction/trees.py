@@ -37,11 +37,11 @@ from jlora.pairing.pairs import (
 from jlora.paths import check_same_paths, flatten, key_for
 from jlora.selection import Select, is_matrix, ranks_of
 from jlora.sharding import Rules, assign, of_adapter, spread
+from jlora.tree_views import table_for
 from jlora.views import (
   MatrixView,
   ViewRule,
   in_stored_order,
-  table_for,
   view_of,
 )
 
@@ -127,7 +127,7 @@ def extract(
   _warn_of_missing(pairing)
   pairs = {pair.path: pair for pair in pairing.pairs}
   model_type = getattr(left, "model_type", None)
-  table = tuple(table_for(sides[0], model_type) if views is None else views)
+  table = table_for(sides[0], model_type) if views is None else tuple(views)
   modules = {
     path: view
     for path, pair in pairs.items()

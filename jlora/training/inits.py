@@ -26,7 +26,8 @@ from jlora.loras import Lora, Loras, check_loras, from_factors
 from jlora.messages import name_some
 from jlora.paths import check_same_paths, first_match, flatten, key_for
 from jlora.selection import EMBEDDINGS, Select, is_linear, is_matrix, ranks_of
-from jlora.views import MatrixView, ViewRule, as_matrix, table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import MatrixView, ViewRule, as_matrix, view_of
 
 # (key, (..., in, out), rank) -> a (..., rank, in), b (..., rank, out).
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[Any, Any]]
@@ -408,7 +409,7 @@ def matrices_of(
     ['q/kernel']
   """
   flat = flatten(params)
-  table = tuple(table_for(flat) if views is None else views)
+  table = table_for(flat) if views is None else tuple(views)
   return {
     path: (leaf, view)
     for path, leaf in flat.items()

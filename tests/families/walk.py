@@ -30,7 +30,8 @@ import jlora
 from jlora.factoring.factorisers import svd
 from jlora.loras import Lora, exchange, from_factors
 from jlora.selection import is_matrix
-from jlora.views import in_stored_order, table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import in_stored_order, view_of
 from tests.families.build import NotBuilt, build, inputs_of
 
 RIGHT, ACCOUNTED, REFUSED = "right", "accounted", "refused"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jlora import views
+from jlora.tree_views import table_for
 from jlora.views import (
   EXPERTS_IN_OUT_VIEWS,
   FLAX_VIEWS,
@@ -13,7 +14,6 @@ from jlora.views import (
   TORCH_VIEWS,
   as_matrix,
   as_parameter,
-  table_for,
   view_of,
 )
 

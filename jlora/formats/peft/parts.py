@@ -24,12 +24,13 @@ from jlora.formats.peft.layouts import (
   FileLayout,
 )
 from jlora.loras import Lora
+from jlora.tree_views import table_for
 from jlora.views import (
   KERNEL,
   TORCH_VIEWS,
   MatrixView,
+  Readings,
   ViewRule,
-  table_for,
   view_of,
 )
 
@@ -63,7 +64,7 @@ class Base(NamedTuple):
   paths: dict[str, str]
   names: frozenset[str]
   modules: frozenset[str]
-  table: tuple[ViewRule, ...]
+  table: tuple[ViewRule, ...] | dict[str, Readings]
   model_type: str | None
   tied_head: bool
   splits_experts: bool

@@ -22,7 +22,8 @@ from jlora.formats.peft.layouts import VLLM
 from jlora.formats.peft.reading import load_peft
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora, dense, from_in_rank, to_in_rank
-from jlora.views import as_parameter, table_for, view_of
+from jlora.tree_views import table_for
+from jlora.views import as_parameter, view_of
 
 pytestmark = [
   # transformers' own deprecations, met inside PEFT

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views of a tree of Flax-like names, by what the whole tree tells.
+
+A kernel of three axes can be a stack of matrices or one layer that writes
+heads. Before names decide, the tree does: vectors (biases, scales) that have an
+axis more show that their block is scanned, and along which axis; a bias beside
+a kernel shows which axes the layer writes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jlora.views import (
+  FLAX_NAMES,
+  FLAX_VIEWS,
+  TORCH_VIEWS,
+  VECTORS,
+  VIEWS_OF_MODEL,
+  MatrixView,
+  Readings,
+  ViewRule,
+)
+
+Shape = tuple[int, ...]
+
+
+class _Stack(NamedTuple):
+  """A block whose layers are stacked: its prefix and the axis."""
+
+  prefix: str
+  axis: int
+
+
+def table_for(
+  paths: Iterable[str], model_type: str | None = None
+) -> tuple[ViewRule, ...] | dict[str, Readings]:
+  """Chooses how a set of parameters is read as matrices.
+
+  Args:
+    paths: names, or a mapping from names to shapes or anything with `.shape`.
+      Names with dots and no slashes are PyTorch's.
+    model_type: `model_type` of the checkpoint's config.json, if there is one.
+
+  Returns:
+    A table for `view_of`: of shapes under Flax-like names the readings of each
+    parameter, else rules for names.
+
+  Example:
+    >>> table_for(["h.0.attn.c_attn.weight"], "gpt2") is GPT2_VIEWS
+    True
+    >>> table_for(["layers/0/kernel"]) is FLAX_VIEWS
+    True
+  """
+  names = list(paths)
+  dotted = sum("." in path and "/" not in path for path in names)
+  if 2 * dotted > len(names):
+    return VIEWS_OF_MODEL.get(model_type or "", TORCH_VIEWS)
+  return read_tree(paths) if isinstance(paths, Mapping) else FLAX_VIEWS
+
+
+def read_tree(leaves: Mapping[str, Any]) -> dict[str, Readings]:
+  """Reads every parameter of a tree as a matrix, by the whole tree.
+
+  Args:
+    leaves: path -> a shape, or anything with `.shape`; paths have slashes.
+
+  Returns:
+    {path: readings} of parameters of two axes or more: several where neither
+    the tree nor the name decides. One without inputs and outputs is no matrix.
+
+  Example:
+    >>> import numpy as np
+    >>> tree = {"layers/q_proj/kernel": np.ones((6, 8, 8)),
+    ...         "layers/norm/scale": np.ones((6, 8))}
+    >>> for row in read_tree(tree).items(): print(*row)
+    layers/q_proj/kernel (MatrixView(batch=(0,), inputs=(1,), outputs=(2,)),)
+    layers/norm/scale (MatrixView(batch=(0, 1), inputs=(), outputs=()),)
+  """
+  shapes = {
+    path: tuple(getattr(leaf, "shape", leaf))
+    for path, leaf in leaves.items()
+    if isinstance(leaf, tuple) or hasattr(leaf, "shape")
+  }
+  stacks = find_stacks(shapes)
+  found = {}
+  for path, shape in shapes.items():
+    if len(shape) > 1:
+      own = [stack for stack in stacks if path.startswith(stack.prefix)]
+      found[path] = _in_stacks(path, shape, own, shapes)
+  return found
+
+
+def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
+  """Finds the blocks of which each parameter holds several layers.
+
+  All parameters of such a block have one axis of the same length in the same
+  place, and either its vectors have two axes, or one of its kernels has three
+  that is not an attention's or a convolution's.
+
+  Args:
+    shapes: path -> shape.
+
+  Returns:
+    Blocks; none lies in another. One block twice, if two axes could be meant.
+
+  Example:
+    >>> find_stacks({"h/norm/scale": (8, 4), "h/mlp/kernel": (8, 4, 16)})
+    [_Stack(prefix='h/', axis=0)]
+  """
+  found: list[_Stack] = []
+  for prefix in sorted(_prefixes(shapes), key=lambda name: name.count("/")):
+    if any(prefix.startswith(stack.prefix) for stack in found):
+      continue
+    inside = {p: s for p, s in shapes.items() if p.startswith(prefix)}
+    stacks = [_Stack(prefix, axis) for axis in _stacked_axes(inside)]
+    if len(stacks) > 1:
+      stacks = _by_features(stacks, inside, shapes)
+    found += stacks
+  return found
+
+
+def _prefixes(shapes: Iterable[str]) -> set[str]:
+  """Returns all beginnings of paths that end with a slash."""
+  return {path[: at.end()] for path in shapes for at in re.finditer("/", path)}
+
+
+def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
+  """Returns the axes along which a block's layers can be stacked."""
+  vectors = {p: s for p, s in inside.items() if _is_vector(p)}
+  if len(inside) < 2 or any(len(shape) < 2 for shape in inside.values()):
+    return []
+  if vectors:
+    told = all(len(shape) == 2 for shape in vectors.values())
+    if not told or len(vectors) == len(inside):
+      return []
+  elif not any(
+    len(shape) == 3 and _by_name(path, shape) is None
+    for path, shape in inside.items()
+  ):
+    return []
+  places = (0, 1) if vectors else (0,)
+  return [
+    axis
+    for axis in places
+    if len({shape[axis] for shape in inside.values()}) == 1
+  ]
+
+
+def _by_features(
+  stacks: list[_Stack], inside: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> list[_Stack]:
+  """Returns the stacks whose layers are as wide as what is around the block."""
+  around = {
+    size
+    for path, shape in shapes.items()
+    if path not in inside
+    for size in shape
+  }
+  vector = next(shape for path, shape in inside.items() if _is_vector(path))
+  fitting = [stack for stack in stacks if vector[1 - stack.axis] in around]
+  return fitting if len(fitting) == 1 else stacks
+
+
+def _is_vector(path: str) -> bool:
+  """Returns whether a name is that of a vector in each layer."""
+  return re.fullmatch(VECTORS, path) is not None
+
+
+def _in_stacks(
+  path: str,
+  shape: Shape,
+  stacks: Sequence[_Stack],
+  shapes: Mapping[str, Shape],
+) -> Readings:
+  """Returns the readings of a parameter that may lie in stacked layers."""
+  if not stacks:
+    return _readings(path, shape, shapes)
+  if len(shape) == 2 or _is_vector(path):
+    return (MatrixView(tuple(range(len(shape))), (), ()),)
+  found: list[MatrixView] = []
+  for prefix, axis in stacks:
+    inner = {
+      other: own[:axis] + own[axis + 1 :]
+      for other, own in shapes.items()
+      if other.startswith(prefix)
+    }
+    rest = _readings(path, inner[path], inner)
+    found += [_stacked(view, axis) for view in rest]
+  return tuple(dict.fromkeys(found))
+
+
+def _readings(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Readings:
+  """Returns the ways in which a parameter of one layer can be read."""
+  if _is_vector(path):
+    return (MatrixView(tuple(range(len(shape))), (), ()),)
+  if len(shape) == 2:
+    return (MatrixView(),)
+  told = _by_bias(path, shape, shapes) or _by_name(path, shape)
+  return (told,) if told else _possible(shape)
+
+
+def _stacked(view: MatrixView, axis: int) -> MatrixView:
+  """Returns the view of a stack of layers along an axis."""
+  up = lambda axes: tuple(a + (a >= axis) for a in axes)  # noqa: E731
+  batch = (axis, *up(view.batch))
+  return MatrixView(batch, up(view.inputs), up(view.outputs))
+
+
+def _by_name(path: str, shape: Shape) -> MatrixView | None:
+  """Returns what a name says."""
+  for pattern, axes, view in FLAX_NAMES:
+    if axes == len(shape) and re.fullmatch(pattern, path):
+      return view
+  return None
+
+
+def _by_bias(
+  path: str, shape: Shape, shapes: Mapping[str, Shape]
+) -> MatrixView | None:
+  """Returns what the bias beside a kernel says of its outputs."""
+  holder, _, leaf = path.rpartition("/")
+  if leaf not in ("kernel", "w"):
+    return None
+  names = [f"{holder}/{name}" if holder else name for name in ("bias", "b")]
+  bias = next((shapes[name] for name in names if name in shapes), None)
+  if not bias or "conv" in holder.lower():
+    return None
+  count = len(shape) - len(bias)
+  if count > 0 and shape[count:] == bias:
+    axes = tuple(range(len(shape)))
+    if shape[0] == bias[0] and len(bias) == len(shape) - 1 > 1:
+      return None  # (d, d, ...): either
+    return MatrixView((), axes[:count], axes[count:])
+  if bias[0] == shape[0] and bias[1:] == shape[-len(bias) + 1 :]:
+    return MatrixView((0,), (1,), tuple(range(2, len(shape))))
+  return None
+
+
+def _possible(shape: Shape) -> tuple[MatrixView, ...]:
+  """Returns the readings of a layer of three axes or more."""
+  axes = tuple(range(len(shape)))
+  return (
+    MatrixView(axes[:-2], axes[-2:-1], axes[-1:]),
+    MatrixView((), axes[:1], axes[1:]),
+    MatrixView((), axes[:-1], axes[-1:]),
+  )
