@@ -40,8 +40,14 @@ _NO_MODULES = re.compile(
   r"_.*|weight|bias|(start|end)_layer|make_empty_intermediate_tensors|.*config"
   r"|(n|num)_.*|hf_to_vllm_mapper"
 )
-_OF_LAYERS = {"FusedMoEFactory": "experts"}  # if its file is not there
+# What names of files that are not read stand for.
+_ELSEWHERE = (
+  (".*Linear", "linear"),
+  ("FusedMoEFactory", "experts"),
+  ("(init|make|build|create|load)[a-z]*_.*", "module"),
+)
 _EXPERTS = ("gate_proj", "down_proj", "up_proj")
+_LISTS = re.compile(r"\bnn\.(ModuleList|Sequential)\b")
 _BY_ARCHITECTURE = "init_vllm_registered_model"
 # The parts of a WeightsMapper that rename, in the order in which they do.
 _RENAMES = ("regex", "substr", "prefix", "suffix")
@@ -258,7 +264,8 @@ class Reach:
       return "module" if owner in ("nn", "torch.nn") else ""
     if name not in self.source.imports.get(item.module, {}):
       return "" if hasattr(builtins, name) else "open"
-    return "linear" if name.endswith("Linear") else _OF_LAYERS.get(name, "")
+    kinds = (kind for end, kind in _ELSEWHERE if re.fullmatch(end, name))
+    return next(kinds, "")
 
   def _made_by(self, item: Item, name: str) -> str:
     """Says what a method of a class makes, or a class that it names."""
@@ -380,7 +387,7 @@ def _kinds(reach: Reach) -> dict[str, set[str]]:
     kinds = reach.calls(item, value)
     if kinds:
       found.setdefault(name, set()).update(kinds)
-    if "linear" in kinds and "nn.ModuleList" in ast.unparse(value):
+    if "linear" in kinds and _LISTS.search(ast.unparse(value)):
       found.setdefault("N", set()).add("linear")
   return found
 
@@ -427,7 +434,9 @@ def _embeddings(source: Source, item: Item, reach: Reach) -> list[str]:
 
 def _outermost(source: Source, reach: Reach) -> list[Item]:
   """Lists classes that no other one inherits from."""
-  classes = [each for each in reach.items if isinstance(each.node, ast.ClassDef)]
+  classes = [
+    each for each in reach.items if isinstance(each.node, ast.ClassDef)
+  ]
   bases = {base for each in classes for base in source.line(each)[1:]}
   return [each for each in classes if each not in bases]
 

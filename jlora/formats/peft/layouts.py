@@ -11,10 +11,12 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from jlora.formats.peft import vllm_names
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -39,6 +41,12 @@ class Profile:
     refused: kind of change -> why the consumer refuses it. Kinds are those of
       `LAYOUTS`, and "bias", and "full" for tensors stored whole.
     stacks_experts: whether it stacks separate experts on loading.
+    refuses_class: (architectures of config.json, whether transformers has one
+      of them) -> why it takes no adapter for such a model, or ""; None if all
+      are taken.
+    refuses_module: (module, kind of layout, architectures) -> why it refuses or
+      ignores a module's LoRA, or ""; None if it names modules as transformers
+      does. One that has it finds a module by its name on disk, too.
 
   Example:
     >>> VLLM.max_rank, sorted(VLLM.refused)
@@ -49,12 +57,15 @@ class Profile:
   max_rank: int | None = None
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   stacks_experts: bool = False
+  refuses_class: Callable[[Sequence[str], bool], str] | None = None
+  refuses_module: Callable[[str, str, Sequence[str]], str] | None = None
 
 
 PEFT = Profile("PEFT", stacks_experts=True)
 
 # max_rank is the largest value of --max-lora-rank. A server compares `r` with
-# its own setting and takes each module's rank from the tensors.
+# its own setting and takes each module's rank from the tensors. Names are
+# checked against the source of the version in vllm.json, not by running it.
 VLLM = Profile(
   "vLLM",
   max_rank=512,
@@ -63,6 +74,8 @@ VLLM = Profile(
     "convolution": "vLLM has no LoRA for convolutions",
     "full": "vLLM refuses modules_to_save; merge the change into a checkpoint",
   },
+  refuses_class=vllm_names.class_refusal,
+  refuses_module=vllm_names.refusal_of,
 )
 
 

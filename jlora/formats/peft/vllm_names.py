@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of which classes vLLM puts LoRA on, and where it looks for them.
+"""Which modules of which classes vLLM puts LoRA on, and by which names.
 
 vLLM maps the names in an adapter to those of its own classes. It refuses an
 adapter as a whole if the last part of a name is not among those that it
@@ -31,9 +31,7 @@ _HEADS = ("score", "classifier")
 _OF_TEXT = ("model", "lm_head", "layers")
 
 
-def class_refusal(
-  architectures: Sequence[str], is_known: bool = True
-) -> str:
+def class_refusal(architectures: Sequence[str], is_known: bool = True) -> str:
   """Returns why vLLM takes no adapter at all for a model; "" if it does.
 
   Args:

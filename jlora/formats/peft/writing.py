@@ -26,7 +26,11 @@ from jlora.formats.peft.conversions import (
   find_conversions,
   spread_reasons,
 )
-from jlora.formats.peft.experts import nest_parameters, stack_experts
+from jlora.formats.peft.experts import (
+  complete_experts,
+  nest_parameters,
+  stack_experts,
+)
 from jlora.formats.peft.layouts import CONFIG, PEFT, PREFIX, TENSORS, Profile
 from jlora.formats.peft.parts import (
   HEAD,
@@ -39,6 +43,8 @@ from jlora.formats.peft.parts import (
 )
 from jlora.formats.peft.plans import (
   arrays_of,
+  has_own_names,
+  name_parts,
   plan_biases,
   plan_full,
   plan_loras,
@@ -80,9 +86,9 @@ def save_peft(
     full: path -> new value, for what is not low-rank (norms, new vocabulary).
       May be lazy. It needs all parameters of a module. Before PEFT loads a
       longer vocabulary, the base's has to be resized.
-    profile: the consumer; `VLLM` accepts neither `biases` nor `full`. `PEFT`
-      stacks separate experts when transformers 5 does, so every expert of a
-      changed layer is written, padded with zeros to rank r.
+    profile: the consumer; `VLLM` accepts neither `biases` nor `full`, and with
+      `config` only modules that its class has. Both stack separate experts, so
+      every expert of a changed layer is written, padded with zeros to rank r.
     dtype: storage dtype of factors and biases; None keeps each factor's own.
     base_model: name or path of the base, for the configuration.
     task_type: PEFT's task name, or None, or "auto": what `config` says. With
@@ -132,15 +138,21 @@ def save_peft(
   if task_type == "auto":
     task_type = base.family.task_type if base.family else "CAUSAL_LM"
   left: dict[str, str] = {}
+  has_names = has_own_names(base, profile)
   conversions = find_conversions(base) if profile.stacks_experts else []
   given = [*loras, *biases, *full]
-  full = convert_full(full, loras, conversions, base, left)
-  loras = convert_loras(loras, conversions, base, left)
-  base = convert_base(base, conversions)
+  if not has_names:
+    full = convert_full(full, loras, conversions, base, left)
+    loras = convert_loras(loras, conversions, base, left)
+    base = convert_base(base, conversions)
   parts = plan_loras(loras, base, profile, dtype, left)
   if profile.stacks_experts:
     parts = stack_experts(parts, base, left)
+  if has_names:
+    parts = complete_experts(parts, base)
   parts = nest_parameters(parts, left, base)
+  if has_names:
+    parts, base = name_parts(parts, base, profile, left)
   parts, carried = plan_biases(biases, parts, base, profile, left)
   kept = plan_full(full, parts, base, profile, left)
   spread_reasons(left, conversions, given)
@@ -178,6 +190,14 @@ def check_consumer(base: Base, profile: Profile) -> None:
     raise ValueError(
       f"PEFT puts no adapter on a {family.name} ({family.refusal}). Merge the"
       " change into a checkpoint instead: `save_merged`, `jlora merge`."
+    )
+  if family is None or profile.refuses_class is None:
+    return
+  reason = profile.refuses_class(family.architectures, family.is_found)
+  if reason:
+    raise ValueError(
+      f"{reason}. Merge the change into a checkpoint instead: `save_merged`,"
+      " `jlora merge`."
     )
 
 
