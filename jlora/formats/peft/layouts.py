@@ -4,10 +4,12 @@
 A folder holds `adapter_model.safetensors`, with two tensors for every changed
 module, and `adapter_config.json`, which says which modules to wrap and how the
 product of the two is scaled. `LAYOUTS` has a row for each kind of layer, and
-each consumer (PEFT, vLLM) has a `Profile`.
+each consumer (PEFT, vLLM) has a `Profile`. vLLM's is not tested by running it:
+its names are checked against its source, of the version in `vllm.json`.
 
 References:
-  huggingface/peft 0.21.2, `tuners/lora/layer.py`; vllm `lora/peft_helper.py`.
+  huggingface/peft 0.21.2, `tuners/lora/layer.py`; vllm 0.33.0,
+  `lora/peft_helper.py`, `lora/lora_model.py`.
 """
 
 import dataclasses
@@ -64,8 +66,7 @@ class Profile:
 PEFT = Profile("PEFT", stacks_experts=True)
 
 # max_rank is the largest value of --max-lora-rank. A server compares `r` with
-# its own setting and takes each module's rank from the tensors. Names are
-# checked against the source of the version in vllm.json, not by running it.
+# its own setting and takes each module's rank from the tensors.
 VLLM = Profile(
   "vLLM",
   max_rank=512,

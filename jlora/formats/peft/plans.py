@@ -171,7 +171,7 @@ def name_parts(
       modules.discard(part.module)
       modules.add(named[-1].module)
     elif part.path is not None:
-      left[part.path] = reasons[part.name]
+      left.setdefault(part.path, reasons[part.name])
   kept = [part for part in named if part.path not in left]
   return kept, base._replace(modules=frozenset(modules))
 
