@@ -87,8 +87,9 @@ def save_peft(
       May be lazy. It needs all parameters of a module. Before PEFT loads a
       longer vocabulary, the base's has to be resized.
     profile: the consumer; `VLLM` accepts neither `biases` nor `full`, and with
-      `config` only modules that its class has. Both stack separate experts, so
-      every expert of a changed layer is written, padded with zeros to rank r.
+      `config` only what its class of that name takes. Where separate experts
+      are stacked on loading, every expert of a changed layer is written, padded
+      with zeros to rank r.
     dtype: storage dtype of factors and biases; None keeps each factor's own.
     base_model: name or path of the base, for the configuration.
     task_type: PEFT's task name, or None, or "auto": what `config` says. With
@@ -138,21 +139,13 @@ def save_peft(
   if task_type == "auto":
     task_type = base.family.task_type if base.family else "CAUSAL_LM"
   left: dict[str, str] = {}
-  has_names = has_own_names(base, profile)
   conversions = find_conversions(base) if profile.stacks_experts else []
   given = [*loras, *biases, *full]
-  if not has_names:
+  if not has_own_names(base, profile):
     full = convert_full(full, loras, conversions, base, left)
     loras = convert_loras(loras, conversions, base, left)
     base = convert_base(base, conversions)
-  parts = plan_loras(loras, base, profile, dtype, left)
-  if profile.stacks_experts:
-    parts = stack_experts(parts, base, left)
-  if has_names:
-    parts = complete_experts(parts, base)
-  parts = nest_parameters(parts, left, base)
-  if has_names:
-    parts, base = name_parts(parts, base, profile, left)
+  parts, base = _plan_named(loras, base, profile, dtype, left)
   parts, carried = plan_biases(biases, parts, base, profile, left)
   kept = plan_full(full, parts, base, profile, left)
   spread_reasons(left, conversions, given)
@@ -199,6 +192,23 @@ def check_consumer(base: Base, profile: Profile) -> None:
       f"{reason}. Merge the change into a checkpoint instead: `save_merged`,"
       " `jlora merge`."
     )
+
+
+def _plan_named(
+  loras: Mapping[str, Lora],
+  base: Base,
+  profile: Profile,
+  dtype: Any,
+  left: dict[str, str],
+) -> tuple[list[FilePart], Base]:
+  """Plans the parts of all Loras, by the names that a consumer looks for."""
+  parts = plan_loras(loras, base, profile, dtype, left)
+  if profile.stacks_experts:
+    parts = stack_experts(parts, base, left)
+  if not has_own_names(base, profile):
+    return nest_parameters(parts, left, base), base
+  parts = nest_parameters(complete_experts(parts, base), left, base)
+  return name_parts(parts, base, profile, left)
 
 
 def _configuration(

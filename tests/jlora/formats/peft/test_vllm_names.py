@@ -5,6 +5,7 @@ import contextlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -90,7 +91,7 @@ def random_lora(seed, *shape, rank=2):
   rng = np.random.default_rng(seed)
   a = rng.standard_normal((*batch, rank, in_), np.float32)
   b = rng.standard_normal((*batch, rank, out), np.float32)
-  return Lora(a, b, np.ones(batch, np.float32))
+  return Lora(*map(jnp.asarray, (a, b, np.ones(batch, np.float32))))
 
 
 def config_for(cls):
