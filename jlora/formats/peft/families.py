@@ -181,7 +181,11 @@ class Family:
     model_type: what config.json says.
     task_type: PEFT's task name, or None.
     refusal: why PEFT puts no adapter on this class; "" if it does.
+    architectures: the classes that config.json names.
+    is_found: whether transformers, or the checkpoint itself, has the class.
   """
+
+  is_found = True
 
   def __init__(self, name: str, config: Mapping[str, Any]):
     row = _table()["classes"][name]
@@ -189,6 +193,7 @@ class Family:
     self.model_type: str = config.get("model_type") or row["type"]
     self.task_type: str | None = row.get("task")
     self.refusal: str = row.get("peft", "")
+    self.architectures = tuple(config.get("architectures") or ())
     self._origins: dict[str, Origin | None] = {}
     self._ties: dict[str, str] = row.get("ties", {})
     self._prefix: str = row["prefix"]
@@ -411,6 +416,8 @@ class UnknownFamily(Family):
     self.name = (config.get("architectures") or [self.model_type])[0]
     self.task_type = "CAUSAL_LM" if "CausalLM" in self.name else None
     self.refusal = ""
+    self.architectures = tuple(config.get("architectures") or ())
+    self.is_found = bool(config.get("auto_map"))
     self._ties = {}
     told = [*_values(config, "tie_word_embeddings")]
     self._says_untied = bool(told) and not any(told)
