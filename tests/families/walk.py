@@ -283,6 +283,8 @@ def change_matrices(model: torch.nn.Module) -> None:
       left = torch.randn(shape[0], shape[1], 2, generator=generator)
       right = torch.randn(shape[0], 2, shape[2], generator=generator)
       drawn = left @ right
+      if getattr(owner, "padding_idx", None) is not None:
+        drawn[0, owner.padding_idx] = 0  # transformers loads that row as zeros
       size = parameter.norm() / drawn.norm() * 0.5
       parameter.add_((drawn * size).reshape(parameter.shape))
 

@@ -11,7 +11,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -286,10 +286,31 @@ def plan_full(
     kept[name] = path
   for name in _not_whole(kept, names):
     left[kept.pop(name)] = "PEFT replaces whole modules, and a part is missing"
-  for name, path in list(kept.items()):
-    for other in ties_of(name, base):
-      kept.setdefault(other, path)
+  for name in list(kept):
+    found = _tied(name, names, wrapped, base)
+    if isinstance(found, str):
+      left[kept.pop(name)] = found
+    else:
+      kept |= {to: own for to, own in found.items() if to not in kept}
   return kept
+
+
+def _tied(
+  name: str, names: Mapping[str, str], wrapped: Set[str], base: Base
+) -> dict[str, str] | str:
+  """Returns {parameter: path} of modules tied to one, or why that is no use."""
+  found: dict[str, str] = {}
+  for other in ties_of(name, base):
+    module = module_of(other)
+    if module in wrapped:
+      return f"{other}, which is tied to it, has a Lora beside it"
+    family = base.family
+    own = family.ties_in(module, base.names) if family else {other: name}
+    missing = [to for to, of in own.items() if of not in names]
+    if missing:
+      return f"PEFT replaces {other} too; give also {name_some(missing)}"
+    found |= {to: names[of] for to, of in own.items()}
+  return found
 
 
 def _not_whole(kept: Mapping[str, str], names: Iterable[str]) -> list[str]:

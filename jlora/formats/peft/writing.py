@@ -249,7 +249,11 @@ def _configuration(
     "lora_alpha": rank,
     "peft_type": "LORA",
     "r": rank,
-    "target_modules": shortest_targets(modules, base.modules - modules),
+    "target_modules": shortest_targets(
+      modules,
+      (base.modules | (base.family.bare_names if base.family else set()))
+      - modules,
+    ),
   } | {key: value for key, value in optional.items() if value}
 
 
