@@ -356,6 +356,11 @@ def _record(model: Any, classes: dict[str, Any]) -> None:
         "modules": {},
       },
     )
+    if "ties" not in row:
+      keys = _attempt(
+        functools.partial(each.get_expanded_tied_weights_keys, True)
+      )
+      row["ties"] = dict(sorted((keys or {}).items()))
     own = places.get(id(each.config))
     for p in inner:
       part = models[p]
