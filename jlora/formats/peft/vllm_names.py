@@ -95,18 +95,6 @@ def refusal_of(name: str, kind: str, architectures: Sequence[str]) -> str:
   return ""
 
 
-def experts_of(architectures: Sequence[str]) -> str:
-  """Returns how vLLM takes the experts of a model: "stacked", "separate" or "".
-
-  Example:
-    >>> experts_of(["GptOssForCausalLM"]), experts_of(["MixtralForCausalLM"])
-    ('stacked', 'separate')
-  """
-  cls = _class_of(tuple(architectures))
-  experts = _table()["classes"][cls].get("experts") if cls else None
-  return "separate" if isinstance(experts, list) else experts or ""
-
-
 def _refusal_of_experts(mapped: str, kind: str, row: Mapping) -> str:
   """Returns why experts are not taken as they are, as a verb and its object."""
   experts = row.get("experts")
