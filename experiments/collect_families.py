@@ -120,7 +120,10 @@ def collect(model_types: Iterable[str] = ()) -> dict[str, Any]:
         row["task"] = task
   for row in classes.values():
     row.pop("generates", None)
-    for key in ("ties", "parts", "modules"):
+    row["bare"] = [
+      name for name in row.get("bare", ()) if name in _names(row["modules"])
+    ]
+    for key in ("ties", "parts", "modules", "bare"):
       if not row.get(key):
         row.pop(key, None)
   rules: Any = conversion  # its tables have no public names
@@ -153,6 +156,12 @@ def collect(model_types: Iterable[str] = ()) -> dict[str, Any]:
     },
     "classes": dict(sorted(classes.items())),
   }
+
+
+def _names(tree: dict[str, Any]) -> set[str]:
+  """Returns all names in a tree of modules."""
+  inner = [_names(value) for value in tree.values() if isinstance(value, dict)]
+  return set(tree).union(*inner)
 
 
 def write(facts: dict[str, Any], file: Path) -> None:
@@ -236,10 +245,7 @@ def _build(name: str, model_type: str, classes: dict[str, Any]) -> None:
   row["generates"] = bool(_attempt(model.can_generate))
   tied = _attempt(lambda: make(tie_word_embeddings=True)) or model
   ties = _attempt(lambda: tied.get_expanded_tied_weights_keys(True)) or {}
-  sizes = {key: value.dim() for key, value in tied.state_dict().items()}
-  row["ties"] = {
-    to: of for to, of in sorted(ties.items()) if sizes.get(of, 0) > 1
-  }
+  row["ties"] = dict(sorted(ties.items()))
   for variant in _VARIANTS:
     other = _attempt(functools.partial(make, **variant))
     if other is not None:
@@ -333,6 +339,7 @@ def _record(model: Any, classes: dict[str, Any]) -> None:
     for path, module in model.named_modules()
     if isinstance(module, PreTrainedModel)
   }
+  passed = _passed_by(model)
   places = {id(model.config): []}
   _place(model.config, [], places)
   for path, each in models.items():
@@ -349,6 +356,11 @@ def _record(model: Any, classes: dict[str, Any]) -> None:
         "modules": {},
       },
     )
+    if "ties" not in row:
+      keys = _attempt(
+        functools.partial(each.get_expanded_tied_weights_keys, True)
+      )
+      row["ties"] = dict(sorted((keys or {}).items()))
     own = places.get(id(each.config))
     for p in inner:
       part = models[p]
@@ -361,10 +373,15 @@ def _record(model: Any, classes: dict[str, Any]) -> None:
     children = [name for name, _ in each.named_children()]
     children += [name for name, _ in each.named_parameters(recurse=False)]
     row["top"] = sorted({*row["top"], *children})
+    bare: set[str] = set(row.get("bare", ()))
     for name, module in each.named_modules(remove_duplicate=False):
       if any(f"{start}{name}.".startswith(f"{p}.") for p in inner):
         continue
-      _record_module(name, module, row["modules"], type(each))
+      if not any(True for _ in module.parameters()):
+        bare.add(name.rpartition(".")[2])
+      is_passed = id(module) in passed
+      _record_module(name, module, row["modules"], type(each), is_passed)
+    row["bare"] = sorted(name for name in bare if not name.isdigit())
 
 
 def _place(config: Any, path: list[str], places: dict[int, list[str]]) -> None:
@@ -377,12 +394,30 @@ def _place(config: Any, path: list[str], places: dict[int, list[str]]) -> None:
       _place(value, [*path, key], places)
 
 
-def _record_module(name: str, module: Any, tree: dict, holder: type) -> None:
+def _passed_by(model: Any) -> set[int]:
+  """Returns modules that a model also holds, and calls, in its own lists."""
+  import torch
+
+  return {
+    id(inside)
+    for each in model.modules()
+    for value in vars(each).values()
+    if isinstance(value, list | tuple)
+    for module in value
+    if isinstance(module, torch.nn.Module)
+    for inside in module.modules()
+  }
+
+
+def _record_module(
+  name: str, module: Any, tree: dict, holder: type, is_passed: bool
+) -> None:
   """Adds the codes of a module's parameters of two axes or more."""
   for leaf, parameter in module.named_parameters(recurse=False):
     if parameter.dim() < 2:
       continue
     code = _code(name, leaf, module, parameter, holder)
+    code = "b" if is_passed else code
     branch: Any = tree
     last: Any = leaf
     parts = _normal(name).split(".") if name else []
@@ -420,6 +455,8 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
         return "g"
       if {*module.dilation} != {1} or module.padding_mode != "zeros":
         return "v"
+      if not type(module).__module__.startswith("torch."):
+        return "s"
       return "d" if reached or is_read else str(axes - 2)
     if isinstance(
       module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -446,6 +483,8 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
       return "e"
   if ".parametrizations." in f"{name}.":
     return "z"
+  if isinstance(module, torch.nn.RNNBase):
+    return "d"
   if axes > 3:
     return "x"
   place = name.rpartition(".")[2]
@@ -455,9 +494,10 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
   )
   is_in_layers = bool(re.search(r"(^|\.)\d+\.", name))
   is_closed = is_in_layers and not place.isdigit() and place not in opened
-  if not name or has_matrices or (has_children and not is_closed):
+  is_list = isinstance(module, torch.nn.ParameterList | torch.nn.ParameterDict)
+  if not name or has_matrices or is_list or (has_children and not is_closed):
     return "n"
-  if place in named:
+  if place in named or place in opened:
     return "k"
   is_transposed = axes == 3 and getattr(module, "is_transposed", False)
   return f"p{axes}" + ("t" if is_transposed else "")
@@ -484,7 +524,8 @@ def _reached(module: str, attributes: tuple[str, ...]) -> frozenset[str]:
     if "weight" in attributes and isinstance(node, ast.Call):
       computes = _computes(node, parents)
       if computes and not _ONLY_TENSORS.match(ast.unparse(node.func)):
-        found |= {a.attr for a in node.args if isinstance(a, ast.Attribute)}
+        given = [*node.args, *(word.value for word in node.keywords)]
+        found |= {a.attr for a in given if isinstance(a, ast.Attribute)}
     if not (
       isinstance(node, ast.Attribute)
       and node.attr in attributes

@@ -24,7 +24,7 @@ from jlora.extraction.report import (
 from jlora.factoring.figures import row_of
 from jlora.formats.peft.conversions import Lazy, together
 from jlora.formats.peft.layouts import Profile
-from jlora.formats.peft.parts import Base, Rename, module_of
+from jlora.formats.peft.parts import Base, Rename, module_of, tied_beside
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
 from jlora.messages import name_some
@@ -153,7 +153,12 @@ def write_adapter(
   biases, full = _sort_kept(kept, pairs, ranks.keys() | refused)
   full += [path for path in held if path not in full]
   joined = together(plan.about)
-  beside = [other for path in full for other in joined.get(path, ())]
+  tied = tied_beside(plan.about) if plan.about else {}
+  beside = [
+    other
+    for path in full
+    for other in (*joined.get(path, ()), *tied.get(path, ()))
+  ]
   full += [p for p in dict.fromkeys(beside) if p not in {*full, *ranks}]
   left = save_peft(
     out,

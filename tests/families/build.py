@@ -252,6 +252,8 @@ def inputs_of(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
   decoder = {n: known[n] for n in ("decoder_input_ids",) if n in known}
   if "input_ids" in known:
     yield {"input_ids": known["input_ids"]} | decoder
+  if isinstance(main, list):
+    main = main[0]
   if main in known:
     yield {main: known[main]}
     yield {main: known[main]} | decoder

@@ -10,12 +10,18 @@ import re
 from collections.abc import Sequence
 
 from jlora.formats.peft.families import drops_experts, expert_names
-from jlora.formats.peft.layouts import LINEAR_FILE, PARAMETER_ORDER, ROUTER
+from jlora.formats.peft.layouts import (
+  EXPERTS,
+  LINEAR_FILE,
+  PARAMETER_ORDER,
+  ROUTER,
+)
 from jlora.formats.peft.parts import (
   ROUTERS,
   SPLIT_EXPERTS,
   Base,
   FilePart,
+  kind_of,
   zero_part,
 )
 
@@ -51,7 +57,54 @@ def stack_experts(
   if drops_experts(base.model_type):
     parts = _without_experts(parts, base, left)
   taken = expert_names(base.model_type)
-  parts = [_untaken(part, taken) for part in parts]
+  return _padded([_untaken(part, taken) for part in parts], base)
+
+
+def complete_experts(parts: Sequence[FilePart], base: Base) -> list[FilePart]:
+  """Adds and pads parts so that vLLM can pack the experts of a layer.
+
+  It needs either of each separate expert all matrices, of one rank, or of the
+  stacked ones both. Missing ones become zeros.
+
+  Args:
+    parts: all parts.
+    base: the base model.
+
+  Returns:
+    Parts, the added zeros last.
+
+  Example:
+    >>> complete_experts([], Base({}, {}, frozenset(), frozenset(), (), None,
+    ...                           False, False, str))
+    []
+  """
+  padded = _padded(parts, base)
+  present = {part.name for part in parts}
+  for part in parts:
+    for leaf in PARAMETER_ORDER if part.layout is EXPERTS else ():
+      name = f"{part.module}.{leaf}"
+      zeros = _zero_experts(name, part, base)
+      if name not in present and zeros:
+        present.add(name)
+        padded.append(zeros)
+  return padded
+
+
+def _zero_experts(name: str, like: FilePart, base: Base) -> FilePart | None:
+  """Makes a part of zeros for stacked experts; None if there are none."""
+  path = base.paths.get(name)
+  if path is None:
+    return None
+  view, layout, *_ = kind_of(path, base.shapes[path], base)
+  if view is None or layout is not EXPERTS:
+    return None
+  *batch, in_, out = view.shape(base.shapes[path])
+  a, b = (*batch, like.rank, in_), (*batch, like.rank, out)
+  return FilePart(None, None, name, EXPERTS, a, b, like.dtype)
+
+
+def _padded(parts: Sequence[FilePart], base: Base) -> list[FilePart]:
+  """Pads separate experts to one rank, and adds those that are missing."""
   rank = max((part.rank for part in parts), default=0)
   stacks = {}
   padded = []

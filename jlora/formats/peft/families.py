@@ -71,18 +71,31 @@ KINDS: dict[str, Kind] = {
   "g": Kind(why="a convolution in groups, which PEFT adapts at few ranks"),
   "v": Kind(why="a convolution whose dilation or padding PEFT leaves out"),
   "z": Kind(why="a weight that is computed from others (weight norm)"),
+  "s": Kind(why="a convolution of a class of the model's own"),
+  "b": Kind(why="the model calls this module past its name", in_model=False),
   "t": Kind(why="a transposed convolution, for which PEFT has no LoRA"),
   "d": Kind(why="the model reads this weight past its module"),
   "m": Kind(why="modules of several classes have this name"),
   "n": Kind(why="a parameter of a module that holds others"),
-  "k": Kind(why="a parameter of a module that is called by keywords"),
+  "k": Kind(why="a parameter of a module that cannot be put into a wrapper"),
   "x": Kind(why="a parameter of more than three axes"),
 }
 _AXES = {
   **{"l": 2, "f": 2, "e": 2, "1": 3, "2": 4, "3": 5},
   **{"p2": 2, "p3": 3, "p3t": 3},
 }
-_MODULES = ("l", "f", "e", "1", "2", "3", "g", "t", "v")  # of whole modules
+_MODULES = (
+  "l",
+  "f",
+  "e",
+  "1",
+  "2",
+  "3",
+  "g",
+  "t",
+  "v",
+  "s",
+)  # of whole modules
 # Conversions of names alone.
 _RENAMINGS = ("WeightRenaming", "PrefixChange")
 _CONVERTER = "WeightConverter"
@@ -181,7 +194,11 @@ class Family:
     model_type: what config.json says.
     task_type: PEFT's task name, or None.
     refusal: why PEFT puts no adapter on this class; "" if it does.
+    architectures: the classes that config.json names.
+    is_found: whether transformers, or the checkpoint itself, has the class.
   """
+
+  is_found = True
 
   def __init__(self, name: str, config: Mapping[str, Any]):
     row = _table()["classes"][name]
@@ -189,10 +206,18 @@ class Family:
     self.model_type: str = config.get("model_type") or row["type"]
     self.task_type: str | None = row.get("task")
     self.refusal: str = row.get("peft", "")
+    self.architectures = tuple(config.get("architectures") or ())
     self._origins: dict[str, Origin | None] = {}
+    self._ruled: set[str] = set()
     self._ties: dict[str, str] = row.get("ties", {})
     self._prefix: str = row["prefix"]
     parts = [*_parts_of(name, config)]
+    #: last names that modules without parameters have, too
+    self.bare_names = frozenset(
+      bare
+      for each in parts
+      for bare in _table()["classes"][each.name].get("bare", ())
+    )
     # Innermost first: that is the one a name belongs to.
     self._parts = [
       (re.compile(re.sub(r"(?<![^.])N(?![^.])", r"\\d+", place) + r"\."), part)
@@ -210,11 +235,15 @@ class Family:
       >>> family.name_of("h.0.ln_1.weight")
       'transformer.h.0.ln_1.weight'
     """
-    name = key
+    name, is_ruled = key, False
     for conversion in self._conversions:
       if conversion.kind in _RENAMINGS:
         name = conversion.apply(name)
-    return self._with_prefix(name)
+      elif conversion.kind != _CONVERTER:
+        is_ruled |= conversion.match(name) is not None
+    name = self._with_prefix(name)
+    self._ruled |= {name} if is_ruled else set()
+    return name
 
   def _with_prefix(self, name: str) -> str:
     """Returns a name with or without the base model's, as the model has it."""
@@ -239,11 +268,8 @@ class Family:
       >>> family.kind_of("transformer.h.0.attn.c_attn.weight", 2).view
       MatrixView(batch=(), inputs=(0,), outputs=(1,))
     """
-    for conversion in self._conversions:
-      if conversion.kind not in (*_RENAMINGS, _CONVERTER) and conversion.match(
-        name
-      ):
-        return Kind(why="transformers renames it by a rule", in_model=False)
+    if name in self._ruled:
+      return Kind(why="transformers renames it by a rule", in_model=False)
     code = self._code(name)
     if code is None:
       return self._unknown(name, axes)
@@ -292,6 +318,19 @@ class Family:
     return [
       to for to, of in self._ties.items() if of == name and to not in names
     ]
+
+  def ties_in(self, module: str, names: frozenset[str]) -> dict[str, str]:
+    """Returns {parameter: the one it is} of a module, for those not stored.
+
+    Args:
+      module: a module's name.
+      names: those of all parameters that are stored.
+    """
+    return {
+      to: of
+      for to, of in self._ties.items()
+      if to.rpartition(".")[0] == module and to not in names
+    }
 
   def may_be_tied(self, names: frozenset[str]) -> bool:
     """Returns whether a table may be tied in a way that is not known.
@@ -411,7 +450,10 @@ class UnknownFamily(Family):
     self.name = (config.get("architectures") or [self.model_type])[0]
     self.task_type = "CAUSAL_LM" if "CausalLM" in self.name else None
     self.refusal = ""
+    self.architectures = tuple(config.get("architectures") or ())
+    self.is_found = bool(config.get("auto_map"))
     self._ties = {}
+    self.bare_names = frozenset()
     told = [*_values(config, "tie_word_embeddings")]
     self._says_untied = bool(told) and not any(told)
 

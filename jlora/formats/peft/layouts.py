@@ -4,17 +4,21 @@
 A folder holds `adapter_model.safetensors`, with two tensors for every changed
 module, and `adapter_config.json`, which says which modules to wrap and how the
 product of the two is scaled. `LAYOUTS` has a row for each kind of layer, and
-each consumer (PEFT, vLLM) has a `Profile`.
+each consumer (PEFT, vLLM) has a `Profile`. vLLM's is not tested by running it:
+its names are checked against its source, of the version in `vllm.json`.
 
 References:
-  huggingface/peft 0.21.2, `tuners/lora/layer.py`; vllm `lora/peft_helper.py`.
+  huggingface/peft 0.21.2, `tuners/lora/layer.py`; vllm 0.33.0,
+  `lora/peft_helper.py`, `lora/lora_model.py`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from jlora.formats.peft import vllm_names
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -39,6 +43,12 @@ class Profile:
     refused: kind of change -> why the consumer refuses it. Kinds are those of
       `LAYOUTS`, and "bias", and "full" for tensors stored whole.
     stacks_experts: whether it stacks separate experts on loading.
+    refuses_class: (architectures of config.json, whether transformers has one
+      of them) -> why it takes no adapter for such a model, or ""; None if all
+      are taken.
+    refuses_module: (module, kind of layout, architectures) -> why it refuses or
+      ignores a module's LoRA, or ""; None if it names modules as transformers
+      does. One that has it finds a module by its name on disk, too.
 
   Example:
     >>> VLLM.max_rank, sorted(VLLM.refused)
@@ -49,6 +59,8 @@ class Profile:
   max_rank: int | None = None
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   stacks_experts: bool = False
+  refuses_class: Callable[[Sequence[str], bool], str] | None = None
+  refuses_module: Callable[[str, str, Sequence[str]], str] | None = None
 
 
 PEFT = Profile("PEFT", stacks_experts=True)
@@ -63,6 +75,8 @@ VLLM = Profile(
     "convolution": "vLLM has no LoRA for convolutions",
     "full": "vLLM refuses modules_to_save; merge the change into a checkpoint",
   },
+  refuses_class=vllm_names.class_refusal,
+  refuses_module=vllm_names.refusal_of,
 )
 
 

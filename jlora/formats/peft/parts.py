@@ -278,6 +278,23 @@ def ties_of(name: str, base: Base) -> list[str]:
   return [HEAD] if is_tied else []
 
 
+def tied_beside(base: Base) -> dict[str, list[str]]:
+  """Returns path -> paths of what is tied into the same modules with it.
+
+  Example:
+    >>> tied_beside(describe_base({}, None, None, None))
+    {}
+  """
+  found: dict[str, list[str]] = {}
+  for name, path in base.paths.items() if base.family else ():
+    for other in ties_of(name, base):
+      module = other.rpartition(".")[0]
+      own = base.family.ties_in(module, base.names) if base.family else {}
+      paths = [base.paths[of] for of in own.values() if of in base.paths]
+      found.setdefault(path, []).extend(paths)
+  return found
+
+
 def is_transposed(part: FilePart, base: Base) -> bool:
   """Returns whether a part's module is a `Conv1D`, whose weight is (in, out).
 
@@ -345,7 +362,8 @@ def _copy(part: FilePart, name: str, base: Base) -> FilePart:
   """Returns the part of a parameter that is tied to a part's."""
   layout = LINEAR_FILE
   if base.family is not None:
-    layout = base.family.kind_of(name, 2).layout or LINEAR_FILE
+    axes = len(base.shapes[part.path]) if part.path else 2
+    layout = base.family.kind_of(name, axes).layout or LINEAR_FILE
   if (layout is EMBEDDING) == (part.layout is EMBEDDING):
     return part._replace(name=name, layout=layout)
   return part._replace(

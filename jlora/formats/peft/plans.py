@@ -11,7 +11,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,76 @@ def plan_loras(
     )
   _check_parts(parts, profile)
   return parts
+
+
+def has_own_names(base: Base, profile: Profile) -> bool:
+  """Returns whether a consumer says which modules of a base it takes.
+
+  Args:
+    base: the base model.
+    profile: the consumer.
+
+  Example:
+    >>> from jlora.formats import VLLM
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> has_own_names(describe_base({}, None, None, None), VLLM)
+    False
+  """
+  named = base.family.architectures if base.family else ()
+  return bool(named) and profile.refuses_module is not None
+
+
+def name_parts(
+  parts: Sequence[FilePart],
+  base: Base,
+  profile: Profile,
+  left: dict[str, str],
+) -> tuple[list[FilePart], Base]:
+  """Names parts as a consumer finds them, and leaves out what it does not take.
+
+  Args:
+    parts: all parts, named as transformers names their parameters.
+    base: the base model, of which `has_own_names` is True.
+    profile: the consumer.
+    left: receives path -> reason; of a Lora, all parts are left out.
+
+  Returns:
+    Parts: each has the name it had, or that on disk if only this is taken. And
+    the base, with the modules of those names.
+
+  Example:
+    >>> from jlora.formats import VLLM
+    >>> from jlora.formats.peft.layouts import LINEAR_FILE
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    >>> base = describe_base({}, None, None, None, config)
+    >>> part = FilePart("p", None, "extra.weight", LINEAR_FILE, (), (), None)
+    >>> left = {}
+    >>> parts, _ = name_parts([part], base, VLLM, left)
+    >>> parts, left
+    ([], {'p': 'vLLM 0.33.0 puts no LoRA on extra of LlamaForCausalLM'})
+  """
+  refuses, family = profile.refuses_module, base.family
+  if refuses is None or family is None:
+    return list(parts), base
+  named, modules = [], set(base.modules)
+  for part in parts:
+    names = dict.fromkeys([part.name, base.paths.get(part.name, part.name)])
+    reasons = {
+      name: refuses(
+        name.rpartition(".")[0], part.layout.kind, family.architectures
+      )
+      for name in names
+    }
+    taken = [name for name, reason in reasons.items() if not reason]
+    if taken:
+      named.append(part._replace(name=taken[0]))
+      modules.discard(part.module)
+      modules.add(named[-1].module)
+    elif part.path is not None:
+      left.setdefault(part.path, reasons[part.name])
+  kept = [part for part in named if part.path not in left]
+  return kept, base._replace(modules=frozenset(modules))
 
 
 def plan_biases(
@@ -216,10 +286,31 @@ def plan_full(
     kept[name] = path
   for name in _not_whole(kept, names):
     left[kept.pop(name)] = "PEFT replaces whole modules, and a part is missing"
-  for name, path in list(kept.items()):
-    for other in ties_of(name, base):
-      kept.setdefault(other, path)
+  for name in list(kept):
+    found = _tied(name, names, wrapped, base)
+    if isinstance(found, str):
+      left[kept.pop(name)] = found
+    else:
+      kept |= {to: own for to, own in found.items() if to not in kept}
   return kept
+
+
+def _tied(
+  name: str, names: Mapping[str, str], wrapped: Set[str], base: Base
+) -> dict[str, str] | str:
+  """Returns {parameter: path} of modules tied to one, or why that is no use."""
+  found: dict[str, str] = {}
+  for other in ties_of(name, base):
+    module = module_of(other)
+    if module in wrapped:
+      return f"{other}, which is tied to it, has a Lora beside it"
+    family = base.family
+    own = family.ties_in(module, base.names) if family else {other: name}
+    missing = [to for to, of in own.items() if of not in names]
+    if missing:
+      return f"PEFT replaces {other} too; give also {name_some(missing)}"
+    found |= {to: names[of] for to, of in own.items()}
+  return found
 
 
 def _not_whole(kept: Mapping[str, str], names: Iterable[str]) -> list[str]:

@@ -106,7 +106,8 @@ def load_peft(
       be there, and a tied head's copy of the embedding's change is left out.
     model_type: `model_type` of the base's config.json, used with `like`.
     config: the contents of the base's config.json, used with `like`: then the
-      adapter has the names of the model's modules, and `like` those on disk.
+      adapter has the names of the model's modules, or those on disk as one for
+      vLLM can have, and `like` those on disk.
 
   Returns:
     PeftAdapter, in the dtypes of the file; by the names of `like` where
@@ -143,12 +144,13 @@ def load_peft(
   stored = base = None
   if like is not None:
     stored = describe_base(like, model_type, "auto", None, config)
-    base = convert_base(stored, find_conversions(stored))
+    base = _base_of(stored, file)
   order = _order_in(base)
   found, full = _sort_keys(file, entries, order)
   wrappers = _wrappers(found, file, entries, order)
   paths: Mapping[str, str] = {}
   if base is not None:
+    wrappers = [_renamed(each, base) for each in wrappers]
     shapes = {str(base.rename(p)): shape for p, shape in base.shapes.items()}
     paths = {str(base.rename(path)): path for path in base.shapes}
     ties = {to for name in shapes for to in ties_of(name, base)} - {HEAD}
@@ -181,6 +183,26 @@ def load_peft(
     },
     whole,
   )
+
+
+def _base_of(stored: Base, file: Checkpoint) -> Base:
+  """Returns the base whose parameters the file's Loras are for.
+
+  Those for vLLM can be of tensors on disk of which transformers makes others.
+  """
+  conversions = find_conversions(stored)
+  sources = {path for each in conversions for path in each.paths}
+  matches = [_KEY.fullmatch(key.removeprefix(PREFIX)) for key in file]
+  if any(match and f"{match['module']}.weight" in sources for match in matches):
+    return stored
+  return convert_base(stored, conversions)
+
+
+def _renamed(wrapper: _Wrapper, base: Base) -> _Wrapper:
+  """Gives a layer named as on disk the parameter's name."""
+  is_path = wrapper.name in base.shapes and wrapper.name not in base.names
+  name = str(base.rename(wrapper.name)) if is_path else wrapper.name
+  return wrapper._replace(name=name)
 
 
 def _order_in(base: Base | None) -> Callable[[str], Sequence[str]]:

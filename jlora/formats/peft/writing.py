@@ -26,7 +26,11 @@ from jlora.formats.peft.conversions import (
   find_conversions,
   spread_reasons,
 )
-from jlora.formats.peft.experts import nest_parameters, stack_experts
+from jlora.formats.peft.experts import (
+  complete_experts,
+  nest_parameters,
+  stack_experts,
+)
 from jlora.formats.peft.layouts import CONFIG, PEFT, PREFIX, TENSORS, Profile
 from jlora.formats.peft.parts import (
   HEAD,
@@ -39,6 +43,8 @@ from jlora.formats.peft.parts import (
 )
 from jlora.formats.peft.plans import (
   arrays_of,
+  has_own_names,
+  name_parts,
   plan_biases,
   plan_full,
   plan_loras,
@@ -80,9 +86,10 @@ def save_peft(
     full: path -> new value, for what is not low-rank (norms, new vocabulary).
       May be lazy. It needs all parameters of a module. Before PEFT loads a
       longer vocabulary, the base's has to be resized.
-    profile: the consumer; `VLLM` accepts neither `biases` nor `full`. `PEFT`
-      stacks separate experts when transformers 5 does, so every expert of a
-      changed layer is written, padded with zeros to rank r.
+    profile: the consumer; `VLLM` accepts neither `biases` nor `full`, and with
+      `config` only what its class of that name takes. Where separate experts
+      are stacked on loading, every expert of a changed layer is written, padded
+      with zeros to rank r.
     dtype: storage dtype of factors and biases; None keeps each factor's own.
     base_model: name or path of the base, for the configuration.
     task_type: PEFT's task name, or None, or "auto": what `config` says. With
@@ -134,13 +141,11 @@ def save_peft(
   left: dict[str, str] = {}
   conversions = find_conversions(base) if profile.stacks_experts else []
   given = [*loras, *biases, *full]
-  full = convert_full(full, loras, conversions, base, left)
-  loras = convert_loras(loras, conversions, base, left)
-  base = convert_base(base, conversions)
-  parts = plan_loras(loras, base, profile, dtype, left)
-  if profile.stacks_experts:
-    parts = stack_experts(parts, base, left)
-  parts = nest_parameters(parts, left, base)
+  if not has_own_names(base, profile):
+    full = convert_full(full, loras, conversions, base, left)
+    loras = convert_loras(loras, conversions, base, left)
+    base = convert_base(base, conversions)
+  parts, base = _plan_named(loras, base, profile, dtype, left)
   parts, carried = plan_biases(biases, parts, base, profile, left)
   kept = plan_full(full, parts, base, profile, left)
   spread_reasons(left, conversions, given)
@@ -179,6 +184,31 @@ def check_consumer(base: Base, profile: Profile) -> None:
       f"PEFT puts no adapter on a {family.name} ({family.refusal}). Merge the"
       " change into a checkpoint instead: `save_merged`, `jlora merge`."
     )
+  if family is None or profile.refuses_class is None:
+    return
+  reason = profile.refuses_class(family.architectures, family.is_found)
+  if reason:
+    raise ValueError(
+      f"{reason}. Merge the change into a checkpoint instead: `save_merged`,"
+      " `jlora merge`."
+    )
+
+
+def _plan_named(
+  loras: Mapping[str, Lora],
+  base: Base,
+  profile: Profile,
+  dtype: Any,
+  left: dict[str, str],
+) -> tuple[list[FilePart], Base]:
+  """Plans the parts of all Loras, by the names that a consumer looks for."""
+  parts = plan_loras(loras, base, profile, dtype, left)
+  if profile.stacks_experts:
+    parts = stack_experts(parts, base, left)
+  if not has_own_names(base, profile):
+    return nest_parameters(parts, left, base), base
+  parts = nest_parameters(complete_experts(parts, base), left, base)
+  return name_parts(parts, base, profile, left)
 
 
 def _configuration(
@@ -219,7 +249,11 @@ def _configuration(
     "lora_alpha": rank,
     "peft_type": "LORA",
     "r": rank,
-    "target_modules": shortest_targets(modules, base.modules - modules),
+    "target_modules": shortest_targets(
+      modules,
+      (base.modules | (base.family.bare_names if base.family else set()))
+      - modules,
+    ),
   } | {key: value for key, value in optional.items() if value}
 
 
