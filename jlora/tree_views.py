@@ -8,7 +8,7 @@ a kernel shows which axes the layer writes.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jlora.views import (
@@ -85,9 +85,14 @@ def read_tree(leaves: Mapping[str, Any]) -> dict[str, Readings]:
   stacks = find_stacks(shapes)
   found = {}
   for path, shape in shapes.items():
-    if len(shape) > 1:
-      own = [stack for stack in stacks if path.startswith(stack.prefix)]
-      found[path] = _in_stacks(path, shape, own, shapes)
+    if len(shape) < 2:
+      continue
+    own = next((s for s in stacks if path.startswith(s.prefix)), None)
+    found[path] = (
+      _in_stack(path, shape, own, shapes)
+      if own
+      else _readings(path, shape, shapes)
+    )
   return found
 
 
@@ -102,17 +107,18 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
     shapes: path -> shape.
 
   Returns:
-    Blocks; none lies in another. One block twice, if two axes could be meant.
+    Blocks; none lies in another.
 
   Example:
     >>> find_stacks({"h/norm/scale": (8, 4), "h/mlp/kernel": (8, 4, 16)})
     [_Stack(prefix='h/', axis=0)]
   """
   found: list[_Stack] = []
-  for prefix in sorted(_prefixes(shapes), key=lambda name: name.count("/")):
+  blocks = _blocks(shapes)
+  for prefix in sorted(blocks, key=lambda name: name.count("/")):
     if any(prefix.startswith(stack.prefix) for stack in found):
       continue
-    inside = {p: s for p, s in shapes.items() if p.startswith(prefix)}
+    inside = {path: shapes[path] for path in blocks[prefix]}
     stacks = [_Stack(prefix, axis) for axis in _stacked_axes(inside)]
     if len(stacks) > 1:
       stacks = _by_features(stacks, inside, shapes)
@@ -120,9 +126,13 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
   return found
 
 
-def _prefixes(shapes: Iterable[str]) -> set[str]:
-  """Returns all beginnings of paths that end with a slash."""
-  return {path[: at.end()] for path in shapes for at in re.finditer("/", path)}
+def _blocks(paths: Iterable[str]) -> dict[str, list[str]]:
+  """Returns {beginning that ends with a slash: paths that begin so}."""
+  found: dict[str, list[str]] = {}
+  for path in paths:
+    for at in re.finditer("/", path):
+      found.setdefault(path[: at.end()], []).append(path)
+  return found
 
 
 def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
@@ -150,7 +160,10 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
 def _by_features(
   stacks: list[_Stack], inside: Mapping[str, Shape], shapes: Mapping[str, Shape]
 ) -> list[_Stack]:
-  """Returns the stacks whose layers are as wide as what is around the block."""
+  """Returns the stack whose layers are as wide as what is around the block.
+
+  Without such evidence the first axis: scans lay their layers along it.
+  """
   around = {
     size
     for path, shape in shapes.items()
@@ -159,7 +172,7 @@ def _by_features(
   }
   vector = next(shape for path, shape in inside.items() if _is_vector(path))
   fitting = [stack for stack in stacks if vector[1 - stack.axis] in around]
-  return fitting if len(fitting) == 1 else stacks
+  return fitting if len(fitting) == 1 else stacks[:1]
 
 
 def _is_vector(path: str) -> bool:
@@ -167,27 +180,20 @@ def _is_vector(path: str) -> bool:
   return re.fullmatch(VECTORS, path) is not None
 
 
-def _in_stacks(
-  path: str,
-  shape: Shape,
-  stacks: Sequence[_Stack],
-  shapes: Mapping[str, Shape],
+def _in_stack(
+  path: str, shape: Shape, stack: _Stack, shapes: Mapping[str, Shape]
 ) -> Readings:
-  """Returns the readings of a parameter that may lie in stacked layers."""
-  if not stacks:
-    return _readings(path, shape, shapes)
+  """Returns the readings of a parameter of stacked layers."""
   if len(shape) == 2 or _is_vector(path):
     return (MatrixView(tuple(range(len(shape))), (), ()),)
-  found: list[MatrixView] = []
-  for prefix, axis in stacks:
-    inner = {
-      other: own[:axis] + own[axis + 1 :]
-      for other, own in shapes.items()
-      if other.startswith(prefix)
-    }
-    rest = _readings(path, inner[path], inner)
-    found += [_stacked(view, axis) for view in rest]
-  return tuple(dict.fromkeys(found))
+  prefix, axis = stack
+  inner = {
+    other: own[:axis] + own[axis + 1 :]
+    for other, own in shapes.items()
+    if other.startswith(prefix)
+  }
+  rest = _readings(path, inner[path], inner)
+  return tuple(_stacked(view, axis) for view in rest)
 
 
 def _readings(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Readings:

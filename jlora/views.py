@@ -167,10 +167,8 @@ def view_of(
 
   Returns:
     A view. None if no rule fits, or if the rule that fits sees no matrix (a
-    bias stacked over scanned layers).
-
-  Raises:
-    ValueError: the tree leaves several readings, and `matrix` does not decide.
+    bias stacked over scanned layers). Where neither the tree nor `matrix`
+    decides it is a stack: `views_from` says what a program does.
 
   Example:
     >>> view_of("mlp/kernel", (3, 7), FLAX_VIEWS).shape((3, 7))
@@ -180,43 +178,15 @@ def view_of(
   """
   if isinstance(table, dict):
     readings: Readings = table.get(path, ())  # pyright: ignore
-    fitting = [v for v in readings if matrix == v.shape(shape)]
+    readings = tuple(v for v in readings if v.axes == len(shape))
+    fitting = tuple(v for v in readings if matrix == v.shape(shape))
     readings = fitting or readings
-    if len(readings) > 1:
-      raise ValueError(
-        f"{describe_readings(path, shape, readings)}. Say which: `views=` with"
-        " a rule for it, or `views=views_from(model, params, *inputs)`."
-      )
     found = readings[0] if readings else MatrixView((), (), ())
-    is_matrix = found.inputs and found.outputs and found.axes == len(shape)
-    return found if is_matrix else None
+    return found if found.inputs and found.outputs else None
   for pattern, axes, view in table:
     if axes == len(shape) and re.fullmatch(pattern, path):
       return view if view.inputs and view.outputs else None
   return None
-
-
-def describe_readings(
-  path: str, shape: tuple[int, ...], readings: Iterable[MatrixView]
-) -> str:
-  """Says how a parameter can be read, with the matrix that each way gives.
-
-  Args:
-    path: the parameter.
-    shape: its shape.
-    readings: the ways.
-
-  Example:
-    >>> views = STACKED, MatrixView((), (0, 1), (2,))
-    >>> describe_readings("w", (2, 3, 4), views)
-    'w (2, 3, 4) is 2 matrices of 3 x 4, or one of 6 x 4'
-  """
-  ways = []
-  for view in readings:
-    *batch, in_, out = view.shape(shape)
-    many = f"{math.prod(batch)} matrices" if view.batch else "one"
-    ways.append(f"{many} of {in_} x {out}")
-  return f"{path} {shape} is " + ", or ".join(ways)
 
 
 def as_matrix(parameter: Any, view: MatrixView) -> Any:

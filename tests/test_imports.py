@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = (
   "messages numerics",
   "loras paths views",
-  "selection",
+  "selection tree_views",
   "sharding ranks checkpoints editing",
   "pairing runs factoring alignment",
   "adapting formats merging/arrays models",

@@ -28,7 +28,7 @@ ROWS = [
   for name, table in TABLES.items()
   for place, rule in enumerate(table)
 ]
-SIDES = (2, 3, 4, 5)
+SIDES = (2, 3, 4, 5, 6)
 
 
 def numbered(*shape):
