@@ -43,7 +43,7 @@ def views_from(
   Example:
     >>> import jax.numpy as jnp
     >>> params = {"q": jnp.ones((3, 2, 4)), "norm": jnp.ones(3)}
-    >>> fn = lambda p, x: jnp.einsum("bd,dhk->bhk", x * p["norm"], p["q"])
+    >>> fn = lambda p, x: jnp.einsum("bd,dhk->bhk", x * p["norm"][None], p["q"])
     >>> for path, axes, view in views_from(fn, params, jnp.ones((5, 3))):
     ...   print(path, axes, view)
     q 3 MatrixView(batch=(), inputs=(0,), outputs=(1, 2))
