@@ -47,7 +47,7 @@ def table_for(
     parameter, else rules for names.
 
   Example:
-    >>> table_for(["h.0.attn.c_attn.weight"], "gpt2") is GPT2_VIEWS
+    >>> table_for(["h.0.attn.weight"]) is TORCH_VIEWS
     True
     >>> table_for(["layers/0/kernel"]) is FLAX_VIEWS
     True
