@@ -282,7 +282,11 @@ def loras_of(base: Any, finetuned: Any) -> dict[str, Lora]:
       continue
     change = np.float32(finetuned[name]) - np.float32(base[name])
     change, is_exchanged = in_stored_order(change, view)
-    lora = from_factors(svd(change, RANKS[-1]))
+    factors = svd(change, RANKS[-1])
+    missed = np.square(change, dtype=float).sum() - np.square(factors.s).sum()
+    if missed > 1e-6 * np.square(change, dtype=float).sum():
+      continue  # of a higher rank than this: given whole
+    lora = from_factors(factors)
     loras[name] = exchange(lora) if is_exchanged else lora
   return loras
 
