@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 import shutil
 import time
 import warnings
@@ -407,6 +408,7 @@ def said(warning) -> str:
 def summary(error: BaseException) -> str:
   """An error in a line."""
   text = " ".join(str(error).split())
+  text = re.sub(r"(/\w+)+/(base|finetuned|adapter|merged)\b", r"\2", text)
   if len(text) > 240:
     text = f"{text[:140]} [...] {text[-90:]}"
   return f"{type(error).__name__}: {text}"
