@@ -109,6 +109,7 @@ _PACKAGES = (
   "selection",
   "sharding",
   "training",
+  "tree_views",
   "views",
 )
 

@@ -70,7 +70,8 @@ def list_modules(model: str, unchanged: str | None) -> list[Module]:
   file = pathlib.Path(model)
   is_config = file.suffix == ".json"
   spec, model_type = _shapes(file) if is_config else _headers(file)
-  table = table_for(spec, model_type)
+  shapes = {path: shape for path, (shape, _) in spec.items()}
+  table = table_for(shapes, model_type)
   return [
     Module(
       path,
