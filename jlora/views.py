@@ -43,7 +43,7 @@ class MatrixView:
 
   @property
   def axes(self) -> int:
-    """The number of axes of the parameter."""
+    """Returns the number of axes of the parameter."""
     return len(self.batch) + len(self.inputs) + len(self.outputs)
 
   @property

@@ -77,7 +77,7 @@ class Use(NamedTuple):
 
   @property
   def is_matrix(self) -> bool:
-    """Whether the parameter is a matrix here, or a stack of them."""
+    """Returns whether the parameter is a matrix here, or a stack of them."""
     return bool(self.inputs and self.outputs)
 
 
@@ -88,7 +88,7 @@ _KEPT = {
   "optimization_barrier", "sharding_constraint", "device_put", "slice", "pad",
   "concatenate", "split", "dynamic_update_slice", "all_gather", "pvary",
   "neg", "real", "stop_gradient", "select_n", "clamp", "psum", "mesh_cast",
-  "reshard", "all_gather_invariant", "psum_invariant", "pcast", "copy_to",
+  "reshard", "all_gather_invariant", "psum_invariant", "pcast",
 }  # fmt: skip
 # Of these a parameter remains what it was when another one joins it.
 _SUMS = {"add", "sub", "add_any", "max", "min", "select_n", "concatenate"}
@@ -173,8 +173,7 @@ class _Reader:
 
   def _by_entry(self, eqn: Any, operands: list[Value], name: str) -> Value:
     """Follows an operation on entries, or one that keeps the axes' order."""
-    mixes = [i for i, v in enumerate(operands) if v.is_activation]
-    if mixes:
+    if any(value.is_activation for value in operands):
       for value in operands:
         for source in value.sources:
           self.note(source, Use(name))
@@ -398,7 +397,7 @@ def _dot(reader, eqn, operands):
 
 
 def _ragged_dot(reader, eqn, operands):
-  """Says the same of a product of experts: (experts, in, out)."""
+  """Says of experts (experts, in, out) which axis a product sums over."""
   roles = {0: "batch", 1: "inputs", 2: "outputs"}
   for source in operands[1].sources:
     reader.product(source, "ragged_dot", roles)

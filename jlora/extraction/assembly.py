@@ -159,7 +159,8 @@ def write_adapter(
     for path in full
     for other in (*joined.get(path, ()), *tied.get(path, ()))
   ]
-  full += [p for p in dict.fromkeys(beside) if p not in {*full, *ranks}]
+  known = {*full, *ranks}
+  full += [path for path in dict.fromkeys(beside) if path not in known]
   left = save_peft(
     out,
     Lazy({path: partial(lora, path) for path in pairs if path in ranks}),

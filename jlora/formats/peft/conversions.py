@@ -45,8 +45,18 @@ class Conversion(NamedTuple):
 
   @property
   def paths(self) -> list[str]:
-    """All tensors' paths."""
+    """Returns all tensors' paths."""
     return [path for row in self.sources for path in row]
+
+  @property
+  def is_cut(self) -> bool:
+    """Returns whether it cuts a tensor."""
+    return self.operations[0][0] == "Chunk"
+
+  @property
+  def is_stack(self) -> bool:
+    """Returns whether it stacks tensors along a new axis."""
+    return self.operations[0][0] == "MergeModulelist"
 
 
 class Lazy(Mapping[str, Any]):
@@ -168,21 +178,13 @@ def convert_loras(
     >>> convert_loras({"qk": whole}, [cut], base, {})["k"].b
     array([[2., 3.]])
   """
-  place = {path: each for each in conversions for path in each.paths}
-  lost = _unmade(loras, place, base)
-  left.update(lost)
-  if not (place.keys() | lost.keys()) & loras.keys():
+  makers = _unchanged(loras, conversions, base, left)
+  if len(makers) == len(loras):
     return loras
-  makers: dict[str, Callable[[], Any]] = {}
-  for path in loras:
-    if path in lost:
-      continue
-    conversion = place.get(path)
-    if conversion is None:
-      makers[path] = lambda path=path: loras[path]
-      continue
-    for at, name in enumerate(conversion.parameters):
-      makers[name] = lambda at=at, each=conversion: _lora(at, each, loras, base)
+  for each in conversions:
+    if any(path in loras for path in each.paths):
+      for at, name in enumerate(each.parameters):
+        makers[name] = lambda at=at, each=each: _lora(at, each, loras, base)
   return Lazy(makers)
 
 
@@ -212,16 +214,9 @@ def convert_full(
     >>> convert_full({"qk": np.arange(4.)}, {}, [cut], base, {})["k"]
     array([2., 3.])
   """
-  place = {path: each for each in conversions for path in each.paths}
-  lost = _unmade(full, place, base)
-  left.update(lost)
-  if not (place.keys() | lost.keys()) & full.keys():
+  makers = _unchanged(full, conversions, base, left)
+  if len(makers) == len(full):
     return full
-  makers: dict[str, Callable[[], Any]] = {
-    path: lambda path=path: full[path]
-    for path in full
-    if path not in lost and path not in place
-  }
   for each in conversions:
     given = [path for path in each.paths if path in full]
     if any(path in loras for path in each.paths):
@@ -234,34 +229,43 @@ def convert_full(
   return Lazy(makers)
 
 
-def revert_loras(loras: Mapping[str, Lora], base: Base) -> dict[str, Lora]:
+def revert_loras(
+  loras: Mapping[str, Lora], conversions: Iterable[Conversion], base: Base
+) -> dict[str, Lora]:
   """Returns Loras of a file's tensors in the place of the parameters'.
 
   Args:
     loras: path or parameter -> Lora.
+    conversions: from `find_conversions`.
     base: the base, as it is in the file.
 
   Returns:
     {path: Lora}, without units that change nothing.
 
   Example:
-    >>> revert_loras({}, Base({}, {}, frozenset(), frozenset(), (), None, False,
-    ...                       False, str))
-    {}
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> base = describe_base({"qk": np.ones((4, 3))}, None, None, None)
+    >>> cut = Conversion(("q", "k"), (("qk",),), (("Chunk", 0),))
+    >>> k = Lora(np.ones((1, 3)), np.ones((1, 2)), np.float32(1))
+    >>> revert_loras({"k": k}, [cut], base)["qk"].b
+    array([[0., 0., 1., 1.]])
   """
   found = dict(loras)
-  for each in find_conversions(base):
+  for each in conversions:
     given = {n: found.pop(n) for n in each.parameters if n in found}
     if given:
       found.update(_parted(each, given, base))
   return found
 
 
-def revert_full(full: Mapping[str, Any], base: Base) -> dict[str, Any]:
+def revert_full(
+  full: Mapping[str, Any], conversions: Iterable[Conversion], base: Base
+) -> dict[str, Any]:
   """Returns whole tensors of a file in the place of the parameters'.
 
   Args:
     full: path or parameter -> value.
+    conversions: from `find_conversions`.
     base: the base, as it is in the file.
 
   Returns:
@@ -271,12 +275,14 @@ def revert_full(full: Mapping[str, Any], base: Base) -> dict[str, Any]:
     ValueError: a part of what a tensor of the file holds is not there.
 
   Example:
-    >>> revert_full({}, Base({}, {}, frozenset(), frozenset(), (), None, False,
-    ...                      False, str))
-    {}
+    >>> from jlora.formats.peft.parts import describe_base
+    >>> base = describe_base({"qk": np.ones(4)}, None, None, None)
+    >>> cut = Conversion(("q", "k"), (("qk",),), (("Chunk", 0),))
+    >>> revert_full({"q": np.zeros(2), "k": np.ones(2)}, [cut], base)["qk"]
+    array([0., 0., 1., 1.])
   """
   found = dict(full)
-  for each in find_conversions(base):
+  for each in conversions:
     given = {n: found.pop(n) for n in each.parameters if n in found}
     if not given:
       continue
@@ -286,8 +292,7 @@ def revert_full(full: Mapping[str, Any], base: Base) -> dict[str, Any]:
         f"{each.paths[0]} is not whole in the adapter: {name_some(missing)} are"
         " missing."
       )
-    (operation, *_), *_ = each.operations
-    if operation == "Chunk":
+    if each.is_cut:
       found[each.paths[0]] = np.concatenate([*given.values()])
       continue
     whole = given[each.parameters[0]]
@@ -349,20 +354,30 @@ def _others(paths: Iterable[str], base: Base) -> set[str]:
   return modules
 
 
-def _unmade(
-  paths: Iterable[str], place: Mapping[str, Any], base: Base
-) -> dict[str, str]:
-  """Returns {path: why} of tensors that are no parameters and not converted."""
-  lost: dict[str, str] = {}
-  for path in paths:
-    name = base.rename(path)
-    if base.family is None or path in place or not isinstance(name, str):
+def _unchanged(
+  given: Mapping[str, Any],
+  conversions: Iterable[Conversion],
+  base: Base,
+  left: dict[str, str],
+) -> dict[str, Callable[[], Any]]:
+  """Returns makers of what is itself a parameter; gives reasons for the lost.
+
+  Lost are tensors that transformers converts otherwise than here.
+  """
+  converted = {path for each in conversions for path in each.paths}
+  makers: dict[str, Callable[[], Any]] = {}
+  for path in given:
+    if path in converted:
       continue
-    origin = base.family.origin_of(name)
-    if origin is not None:
+    name, origin = base.rename(path), None
+    if base.family is not None and isinstance(name, str):
+      origin = base.family.origin_of(name)
+    if origin is None:
+      makers[path] = lambda path=path: given[path]
+    else:
       to = ", ".join(origin.parameters)
-      lost[path] = f"transformers turns it into {to}, and PEFT not its LoRA"
-  return lost
+      left[path] = f"transformers turns it into {to}, and PEFT not its LoRA"
+  return makers
 
 
 def _in_order(path: str) -> list[Any]:
@@ -378,38 +393,35 @@ def _is_possible(each: Conversion, base: Base) -> bool:
   shapes = [[base.shapes[path] for path in row] for row in each.sources]
   if any(not kind_of(p, base.shapes[p], base).in_model for p in each.paths):
     return False
-  (operation, *_), *more = each.operations
-  if operation == "Chunk":
+  if each.is_cut:
     return shapes[0][0][0] % len(each.parameters) == 0
-  if operation == "Concatenate":
+  if not each.is_stack:
     return all(len(row) == 1 for row in shapes)
   return (
     all(len(set(row)) == 1 for row in shapes)
     and len({len(row) for row in shapes}) == 1
-    and (len(shapes) == 1 or bool(more))
+    and (len(shapes) == 1 or len(each.operations) > 1)
   )
 
 
 def _shape_of(each: Conversion, shapes: Mapping[str, tuple]) -> tuple[int, ...]:
   """Returns the shape of each parameter of a conversion."""
   rows = [shapes[row[0]] for row in each.sources]
-  (operation, *_), *_ = each.operations
-  if operation == "Chunk":
+  if each.is_cut:
     return (rows[0][0] // len(each.parameters), *rows[0][1:])
   joined = (sum(row[0] for row in rows), *rows[0][1:])
-  if operation == "Concatenate":
+  if not each.is_stack:
     return joined
   return (len(each.sources[0]), *joined)
 
 
 def _array(at: int, each: Conversion, full: Mapping[str, Any]) -> np.ndarray:
   """Returns a parameter, as transformers makes it."""
-  (operation, *_), *_ = each.operations
-  if operation == "Chunk":
+  if each.is_cut:
     whole = np.asarray(full[each.sources[0][0]])
     return np.split(whole, len(each.parameters))[at]
   parts = [[np.asarray(full[path]) for path in row] for row in each.sources]
-  if operation == "Concatenate":
+  if not each.is_stack:
     return np.concatenate([row[0] for row in parts])
   return np.concatenate([np.stack(row) for row in parts], axis=1)
 
@@ -418,8 +430,7 @@ def _lora(
   at: int, each: Conversion, loras: Mapping[str, Lora], base: Base
 ) -> Lora:
   """Returns the Lora of a conversion's parameter."""
-  (operation, *_), *_ = each.operations
-  if operation == "Chunk":
+  if each.is_cut:
     whole = loras[each.sources[0][0]]
     rows = np.split(np.asarray(whole.b), len(each.parameters), axis=-1)[at]
     return _made(whole.a, rows, whole.scale)
@@ -433,10 +444,8 @@ def _lora(
     return given.get(path, none)
 
   columns = [[*map(factors, row)] for row in zip(*each.sources, strict=True)]
-  if operation == "Concatenate":
-    view = kind_of(each.paths[0], base.shapes[each.paths[0]], base).view
-    rows_are_inputs = view is not None and view.inputs == (0,)
-    a, b = _join(columns[0], rows_are_inputs)
+  if not each.is_stack:
+    a, b = _join(columns[0], _rows_are_inputs(each, base))
     return _made(a, b, np.float32(1))
   ranks = [
     max(len(column[row][0]) for column in columns)
@@ -454,14 +463,12 @@ def _parted(
   each: Conversion, given: Mapping[str, Lora], base: Base
 ) -> dict[str, Lora]:
   """Returns the Loras of a conversion's tensors from those of parameters."""
-  (operation, *_), *_ = each.operations
-  if operation == "Chunk":
+  if each.is_cut:
     return {each.paths[0]: _rejoined(each, given, base)}
   a, b = _folded(given[each.parameters[0]])
-  if operation == "MergeModulelist" and a.ndim == 2:  # of one expert
+  if each.is_stack and a.ndim == 2:  # of one expert
     a, b = a[None], b[None]
-  view = kind_of(each.paths[0], base.shapes[each.paths[0]], base).view
-  rows_are_inputs = view is not None and view.inputs == (0,)
+  rows_are_inputs = _rows_are_inputs(each, base)
   found = {}
   for path, part, rows in _slices(each, base.shapes):
     one, other = (a, b) if part is None else (a[part], b[part])
@@ -473,6 +480,13 @@ def _parted(
     if used.any():
       found[path] = _made(one[used], other[used], np.float32(1))
   return found
+
+
+def _rows_are_inputs(each: Conversion, base: Base) -> bool:
+  """Returns whether its tensors are tables, whose rows a Lora reads."""
+  path = each.paths[0]
+  view = kind_of(path, base.shapes[path], base).view
+  return view is not None and view.inputs == (0,)
 
 
 def _rejoined(each: Conversion, given: Mapping[str, Lora], base: Base) -> Lora:
@@ -498,8 +512,7 @@ def _slices(
   for row in each.sources:
     end = start + shapes[row[0]][0]
     for index, path in enumerate(row):
-      is_stacked = each.operations[0][0] == "MergeModulelist"
-      yield path, index if is_stacked else None, slice(start, end)
+      yield path, index if each.is_stack else None, slice(start, end)
     start = end
 
 

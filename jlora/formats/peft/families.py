@@ -13,10 +13,8 @@ References:
 
 import collections
 import functools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jlora.formats.peft.layouts import (
@@ -26,6 +24,14 @@ from jlora.formats.peft.layouts import (
   LINEAR_FILE,
   ROUTER,
   FileLayout,
+)
+from jlora.formats.peft.loading_rules import (
+  CONVERTER,
+  RENAMINGS,
+  Rule,
+  parts_of,
+  read_families,
+  rules_of,
 )
 from jlora.views import (
   CONV1D,
@@ -55,8 +61,6 @@ class Kind(NamedTuple):
   in_model: bool = True
 
 
-FILE = Path(__file__).with_name("families.json")
-
 # The codes of families.json.
 KINDS: dict[str, Kind] = {
   "l": Kind(LINEAR, LINEAR_FILE),
@@ -84,21 +88,7 @@ _AXES = {
   **{"l": 2, "f": 2, "e": 2, "1": 3, "2": 4, "3": 5},
   **{"p2": 2, "p3": 3, "p3t": 3},
 }
-_MODULES = (
-  "l",
-  "f",
-  "e",
-  "1",
-  "2",
-  "3",
-  "g",
-  "t",
-  "v",
-  "s",
-)  # of whole modules
-# Conversions of names alone.
-_RENAMINGS = ("WeightRenaming", "PrefixChange")
-_CONVERTER = "WeightConverter"
+_MODULES = frozenset("lfe123gtvs")  # of whole modules
 # The conversions of separate experts that PEFT does with their Loras too.
 _STACKED = {"MergeModulelist", "Concatenate"}
 _STACK = ("MergeModulelist", 0)
@@ -117,49 +107,6 @@ KNOWN_CONVERSIONS: dict[tuple[tuple[Any, ...], ...], dict[str, Kind]] = {
 }
 
 
-class _Conversion(NamedTuple):
-  """A row of transformers' conversion mapping, for a part of a model."""
-
-  kind: str
-  pattern: re.Pattern[str]
-  targets: list[str]
-  operations: tuple[tuple[Any, ...], ...]  # (name, axes ...) of each
-  scopes: tuple[str, ...]  # beginnings of names; the first that fits counts
-
-  def match(self, name: str) -> tuple[str, re.Match[str]] | None:
-    """Returns the beginning that was taken off and the match in the rest."""
-    for scope in self.scopes:
-      if name.startswith(scope):
-        found = self.pattern.search(name[len(scope) :])
-        return (scope, found) if found else None
-    return None
-
-  def apply(self, name: str) -> str:
-    """Returns the new name; the same if the row does not apply."""
-    return next(iter(self.apply_all(name)), name)
-
-  def apply_all(self, name: str) -> list[str]:
-    """Returns the names of all that a tensor becomes; empty if not matched."""
-    matched = self.match(name)
-    if matched is None:
-      return []
-    scope, found = matched
-    names = []
-    for new in self.targets:
-      if r"\1" in new:
-        group = next(key for key, value in found.groupdict().items() if value)
-        new = new.replace(r"\1", found[self.pattern.groupindex[group] + 1])
-      rest = name[len(scope) :].replace(found[0], new, 1)
-      names.append(scope + rest)
-    return names
-
-  def place_of(self, name: str) -> int:
-    """Returns which of the sources a name that matches is."""
-    matched = self.match(name)
-    groups = matched[1].groupdict() if matched else {}
-    return int(next(key for key, value in groups.items() if value)[1:])
-
-
 class Origin(NamedTuple):
   """What transformers makes of a tensor that is no parameter of the model.
 
@@ -172,14 +119,6 @@ class Origin(NamedTuple):
   parameters: tuple[str, ...]
   operations: tuple[tuple[Any, ...], ...]
   place: int
-
-
-class _Part(NamedTuple):
-  """A model inside a model: its place, class and type."""
-
-  place: str
-  name: str
-  model_type: str
 
 
 class Family:
@@ -196,12 +135,13 @@ class Family:
     refusal: why PEFT puts no adapter on this class; "" if it does.
     architectures: the classes that config.json names.
     is_found: whether transformers, or the checkpoint itself, has the class.
+    bare_names: last names of modules that such without parameters have, too.
   """
 
   is_found = True
 
   def __init__(self, name: str, config: Mapping[str, Any]):
-    row = _table()["classes"][name]
+    row = read_families()["classes"][name]
     self.name = name
     self.model_type: str = config.get("model_type") or row["type"]
     self.task_type: str | None = row.get("task")
@@ -211,20 +151,19 @@ class Family:
     self._ruled: set[str] = set()
     self._ties: dict[str, str] = row.get("ties", {})
     self._prefix: str = row["prefix"]
-    parts = [*_parts_of(name, config)]
-    #: last names that modules without parameters have, too
+    parts = [*parts_of(name, config)]
     self.bare_names = frozenset(
       bare
       for each in parts
-      for bare in _table()["classes"][each.name].get("bare", ())
+      for bare in read_families()["classes"][each.name].get("bare", ())
     )
     # Innermost first: that is the one a name belongs to.
     self._parts = [
       (re.compile(re.sub(r"(?<![^.])N(?![^.])", r"\\d+", place) + r"\."), part)
       for place, part, _ in sorted(parts[1:], key=lambda each: -len(each.place))
     ]
-    self._conversions = [*_conversions(parts, self._prefix)]
-    self._is_converted = self.model_type in _table()["conversions"]
+    self._rules = [*rules_of(parts, self._prefix)]
+    self._is_converted = self.model_type in read_families()["conversions"]
 
   def name_of(self, key: str) -> str:
     """Returns a parameter's name in the model, from its key on disk.
@@ -236,11 +175,11 @@ class Family:
       'transformer.h.0.ln_1.weight'
     """
     name, is_ruled = key, False
-    for conversion in self._conversions:
-      if conversion.kind in _RENAMINGS:
-        name = conversion.apply(name)
-      elif conversion.kind != _CONVERTER:
-        is_ruled |= conversion.match(name) is not None
+    for rule in self._rules:
+      if rule.kind in RENAMINGS:
+        name = rule.apply(name)
+      elif rule.kind != CONVERTER:
+        is_ruled |= rule.match(name) is not None
     name = self._with_prefix(name)
     self._ruled |= {name} if is_ruled else set()
     return name
@@ -273,7 +212,7 @@ class Family:
     code = self._code(name)
     if code is None:
       return self._unknown(name, axes)
-    refuses = _table()["peft_refuses"]
+    refuses = read_families()["peft_refuses"]
     module = name.rpartition(".")[0]
     if (
       self.model_type in refuses["types"]
@@ -355,9 +294,9 @@ class Family:
     if not self._is_converted:
       return True
     name = key
-    for conversion in self._conversions:
-      if conversion.kind in _RENAMINGS:
-        name = conversion.apply(name)
+    for rule in self._rules:
+      if rule.kind in RENAMINGS:
+        name = rule.apply(name)
     return name == key
 
   def _part(self, name: str) -> tuple[str, str]:
@@ -371,7 +310,7 @@ class Family:
   def _branch(self, name: str) -> Any:
     """Follows the dots of a name, but for the last part, into the table."""
     part, rest = self._part(name)
-    branch = _table()["classes"][part].get("modules", {})
+    branch = read_families()["classes"][part].get("modules", {})
     for each in rest.split(".")[:-1]:
       if not isinstance(branch, dict):
         return None
@@ -391,29 +330,29 @@ class Family:
   def _has(self, name: str) -> bool:
     """Returns whether the model has modules that a name can be in."""
     part, rest = self._part(name)
-    return rest.partition(".")[0] in _table()["classes"][part]["top"]
+    return rest.partition(".")[0] in read_families()["classes"][part]["top"]
 
   def _origin(self, name: str) -> Origin | None:
     """Looks up what a tensor is made into."""
     row = None if self._code(name) is not None else self._converter(name)
-    if row is None or row.kind != _CONVERTER or self._converts_experts(row):
+    if row is None or row.kind != CONVERTER or self._converts_experts(row):
       return None
     parameters = tuple(map(self._with_prefix, row.apply_all(name)))
     return Origin(parameters, row.operations, row.place_of(name))
 
-  def _converter(self, name: str) -> _Conversion | None:
+  def _converter(self, name: str) -> Rule | None:
     """Returns the conversion of a tensor's values, or rule, that applies."""
-    for row in self._conversions:
-      if row.kind not in _RENAMINGS and row.match(name):
+    for row in self._rules:
+      if row.kind not in RENAMINGS and row.match(name):
         return row
     return None
 
-  def _converts_experts(self, row: _Conversion) -> bool:
+  def _converts_experts(self, row: Rule) -> bool:
     """Returns whether PEFT does a conversion with Loras, too."""
     return (
-      row.kind == _CONVERTER
+      row.kind == CONVERTER
       and {operation for operation, *_ in row.operations} <= _STACKED
-      and self.model_type in _table()["peft_experts"]
+      and self.model_type in read_families()["peft_experts"]
       and row.targets[0].endswith(("gate_up_proj", "down_proj"))
     )
 
@@ -499,7 +438,7 @@ def family_of(config: Mapping[str, Any] | None) -> Family | None:
   model_type = (config or {}).get("model_type")
   if config is None or not model_type:
     return None
-  table = _table()
+  table = read_families()
   names = config.get("architectures") or []
   names = [name for name in names if name in table["classes"]]
   if not names and not config.get("auto_map"):
@@ -519,7 +458,7 @@ def expert_names(model_type: str | None) -> frozenset[str]:
     >>> sorted(expert_names("mixtral"))
     ['gate', 'w1', 'w2', 'w3']
   """
-  return frozenset(_table()["peft_experts"].get(model_type, ()))
+  return frozenset(read_families()["peft_experts"].get(model_type, ()))
 
 
 def drops_experts(model_type: str | None) -> bool:
@@ -529,16 +468,10 @@ def drops_experts(model_type: str | None) -> bool:
     >>> drops_experts("qwen2_moe"), drops_experts("qwen3_moe")
     (True, False)
   """
-  rows = _table()["conversions"].get(model_type, ())
-  return model_type not in _table()["peft_experts"] and any(
+  rows = read_families()["conversions"].get(model_type, ())
+  return model_type not in read_families()["peft_experts"] and any(
     [*_STACK] in operations for *_, operations in rows
   )
-
-
-@functools.cache
-def _table() -> dict[str, Any]:
-  """Reads families.json, once."""
-  return json.loads(FILE.read_text())
 
 
 @functools.cache
@@ -549,7 +482,7 @@ def _agreed() -> dict[str, str]:
   models read the weight themselves.
   """
   found: dict[str, collections.Counter[str]] = {}
-  for row in _table()["classes"].values():
+  for row in read_families()["classes"].values():
     for leaf, code in _leaves(row.get("modules", {})):
       found.setdefault(leaf, collections.Counter())[code] += 1
   agreed = {}
@@ -584,79 +517,3 @@ def _leaf(name: str) -> str:
   """Returns the last part of a module's or a bare parameter's name."""
   parts = name.split(".")
   return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-
-
-def _parts_of(
-  name: str, config: Mapping[str, Any], place: str = "", depth: int = 0
-) -> Iterator[_Part]:
-  """Yields a model and the models inside it, in the order of its modules."""
-  classes, auto = _table()["classes"], _table()["auto"]
-  row = classes[name]
-  yield _Part(place, name, config.get("model_type") or row["type"])
-  for path, (part, keys) in row.get("parts", {}).items():
-    inner: Any = config
-    for key in keys or ():
-      inner = inner.get(key) if isinstance(inner, Mapping) else None
-    inner = inner if isinstance(inner, Mapping) else {}
-    usual = classes.get(part, {}).get("type")
-    given = inner.get("model_type", usual) if keys else usual
-    first = part
-    if given != usual:
-      kinds = [kind for kind in auto if auto[kind].get(usual) == part]
-      part = auto[kinds[0] if kinds else "base"].get(given, part)
-      inner = inner if part != first else {}
-    if part in classes and depth < 5:
-      below = f"{place}.{path}" if place else path
-      inner = (
-        {**inner, "model_type": classes[part]["type"]} if not keys else inner
-      )
-      yield from _parts_of(part, inner, below, depth + 1)
-
-
-def _conversions(
-  parts: Sequence[_Part], base_prefix: str
-) -> Iterator[_Conversion]:
-  """Yields the rows of transformers' mapping that hold for a model.
-
-  This is `get_model_conversion_mapping` of transformers 5: a class's own rows
-  go before its model type's, and what a model has claimed, its parts do not
-  apply again.
-  """
-  mapping = _table()["conversions"]
-  seen: dict[str, list[str]] = {}
-
-  def is_claimed(key: str, place: str) -> bool:
-    return any(
-      not other or place.startswith(f"{other}.") for other in seen.get(key, ())
-    )
-
-  for place, name, model_type in parts:
-    if is_claimed(name, place):
-      continue
-    by_class = name in mapping
-    if not by_class and is_claimed(model_type, place):
-      continue
-    rows = mapping.get(name, mapping.get(model_type))
-    if rows is None:
-      continue
-    scopes = [""]
-    if place:
-      scope = place.removeprefix(base_prefix).removeprefix(".")
-      scope = f"{scope}." if scope else ""
-      scopes = [f"{base_prefix}." + scope if base_prefix else scope, scope]
-    yield from (_conversion(row, scopes) for row in rows)
-    seen.setdefault(name, []).append(place)
-    if not by_class:
-      seen.setdefault(model_type, []).append(place)
-  yield from (_conversion(row, [""]) for row in mapping.get("legacy", ()))
-
-
-def _conversion(row: Sequence[Any], scopes: Sequence[str]) -> _Conversion:
-  """Compiles a row; of several patterns the longest is tried first."""
-  kind, sources, targets, operations = row
-  order = sorted(enumerate(sources), key=lambda each: -len(each[1]))
-  pattern = "|".join(f"(?P<g{at}>{source})" for at, source in order)
-  return _Conversion(
-    kind, re.compile(pattern), targets, tuple(map(tuple, operations)),
-    tuple(scopes),
-  )  # fmt: skip

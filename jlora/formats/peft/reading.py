@@ -26,6 +26,7 @@ from jlora.formats.peft.config import (
   wrapped_parameters,
 )
 from jlora.formats.peft.conversions import (
+  Conversion,
   convert_base,
   find_conversions,
   revert_full,
@@ -142,9 +143,11 @@ def load_peft(
     entries["target_modules"] = frozenset(entries["target_modules"])
   file = open_checkpoint(folder / TENSORS)
   stored = base = None
+  conversions: list[Conversion] = []
   if like is not None:
     stored = describe_base(like, model_type, "auto", None, config)
-    base = _base_of(stored, file)
+    conversions = _conversions_for(stored, file)
+    base = convert_base(stored, conversions)
   order = _order_in(base)
   found, full = _sort_keys(file, entries, order)
   wrappers = _wrappers(found, file, entries, order)
@@ -173,7 +176,8 @@ def load_peft(
     paths.get(name, name): jnp.asarray(file[key]) for name, key in full.items()
   }
   if stored is not None:
-    loras, whole = revert_loras(loras, stored), revert_full(whole, stored)
+    loras = revert_loras(loras, conversions, stored)
+    whole = revert_full(whole, conversions, stored)
   return PeftAdapter(
     loras,
     {
@@ -185,17 +189,17 @@ def load_peft(
   )
 
 
-def _base_of(stored: Base, file: Checkpoint) -> Base:
-  """Returns the base whose parameters the file's Loras are for.
+def _conversions_for(stored: Base, file: Checkpoint) -> list[Conversion]:
+  """Lists the conversions to the parameters that the file's Loras are for.
 
-  Those for vLLM can be of tensors on disk of which transformers makes others.
+  There are none if they are for tensors on disk, as those for vLLM can be.
   """
   conversions = find_conversions(stored)
   sources = {path for each in conversions for path in each.paths}
   matches = [_KEY.fullmatch(key.removeprefix(PREFIX)) for key in file]
   if any(match and f"{match['module']}.weight" in sources for match in matches):
-    return stored
-  return convert_base(stored, conversions)
+    return []
+  return conversions
 
 
 def _renamed(wrapper: _Wrapper, base: Base) -> _Wrapper:

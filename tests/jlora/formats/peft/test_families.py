@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments import collect_families
 from jlora.extraction.run import extract_checkpoint
-from jlora.formats.peft.families import FILE, family_of
+from jlora.formats.peft.families import family_of
+from jlora.formats.peft.loading_rules import FILE
 from jlora.views import EXPERTS_OUT_IN, KERNEL, LINEAR
 
 # transformers and PEFT warn of their own code.

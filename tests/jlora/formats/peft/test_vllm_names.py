@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import collect_vllm
-from jlora.formats.peft.families import FILE as FAMILIES
 from jlora.formats.peft.layouts import VLLM
+from jlora.formats.peft.loading_rules import FILE as FAMILIES
 from jlora.formats.peft.reading import load_peft
 from jlora.formats.peft.vllm_names import FILE, class_refusal, refusal_of
 from jlora.formats.peft.writing import save_peft
