@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.lib.sources.forward_code import find_opened, find_reached
+
 FILE = Path(__file__).parents[1] / "jlora/formats/peft/families.json"
 
 _LAYERS = (
@@ -71,22 +73,11 @@ _OPEN = {
   "vocab_size": 128,
   "vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, "IMGIMGA": 7},
 }
-# Functions that run before or after a model computes.
-_NOT_COMPUTING = (
-  "__init__", "init_weights", "_init_weights", "initialize_weights",
-  "reset_parameters", "tie_weights", "_tie_weights", "extra_repr",
-  "_rescale_layers", "_resize", "resize", "set_", "get_output_embeddings",
-  "get_input_embeddings", "_get_resized", "prune",
-)  # fmt: skip
-# Calls that read no weight of a module that they are given.
-_ONLY_TENSORS = re.compile(r"(torch|nn|init)\.|.*\b_?init_|(is|has)[a-z]+$")
 # What PEFT's layers around convolutions and embeddings do not have.
 _NOT_OF_LORA = (
   "stride", "kernel_size", "padding", "dilation", "groups", "in_channels",
   "out_channels", "num_embeddings", "embedding_dim", "padding_idx",
 )  # fmt: skip
-# Parts of a weight that an adapter does not change.
-_NO_VALUES = ("dtype", "device", "shape", "ndim", "size", "data", "is_cuda")
 _TASKS = {
   "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "CAUSAL_LM",
   "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "SEQ_2_SEQ_LM",
@@ -446,8 +437,8 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
   has_children = any(True for c in module.children() for _ in c.parameters())
   if leaf == "weight" and not has_children:
     place = name.rpartition(".")[2]
-    reached = place in _reached(holder.__module__, ("weight",))
-    is_read = place in _reached(holder.__module__, _NOT_OF_LORA)
+    reached = place in find_reached(holder.__module__, ("weight",))
+    is_read = place in find_reached(holder.__module__, _NOT_OF_LORA)
     if isinstance(module, conv._ConvTransposeNd):
       return "t"
     if isinstance(module, conv._ConvNd):
@@ -488,7 +479,7 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
   if axes > 3:
     return "x"
   place = name.rpartition(".")[2]
-  opened, named = _uses(holder.__module__)
+  opened, named = find_opened(holder.__module__)
   has_matrices = any(
     p.dim() > 1 for child in module.children() for p in child.parameters()
   )
@@ -501,88 +492,6 @@ def _code(name: str, leaf: str, module: Any, parameter: Any, holder: type):
     return "k"
   is_transposed = axes == 3 and getattr(module, "is_transposed", False)
   return f"p{axes}" + ("t" if is_transposed else "")
-
-
-@functools.cache
-def _reached(module: str, attributes: tuple[str, ...]) -> frozenset[str]:
-  """Finds modules of which a model's code reads an attribute itself.
-
-  What a wrapper adds when it is called is missed there.
-  """
-  try:
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-  except (OSError, TypeError, KeyError):
-    return frozenset()
-  parents = {
-    child: node
-    for node in ast.walk(tree)
-    for child in ast.iter_child_nodes(node)
-  }
-  found = set()
-  for node in ast.walk(tree):
-    # A function may read the weight of a module that it is given.
-    if "weight" in attributes and isinstance(node, ast.Call):
-      computes = _computes(node, parents)
-      if computes and not _ONLY_TENSORS.match(ast.unparse(node.func)):
-        given = [*node.args, *(word.value for word in node.keywords)]
-        found |= {a.attr for a in given if isinstance(a, ast.Attribute)}
-    if not (
-      isinstance(node, ast.Attribute)
-      and node.attr in attributes
-      and isinstance(node.value, ast.Attribute)
-    ):
-      continue
-    over = parents[node]
-    if isinstance(over, ast.Attribute) and over.attr in _NO_VALUES:
-      continue
-    if isinstance(over, ast.Call) and ast.unparse(over.func) == "isinstance":
-      continue
-    if _computes(node, parents):
-      found.add(node.value.attr)
-  return frozenset(found)
-
-
-@functools.cache
-def _uses(module: str) -> tuple[frozenset[str], frozenset[str]]:
-  """Finds modules that a model's code looks into, and calls by keywords alone.
-
-  PEFT's wrapper of a parameter has none of the attributes of the module in it,
-  and its first argument has another name.
-  """
-  try:
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-  except (OSError, TypeError, KeyError):
-    return frozenset(), frozenset()
-  building = ("__init__", "init_weights", "_init_weights", "reset_parameters")
-  skipped = {
-    id(node)
-    for function in ast.walk(tree)
-    if isinstance(function, ast.FunctionDef) and function.name in building
-    for node in ast.walk(function)
-  }
-  opened, named = set(), set()
-  for node in ast.walk(tree):
-    if id(node) in skipped:
-      continue
-    inner = getattr(node, "value", None)
-    if isinstance(node, ast.Attribute) and isinstance(inner, ast.Attribute):
-      opened.add(inner.attr)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-      named |= {node.func.attr} if node.keywords and not node.args else set()
-  return frozenset(opened), frozenset(named)
-
-
-def _computes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-  """Returns whether code runs in every forward pass that is not training."""
-  while node in parents:
-    before, node = node, parents[node]
-    if isinstance(node, ast.If) and before in node.body:
-      test = ast.unparse(node.test)
-      if "self.training" in test or "pretraining_tp" in test:
-        return False
-    if isinstance(node, ast.FunctionDef):
-      return not node.name.startswith(_NOT_COMPUTING)
-  return False
 
 
 def _refused(check: Any) -> dict[str, list[str]]:

@@ -20,7 +20,19 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from experiments.lib.sources.class_trees import (
+  Item,
+  Source,
+  Unreadable,
+  assigned_on_self,
+  assignments,
+  calls_in,
+  calls_of,
+  join_all,
+  last_name,
+)
 
 FILE = Path(__file__).parents[1] / "jlora/formats/peft/vllm.json"
 
@@ -54,152 +66,12 @@ _BY_ARCHITECTURE = "init_vllm_registered_model"
 _RENAMES = ("regex", "substr", "prefix", "suffix")
 
 
-class Unreadable(Exception):
-  """A value that only running the code would tell."""
+class VllmSource(Source):
+  """The source of vLLM, whose mappers of names can be evaluated."""
 
-
-class Item(NamedTuple):
-  """What a file defines at its top: a class, a function or a value."""
-
-  module: str
-  name: str
-  node: Any
-
-
-class Source:
-  """The files of a source distribution, and what their names mean."""
-
-  def __init__(self, folder: Path):
-    self.items: dict[str, dict[str, Item]] = {}
-    self.imports: dict[str, dict[str, tuple[str, str]]] = {}
-    files = [f for each in _FOLDERS for f in (folder / each).rglob("*.py")]
-    for file in sorted([*files, *folder.glob("vllm/config/model.py")]):
-      self._read(file, file.relative_to(folder))
-
-  def _read(self, file: Path, place: Path) -> None:
-    """Notes what a file defines and imports."""
-    parts = place.with_suffix("").parts
-    is_package = parts[-1] == "__init__"
-    name = ".".join(parts[:-1] if is_package else parts)
-    tree = ast.parse(file.read_text())
-    items = self.items.setdefault(name, {})
-    for node in _statements(tree.body):
-      if isinstance(node, ast.ClassDef | ast.FunctionDef):
-        items[node.name] = Item(name, node.name, node)
-      for target, value in _assigned(node):
-        if isinstance(target, ast.Name):
-          items[target.id] = Item(name, target.id, value)
-    imports = self.imports.setdefault(name, {})
-    for node in ast.walk(tree):
-      if isinstance(node, ast.ImportFrom):
-        origin = node.module or ""
-        if node.level:
-          above = name.split(".")[: None if is_package else -1]
-          above = above[: len(above) - node.level + 1]
-          origin = ".".join([*above, *filter(None, [node.module])])
-        for alias in node.names:
-          imports[alias.asname or alias.name] = origin, alias.name
-
-  def find(self, module: str, name: str, depth: int = 9) -> Item | None:
-    """Returns what a name means in a file; None if it is from elsewhere."""
-    item = self.items.get(module, {}).get(name)
-    if item is not None and not isinstance(item.node, ast.Name):
-      return item
-    if item is not None and depth and item.node.id != name:
-      return self.find(module, item.node.id, depth - 1)
-    origin = self.imports.get(module, {}).get(name)
-    if origin is None or not depth:
-      return None
-    return self.find(*origin, depth - 1)
-
-  def resolve(self, module: str, node: ast.AST) -> Item | None:
-    """Returns what an expression names: a name, or one in a file's name."""
-    if isinstance(node, ast.Name):
-      return self.find(module, node.id)
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-      origin = self.imports.get(module, {}).get(node.value.id)
-      return self.find(".".join(origin), node.attr) if origin else None
-    return None
-
-  @functools.cache  # noqa: B019
-  def mentioned(self, item: Item) -> list[Item]:
-    """Lists what the code of a class, function or value names."""
-    found = {
-      self.resolve(item.module, node)
-      for node in ast.walk(item.node)
-      if isinstance(node, ast.Name | ast.Attribute)
-    }
-    return [each for each in found if each is not None]
-
-  @functools.cache  # noqa: B019
-  def line(self, item: Item) -> list[Item]:
-    """Lists a class and those that it inherits from, the nearest first."""
-    found = [item]
-    for base in getattr(item.node, "bases", []):
-      for inner in [base, *getattr(base, "args", [])]:
-        above = self.resolve(item.module, inner)
-        if above is not None and above not in found:
-          found += [each for each in self.line(above) if each not in found]
-    return found
-
-  def is_a(self, item: Item, name: str) -> bool:
-    """Returns whether a class is or inherits from one of a name."""
-    return any(
-      each.name == name
-      or any(_last(base) == name for base in getattr(each.node, "bases", []))
-      for each in self.line(item)
-    )
-
-  def attribute(self, item: Item, name: str) -> tuple[str, Any] | None:
-    """Returns (module, expression) of a class's attribute."""
-    for each in self.line(item):
-      for node in getattr(each.node, "body", []):
-        for target, value in _assigned(node):
-          if isinstance(target, ast.Name) and target.id == name:
-            return each.module, value
-    return None
-
-  def value(self, module: str, node: Any) -> Any:
-    """Evaluates an expression of literals and of names for them.
-
-    Raises:
-      Unreadable: it is something else.
-    """
-    if isinstance(node, ast.Dict):
-      found = {}
-      for key, value in zip(node.keys, node.values, strict=True):
-        if key is None:
-          found |= self.value(module, value)
-        else:
-          found[self.value(module, key)] = self.value(module, value)
-      return found
-    if isinstance(node, ast.List | ast.Tuple):
-      return [self.value(module, each) for each in node.elts]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-      return _joined(
-        self.value(module, node.left), self.value(module, node.right)
-      )
-    if isinstance(node, ast.Call):
-      return self._called(module, node)
-    if isinstance(node, ast.DictComp) and ast.unparse(node.value) == "None":
-      return {}  # weights that are not loaded
-    if isinstance(node, ast.Attribute):
-      owner = self.resolve(module, node.value)
-      found = owner and self.attribute(owner, node.attr)
-      if found:
-        return self.value(*found)
-    if isinstance(node, ast.Name):
-      item = self.find(module, node.id)
-      if item is not None and isinstance(item.node, ast.expr):
-        return self.value(item.module, item.node)
-    try:
-      return ast.literal_eval(node)
-    except (ValueError, TypeError) as error:
-      raise Unreadable(ast.unparse(node)[:60]) from error
-
-  def _called(self, module: str, node: ast.Call) -> Any:
+  def called(self, module: str, node: ast.Call) -> Any:
     """Evaluates a WeightsMapper, a changed copy of one, or a pattern."""
-    name = _last(node.func)
+    name = last_name(node.func)
     if name == "compile":
       return self.value(module, node.args[0])
     if name == "fromkeys" and (
@@ -230,8 +102,8 @@ class Reach:
         continue
       self.items[each] = None
       waiting += source.mentioned(each)
-      for node in _calls_in(each.node):
-        if _last(node.func) == _BY_ARCHITECTURE:
+      for node in calls_in(each.node):
+        if last_name(node.func) == _BY_ARCHITECTURE:
           inner = _architectures(node, each.node)
           self.is_open |= not inner
           waiting += [table[name] for name in inner if name in table]
@@ -239,7 +111,7 @@ class Reach:
   def assigned(self) -> Iterator[tuple[Item, str, Any]]:
     """Yields (class, attribute, expression) of what is set on `self`."""
     for item in self.items:
-      for name, value in _on_self(item.node):
+      for name, value in assigned_on_self(item.node):
         yield item, name, value
 
   def calls(self, item: Item, value: ast.AST) -> set[str]:
@@ -248,13 +120,13 @@ class Reach:
     "linear" for a layer that vLLM puts LoRA on, "experts", "module" for
     another module, and "open" if a variable says which.
     """
-    outer = {self.made(item, node) for node in _calls(value, inner=False)}
-    inner = {self.made(item, node) for node in _calls(value, inner=True)}
+    outer = {self.made(item, node) for node in calls_of(value, inner=False)}
+    inner = {self.made(item, node) for node in calls_of(value, inner=True)}
     return (outer | inner & {"linear", "experts"}) - {""}
 
   def made(self, item: Item, node: ast.Call) -> str:
     """Says what a call makes."""
-    name = _last(node.func)
+    name = last_name(node.func)
     found = self.source.resolve(item.module, node.func)
     if found is not None:
       return self._kind_of(found)
@@ -274,7 +146,7 @@ class Reach:
       if isinstance(node, ast.FunctionDef) and node.name == name:
         made = {
           self.made(item, call)
-          for call in _calls_in(node)
+          for call in calls_in(node)
           if not ast.unparse(call.func).startswith("self.")
         }
         kinds = ("experts", "linear", "open", "module")
@@ -298,7 +170,7 @@ def collect(folder: Path) -> dict[str, Any]:
   Args:
     folder: of the unpacked source distribution.
   """
-  source = Source(folder)
+  source = VllmSource(folder, _FOLDERS, ["vllm/config/model.py"])
   table, pooling = _registry(source)
   rows = {}
   for architecture, item in table.items():
@@ -417,7 +289,7 @@ def _packed(source: Source, item: Item, reach: Reach) -> dict[str, list[str]]:
     for each in _outermost(source, reach):
       packed |= _attribute(source, each, "packed_modules_mapping") or {}
   for each in reach.items:
-    for target, value in _assignments(each.node):
+    for target, value in assignments(each.node):
       if isinstance(target, ast.Subscript) and (
         ast.unparse(target.value) == "self.packed_modules_mapping"
       ):
@@ -461,7 +333,7 @@ def _top(source: Source, item: Item, reach: Reach) -> set[str]:
   return {
     name
     for each in source.line(item)
-    for name, value in _on_self(each.node)
+    for name, value in assigned_on_self(each.node)
     if reach.calls(each, value) or ast.unparse(value).startswith("self.")
   }
 
@@ -473,14 +345,14 @@ def _mapper(source: Source, item: Item) -> dict[str, Any] | None:
   for each in source.line(item):
     values += [
       (each.module, inner)
-      for name, value in _on_self(each.node)
+      for name, value in assigned_on_self(each.node)
       if name == "hf_to_vllm_mapper"
       for inner in _without_self(value)
     ]
   whole: dict[str, Any] = {}
   for module, value in values:
     try:
-      whole = _joined(whole, source.value(module, value) or {})
+      whole = join_all(whole, source.value(module, value) or {})
     except Unreadable:
       return None
   parts = {name: whole.get(f"orig_to_new_{name}", {}) for name in _RENAMES}
@@ -502,7 +374,7 @@ def _expert_names(source: Source, reach: Reach) -> list[str]:
   """Lists the names of a separate expert's matrices."""
   names: set[str] = set()
   for item in reach.items:
-    for node in _calls_in(item.node):
+    for node in calls_in(item.node):
       given = [k.value for k in node.keywords if "ckpt_" in str(k.arg)]
       for value in given:
         try:
@@ -515,15 +387,6 @@ def _expert_names(source: Source, reach: Reach) -> list[str]:
   return sorted(name for name in names if name)
 
 
-def _joined(left: Any, right: Any) -> Any:
-  """Joins two dictionaries, and those in them, as `|` joins mappers."""
-  if not any(isinstance(value, dict) for value in {**left, **right}.values()):
-    return left | right
-  return {
-    key: left.get(key, {}) | right.get(key, {}) for key in {**left, **right}
-  }
-
-
 def _architectures(node: ast.Call, around: ast.AST) -> list[str]:
   """Reads which architectures a call may build; empty if config.json says."""
   given = [k.value for k in node.keywords if k.arg == "architectures"]
@@ -531,67 +394,13 @@ def _architectures(node: ast.Call, around: ast.AST) -> list[str]:
     name = given[0].id
     given = [
       value
-      for target, value in _assignments(around)
+      for target, value in assignments(around)
       if isinstance(target, ast.Name) and target.id == name
     ]
   try:
     return [name for value in given for name in ast.literal_eval(value) or ()]
   except ValueError:
     return []
-
-
-def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-  """Yields statements, and those in branches at the same level."""
-  for node in body:
-    yield node
-    if isinstance(node, ast.If | ast.Try):
-      yield from _statements([*node.body, *node.orelse])
-
-
-def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-  """Yields (target, value) of an assignment."""
-  if isinstance(node, ast.Assign):
-    for target in node.targets:
-      inner = target.elts if isinstance(target, ast.Tuple) else [target]
-      yield from ((each, node.value) for each in inner)
-  elif isinstance(node, ast.AnnAssign) and node.value is not None:
-    yield node.target, node.value
-
-
-def _on_self(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-  """Yields (attribute, value) of what code sets on `self` or another name."""
-  for target, value in _assignments(tree):
-    if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-      yield target.attr, value
-
-
-@functools.cache
-def _assignments(tree: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
-  """Lists (target, value) of all assignments in a piece of code."""
-  return [pair for node in ast.walk(tree) for pair in _assigned(node)]
-
-
-@functools.cache
-def _calls_in(tree: ast.AST) -> list[ast.Call]:
-  """Lists all calls in a piece of code."""
-  return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-
-
-def _calls(node: ast.AST, inner: bool) -> Iterator[ast.Call]:
-  """Yields the calls in an expression, `inner` also those in others."""
-  if isinstance(node, ast.Call):
-    yield node
-    if not inner:
-      return
-  for each in ast.iter_child_nodes(node):
-    yield from _calls(each, inner)
-
-
-def _last(node: ast.AST) -> str:
-  """Returns the last part of a dotted expression."""
-  if isinstance(node, ast.Subscript):
-    return _last(node.value)
-  return getattr(node, "attr", getattr(node, "id", ""))
 
 
 def main(words: list[str]) -> None:
