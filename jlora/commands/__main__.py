@@ -4,7 +4,7 @@
 import sys
 from importlib import metadata
 
-from jlora.commands.entry import nearest, start
+from jlora.commands.entry import leave_pipe, nearest, start
 from jlora.commands.help import COMMANDS, overview
 
 _HELP = ("help", "--help", "-h", "--helpfull", "--helpshort")
@@ -20,7 +20,10 @@ def main() -> None:
   elif name in _HELP and words and words[0] in COMMANDS:
     start(words[0], ["--help"])
   elif name in _HELP:
-    print(overview())
+    try:
+      print(overview(), flush=True)
+    except BrokenPipeError:
+      sys.exit(leave_pipe())
   else:
     near = nearest(name, COMMANDS)
     print(

@@ -62,9 +62,8 @@ def run(command: Command, words: Sequence[str]) -> int:
     else:
       command.main(_parse(command, words))
     sys.stdout.flush()
-  except BrokenPipeError:  # `jlora show DIR | head` has read enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+  except BrokenPipeError:
+    return leave_pipe()
   except OSError as error:
     return _fail(_told(error))
   except ValueError as error:
@@ -73,6 +72,16 @@ def run(command: Command, words: Sequence[str]) -> int:
       text = text.replace(ours, flag)
     return _fail(text)
   return 0
+
+
+def leave_pipe() -> int:
+  """Stops printing where `jlora show DIR | head` has read enough.
+
+  Returns:
+    The exit code.
+  """
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 1
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

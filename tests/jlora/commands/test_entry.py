@@ -192,17 +192,18 @@ def test_what_is_raised_is_told(probe, capsys, error, says):
   assert capsys.readouterr().err == f"error: {says}\n"
 
 
-@pytest.mark.parametrize("word", ["merge.json", "--help"])
-def test_a_reader_that_has_enough_is_told_nothing(tmp_path, word):
+@pytest.mark.parametrize(
+  "words", [["show", "merge.json"], ["show", "--help"], [], ["help"]]
+)
+def test_a_reader_that_has_enough_is_told_nothing(tmp_path, words):
   """As in `jlora show DIR | head`."""
   (tmp_path / "merge.json").write_text("{}")
   code = (
-    "import os, sys; from jlora.commands import start; "
-    "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
-    "start('show', sys.argv[1:])"
+    "import os; from jlora.commands.__main__ import main; "
+    "read, write = os.pipe(); os.close(read); os.dup2(write, 1); main()"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code, word],
+    [sys.executable, "-c", code, *words],
     capture_output=True,
     text=True,
     cwd=tmp_path,
