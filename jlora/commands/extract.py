@@ -106,6 +106,13 @@ _EXCLUDE = flags.DEFINE_string(
   "Regex of whole names: these matrices are not factored.",
   flag_values=_FLAGS,
 )
+_WHOLE = flags.DEFINE_string(
+  "whole",
+  None,
+  "Regex of whole names: these tensors are stored as the finetune has them. "
+  "PEFT replaces whole modules, so give all of a module.",
+  flag_values=_FLAGS,
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "float32",
@@ -241,7 +248,7 @@ _SHARED = (
   *(_RANK, _POLICY, _ENERGY, _RATIO, _BUDGET, _SELECT, _EXCLUDE, _DTYPE),
   *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
   _UNMATCHED,
-  *(_TASK, _RENAME),
+  *(_TASK, _RENAME, _WHOLE),
 )
 
 
@@ -285,6 +292,7 @@ def _run() -> None:
     base_model=_BASE_MODEL.value,
     task_type=None if _TASK.value == "none" else _TASK.value,
     rename=_renamings(),
+    whole=_WHOLE.value,
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
     split_bytes=int(_SPLIT.value * 2**20),
@@ -376,6 +384,7 @@ COMMAND = Command(
       "finetuned": "PATH",
       "select": "REGEX",
       "exclude": "REGEX",
+      "whole": "REGEX",
       "vocabulary": "",
       "allow_unmatched": "",
     },

@@ -17,6 +17,7 @@ from jlora.extraction.report import read_report as read_report
 from jlora.extraction.report import rounding_line as rounding_line
 from jlora.extraction.report import total_up as total_up
 from jlora.extraction.report import type_table as type_table
+from jlora.extraction.report import whole_of as whole_of
 from jlora.extraction.report import worst_table as worst_table
 from jlora.extraction.run import extract_checkpoint as extract_checkpoint
 from jlora.extraction.trees import extract as extract
@@ -35,6 +36,7 @@ __all__ = [
   "rounding_line",
   "total_up",
   "type_table",
+  "whole_of",
   "worst_table",
   "write_card",
 ]

@@ -151,7 +151,8 @@ def write_adapter(
   ranks = {path: rank for path, rank in ranks.items() if path not in held}
   refused = {job.pair.path for job in plan.jobs if job.is_refused}
   biases, full = _sort_kept(kept, pairs, ranks.keys() | refused)
-  full += [path for path in held if path not in full]
+  asked = [path for path in pairs if path in plan.whole and path not in biases]
+  full += [path for path in (*held, *asked) if path not in full]
   joined = together(plan.about)
   tied = tied_beside(plan.about) if plan.about else {}
   beside = [

@@ -2,7 +2,8 @@
 """Plans what an extraction does with each pair, from headers alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ _PRODUCTS, _OVERSAMPLE = 11, 16
 # How many operations of a product take as long as reading an entry of both
 # tensors and everything done to it once. Only the rough ratio matters.
 _PER_ENTRY = 160
+
+AS_ASKED = "as asked for"
 
 
 class ModuleJob(NamedTuple):
@@ -82,6 +85,7 @@ class Plan(NamedTuple):
     model_type: what config.json says; None without one.
     config: the contents of config.json; None without one.
     about: what is known of the base's modules.
+    whole: paths of what is stored whole because the caller says so.
   """
 
   base: Checkpoint
@@ -91,6 +95,7 @@ class Plan(NamedTuple):
   model_type: str | None
   config: Mapping[str, Any] | None = None
   about: Base | None = None
+  whole: Set[str] = frozenset()
 
 
 def plan_jobs(
@@ -100,6 +105,7 @@ def plan_jobs(
   select: Select,
   rank: int,
   rename: Rename | Sequence[tuple[str, str]] | None = None,
+  whole: str | None = None,
 ) -> Plan:
   """Plans what is done with each pair, from headers alone.
 
@@ -110,13 +116,15 @@ def plan_jobs(
     select: `(path, spec) -> bool`, which matrices are factored.
     rank: the rank of every module.
     rename: of `save_peft`.
+    whole: regex of whole names of tensors that are not factored, but stored as
+      the finetune has them.
 
   Returns:
     Plan. No tensor is read.
 
   Raises:
-    ValueError: checkpoints that share nothing, or a selection that leaves
-      nothing.
+    ValueError: checkpoints that share nothing, a selection that leaves
+      nothing, or `whole` fits no tensor.
   """
   if not pairing.pairs:
     raise ValueError(
@@ -127,9 +135,17 @@ def plan_jobs(
   model_type = base.model_type or finetuned.model_type
   config = base.config or finetuned.config or None
   about = describe_base(base.spec, model_type, "auto", rename, config)
+  paths = [pair.path for pair in pairing.pairs]
+  asked = {path for path in paths if whole and re.fullmatch(whole, path)}
+  if whole and not asked:
+    raise ValueError(
+      f"whole={whole!r} fits no tensor: there are {name_some(base.spec)}."
+    )
   jobs = []
   for pair in pairing.pairs:
     kind = kind_of(pair.path, pair.shape, about)
+    if pair.path in asked:
+      kind = kind._replace(view=None, why=AS_ASKED)
     view = kind.view
     taken = view is not None and select(pair.path, base.spec[pair.base.name])
     job = ModuleJob(
@@ -145,7 +161,7 @@ def plan_jobs(
     raise ValueError(
       f"No matrix of {base.path} is selected: there are {name_some(base.spec)}."
     )
-  return Plan(base, finetuned, pairing, jobs, model_type, config, about)
+  return Plan(base, finetuned, pairing, jobs, model_type, config, about, asked)
 
 
 def cost_of(shape: Sequence[int], rank: int) -> int:

@@ -8,10 +8,12 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.formats.peft.layouts import REPLACES
 from jlora.runs.fingerprints import replace_text
 
 SCHEMA_VERSION = 1
@@ -345,7 +347,53 @@ def ledger_lines(report: Report, count: int = 8) -> str:
     lines.append(f"  {row['status']}: {name} ({row['why']})")
   if len(noted) > count:
     lines.append(f"  and {len(noted) - count} more in {REPORT}")
+  if regex := whole_of(report):
+    lines.append(
+      f"  --whole={shlex.quote(regex)} carries what needs its module"
+    )
   return "\n".join(lines)
+
+
+def whole_of(report: Report) -> str | None:
+  r"""Returns the regex of the modules that have to be stored whole, if any.
+
+  PEFT replaces modules, not parameters: a parameter that lies beside matrices
+  with LoRAs is left out, unless all of its module is stored whole.
+
+  Args:
+    report: the report.
+
+  Returns:
+    A regex of names, to be used as `whole` of `extract_checkpoint`; None where
+    nothing is left out for that reason.
+
+  Example:
+    >>> rows = [{"base": [f"h.{at}.attn.{name}"], "status": status, "why": why}
+    ...         for at in range(2) for name, status, why in (
+    ...           ("bias_u", "not representable", f"{REPLACES}; ..."),
+    ...           ("q.weight", "extracted", ""))]
+    >>> whole_of(Report({}, [], {}, rows))
+    'h\\.\\d+\\.attn\\..*'
+  """
+  names = [name for row in report.ledger for name in row["base"]]
+  missing = {
+    name.rpartition(".")[0]
+    for row in report.ledger
+    if row["status"] == "not representable" and REPLACES in row["why"]
+    for name in row["base"]
+  } - {""}
+  modules = {
+    name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)
+  }
+  found = {}
+  for module in sorted(missing):
+    like = re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(module))
+    fitting = {other for other in modules if re.fullmatch(like, other)}
+    found[like if fitting <= missing else re.escape(module)] = None
+  if not found:
+    return None
+  some = "|".join(found)
+  return rf"{some}\..*" if len(found) == 1 else rf"(?:{some})\..*"
 
 
 def rounding_line(report: Report) -> str:

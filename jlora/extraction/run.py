@@ -63,6 +63,7 @@ def extract_checkpoint(
   base_model: str | None = None,
   task_type: str | None = "auto",
   rename: Rename | Sequence[tuple[str, str]] | None = None,
+  whole: str | None = None,
   resume: bool = False,
   overwrite: bool = False,
   split_bytes: int = 2**31,
@@ -105,6 +106,10 @@ def extract_checkpoint(
     rename: key on disk -> parameter's name in the model, for models that are
       not in transformers; or (regex, replacement) pairs, applied to the names
       that config.json gives.
+    whole: regex of whole names: these tensors are not factored but stored as
+      the finetune has them, changed or not. PEFT replaces whole modules, so
+      give all of a module: what the ledger leaves out for that reason is
+      carried with `jlora.extraction.whole_of(report)`.
     resume: go on with an unfinished run of the same inputs and options in
       `out`, or return the report of a finished one with the same settings.
     overwrite: allow a folder that is not empty; an adapter, report or journal
@@ -168,6 +173,8 @@ def extract_checkpoint(
     settings["rename"] = (
       name_of(rename) if callable(rename) else [list(pair) for pair in rename]
     )
+  if whole:
+    settings["whole"] = whole
   named = {
     "policy": None if policy is None else name_of(policy),
     "base_model": base_model,
@@ -186,8 +193,8 @@ def extract_checkpoint(
   # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
     lambda: _plan(
-      base, finetuned, vocabulary, select, rank, rename, allow_unmatched,
-      profile,
+      base, finetuned, vocabulary, select, rank, rename, whole,
+      allow_unmatched, profile,
     )
   )  # fmt: skip
   marks = fingerprint(plan, key, options)
@@ -232,7 +239,15 @@ def extract_checkpoint(
 
 
 def _plan(
-  base, finetuned, vocabulary, select, rank, rename, allow_unmatched, profile
+  base,
+  finetuned,
+  vocabulary,
+  select,
+  rank,
+  rename,
+  whole,
+  allow_unmatched,
+  profile,
 ) -> Plan:
   """Opens both checkpoints, pairs their tensors and plans what is done."""
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
@@ -241,7 +256,7 @@ def _plan(
   has_table = any(is_table(name) for name in left.spec)
   tokens = read_both_tokens(left.path, right.path) if has_table else None
   pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary, tokens=tokens)
-  plan = plan_jobs(left, right, pairing, select, rank, rename)
+  plan = plan_jobs(left, right, pairing, select, rank, rename, whole)
   if plan.about is not None:
     check_consumer(plan.about, profile)
   if not allow_unmatched:

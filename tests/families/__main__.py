@@ -52,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
   add("--only", default="", help="A regex of whole model types.")
   add("--again", default="", help="A regex of verdicts to walk again.")
   add("--jobs", type=int, default=2, help="Processes at a time.")
-  add("--seconds", type=int, default=60, help="Processor time of a type.")
+  add("--seconds", type=int, default=120, help="Processor time of a type.")
   add("--each", type=int, default=25, help="Types that a process walks.")
   add("--gibibytes", type=int, default=12, help="Address space of a type.")
   add("--rows", type=Path, default=Path("build/families.jsonl"))

@@ -28,6 +28,7 @@ from numpy.linalg import LinAlgError
 from safetensors.torch import load_file, save_file
 
 import jlora
+from jlora.extraction import whole_of
 from jlora.factoring.factorisers import svd
 from jlora.loras import Lora, exchange, from_factors
 from jlora.selection import is_matrix
@@ -35,9 +36,10 @@ from jlora.tree_views import table_for
 from jlora.views import in_stored_order, view_of
 from tests.families.build import NotBuilt, build, inputs_of
 
-RIGHT, ACCOUNTED, REFUSED = "right", "accounted", "refused"
+RIGHT, WITH_WHOLE = "right", "right with --whole"
+ACCOUNTED, REFUSED = "accounted", "refused"
 WRONG, PEFT_ERROR, NOT_BUILT = "WRONG", "PEFT error", "not built"
-VERDICTS = (RIGHT, ACCOUNTED, REFUSED, PEFT_ERROR, WRONG, NOT_BUILT)
+VERDICTS = (RIGHT, WITH_WHOLE, ACCOUNTED, REFUSED, PEFT_ERROR, WRONG, NOT_BUILT)
 
 # Tensors of a checkpoint that hold several matrices need more than the first.
 RANKS = (4, 8, 16)
@@ -58,7 +60,8 @@ def walk(model_type: str, folder: Path) -> dict[str, Any]:
     type, kind, model (its class), parameters, inputs (None if no forward pass
     could be arranged), verdict, why, distance (of outputs), parameter and
     parameter_distance (the worst), carried (as Loras), whole (tensors carried
-    whole), missing ({why: how many}), merged (verdict), merged_why,
+    whole), missing ({why: how many}), with_whole (carried and whole, where
+    `--whole` makes it right), merged (verdict), merged_why,
     merged_distance, seconds.
   """
   with warnings.catch_warnings():
@@ -174,13 +177,47 @@ class Case:
 
 
 def through_peft(case: Case, folder: Path) -> dict[str, Any]:
-  """What PEFT makes of the adapter that jlora writes."""
-  out = folder / "adapter"
+  """What PEFT makes of the adapter that jlora writes.
+
+  Where the report says that `--whole` carries what is left out, once more so.
+  """
+  row, whole = _through_peft(case, folder)
+  if row["verdict"] != ACCOUNTED or whole is None:
+    return row
+  again, _ = _through_peft(case, folder, whole)
+  if again["verdict"] == ACCOUNTED:
+    return row
+  verdict = WITH_WHOLE if again["verdict"] == RIGHT else again["verdict"]
+  why = again["why"] and f"with --whole: {again['why']}"
+  counts = again.get("carried"), again.get("whole")
+  return row | {"verdict": verdict, "why": why, "with_whole": counts}
+
+
+def _through_peft(case: Case, folder: Path, whole: str | None = None):
+  """One extraction through PEFT: its row, and `whole_of` its report."""
+  out, report = folder / "adapter", None
+
+  def extract_at(rank):
+    nonlocal report
+    report = jlora.extract_checkpoint(
+      *case.folders,
+      out,
+      rank=rank,
+      whole=whole,
+      log=io.StringIO(),
+      overwrite=True,
+    )
+    return report
+
+  row = _judge(case, folder, out, extract_at)
+  return row, report and whole_of(report)
+
+
+def _judge(case: Case, folder: Path, out: Path, extract_at) -> dict[str, Any]:
+  """What PEFT makes of an adapter."""
   try:
     for rank in RANKS:
-      report = jlora.extract_checkpoint(
-        *case.folders, out, rank=rank, log=io.StringIO(), overwrite=True
-      )
+      report = extract_at(rank)
       if report.totals["relative_error"] < CLOSE:
         break
   except LinAlgError as error:  # a ValueError to NumPy, to a user none
@@ -220,6 +257,7 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
   # What the ledger calls missing, put back: nothing else may be missing.
   try:
     names = [name for r in missing for name in r["finetuned"] or r["base"]]
+    shutil.rmtree(folder / "explained", ignore_errors=True)
     explained = case.load(put_back(case.folders, names, folder / "explained"))
     adapted = peft.PeftModel.from_pretrained(case.load(case.folders[0]), out)
     left = case.distances(adapted.eval(), explained, limit=EXPLAINED)

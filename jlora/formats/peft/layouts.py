@@ -23,6 +23,8 @@ from jlora.formats.peft import vllm_names
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+# How the reason of a parameter begins that lies beside matrices with LoRAs.
+REPLACES = "PEFT replaces whole modules"
 TASK_TYPES = (
   "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS",
   "FEATURE_EXTRACTION",

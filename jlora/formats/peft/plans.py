@@ -21,6 +21,7 @@ from jlora.formats.peft.layouts import (
   CONVOLUTION,
   EMBEDDING,
   PREFIX,
+  REPLACES,
   Profile,
 )
 from jlora.formats.peft.parts import (
@@ -285,7 +286,7 @@ def plan_full(
       continue
     kept[name] = path
   for name in _not_whole(kept, names):
-    left[kept.pop(name)] = "PEFT replaces whole modules, and a part is missing"
+    left[kept.pop(name)] = f"{REPLACES}, and a part is missing"
   for name in list(kept):
     found = _tied(name, names, wrapped, base)
     if isinstance(found, str):
@@ -468,7 +469,7 @@ def _unreplaceable(name, path, missing, wrapped, base: Base) -> str | None:
   if around:
     return f"PEFT wraps a parameter of {around[0]}, and saves nothing inside"
   if missing:
-    return f"PEFT replaces whole modules; give also {name_some(missing)}"
+    return f"{REPLACES}; give also {name_some(missing)}"
   if (
     "/" in path
     and len(base.shapes.get(path, ())) > 1
