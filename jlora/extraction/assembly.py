@@ -5,6 +5,7 @@ journal ─► choose_ranks ─► write_adapter (tensors, ledger, report.json)
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,8 @@ def write_adapter(
     return right.astype(np.float32) - left.astype(np.float32)
 
   def whole(path: str) -> np.ndarray:
+    if path not in pairs:  # a buffer
+      return (plan.finetuned if path in plan.finetuned else plan.base)[path]
     return read_pair(pairs[path], plan.base, plan.finetuned)[1]
 
   # Where only the base ties its head, no file of the base has the head.
@@ -162,6 +165,7 @@ def write_adapter(
   ]
   known = {*full, *ranks}
   full += [path for path in dict.fromkeys(beside) if path not in known]
+  full += _buffers_in({module_of(path) for path in full}, plan.pairing)
   left = save_peft(
     out,
     Lazy({path: partial(lora, path) for path in pairs if path in ranks}),
@@ -271,6 +275,16 @@ def _held(
       why = f"{module} is replaced, because {names[path]} is beside its parts"
       held |= dict.fromkeys(inside, why)
   return held
+
+
+def _buffers_in(modules: Set[str], pairing: Pairing) -> list[str]:
+  """Lists the base's buffers inside modules: a consumer reads these whole."""
+  return [
+    name
+    for side, name, _ in pairing.buffers
+    if side == "base"
+    if any(name[: dot.start()] in modules for dot in re.finditer(r"\.", name))
+  ]
 
 
 def _sort_kept(

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,35 +365,56 @@ def whole_of(report: Report) -> str | None:
 
   Returns:
     A regex of names, to be used as `whole` of `extract_checkpoint`; None where
-    nothing is left out for that reason.
+    nothing is left out for that reason, or no matrix would keep a Lora.
 
   Example:
     >>> rows = [{"base": [f"h.{at}.attn.{name}"], "status": status, "why": why}
     ...         for at in range(2) for name, status, why in (
     ...           ("bias_u", "not representable", f"{REPLACES}; ..."),
     ...           ("q.weight", "extracted", ""))]
+    >>> rows += [{"base": ["head"], "status": "extracted", "why": ""}]
     >>> whole_of(Report({}, [], {}, rows))
     'h\\.\\d+\\.attn\\..*'
   """
-  names = [name for row in report.ledger for name in row["base"]]
+  rows = report.ledger
+  names = [name for row in rows for name in row["base"]]
+  carried = [n for r in rows if r["status"] == "extracted" for n in r["base"]]
   missing = {
     name.rpartition(".")[0]
-    for row in report.ledger
+    for row in rows
     if row["status"] == "not representable" and REPLACES in row["why"]
     for name in row["base"]
-  } - {""}
-  modules = {
-    name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)
+  }
+  missing = {  # but not the module that is the whole model
+    module
+    for module in missing
+    if module and not all(name.startswith(f"{module}.") for name in carried)
+  }
+  outer = {
+    module
+    for module in missing
+    if not any(module.startswith(f"{other}.") for other in missing)
+  }
+  some = _like(outer, names)
+  if not some or all(re.fullmatch(some, name) for name in carried):
+    return None
+  return some
+
+
+def _like(modules: Set[str], names: Iterable[str]) -> str:
+  """Returns a regex of all names inside modules, any number where all are."""
+  every = {
+    name[: d.start()] for name in names for d in re.finditer(r"\.", name)
   }
   found = {}
-  for module in sorted(missing):
+  for module in sorted(modules):
     like = re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(module))
-    fitting = {other for other in modules if re.fullmatch(like, other)}
-    found[like if fitting <= missing else re.escape(module)] = None
-  if not found:
-    return None
+    fitting = {other for other in every if re.fullmatch(like, other)}
+    found[like if fitting <= modules else re.escape(module)] = None
   some = "|".join(found)
-  return rf"{some}\..*" if len(found) == 1 else rf"(?:{some})\..*"
+  return (
+    (rf"{some}\..*" if len(found) == 1 else rf"(?:{some})\..*") if some else ""
+  )
 
 
 def rounding_line(report: Report) -> str:

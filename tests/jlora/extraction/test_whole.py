@@ -153,6 +153,7 @@ def rows(names, lost):
 
 def test_numbers_are_generalised_only_where_all_of_them_are_meant():
   names = [f"h.{at}.{leaf}" for at in range(3) for leaf in ("u", "q.weight")]
+  names.append("head.weight")
   some = Report({}, [], {}, rows(names, {"h.0.u", "h.2.u"}))
   assert whole_of(some) == r"(?:h\.0|h\.2)\..*"
   every = Report({}, [], {}, rows(names, {"h.0.u", "h.1.u", "h.2.u"}))
@@ -160,3 +161,35 @@ def test_numbers_are_generalised_only_where_all_of_them_are_meant():
   assert whole_of(Report({}, [], {}, rows(names, {}))) is None
   root = Report({}, [], {}, rows(["u", "q.weight"], {"u"}))
   assert whole_of(root) is None
+
+
+def test_a_module_with_all_loras_in_it_is_not_named():
+  names = ["t.u", "t.h.0.u", "t.h.0.q.weight", "t.h.0.k.v.weight", "t.z.weight"]
+  both = Report({}, [], {}, rows(names, {"t.u", "t.h.0.u"}))
+  assert whole_of(both) == r"t\.h\.\d+\..*"
+  inner = Report(
+    {}, [], {}, rows([*names, "t.h.0.k.u"], {"t.h.0.u", "t.h.0.k.u"})
+  )
+  assert whole_of(inner) == r"t\.h\.\d+\..*"
+
+
+def test_what_a_module_counts_by_goes_with_it(tmp_path, rng):
+  """PEFT looks for every tensor of a module that it replaces."""
+  drawn = {
+    "h.q.weight": rng.normal(size=(6, 5)).astype(np.float32),
+    "h.bn.weight": np.ones(5, np.float32),
+    "h.bn.running_mean": np.zeros(5, np.float32),
+    "h.bn.num_batches_tracked": np.array(3),
+  }
+  new = {
+    name: np.asarray(w + np.ones((), w.dtype)) for name, w in drawn.items()
+  }
+  files = tmp_path / "base.safetensors", tmp_path / "new.safetensors"
+  for file, tensors in zip(files, (drawn, new), strict=True):
+    save_file(tensors, file)
+  run(files, tmp_path / "out")
+  written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+  for name in list(new)[1:]:
+    np.testing.assert_array_equal(
+      written[f"base_model.model.{name}"], new[name]
+    )
