@@ -196,6 +196,7 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
 def _through_peft(case: Case, folder: Path, whole: str | None = None):
   """One extraction through PEFT: its row, and `whole_of` its report."""
   out, report = folder / "adapter", None
+  shutil.rmtree(out, ignore_errors=True)
 
   def extract_at(rank):
     nonlocal report

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.formats.peft.cuts import uneven_heights
 from jlora.formats.peft.families import KNOWN_CONVERSIONS, Origin
 from jlora.formats.peft.parts import Base, kind_of, module_of, with_names
 from jlora.loras import Lora
@@ -51,7 +52,7 @@ class Conversion(NamedTuple):
   @property
   def is_cut(self) -> bool:
     """Returns whether it cuts a tensor."""
-    return self.operations[0][0] == "Chunk"
+    return self.operations[0][0] in ("Chunk", "Split")
 
   @property
   def is_stack(self) -> bool:
@@ -87,7 +88,7 @@ def find_conversions(base: Base) -> list[Conversion]:
 
   Returns:
     Those that can be done with Loras: all tensors are there, of one shape for
-    each source of a stack, and cut into equal parts.
+    each source of a stack, and it is known where to cut.
 
   Example:
     >>> from jlora.formats.peft.parts import describe_base
@@ -141,9 +142,9 @@ def convert_base(base: Base, conversions: Iterable[Conversion]) -> Base:
   gone = {path for each in conversions for path in each.paths}
   shapes = {p: shape for p, shape in base.shapes.items() if p not in gone}
   new = {
-    name: _shape_of(each, base.shapes)
+    name: shape
     for each in conversions
-    for name in each.parameters
+    for name, shape in _shapes_of(each, base).items()
   }
   rename = base.rename
   converted = with_names(
@@ -225,7 +226,7 @@ def convert_full(
       left.update(dict.fromkeys(given, _PARTIAL))
     elif given:
       for at, name in enumerate(each.parameters):
-        makers[name] = lambda at=at, each=each: _array(at, each, full)
+        makers[name] = lambda at=at, each=each: _array(at, each, full, base)
   return Lazy(makers)
 
 
@@ -394,7 +395,7 @@ def _is_possible(each: Conversion, base: Base) -> bool:
   if any(not kind_of(p, base.shapes[p], base).in_model for p in each.paths):
     return False
   if each.is_cut:
-    return shapes[0][0][0] % len(each.parameters) == 0
+    return bool(_heights(each, base))
   if not each.is_stack:
     return all(len(row) == 1 for row in shapes)
   return (
@@ -404,22 +405,41 @@ def _is_possible(each: Conversion, base: Base) -> bool:
   )
 
 
-def _shape_of(each: Conversion, shapes: Mapping[str, tuple]) -> tuple[int, ...]:
+def _shapes_of(each: Conversion, base: Base) -> dict[str, tuple[int, ...]]:
   """Returns the shape of each parameter of a conversion."""
-  rows = [shapes[row[0]] for row in each.sources]
+  rows = [base.shapes[row[0]] for row in each.sources]
   if each.is_cut:
-    return (rows[0][0] // len(each.parameters), *rows[0][1:])
-  joined = (sum(row[0] for row in rows), *rows[0][1:])
-  if not each.is_stack:
-    return joined
-  return (len(each.sources[0]), *joined)
+    heights = zip(each.parameters, _heights(each, base), strict=True)
+    return {name: (height, *rows[0][1:]) for name, height in heights}
+  shape = (sum(row[0] for row in rows), *rows[0][1:])
+  if each.is_stack:
+    shape = (len(each.sources[0]), *shape)
+  return dict.fromkeys(each.parameters, shape)
 
 
-def _array(at: int, each: Conversion, full: Mapping[str, Any]) -> np.ndarray:
+def _heights(each: Conversion, base: Base) -> list[int]:
+  """Returns how many rows each part of a cut has; none if that is not known."""
+  height = base.shapes[each.paths[0]][0]
+  if each.operations[0][0] == "Split":
+    return uneven_heights(height, each.parameters, base)
+  count = len(each.parameters)
+  return [] if height % count else [height // count] * count
+
+
+def _cut(
+  whole: Any, each: Conversion, base: Base, axis: int
+) -> list[np.ndarray]:
+  """Cuts an array into the parts of a conversion."""
+  ends = np.cumsum(_heights(each, base))[:-1]
+  return np.split(np.asarray(whole), ends, axis=axis)
+
+
+def _array(
+  at: int, each: Conversion, full: Mapping[str, Any], base: Base
+) -> np.ndarray:
   """Returns a parameter, as transformers makes it."""
   if each.is_cut:
-    whole = np.asarray(full[each.sources[0][0]])
-    return np.split(whole, len(each.parameters))[at]
+    return _cut(full[each.sources[0][0]], each, base, axis=0)[at]
   parts = [[np.asarray(full[path]) for path in row] for row in each.sources]
   if not each.is_stack:
     return np.concatenate([row[0] for row in parts])
@@ -432,7 +452,7 @@ def _lora(
   """Returns the Lora of a conversion's parameter."""
   if each.is_cut:
     whole = loras[each.sources[0][0]]
-    rows = np.split(np.asarray(whole.b), len(each.parameters), axis=-1)[at]
+    rows = _cut(whole.b, each, base, axis=-1)[at]
     return _made(whole.a, rows, whole.scale)
   given = {path: _folded(loras[path]) for path in each.paths if path in loras}
   dtype = next(iter(given.values()))[0].dtype
@@ -491,13 +511,15 @@ def _rows_are_inputs(each: Conversion, base: Base) -> bool:
 
 def _rejoined(each: Conversion, given: Mapping[str, Lora], base: Base) -> Lora:
   """Returns the Lora of a tensor from those of the parts it is cut into."""
-  path = each.paths[0]
-  height = base.shapes[path][0] // len(each.parameters)
   parts = [_folded(given[n]) if n in given else None for n in each.parameters]
   known = next(part for part in parts if part is not None)
   width, dtype = known[0].shape[1], known[0].dtype
-  none = np.zeros((0, width), dtype), np.zeros((0, height), dtype)
-  parts = [none if part is None else part for part in parts]
+  parts = [
+    (np.zeros((0, width), dtype), np.zeros((0, height), dtype))
+    if part is None
+    else part
+    for part, height in zip(parts, _heights(each, base), strict=True)
+  ]
   if all(np.array_equal(part[0], known[0]) for part in parts):
     b = np.concatenate([part[1] for part in parts], axis=1)
     return _made(known[0], b, np.float32(1))

@@ -98,6 +98,7 @@ KNOWN_CONVERSIONS: dict[tuple[tuple[Any, ...], ...], dict[str, Kind]] = {
   (_STACK,): {"p3": KINDS["l"]},
   (_STACK, ("Concatenate", 1)): {"p3": KINDS["l"]},
   (("Chunk", 0),): {"l": KINDS["l"], "p2": KINDS["l"]},
+  (("Split", 0),): {"l": KINDS["l"]},
   (("Concatenate", 0),): {
     "l": KINDS["l"],
     "p2": KINDS["l"],

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.formats.peft.families import Kind
 from jlora.formats.peft.layouts import (
   BIAS,
   CONVOLUTION,
@@ -37,6 +38,7 @@ from jlora.formats.peft.parts import (
 )
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
+from jlora.pairing.buffers import why_no_parameter
 from jlora.views import MatrixView
 
 
@@ -444,6 +446,8 @@ def _obstacle(name, path, names, wrapped, base: Base) -> str | None:
   module = module_of(name)
   shape = base.shapes.get(path, ())
   kind = kind_of(path, shape, base)
+  if why_no_parameter(path, shape):  # no table has it, and PEFT looks for it
+    kind = Kind()
   if not kind.in_model:
     return kind.why
   missing = [

@@ -125,6 +125,60 @@ def test_a_cut_tensor_shares_its_first_factor(scale):
   assert convert_base(base, [each]).shapes["k.weight"] == (2, 4)
 
 
+GROUPED = {"model_type": "sarvam_moe", "architectures": ["Glm4MoeForCausalLM"]}
+ATTENTION = "model.layers.0.attention"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_unequal_parts_are_as_high_as_what_reads_them(
+  groups, keys, size, is_big
+):
+  """Queries have as many rows as the output projection has columns."""
+  heights = [groups * keys * size, keys * size, keys * size]
+  path = f"{ATTENTION}.query_key_value.weight"
+  like = {
+    path: np.zeros((sum(heights), 4)),
+    f"{ATTENTION}.dense.weight": np.zeros((4, heights[0])),
+  }
+  base = base_of(like, GROUPED)
+  (each,) = find_conversions(base)
+  whole = lora_of(like[path].shape, 2, 0, 1.5)
+  found, left = fused_loras({path: whole}, like, GROUPED)
+  assert not left
+  parts = [found[name] for name in each.parameters]
+  assert [part.b.shape[-1] for part in parts] == heights
+  rows = np.concatenate([change_of(part) for part in parts])
+  np.testing.assert_allclose(rows, change_of(whole), atol=1e-6)
+  shapes = convert_base(base, [each]).shapes
+  assert [shapes[name][0] for name in each.parameters] == heights
+  lost = each.parameters[-1] if is_big else each.parameters[0]
+  some = {name: lora for name, lora in found.items() if name != lost}
+  back = change_of(revert_loras(some, [each], base)[path])
+  at = slice(-heights[-1], None) if is_big else slice(heights[0])
+  assert not back[at].any()
+  want = change_of(whole)
+  want[at] = 0
+  np.testing.assert_allclose(back, want, atol=1e-6)
+  full = {path: np.arange(float(like[path].size)).reshape(like[path].shape)}
+  parted = convert_full(full, {}, [each], base, {})
+  np.testing.assert_array_equal(
+    revert_full(dict(parted), [each], base)[path], full[path]
+  )
+
+
+@pytest.mark.parametrize("columns", [7, 8, None])
+def test_parts_whose_heights_nothing_tells_are_in_the_ledger(columns):
+  path = f"{ATTENTION}.query_key_value.weight"
+  like = {path: np.zeros((8, 4))}
+  if columns:
+    like[f"{ATTENTION}.dense.weight"] = np.zeros((4, columns))
+  assert not find_conversions(base_of(like, GROUPED))
+  found, left = fused_loras({path: lora_of((8, 4), 2, 0)}, like, GROUPED)
+  assert not found
+  assert "and PEFT not its LoRA" in left[path]
+
+
 def test_an_adapter_of_cut_tensors_is_read_back(tmp_path):
   path = "text_encoder.transformer.resblocks.0.attn.in_proj_weight"
   like = {path: np.zeros((12, 4))}
