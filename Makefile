@@ -5,9 +5,11 @@ BIN := .venv/bin
 AOT := .venv/aot
 # On a machine with a Hopper card.
 GPU := .venv/gpu
+# Models of other packages, and all that these need.
+FOREIGN := .venv/foreign
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  test-gpu bench-gpu test-families \
+  test-gpu bench-gpu test-families test-foreign \
   bench-scoring bench-sweep clean
 
 demo: .venv/.demo
@@ -31,6 +33,9 @@ unit: .venv/.test
 # Every model type of the installed transformers; an hour or two on two cores.
 test-families: .venv/.test
 	$(BIN)/python -m tests.families $(ARGS)
+
+test-foreign: $(FOREIGN)/.done
+	$(FOREIGN)/bin/python -m tests.foreign $(ARGS)
 
 bench: .venv/.demo
 	$(BIN)/python -m experiments.bench.extract $(ARGS)
@@ -79,6 +84,11 @@ $(AOT)/.done: .venv/bin/python pyproject.toml
 $(GPU)/.done: .venv/bin/python pyproject.toml
 	.venv/bin/python -m venv $(GPU)
 	$(GPU)/bin/pip install --quiet --editable '.[test-gpu]'
+	touch $@
+
+$(FOREIGN)/.done: .venv/bin/python pyproject.toml
+	.venv/bin/python -m venv $(FOREIGN)
+	$(FOREIGN)/bin/pip install --quiet --editable '.[foreign]'
 	touch $@
 
 clean:

@@ -183,7 +183,10 @@ def _no_rule(missing: Mapping[str, str]) -> str:
 
 
 def adapt_rows(
-  fn: Callable[..., Any], *, strict: bool = False
+  fn: Callable[..., Any],
+  *,
+  strict: bool = False,
+  views: Iterable[ViewRule] | None = None,
 ) -> Callable[..., Any]:
   """Wraps a function so that every row of a batch uses its own adapters.
 
@@ -193,6 +196,7 @@ def adapt_rows(
     fn: `(params, *batched) -> batched`, for batches of any size, each row of
       which is computed independently.
     strict: as for `adapt`.
+    views: as for `bind`.
 
   Returns:
     `(params, bank, ids, *batched, weights=None) -> batched`: bank from
@@ -233,7 +237,7 @@ def adapt_rows(
     def row(ids, weights, *parts):
       """Runs fn on a batch of one row."""
       parts = jax.tree.map(lambda x: x[None], parts)
-      own = bind(params, bank, weights, ids=ids, batch=batch)
+      own = bind(params, bank, weights, ids=ids, batch=batch, views=views)
       found = adapted(own, *parts)
       return jax.tree.map(lambda x: x[0], found)
 

@@ -7,7 +7,7 @@ optimiser; `optax.MultiSteps` around one accumulates gradients.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jlora.adapting.binding import Program, bind
 from jlora.adapting.programs import Branch, Rows, Shift
 from jlora.adapting.transforms import adapt, apply
 from jlora.loras import Lora
+from jlora.views import ViewRule
 
 with epy.lazy_imports():  # only where something is trained
   import optax
@@ -54,6 +55,8 @@ def beside(
   programs: Programs,
   batch: tuple[Any, ...],
   dropout: Dropout = None,
+  *,
+  views: Iterable[ViewRule] | None = None,
 ) -> jax.Array:
   """Computes a loss with the programs beside the weights, by `adapt`.
 
@@ -67,6 +70,7 @@ def beside(
     programs: path -> program.
     batch: the loss's other arguments.
     dropout: as for `bind`.
+    views: as for `bind`; give them with `functools.partial`.
 
   Returns:
     (), the loss.
@@ -77,7 +81,8 @@ def beside(
     >>> beside(loss, {"w": jnp.zeros((3, 2))}, {"w": lora}, (jnp.ones((1, 3)),))
     Array(3., dtype=float32)
   """
-  return adapt(loss)(bind(params, programs, dropout=dropout), *batch)
+  bound = bind(params, programs, dropout=dropout, views=views)
+  return adapt(loss)(bound, *batch)
 
 
 def summed(
@@ -86,6 +91,8 @@ def summed(
   programs: Programs,
   batch: tuple[Any, ...],
   dropout: Dropout = None,
+  *,
+  views: Iterable[ViewRule] | None = None,
 ) -> jax.Array:
   """Computes a loss with the programs summed into the weights, by `apply`.
 
@@ -98,6 +105,7 @@ def summed(
     programs: path -> Lora or Shift.
     batch: the loss's other arguments.
     dropout: must be None, because a summed Lora has no separate input.
+    views: as for `apply`; give them with `functools.partial`.
 
   Returns:
     (), the loss.
@@ -113,7 +121,7 @@ def summed(
   """
   if dropout is not None:
     raise ValueError("summed weights have no dropout; take through=beside.")
-  return loss(apply(params, programs), *batch)
+  return loss(apply(params, programs, views=views), *batch)
 
 
 def train(
@@ -133,7 +141,7 @@ def train(
     optimiser: an optax transformation; it gets gradients of the trained fields,
       {path: {"a": ..., "b": ...}}.
     through: how programs are combined with the parameters, `beside` or
-      `summed`.
+      `summed`; with `functools.partial(beside, views=views)` by those views.
     dtype: dtype in which the programs compute, such as bfloat16 beside a
       bfloat16 base; None is their own. The stored programs keep their dtype,
       which should be float32.
