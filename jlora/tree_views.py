@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jlora.views import (
   FLAX_NAMES,
   FLAX_VIEWS,
+  FUSED_READERS,
   TORCH_VIEWS,
   VECTORS,
   VIEWS_OF_MODEL,
@@ -23,6 +24,8 @@ from jlora.views import (
 )
 
 Shape = tuple[int, ...]
+_WRITES_HEADS = MatrixView((), (0,), (1, 2))
+_SUMS_HEADS = MatrixView((), (0, 1), (2,))
 
 
 class _Stack(NamedTuple):
@@ -30,6 +33,10 @@ class _Stack(NamedTuple):
 
   prefix: str
   axis: int
+
+  def has(self, path: str) -> bool:
+    """Returns whether a parameter lies in the block."""
+    return path.startswith(self.prefix)
 
 
 def table_for(
@@ -83,15 +90,16 @@ def read_tree(leaves: Mapping[str, Any]) -> dict[str, Readings]:
     if isinstance(leaf, tuple) or hasattr(leaf, "shape")
   }
   stacks = find_stacks(shapes)
+  layers = {shapes[p][s.axis] for s in stacks for p in shapes if s.has(p)}
   found = {}
   for path, shape in shapes.items():
     if len(shape) < 2:
       continue
-    own = next((s for s in stacks if path.startswith(s.prefix)), None)
+    own = next((stack for stack in stacks if stack.has(path)), None)
     found[path] = (
       _in_stack(path, shape, own, shapes)
       if own
-      else _readings(path, shape, shapes)
+      else _readings(path, shape, shapes, layers)
     )
   return found
 
@@ -144,10 +152,7 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
     told = all(len(shape) == 2 for shape in vectors.values())
     if not told or len(vectors) == len(inside):
       return []
-  elif not any(
-    len(shape) == 3 and _by_name(path, shape) is None
-    for path, shape in inside.items()
-  ):
+  elif not _has_plain_kernel(inside) and not _have_no_heads(inside):
     return []
   places = (0, 1) if vectors else (0,)
   return [
@@ -155,6 +160,24 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
     for axis in places
     if len({shape[axis] for shape in inside.values()}) == 1
   ]
+
+
+def _has_plain_kernel(inside: Mapping[str, Shape]) -> bool:
+  """Returns whether one of three axes is no attention's or convolution's."""
+  return any(
+    len(shape) == 3 and _by_name(path, shape) is None
+    for path, shape in inside.items()
+  )
+
+
+def _have_no_heads(inside: Mapping[str, Shape]) -> bool:
+  """Returns whether no kernel (d, heads, size) has its (heads, size, d)."""
+  three = {path: shape for path, shape in inside.items() if len(shape) == 3}
+  views = {path: _by_name(path, shape) for path, shape in three.items()}
+  writes = {three[p] for p, view in views.items() if view == _WRITES_HEADS}
+  sums = {three[p] for p, view in views.items() if view == _SUMS_HEADS}
+  turned = {(heads, size, d) for d, heads, size in writes}
+  return bool(writes and sums) and not turned & sums
 
 
 def _by_features(
@@ -196,14 +219,26 @@ def _in_stack(
   return tuple(_stacked(view, axis) for view in rest)
 
 
-def _readings(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Readings:
+def _readings(
+  path: str,
+  shape: Shape,
+  shapes: Mapping[str, Shape],
+  layers: Iterable[int] = (),
+) -> Readings:
   """Returns the ways in which a parameter of one layer can be read."""
   if _is_vector(path):
     return (MatrixView(tuple(range(len(shape))), (), ()),)
   if len(shape) == 2:
     return (MatrixView(),)
   told = _by_bias(path, shape, shapes) or _by_name(path, shape)
-  return (told,) if told else _possible(shape)
+  if told:
+    return (told,)
+  readings = _possible(path, shape)
+  return (
+    _by_sizes(readings, shape, shapes, layers)
+    if len(readings) > 1
+    else readings
+  )
 
 
 def _stacked(view: MatrixView, axis: int) -> MatrixView:
@@ -214,7 +249,11 @@ def _stacked(view: MatrixView, axis: int) -> MatrixView:
 
 
 def _by_name(path: str, shape: Shape) -> MatrixView | None:
-  """Returns what a name says."""
+  """Returns what a name says, and the number of axes under it."""
+  if (
+    len(shape) == 4 and re.fullmatch(FUSED_READERS, path) and shape[1] in (2, 3)
+  ):
+    return MatrixView((), (0,), (1, 2, 3))  # (d, 3, heads, size)
   for pattern, axes, view in FLAX_NAMES:
     if axes == len(shape) and re.fullmatch(pattern, path):
       return view
@@ -243,11 +282,60 @@ def _by_bias(
   return None
 
 
-def _possible(shape: Shape) -> tuple[MatrixView, ...]:
+def _possible(path: str, shape: Shape) -> Readings:
   """Returns the readings of a layer of three axes or more."""
   axes = tuple(range(len(shape)))
-  return (
-    MatrixView(axes[:-2], axes[-2:-1], axes[-1:]),
+  stack = MatrixView(axes[:-2], axes[-2:-1], axes[-1:])
+  every = (
+    stack,
     MatrixView((), axes[:1], axes[1:]),
     MatrixView((), axes[:-1], axes[-1:]),
   )
+  is_weight = path.rpartition("/")[2] == "weight"  # (out, in), as in PyTorch
+  if is_weight:
+    every = tuple(view.exchanged for view in every)
+  elif _is_window(shape):
+    return every[2:]
+  # Axes of length 1 make no difference.
+  found = {}
+  for view in every:
+    sides = view.batch, view.inputs, view.outputs
+    wide = tuple(tuple(a for a in own if shape[a] > 1) for own in sides)
+    if wide[1] and wide[2]:
+      found.setdefault(wide, view)
+  return tuple(found.values()) or (stack,)
+
+
+def _is_window(shape: Shape) -> bool:
+  """Returns whether a kernel's first axes can only be a convolution's window.
+
+  They are of one length, and that is odd or the input is an image.
+  """
+  *window, channels, _ = shape
+  is_square = len(window) > 1 and len(set(window)) == 1
+  return is_square and (window[0] % 2 == 1 or channels in (1, 3, 4))
+
+
+def _by_sizes(
+  readings: Readings,
+  shape: Shape,
+  shapes: Mapping[str, Shape],
+  layers: Iterable[int],
+) -> Readings:
+  """Returns the reading whose sizes occur elsewhere in the tree, or all.
+
+  A side of one axis that is as long as some vector is a layer's width; a first
+  axis as long as a scanned block that is nobody's width counts layers.
+  """
+  widths = {own[0] for own in shapes.values() if len(own) == 1}
+  if shape[0] in set(layers) - widths:
+    return tuple(view for view in readings if 0 in view.batch)[:1] or readings
+  fitting = tuple(
+    view
+    for view in readings
+    if any(
+      len(side) == 1 and shape[side[0]] in widths
+      for side in (view.inputs, view.outputs)
+    )
+  )
+  return fitting if len(fitting) == 1 else readings

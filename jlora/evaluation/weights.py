@@ -28,7 +28,7 @@ from jlora.views import (
   MatrixView,
   ViewRule,
   in_stored_order,
-  view_of,
+  views_of,
 )
 
 _PROBES = 8
@@ -230,15 +230,17 @@ def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
       f"{name_some(missing) or 'give at least one'}; there are "
       f"{name_some(pairs)}."
     )
-  found, wrong = {}, []
-  for path, lora in loras.items():
-    shape = pairs[path].shape
-    given = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-    view = view_of(path, shape, table, given)
-    if view is None or view.shape(shape) != given:
-      wrong.append(f"{path} {shape} for a {lora.a.shape}, b {lora.b.shape}")
-    else:
-      found[path] = view
+  shapes = {path: pairs[path].shape for path in loras}
+  given = {
+    path: (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    for path, lora in loras.items()
+  }
+  found = views_of(shapes, table, given)
+  wrong = [
+    f"{path} {shapes[path]} for a {lora.a.shape}, b {lora.b.shape}"
+    for path, lora in loras.items()
+    if path not in found or found[path].shape(shapes[path]) != given[path]
+  ]
   if wrong:
     raise ValueError(
       f"{len(wrong)} Loras do not fit: {name_some(wrong)}. Needed is a matrix "

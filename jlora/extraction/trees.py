@@ -42,7 +42,7 @@ from jlora.views import (
   MatrixView,
   ViewRule,
   in_stored_order,
-  view_of,
+  views_of,
 )
 
 
@@ -128,12 +128,12 @@ def extract(
   pairs = {pair.path: pair for pair in pairing.pairs}
   model_type = getattr(left, "model_type", None)
   table = table_for(sides[0], model_type) if views is None else tuple(views)
-  modules = {
-    path: view
+  wanted = {
+    path: pair.shape
     for path, pair in pairs.items()
     if not pair.whole and select(path, sides[0][pair.base.name])
-    and (view := view_of(path, pair.shape, table))
-  }  # fmt: skip
+  }
+  modules = views_of(wanted, table)
   ranks = ranks_of(rank, modules)
   places = _placed(sides[0], pairs, modules, mesh, rules)
   loras = {}

@@ -27,7 +27,7 @@ from jlora.messages import name_some
 from jlora.paths import check_same_paths, first_match, flatten, key_for
 from jlora.selection import EMBEDDINGS, Select, is_linear, is_matrix, ranks_of
 from jlora.tree_views import table_for
-from jlora.views import MatrixView, ViewRule, as_matrix, view_of
+from jlora.views import MatrixView, ViewRule, as_matrix, views_of
 
 # (key, (..., in, out), rank) -> a (..., rank, in), b (..., rank, out).
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[Any, Any]]
@@ -410,12 +410,13 @@ def matrices_of(
   """
   flat = flatten(params)
   table = table_for(flat) if views is None else tuple(views)
-  return {
-    path: (leaf, view)
+  wanted = {
+    path: leaf.shape
     for path, leaf in flat.items()
-    if is_matrix(path, leaf)
-    and select(path, leaf)
-    and (view := view_of(path, leaf.shape, table))
+    if is_matrix(path, leaf) and select(path, leaf)
+  }
+  return {
+    path: (flat[path], view) for path, view in views_of(wanted, table).items()
   }
 
 
