@@ -5,26 +5,33 @@ The extraction from disk does the same, one parameter at a time.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.packed_formats import check_dequantised
-from jlora.factoring.deltas import difference
-from jlora.factoring.factorisers import Factoriser, krylov
-from jlora.loras import Lora, Loras, exchange, from_factors
-from jlora.messages import name_some
-from jlora.numerics.meshes import (
-  constrain,
-  place_array,
-  run_automatic,
-  sharding_of,
+from jlora.extraction.parameters import (
+  extract_on_host,
+  extract_parameter,
+  is_on_host,
 )
+from jlora.extraction.shifts import (
+  norm_of,
+  rest_of,
+  shift_of,
+  warn_of_others,
+  warn_of_rest,
+)
+from jlora.factoring.factorisers import Factoriser, krylov
+from jlora.loras import Lora
+from jlora.messages import name_some
+from jlora.numerics.meshes import place_array, sharding_of
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import (
   Pair,
@@ -35,15 +42,10 @@ from jlora.pairing.pairs import (
   read_side,
 )
 from jlora.paths import check_same_paths, flatten, key_for
-from jlora.selection import Select, is_matrix, ranks_of
+from jlora.selection import Select, is_matrix, ranks_of, warn_of_waste
 from jlora.sharding import Rules, assign, of_adapter, spread
 from jlora.tree_views import table_for
-from jlora.views import (
-  MatrixView,
-  ViewRule,
-  in_stored_order,
-  views_of,
-)
+from jlora.views import MatrixView, ViewRule, views_of
 
 
 def extract(
@@ -58,7 +60,8 @@ def extract(
   dtype: Any = jnp.float32,
   mesh: Any = None,
   rules: Rules | None = None,
-) -> Loras:
+  shifts: bool = False,
+) -> dict[str, Any]:
   """Extracts a finetune's LoRAs: the best low-rank change of every matrix.
 
       finetuned[path] - base[path]  ≈  scale aᵀ b      read (in, out), scale 1
@@ -83,12 +86,17 @@ def extract(
     rules: pairs (regex for a whole path of the base, PartitionSpec); the first
       match decides, and without one a parameter is whole on every device. None
       cuts each module over the mesh by its sides (`jlora.sharding.spread`).
+    shifts: return the selected parameters that are no matrices (norms, biases)
+      too, as `Shift` programs with a delta of `dtype`. At full rank `apply`
+      then gives the finetune again, to rounding.
 
   Returns:
-    {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones. Modules
-    that did not change give zero factors: the structure never depends on
-    values, so the call can be jitted. A change that is not finite gives a
-    scale of NaN. Of open checkpoints, one pair of tensors is in memory at a
+    {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones; with
+    `shifts` then {path: Shift}. Modules that did not change give zero factors:
+    the structure never depends on values, so the call can be jitted. A change
+    that is not finite gives a scale of NaN. Eager arrays on one CPU are
+    factored by NumPy and LAPACK, with the bits of `extract_checkpoint`: nothing
+    is compiled. Of open checkpoints, one pair of tensors is in memory at a
     time, and tensors without a partner or of another shape are left out with a
     warning; `extract_checkpoint` reports them one by one.
 
@@ -101,16 +109,25 @@ def extract(
     the whole parameter.
 
   Raises:
-    ValueError: structures or shapes that differ, a rank below 1 or for a path
-      that does not exist, a selection that leaves nothing, or rules without a
-      mesh or that do not fit it (`jlora.sharding.assign`).
+    ValueError: structures or shapes that differ, a parameter that can be read
+      as different matrices (`jlora.views.views_of`), a rank below 1 or for a
+      path that does not exist, a selection that leaves nothing, or rules
+      without a mesh or that do not fit it (`jlora.sharding.assign`).
+
+  Warns:
+    UserWarning: changes left out because they are no matrices, with their share
+      of the change (traced ones, whose values nobody knows, if they have two
+      axes or more); leaves that differ and are not floating; adapters larger
+      than their weights. Names up to three of each.
 
   Example:
     >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
     >>> finetuned = jax.tree.map(lambda w: w + 1.0, base)
-    >>> loras = extract(base, finetuned, rank=1)
-    >>> loras["mlp/kernel"].a.shape, loras["mlp/kernel"].b.shape
+    >>> programs = extract(base, finetuned, rank=1, shifts=True)
+    >>> programs["mlp/kernel"].a.shape, programs["mlp/kernel"].b.shape
     ((1, 3), (1, 5))
+    >>> programs["mlp/bias"].delta
+    Array([1., 1., 1., 1., 1.], dtype=float32)
 
   References:
     Eckart and Young (1936). Loss of extraction from full finetunes: Biderman
@@ -128,38 +145,85 @@ def extract(
   pairs = {pair.path: pair for pair in pairing.pairs}
   model_type = getattr(left, "model_type", None)
   table = table_for(sides[0], model_type) if views is None else tuple(views)
-  wanted = {
-    path: pair.shape
-    for path, pair in pairs.items()
-    if not pair.whole and select(path, sides[0][pair.base.name])
-  }
+  spec = {p: sides[0][x.base.name] for p, x in pairs.items() if not x.whole}
+  wanted = {p: pairs[p].shape for p, leaf in spec.items() if select(p, leaf)}
   modules = views_of(wanted, table)
-  ranks = ranks_of(rank, modules)
-  places = _placed(sides[0], pairs, modules, mesh, rules)
-  loras = {}
-  for path, wanted in ranks.items():
-    pair, view = pairs[path], modules[path]
-    leaves = [
-      _take(tree, side, pair.shape, places.get(path))
-      for tree, side in ((left, pair.base), (right, pair.finetuned))
-    ]
-    own = sharding_of(leaves[0]) or sharding_of(leaves[1]) or places.get(path)
-    loras[path] = extract_parameter(
-      *leaves,
-      key_for(key, path),
-      view=view,
-      rank=wanted,
-      factor=factor,
-      dtype=jnp.dtype(dtype),
-      sharding=of_adapter(own, view, pair.shape) if own else None,
+  ranks = _clipped(ranks_of(rank, modules), modules, wanted)
+  warn_of_waste(ranks, {p: modules[p].shape(wanted[p]) for p in ranks})
+  rest = rest_of(spec, modules, select)
+  places = _placed(sides[0], pairs, modules, rest, mesh, rules)
+  take = functools.partial(_both, left, right, pairs)
+
+  norms = {} if shifts else {path: norm_of(*take(path)) for path in rest}
+  is_weighed = any(norms.values())
+  programs, changes = {}, []
+  for path, r in ranks.items():
+    leaves = take(path, places.get(path))
+    changes += [norm_of(*leaves) or 0.0] if is_weighed else []
+    programs[path] = _factored(
+      path, leaves, key, modules[path], r, factor, jnp.dtype(dtype),
+      places.get(path),
+    )  # fmt: skip
+  if shifts:
+    for path in rest:
+      programs[path] = shift_of(*take(path, places.get(path)), dtype)
+  whole = math.hypot(*changes, *(norm or 0.0 for norm in norms.values()))
+  warn_of_rest(norms, whole, {path: pairs[path].shape for path in rest})
+  if isinstance(left, dict) and isinstance(right, dict):
+    warn_of_others(left, right)
+  return programs
+
+
+def _clipped(
+  ranks: Mapping[str, int],
+  views: Mapping[str, MatrixView],
+  shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, int]:
+  """Returns ranks that are no higher than a matrix's short side."""
+  return {
+    path: min(rank, *views[path].shape(shapes[path])[-2:])
+    for path, rank in ranks.items()
+  }
+
+
+def _both(
+  left: Mapping[str, Any],
+  right: Mapping[str, Any],
+  pairs: Mapping[str, Pair],
+  path: str,
+  sharding: NamedSharding | None = None,
+) -> tuple[Any, Any]:
+  """Reads a parameter's values on both sides, placed if a sharding is given."""
+  pair = pairs[path]
+  return (
+    _take(left, pair.base, pair.shape, sharding),
+    _take(right, pair.finetuned, pair.shape, sharding),
+  )
+
+
+def _factored(path, leaves, key, view, rank, factor, dtype, place) -> Lora:
+  """Extracts one parameter's Lora: on the host, or compiled."""
+  if is_on_host(*leaves, key):
+    return extract_on_host(
+      *leaves, key, path, view=view, rank=rank, factor=factor, dtype=dtype
     )
-  return loras
+  own = sharding_of(leaves[0]) or sharding_of(leaves[1]) or place
+  return extract_parameter(
+    *leaves,
+    key_for(key, path),
+    view=view,
+    rank=rank,
+    factor=factor,
+    dtype=dtype,
+    sharding=of_adapter(own, view, leaves[0].shape) if own else None,
+  )
 
 
 def _placed(
   spec: Mapping[str, Any],
   pairs: Mapping[str, Pair],
   modules: Mapping[str, MatrixView],
+  rest: Iterable[str],
   mesh: Any,
   rules: Rules | None,
 ) -> dict[str, NamedSharding]:
@@ -172,7 +236,8 @@ def _placed(
     shapes = {path: pair.shape for path, pair in pairs.items()}
     return assign({name: spec[name].shape for name in spec} | shapes, mesh,
                   rules)  # fmt: skip
-  return {
+  whole = NamedSharding(mesh, PartitionSpec())
+  return dict.fromkeys(rest, whole) | {
     path: NamedSharding(mesh, spread(pairs[path].shape, mesh, view.batch))
     for path, view in modules.items()
   }
@@ -194,62 +259,6 @@ def _take(
   return place_array(
     shape, sharding, functools.partial(read_region_of_side, tree, side)
   )
-
-
-@functools.partial(
-  jax.jit, static_argnames=("view", "rank", "factor", "dtype", "sharding")
-)
-def extract_parameter(
-  base: jax.Array,
-  finetuned: jax.Array,
-  key: jax.Array,
-  *,
-  view: MatrixView,
-  rank: int,
-  factor: Factoriser = krylov,
-  dtype: Any = jnp.float32,
-  sharding: Lora | None = None,
-) -> Lora:
-  """Extracts the Lora of one parameter's change, read as (..., in, out).
-
-  Args:
-    base: the parameter, any floating dtype, its own layout.
-    finetuned: the same shape.
-    key: PRNG key of the module.
-    view: how the layout is read as a matrix; static, as all below.
-    rank: units to keep.
-    factor: the factoriser. Equal shapes share a compilation.
-    dtype: storage dtype.
-    sharding: of the result's leaves, from `of_adapter`; needed for parameters
-      whose type has Explicit axes. None leaves it to the compiler.
-
-  Returns:
-    Lora with a (..., r, in), b (..., r, out), scale 1; scale NaN if either
-    parameter is not finite.
-
-  Example:
-    >>> w = jnp.zeros((3, 5), jnp.bfloat16)
-    >>> extract_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
-    ...                   rank=1).a.shape
-    (1, 3)
-  """
-
-  def step(base, finetuned, key):
-    """Factors the change; gives a scale of NaN if it is not finite."""
-    delta, is_exchanged = in_stored_order(difference(base, finetuned), view)
-    is_finite = jnp.isfinite(delta).all()
-    delta = jnp.where(is_finite, delta, 0.0)  # LAPACK may not return from NaN
-    lora = from_factors(factor(delta, rank, key), dtype)
-    scale = jnp.where(is_finite, lora.scale, jnp.nan)
-    lora = Lora(lora.a, lora.b, scale)
-    return exchange(lora) if is_exchanged else lora
-
-  if sharding is None:
-    return step(base, finetuned, key)
-  specs = jax.tree.map(lambda own: own.spec, sharding)
-  mesh: Any = jax.tree.leaves(sharding)[0].mesh
-  lora = run_automatic(step, (base, finetuned, key), lambda *_: specs, mesh)
-  return constrain(lora, sharding)
 
 
 def _warn_of_missing(pairing: Pairing) -> None:

@@ -13,7 +13,6 @@ adapter by `extract`, as the change of weights it amounts to.
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,7 +24,14 @@ from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Lora, Loras, check_loras, from_factors
 from jlora.messages import name_some
 from jlora.paths import check_same_paths, first_match, flatten, key_for
-from jlora.selection import EMBEDDINGS, Select, is_linear, is_matrix, ranks_of
+from jlora.selection import (
+  EMBEDDINGS,
+  Select,
+  is_linear,
+  is_matrix,
+  ranks_of,
+  warn_of_waste,
+)
 from jlora.tree_views import table_for
 from jlora.views import MatrixView, ViewRule, as_matrix, views_of
 
@@ -208,7 +214,7 @@ def init_lora(
   ranks = ranks_of(rank, modules)
   shapes = {path: modules[path][1].shape(modules[path][0].shape)
             for path in ranks}  # fmt: skip
-  _warn_of_waste(ranks, shapes)
+  warn_of_waste(ranks, shapes)
   rules = [(r"(?s).*", init)] if callable(init) else list(init)
   inits = {path: first_match(rules, path) for path in ranks}
   if without := [path for path, found in inits.items() if found is None]:
@@ -425,18 +431,3 @@ def _drawn(draw, key, shape, rank, width, below):
   *batch, n_in, n_out = shape
   a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
   return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
-
-
-def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
-  """Warns of ranks above a matrix's shorter side."""
-  wasteful = [
-    f"{path}: {rank} for {shapes[path]}"
-    for path, rank in ranks.items()
-    if rank > min(shapes[path][-2:])
-  ]
-  if wasteful:
-    warnings.warn(
-      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
-      " need no more than its short side.",
-      stacklevel=3,
-    )
