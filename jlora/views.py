@@ -166,7 +166,8 @@ def views_of(
       first that fits counts; or the readings of each parameter of a tree, from
       `table_for`.
     matrices: path -> the (..., in, out) that is known of it, from the factors
-      of a Lora: it decides where exactly one reading gives it.
+      of a Lora: it decides where exactly one reading gives it. Where none does,
+      the first is returned, for the caller to refuse with both shapes.
 
   Returns:
     {path: view}, without those that no rule fits, and without those that are no
@@ -247,8 +248,10 @@ def _readings_of(
   """Returns the ways to read a parameter; by its matrix one, if one fits."""
   if isinstance(table, Mapping):
     own = tuple(v for v in table.get(path, ()) if v.axes == len(shape))
-    fitting = tuple(v for v in own if v.shape(shape) == matrix)
-    return fitting if len(fitting) == 1 else own
+    if matrix is None:
+      return own
+    fitting = tuple(view for view in own if view.shape(shape) == matrix)
+    return fitting or own[:1]  # none fits: to be refused with its shapes
   for pattern, axes, view in table:
     if axes == len(shape) and re.fullmatch(pattern, path):
       return (view,)

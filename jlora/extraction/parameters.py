@@ -136,8 +136,9 @@ def extract_on_host(
     dtype: storage dtype.
 
   Returns:
-    Lora of JAX arrays where the parameters lie, with the bits that
-    `extract_checkpoint` gives on a CPU; scale NaN if the change is not finite.
+    Lora of NumPy arrays, with the bits that `extract_checkpoint` gives on a CPU
+    if BLAS uses one thread, as it does there; scale NaN if the change is not
+    finite. Several threads may call this.
 
   Example:
     >>> w = jnp.zeros((3, 5), jnp.bfloat16)
@@ -155,7 +156,7 @@ def extract_on_host(
   lora = exchange(one.lora) if one.is_exchanged else one.lora
   if not found.is_finite:
     lora = Lora(lora.a, lora.b, np.full_like(lora.scale, np.nan))
-  return put_beside(lora, base, finetuned)
+  return lora
 
 
 def words_for(key: jax.Array | None, path: str) -> np.ndarray:
@@ -166,8 +167,8 @@ def words_for(key: jax.Array | None, path: str) -> np.ndarray:
     path: the module's path.
 
   Example:
-    >>> words_for(None, "q")
-    array([         0,          0, 2908338959], dtype=uint32)
+    >>> words_for(jax.random.key(7), "q").tolist()
+    [0, 7, 4110462503]
   """
   return np.append(words_of(key), np.uint32(zlib.crc32(path.encode())))
 

@@ -120,11 +120,11 @@ def warn_of_rest(
       and shares of the whole; of traced ones those of two axes or more.
 
   Example:
-    >>> with warnings.catch_warnings(record=True) as seen:
-    ...   warn_of_rest({"norm/scale": 3.0, "bias": 0.0}, 5.0,
-    ...                {"norm/scale": (4,), "bias": (4,)})
-    >>> print(str(seen[0].message)[:70])
-    1 changed parameters are no matrices and left out, 60.0% of the change
+    >>> norms, shapes = {"n": 3.0, "bias": 0.0}, {"n": (4,), "bias": (4,)}
+    >>> with warnings.catch_warnings(record=True, action="always") as seen:
+    ...   warn_of_rest(norms, 5.0, shapes)
+    >>> str(seen[0].message).split(", ")[1]
+    '60.0% of the change: n (4,) 60.0%. `shifts=True` returns them too.'
   """
   changed = {path: norm for path, norm in norms.items() if norm}
   if changed:
@@ -161,7 +161,7 @@ def warn_of_others(base: Mapping[str, Any], finetuned: Mapping[str, Any]):
     finetuned: the same paths; traced leaves are passed over.
 
   Example:
-    >>> with warnings.catch_warnings(record=True) as seen:
+    >>> with warnings.catch_warnings(record=True, action="always") as seen:
     ...   warn_of_others({"step": np.int32(3)}, {"step": np.int32(4)})
     >>> print(seen[0].message)
     1 leaves that differ are not floating and left out: step.

@@ -6,12 +6,14 @@ The extraction from disk does the same, one parameter at a time.
 
 import functools
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.checkpoints.checkpoint import Checkpoint
@@ -20,6 +22,7 @@ from jlora.extraction.parameters import (
   extract_on_host,
   extract_parameter,
   is_on_host,
+  put_beside,
 )
 from jlora.extraction.shifts import (
   norm_of,
@@ -42,6 +45,7 @@ from jlora.pairing.pairs import (
   read_side,
 )
 from jlora.paths import check_same_paths, flatten, key_for
+from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.selection import Select, is_matrix, ranks_of, warn_of_waste
 from jlora.sharding import Rules, assign, of_adapter, spread
 from jlora.tree_views import table_for
@@ -96,7 +100,7 @@ def extract(
     the structure never depends on values, so the call can be jitted. A change
     that is not finite gives a scale of NaN. Eager arrays on one CPU are
     factored by NumPy and LAPACK, with the bits of `extract_checkpoint`: nothing
-    is compiled. Of open checkpoints, one pair of tensors is in memory at a
+    is compiled. Of open checkpoints, a few pairs of tensors are in memory at a
     time, and tensors without a partner or of another shape are left out with a
     warning; `extract_checkpoint` reports them one by one.
 
@@ -155,19 +159,14 @@ def extract(
   take = functools.partial(_both, left, right, pairs)
 
   norms = {} if shifts else {path: norm_of(*take(path)) for path in rest}
-  is_weighed = any(norms.values())
-  programs, changes = {}, []
-  for path, r in ranks.items():
-    leaves = take(path, places.get(path))
-    changes += [norm_of(*leaves) or 0.0] if is_weighed else []
-    programs[path] = _factored(
-      path, leaves, key, modules[path], r, factor, jnp.dtype(dtype),
-      places.get(path),
-    )  # fmt: skip
+  programs, changed = _factor_all(
+    lambda path: take(path, places.get(path)), ranks, modules, places, key,
+    factor, jnp.dtype(dtype), is_weighed=any(norms.values()),
+  )  # fmt: skip
   if shifts:
     for path in rest:
       programs[path] = shift_of(*take(path, places.get(path)), dtype)
-  whole = math.hypot(*changes, *(norm or 0.0 for norm in norms.values()))
+  whole = math.hypot(changed, *(norm or 0.0 for norm in norms.values()))
   warn_of_rest(norms, whole, {path: pairs[path].shape for path in rest})
   if isinstance(left, dict) and isinstance(right, dict):
     warn_of_others(left, right)
@@ -201,21 +200,55 @@ def _both(
   )
 
 
-def _factored(path, leaves, key, view, rank, factor, dtype, place) -> Lora:
-  """Extracts one parameter's Lora: on the host, or compiled."""
-  if is_on_host(*leaves, key):
-    return extract_on_host(
-      *leaves, key, path, view=view, rank=rank, factor=factor, dtype=dtype
-    )
-  own = sharding_of(leaves[0]) or sharding_of(leaves[1]) or place
+def _factor_all(
+  take, ranks, views, places, key, factor, dtype, *, is_weighed
+) -> tuple[dict[str, Any], float]:
+  """Extracts all Loras; also returns the norm of the changes, if asked for.
+
+  Those on the host are shared out among threads, each with one for BLAS, as in
+  a run from disk to disk.
+  """
+  loras, norms = dict.fromkeys(ranks), []
+
+  def tasks(pool):
+    """Begins what is on the host; extracts the rest at once."""
+    for path, rank in ranks.items():
+      leaves = take(path)
+      norms.append((norm_of(*leaves) or 0.0) if is_weighed else 0.0)
+      own = {
+        "view": views[path],
+        "rank": rank,
+        "factor": factor,
+        "dtype": dtype,
+      }
+      if is_on_host(*leaves, key):
+        begin = functools.partial(
+          pool.submit, _on_host, *leaves, key, path, **own
+        )
+        read = [x.nbytes for x in leaves if isinstance(x, np.ndarray)]
+        yield Task(path, 4 * leaves[0].size + sum(read), begin)
+      else:
+        loras[path] = _compiled(path, leaves, places.get(path), key, own)
+
+  threads = min(len(ranks), os.cpu_count() or 1)
+  with open_pool(threads) as pool:
+    for task, (lora, leaves) in finish_in_order(tasks(pool), ahead=threads):
+      loras[task.name] = put_beside(lora, *leaves)
+  return loras, math.hypot(*norms)
+
+
+def _on_host(base, finetuned, *args, **own) -> tuple[Lora, tuple[Any, Any]]:
+  """Extracts one parameter's Lora; also returns the parameters."""
+  return extract_on_host(base, finetuned, *args, **own), (base, finetuned)
+
+
+def _compiled(path, leaves, place, key, own) -> Lora:
+  """Extracts one parameter's Lora by a compiled program."""
+  placed = sharding_of(leaves[0]) or sharding_of(leaves[1]) or place
+  shape = leaves[0].shape
+  sharding = of_adapter(placed, own["view"], shape) if placed else None
   return extract_parameter(
-    *leaves,
-    key_for(key, path),
-    view=view,
-    rank=rank,
-    factor=factor,
-    dtype=dtype,
-    sharding=of_adapter(own, view, leaves[0].shape) if own else None,
+    *leaves, key_for(key, path), **own, sharding=sharding
   )
 
 

@@ -106,20 +106,21 @@ def test_what_the_tree_leaves_open_has_several_readings():
 
 @pytest.mark.parametrize("scanned", [True, False])
 def test_an_exact_change_of_each_layer_comes_back(scanned):
+  """Whether the norm tells of layers, or of a width that is not stacked."""
   draw = np.random.default_rng(0).standard_normal
-  low = draw((6, 32, 2)) @ draw((6, 2, 32))
-  norm = (6, 32) if scanned else (32,)
+  if scanned:
+    low, norm = draw((6, 32, 2)) @ draw((6, 2, 24)), (6, 32)
+  else:
+    low, norm = (draw((32, 2)) @ draw((2, 24))).reshape(32, 4, 6), (32,)
   base = {
     "layers": {
-      "q_proj": {"kernel": jnp.zeros((6, 32, 32))},
-      "mlp": {"kernel": jnp.zeros((6, 32, 32))},
+      "q_proj": {"kernel": jnp.zeros(low.shape)},
       "norm": {"scale": jnp.ones(norm)},
     }
   }
-  finetuned = jax.tree.map(lambda w: w, base)
-  finetuned["layers"]["mlp"]["kernel"] = jnp.float32(low)
-  if scanned:
-    finetuned["layers"]["q_proj"]["kernel"] = jnp.float32(low)
+  finetuned = {
+    "layers": {**base["layers"], "q_proj": {"kernel": jnp.float32(low)}}
+  }
   loras = jlora.extract(base, finetuned, rank=2)
   got, want = map(flatten, (jlora.apply(base, loras), finetuned))
   for path in want:

@@ -248,7 +248,10 @@ def kind_of(path: str, shape: tuple[int, ...], base: Base) -> Kind:
   """
   name = base.rename(path)
   if base.family is None or not isinstance(name, str):
-    view = view_of(path, shape, base.table)
+    try:
+      view = view_of(path, shape, base.table)
+    except ValueError as unclear:
+      return Kind(why=str(unclear))
     return Kind(view, view and _guess_layout(path, view, base))
   if len(shape) < 2:
     return Kind(None)
