@@ -109,7 +109,8 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
 
   All parameters of such a block have one axis of the same length in the same
   place, and either its vectors have two axes, or one of its kernels has three
-  that is not an attention's or a convolution's.
+  that is not an attention's or a convolution's, or its heads do not fit each
+  other. The whole tree can be one, along its first axis, if it has vectors.
 
   Args:
     shapes: path -> shape.
@@ -118,7 +119,8 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
     Blocks; none lies in another.
 
   Example:
-    >>> find_stacks({"h/norm/scale": (8, 4), "h/mlp/kernel": (8, 4, 16)})
+    >>> find_stacks({"h/norm/scale": (8, 4), "h/mlp/kernel": (8, 4, 16),
+    ...              "embedding": (32, 4)})
     [_Stack(prefix='h/', axis=0)]
   """
   found: list[_Stack] = []
@@ -127,7 +129,10 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
     if any(prefix.startswith(stack.prefix) for stack in found):
       continue
     inside = {path: shapes[path] for path in blocks[prefix]}
-    stacks = [_Stack(prefix, axis) for axis in _stacked_axes(inside)]
+    axes = _stacked_axes(inside)
+    if not prefix:  # all of a tree may have one width along the second axis
+      axes = [0] if 0 in axes and any(map(_is_vector, inside)) else []
+    stacks = [_Stack(prefix, axis) for axis in axes]
     if len(stacks) > 1:
       stacks = _by_features(stacks, inside, shapes)
     found += stacks
@@ -135,9 +140,9 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
 
 
 def _blocks(paths: Iterable[str]) -> dict[str, list[str]]:
-  """Returns {beginning that ends with a slash: paths that begin so}."""
-  found: dict[str, list[str]] = {}
-  for path in paths:
+  """Returns {beginning that ends with a slash, or nothing: its paths}."""
+  found: dict[str, list[str]] = {"": [*paths]}
+  for path in found[""]:
     for at in re.finditer("/", path):
       found.setdefault(path[: at.end()], []).append(path)
   return found

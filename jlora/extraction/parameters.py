@@ -181,9 +181,8 @@ def put_beside(tree: Any, *arrays: Any) -> Any:
     True
   """
   kept = [x for x in arrays if isinstance(x, jax.Array) and x.committed]
-  if not kept:
-    return jax.tree.map(jnp.asarray, tree)
-  return jax.device_put(tree, kept[0].sharding)
+  # jnp.asarray would compile a copy for each shape.
+  return jax.device_put(tree, kept[0].sharding if kept else None)
 
 
 @functools.partial(
