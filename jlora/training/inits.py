@@ -196,13 +196,14 @@ def init_lora(
 
   Raises:
     ValueError: nothing selected, a rank below 1 or for a path that is not a
-      module, or a path that no rule of `init` matches.
+      module, a path that no rule of `init` matches, or a parameter that can be
+      read as different matrices (`jlora.views.views_of`).
 
   Warns:
-    UserWarning: a rank above the matrix's shorter side.
+    UserWarning: adapters that hold more numbers than their weights.
 
   Example:
-    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> params = {"q": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}}
     >>> loras = init_lora(params, rank=2, alpha=8)
     >>> loras["q/kernel"].b.shape, float(loras["q/kernel"].scale)
     ((2, 5), 4.0)

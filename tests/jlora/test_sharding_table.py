@@ -72,11 +72,16 @@ def adapter(is_stack):
   return Lora(*factors, np.full(lead, 0.01, np.float32))
 
 
+# A kernel, or experts.
+VIEWS = [("kernel", 2, KERNEL), ("kernel", 3, STACKED)]
+
+
 def extracted(base, finetuned, factor=jlora.factoring.krylov):
   """`extract`, as it is called under jit by those who know the place."""
   found = jlora.extract(
-    {"kernel": base}, {"kernel": finetuned}, rank=RANK, factor=factor
-  )
+    {"kernel": base}, {"kernel": finetuned}, rank=RANK, factor=factor,
+    views=VIEWS,
+  )  # fmt: skip
   return found["kernel"]
 
 
@@ -103,12 +108,14 @@ def measured(base, finetuned, lora):
 def adapted(base, finetuned, lora):
   del finetuned
   run = jlora.adapt(lambda params, x: jnp.matmul(params["kernel"], x))
-  return run(jlora.bind({"kernel": base}, {"kernel": lora}), jnp.ones((N, 8)))
+  params = jlora.bind({"kernel": base}, {"kernel": lora}, views=VIEWS)
+  return run(params, jnp.ones((N, 8)))
 
 
 def applied(base, finetuned, lora):
   del finetuned
-  return jlora.apply({"kernel": base}, {"kernel": lora})["kernel"]
+  merged = jlora.apply({"kernel": base}, {"kernel": lora}, views=VIEWS)
+  return merged["kernel"]
 
 
 @dataclasses.dataclass(frozen=True)
