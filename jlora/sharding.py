@@ -219,7 +219,7 @@ def adapter_shardings(
     P(None, 'x')
   """
   flat = flatten(params)
-  table = table_for(flat) if views is None else tuple(views)
+  table = table_for(flat, tree=params) if views is None else tuple(views)
   own = {path: sharding_of(flat.get(path)) for path in loras}
   shapes = {path: flat[path].shape for path in loras if own[path]}
   given = {

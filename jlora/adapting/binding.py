@@ -152,7 +152,7 @@ def attach(
       f"{len(missing)} programs have no parameter: {name_some(missing)}; "
       f"there are {name_some(flat)}."
     )
-  table = table_for(flat) if views is None else tuple(views)
+  table = table_for(flat, tree=params) if views is None else tuple(views)
   given = {p: _matrix_of(own, is_bank) for p, own in found.items()}
   known = {path: matrix for path, matrix in given.items() if matrix}
   how = {

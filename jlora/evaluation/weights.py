@@ -125,7 +125,7 @@ def compare(
   sides = [getattr(side, "spec", side) for side in (left, right)]
   pairs = {pair.path: pair for pair in pair_up(*sides).pairs if not pair.whole}
   _check_pairs(programs, pairs)
-  table = table_for(sides[0], getattr(left, "model_type", None))
+  table = table_for(sides[0], getattr(left, "model_type", None), tree=base)
   table = table if views is None else tuple(views)
   found = _views_of(loras, pairs, table)
   rows, rest = {}, {}

@@ -148,7 +148,8 @@ def extract(
   _warn_of_missing(pairing)
   pairs = {pair.path: pair for pair in pairing.pairs}
   model_type = getattr(left, "model_type", None)
-  table = table_for(sides[0], model_type) if views is None else tuple(views)
+  table = table_for(sides[0], model_type, tree=base)
+  table = table if views is None else tuple(views)
   spec = {p: sides[0][x.base.name] for p, x in pairs.items() if not x.whole}
   wanted = {p: pairs[p].shape for p, leaf in spec.items() if select(p, leaf)}
   modules = views_of(wanted, table)

@@ -416,7 +416,7 @@ def matrices_of(
     ['q/kernel']
   """
   flat = flatten(params)
-  table = table_for(flat) if views is None else tuple(views)
+  table = table_for(flat, tree=params) if views is None else tuple(views)
   wanted = {
     path: leaf.shape
     for path, leaf in flat.items()

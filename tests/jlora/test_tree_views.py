@@ -12,7 +12,12 @@ from flax import nnx
 
 import jlora
 from jlora.paths import flatten
-from jlora.tree_views import find_stacks, read_tree, table_for
+from jlora.tree_views import (
+  declared_views,
+  find_stacks,
+  read_tree,
+  table_for,
+)
 from jlora.views import MatrixView, view_of
 
 STACK = MatrixView((0,), (1,), (2,))
@@ -371,3 +376,114 @@ def check_against_program(fn, params, x):
     for path, x in loras.items()
   }
   assert found == wanted
+
+
+class Bare(nnx.Module):
+  """Layers without biases, under names that say nothing."""
+
+  def __init__(self, rngs):
+    more = {"use_bias": False, "rngs": rngs}
+    self.a = nnx.Linear(8, 8, **more)
+    self.b = nnx.LinearGeneral(8, (2, 4), **more)
+    self.c = nnx.LinearGeneral((2, 4), 8, axis=(-2, -1), **more)
+    self.d = nnx.Conv(8, 8, (3,), **more)
+    self.e = nnx.ConvTranspose(8, 6, (3,), transpose_kernel=True, **more)
+    self.f = nnx.Einsum("btd,dhk->bthk", (6, 2, 3), rngs=rngs)
+    self.g = nnx.List([nnx.Embed(9, 8, rngs=rngs)])
+
+  def __call__(self, x):
+    x = self.d(self.c(self.b(self.a(x))))
+    y = self.f(self.e(x)).reshape(2, -1, 6)
+    return y.sum() + self.g[0](jnp.arange(4)).sum()
+
+
+def test_a_module_says_what_its_parameters_are():
+  """An NNX module, where its State alone is refused."""
+  from jlora.adapting import views_from
+
+  module, x = Bare(nnx.Rngs(0)), jnp.ones((2, 5, 8))
+  graph, state = nnx.split(module)
+  with pytest.raises(ValueError, match="5 parameters can be read"):
+    jlora.init_lora(state, 1, select=lambda *_: True)
+  rules = views_from(lambda p, x: nnx.merge(graph, p)(x), state, x)
+  flat = flatten(module)
+  table = table_for(flat, tree=module)
+  assert len(rules) == len(flat) == 7
+  for path, leaf in flat.items():
+    one, two = (view_of(path, leaf.shape, t) for t in (table, rules))
+    assert one == two, path
+  finetuned = jax.tree.map(lambda w: w + 1.0, module)
+  merged = jlora.apply(module, jlora.extract(module, finetuned, rank=1))
+  assert isinstance(merged, Bare)
+  for got, want in zip(*map(jax.tree.leaves, (merged, finetuned)), strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_vmapped_module_knows_which_axis_is_its_layers(axis):
+  at = nnx.StateAxes({nnx.Param: axis, ...: 0})
+
+  @nnx.split_rngs(splits=3)
+  @nnx.vmap(in_axes=0, out_axes=at)
+  def make(rngs):
+    return nnx.Linear(8, 6, use_bias=False, rngs=rngs)
+
+  layer = make(nnx.Rngs(0))
+  table = table_for(flatten(layer), tree=layer)
+  rest = tuple(a for a in range(3) if a != axis)
+  assert table["kernel"] == (MatrixView((axis,), rest[:1], rest[1:]),)
+
+
+# Names of a boxed parameter's axes -> its view; None where they say nothing.
+NAMES = {
+  ("layers", "embed", "mlp"): STACK,
+  ("embed", "layers", "mlp"): MatrixView((1,), (0,), (2,)),
+  ("layers", "mlp"): NONE2,
+  ("embed", "heads", "kv"): WRITES_HEADS,
+  ("heads", "kv", "embed"): SUMS_HEADS,
+  ("layers", "embed", "heads", "kv"): MatrixView((0,), (1,), (2, 3)),
+  ("layers", "experts", "embed", "mlp"): MatrixView((0, 1), (2,), (3,)),
+  (None, "data", "model"): None,
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("box", [nn.Partitioned, nn.LogicallyPartitioned])
+def test_boxes_say_what_their_axes_are(names, box):
+  shape = (4, 6, 8, 2)[: len(names)]
+  tree = {"x": {"y": box(jnp.ones(shape), names)}}
+  view = NAMES[names]
+  assert declared_views(tree) == ({"x/y": (view,)} if view else {})
+
+
+def test_boxed_parameters_go_through_the_one_line_call():
+  """A scanned Dense without a bias or a norm: its metadata alone tell."""
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+      init = nn.with_logical_partitioning(
+        nn.initializers.lecun_normal(), ("embed", "mlp")
+      )
+      return nn.Dense(8, use_bias=False, kernel_init=init)(x), None
+
+  net = nn.scan(
+    Block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=3,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )()
+  base = net.init(jax.random.key(0), jnp.ones((2, 8)), None)
+  finetuned = jax.tree.map(lambda w: w + 1.0, base)
+  loras = jlora.extract(base, finetuned, rank=1)
+  assert loras["params/Dense_0/kernel"].a.shape == (3, 1, 8)
+  merged = jlora.apply(base, loras)
+  assert jax.tree.structure(merged) == jax.tree.structure(finetuned)
+  jax.tree.map(
+    lambda one, two: np.testing.assert_allclose(one, two, atol=1e-5),
+    merged,
+    finetuned,
+  )
+  with pytest.raises(ValueError, match="can be read as different"):
+    jlora.extract(nn.unbox(base), nn.unbox(finetuned), rank=1)
