@@ -186,9 +186,9 @@ def views_of(
     {'w': MatrixView(batch=(), inputs=(1,), outputs=(0,))}
   """
   known = matrices or {}
-  table = table if isinstance(table, Mapping) else tuple(table)
+  rows: Any = table if isinstance(table, Mapping) else tuple(table)
   found = {
-    path: _readings_of(path, shape, table, known.get(path))
+    path: _readings_of(path, shape, rows, known.get(path))
     for path, shape in shapes.items()
   }
   unclear = {path: own for path, own in found.items() if len(own) > 1}

@@ -155,7 +155,8 @@ def extract_on_host(
   )  # fmt: skip
   lora = exchange(one.lora) if one.is_exchanged else one.lora
   if not found.is_finite:
-    lora = Lora(lora.a, lora.b, np.full_like(lora.scale, np.nan))
+    unknown: Any = np.full_like(lora.scale, np.nan)
+    lora = Lora(lora.a, lora.b, unknown)
   return lora
 
 

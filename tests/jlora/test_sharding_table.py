@@ -273,10 +273,9 @@ def test_compare(kind):
   """From parameters on a mesh, the figures of one device."""
   (base, finetuned, lora), *_ = placed(kind, P(None, ("x", "y")), False)
   leaves = ({"w": base}, {"w": finetuned}, {"w": lora})
-  found = jlora.compare(*leaves)["w"]
-  wanted = jlora.compare(*jax.tree.map(jnp.asarray, jax.device_get(leaves)))[
-    "w"
-  ]
+  found = jlora.compare(*leaves).rows["w"]
+  alone = jax.tree.map(jnp.asarray, jax.device_get(leaves))
+  wanted = jlora.compare(*alone).rows["w"]
   for name in ("relative_error", "spectral_error", "mse", "effective_rank"):
     assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 
