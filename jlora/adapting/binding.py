@@ -27,8 +27,7 @@ class BoundPrograms(NamedTuple):
   Attributes:
     flat: path -> leaf, of all parameters.
     programs: path -> its programs, each with its weight.
-    views: path -> MatrixView, of the parameters with a program that can be read
-      as a matrix.
+    views: path -> MatrixView, of the parameters with a Lora.
   """
 
   flat: dict[str, Any]

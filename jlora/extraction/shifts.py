@@ -80,7 +80,7 @@ def shift_of(base: Any, finetuned: Any, dtype: Any) -> Shift:
 
 
 def norm_of(base: Any, finetuned: Any) -> float | None:
-  """Returns the Frobenius norm of a change; None for traced arrays.
+  """Returns the Frobenius norm of a change; None where it is traced.
 
   Args:
     base: the parameter; of NumPy or of JAX.
@@ -95,7 +95,9 @@ def norm_of(base: Any, finetuned: Any) -> float | None:
   if is_on_host(base, finetuned):
     delta = difference(np.asarray(base), np.asarray(finetuned))
     return float(np.linalg.norm(delta.ravel().astype(np.float64)))
-  return float(_norm(base, finetuned))
+  norm = _norm(base, finetuned)
+  # A jitted function may close over arrays of several devices.
+  return None if isinstance(norm, Tracer) else float(norm)
 
 
 @jax.jit

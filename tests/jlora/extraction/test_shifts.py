@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.factoring.factorisers import svd
@@ -170,6 +172,21 @@ def test_traced_parameters_of_two_axes_are_named():
   assert list(run(base, base)) == ["h/w"]  # eager: nothing changed
 
 
+@pytest.mark.parametrize("cut", [P("x"), P()])
+def test_arrays_on_several_devices_are_weighed_where_they_lie(cut):
+  place = NamedSharding(jax.make_mesh((2,), ("x",)), cut)
+  base, finetuned = jax.device_put(
+    (SMALL, changed(q_kernel=1.0, q_bias=2.0)), place
+  )
+  with pytest.warns(UserWarning, match=r"1 changed.*q/bias \(8,\) 63.2%"):
+    jlora.extract(base, finetuned, rank=1)
+  programs = jlora.extract(base, finetuned, rank=1, shifts=True)
+  assert programs["q/bias"].delta.sharding.is_equivalent_to(place, 1)
+  # Closed over, they are concrete, but nothing may be looked at.
+  run = lambda: jlora.extract(base, finetuned, rank=1)  # noqa: E731
+  assert list(jax.eval_shape(run)) == ["q/kernel"]
+
+
 def test_matrices_without_a_view_are_no_exception():
   base = {"q": jnp.ones((6, 8)), "k": jnp.ones((6, 8))}
   finetuned = jax.tree.map(lambda w: w + 1, base)
@@ -209,3 +226,9 @@ def test_the_storage_dtype_is_the_shifts_too():
     SMALL, finetuned, rank=1, shifts=True, dtype=jnp.bfloat16
   )
   assert programs["q/bias"].delta.dtype == jnp.bfloat16
+
+
+def test_doors_for_loras_alone_name_the_shifts(tmp_path):
+  programs = jlora.extract(SMALL, changed(q_bias=2.0), rank=1, shifts=True)
+  with pytest.raises(ValueError, match="are no Loras: norm/scale: Shift"):
+    jlora.save_peft(tmp_path / "out", programs, like=flatten(SMALL))
