@@ -220,6 +220,24 @@ def test_open_checkpoints_are_weighed_too(tmp_path):
   np.testing.assert_array_equal(programs["m.q.bias"].delta, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*hold more numbers than their weights")
+def test_what_comes_out_goes_into_bind():
+  """Loras beside the weights, shifts on them: the finetune's outputs."""
+  rng = np.random.default_rng(0)
+  finetuned = jax.tree.map(
+    lambda w: w + rng.normal(size=w.shape).astype(np.float32), SMALL
+  )
+  programs = jlora.extract(SMALL, finetuned, rank=8, shifts=True)
+
+  def model(params, x):
+    x = x * params["norm"]["scale"][None]
+    return x @ params["q"]["kernel"] + params["q"]["bias"][None]
+
+  x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+  found = jlora.adapt(model, strict=True)(jlora.bind(SMALL, programs), x)
+  np.testing.assert_allclose(found, model(finetuned, x), atol=1e-4)
+
+
 def test_the_storage_dtype_is_the_shifts_too():
   finetuned = changed(q_bias=2.0)
   programs = jlora.extract(
