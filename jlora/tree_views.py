@@ -327,6 +327,8 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
   vectors = {p: s for p, s in inside.items() if _is_vector(p)}
   if len(inside) < 2 or any(len(shape) < 2 for shape in inside.values()):
     return []
+  if any(_is_convolution(path, inside) for path in inside):
+    return []
   if vectors:
     told = all(len(shape) == 2 for shape in vectors.values())
     if not told or len(vectors) == len(inside):
@@ -339,6 +341,15 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
     for axis in places
     if len({shape[axis] for shape in inside.values()}) == 1
   ]
+
+
+def _is_convolution(path: str, inside: Mapping[str, Shape]) -> bool:
+  """Returns whether a weight has a bias (out, 1, ...), as Equinox keeps it."""
+  shape = inside[path]
+  holder, _, leaf = path.rpartition("/")
+  bias = inside.get(f"{holder}/bias" if holder else "bias", ())
+  is_bias = bias == (shape[0], *(1,) * (len(shape) - 2)) and len(shape) > 2
+  return leaf == "weight" and is_bias and shape[-1] > 1
 
 
 def _has_plain_kernel(inside: Mapping[str, Shape]) -> bool:
@@ -446,12 +457,14 @@ def _by_bias(
 ) -> MatrixView | None:
   """Returns what the bias beside a kernel says of its outputs."""
   holder, _, leaf = path.rpartition("/")
-  if leaf not in ("kernel", "w"):
+  if leaf not in ("kernel", "w", "weight"):
     return None
   names = [f"{holder}/{name}" if holder else name for name in ("bias", "b")]
   bias = next((shapes[name] for name in names if name in shapes), None)
   if not bias or "conv" in holder.lower():
     return None
+  if leaf == "weight":
+    return _by_bias_of_weight(shape, bias)
   count = len(shape) - len(bias)
   if count > 0 and shape[count:] == bias:
     axes = tuple(range(len(shape)))
@@ -460,6 +473,19 @@ def _by_bias(
     return MatrixView((), axes[:count], axes[count:])
   if bias[0] == shape[0] and bias[1:] == shape[-len(bias) + 1 :]:
     return MatrixView((0,), (1,), tuple(range(2, len(shape))))
+  return None
+
+
+def _by_bias_of_weight(shape: Shape, bias: Shape) -> MatrixView | None:
+  """Returns what the bias beside a weight says: outputs come first there."""
+  axes = tuple(range(len(shape)))
+  is_plain = len(bias) == 1 and shape[0] != shape[-1]
+  if bias[0] == shape[0] and (
+    is_plain or bias[1:] == (1,) * (len(shape) - 2)  # Equinox's convolutions
+  ):
+    return MatrixView((), axes[1:], axes[:1])
+  if len(shape) == 3 and bias == shape[:2]:
+    return MatrixView((0,), (2,), (1,))
   return None
 
 

@@ -182,6 +182,15 @@ EVIDENCE = {
   "a weight, (out, in)": (
     {"x/weight": (16, 8, 1), "x/norm": (8,)}, MatrixView((), (1, 2), (0,)),
   ),
+  "a weight by its bias": (
+    {"x/weight": (16, 8, 3), "x/bias": (16,)}, MatrixView((), (1, 2), (0,)),
+  ),
+  "a weight by Equinox's bias": (
+    {"x/weight": (8, 8, 8), "x/bias": (8, 1)}, MatrixView((), (1, 2), (0,)),
+  ),
+  "weights of layers": (
+    {"x/weight": (3, 16, 8), "x/bias": (3, 16), "y/bias": (8,)}, STACK,
+  ),
   "queries, keys and values at once": (
     {"attn/qkv/kernel": (32, 3, 4, 8)}, MatrixView((), (0,), (1, 2, 3)),
   ),
