@@ -345,11 +345,12 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
 
 def _is_convolution(path: str, inside: Mapping[str, Shape]) -> bool:
   """Returns whether a weight has a bias (out, 1, ...), as Equinox keeps it."""
-  shape = inside[path]
   holder, _, leaf = path.rpartition("/")
-  bias = inside.get(f"{holder}/bias" if holder else "bias", ())
-  is_bias = bias == (shape[0], *(1,) * (len(shape) - 2)) and len(shape) > 2
-  return leaf == "weight" and is_bias and shape[-1] > 1
+  if leaf != "weight" or len(inside[path]) < 3:
+    return False
+  n_out, *_, window = inside[path]
+  bias = inside.get(f"{holder}/bias" if holder else "bias")
+  return window > 1 and bias == (n_out, *(1,) * (len(inside[path]) - 2))
 
 
 def _has_plain_kernel(inside: Mapping[str, Shape]) -> bool:

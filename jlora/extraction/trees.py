@@ -78,7 +78,8 @@ def extract(
     rank: rank of every module, or {path: rank}, which leaves out the modules
       not named. A rank above min(in, out) is clipped, as `lora.rank` shows.
     factor: a factoriser; set its options by `functools.partial`.
-    select: `(path, leaf) -> bool`, which parameters are factored.
+    select: `(path, leaf) -> bool`, which parameters are factored. Of vectors it
+      is also asked what it would say if they were matrices.
     views: rules that say how a parameter is read as a matrix; None takes those
       that fit the names found.
     key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`, so
