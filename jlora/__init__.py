@@ -19,7 +19,7 @@ Example:
   >>> bool(jnp.allclose(whole["mlp"]["kernel"], 1, atol=1e-5))
   True
   >>> figures = jlora.compare(base, finetuned, loras)
-  >>> round(figures["mlp/kernel"]["energy"], 4)
+  >>> round(figures.totals["energy"], 4)
   1.0
 """
 

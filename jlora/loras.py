@@ -136,14 +136,15 @@ def dense(lora: Lora) -> jax.Array:
 
 
 def check_loras(loras: Mapping[str, Lora]) -> None:
-  """Raises unless every Lora is well formed.
+  """Raises unless all are Loras and well formed.
 
   Args:
     loras: path -> Lora.
 
   Raises:
-    ValueError: a and b differ in rank or leading axes, or scale does not have
-      the leading axes. Names up to three offenders and counts the rest.
+    ValueError: another kind of program, a and b that differ in rank or leading
+      axes, or a scale that does not have the leading axes. Names up to three
+      offenders and counts the rest.
 
   Example:
     >>> check_loras({"w": Lora(jnp.ones((2, 3)), jnp.ones((1, 5)),
@@ -153,6 +154,16 @@ def check_loras(loras: Mapping[str, Lora]) -> None:
     ValueError: 1 malformed Lora: w: a (2, 3), b (1, 5), scale (). Needed: a
     (..., r, in), b (..., r, out), scale (...).
   """
+  others = [
+    f"{path}: {type(lora).__name__}"
+    for path, lora in loras.items()
+    if not isinstance(lora, Lora)
+  ]
+  if others:
+    raise ValueError(
+      f"{len(others)} programs are no Loras: {name_some(others)}; only a Lora "
+      "can be used here, so leave the others out."
+    )
   wrong = [
     f"{path}: a {lora.a.shape}, b {lora.b.shape}, scale {lora.scale.shape}"
     for path, lora in loras.items()

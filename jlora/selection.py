@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for which parameters are taken, and the rank that each of them gets."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -119,3 +121,40 @@ def ranks_of(
       "leave a module out instead."
     )
   return ranks
+
+
+def warn_of_waste(
+  ranks: Mapping[str, int], matrices: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Warns of adapters that hold more numbers than the weights they change.
+
+      r (in + out) > in out
+
+  Args:
+    ranks: path -> rank.
+    matrices: path -> (..., in, out).
+
+  Warns:
+    UserWarning: names up to three, with both sizes.
+
+  Example:
+    >>> with warnings.catch_warnings(record=True, action="always") as seen:
+    ...   warn_of_waste({"q": 2, "k": 1}, {"q": (3, 4), "k": (3, 4)})
+    >>> str(seen[0].message).split(": ")[1:]
+    ['q', 'rank 2 of (3, 4), 14 for 12; ask for a lower rank there.']
+  """
+  large = []
+  for path, rank in ranks.items():
+    *batch, n_in, n_out = matrices[path]
+    numbers = math.prod(batch) * rank * (n_in + n_out)
+    if numbers > math.prod(matrices[path]):
+      large.append(
+        f"{path}: rank {rank} of {matrices[path]}, {numbers} for "
+        f"{math.prod(matrices[path])}"
+      )
+  if large:
+    warnings.warn(
+      f"{len(large)} adapters hold more numbers than their weights: "
+      f"{name_some(large)}; ask for a lower rank there.",
+      stacklevel=3,
+    )

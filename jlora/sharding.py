@@ -17,7 +17,7 @@ from jlora.messages import name_some
 from jlora.numerics.meshes import entries_of, sharding_of
 from jlora.paths import first_match, flatten
 from jlora.tree_views import table_for
-from jlora.views import MatrixView, ViewRule, view_of
+from jlora.views import MatrixView, ViewRule, views_of
 
 Rules = Iterable[tuple[str, PartitionSpec]]
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -219,17 +219,23 @@ def adapter_shardings(
     P(None, 'x')
   """
   flat = flatten(params)
-  table = table_for(flat) if views is None else tuple(views)
+  table = table_for(flat, tree=params) if views is None else tuple(views)
+  own = {path: sharding_of(flat.get(path)) for path in loras}
+  shapes = {path: flat[path].shape for path in loras if own[path]}
+  given = {
+    path: (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    for path, lora in loras.items()
+  }
+  read = views_of(shapes, table, given)
   found, wrong = {}, []
-  for path, lora in loras.items():
-    own = sharding_of(flat.get(path))
-    shape = flat[path].shape if own else ()
-    given = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-    view = view_of(path, shape, table, given)
-    if not own or view is None or view.shape(shape) != given:
-      wrong.append(f"{path} {given} for {shape or 'no sharded parameter'}")
+  for path in loras:
+    view, shape, placed = read.get(path), shapes.get(path), own[path]
+    if not (placed and shape and view) or view.shape(shape) != given[path]:
+      wrong.append(
+        f"{path} {given[path]} for {shape or 'no sharded parameter'}"
+      )
     else:
-      found[path] = of_adapter(own, view, shape)
+      found[path] = of_adapter(placed, view, shape)
   if wrong:
     raise ValueError(
       f"{len(wrong)} Loras (..., in, out) have no parameter on a mesh that they"

@@ -8,12 +8,16 @@ a kernel shows which axes the layer writes.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+import jax
 
 from jlora.views import (
   FLAX_NAMES,
   FLAX_VIEWS,
+  FUSED_READERS,
   TORCH_VIEWS,
   VECTORS,
   VIEWS_OF_MODEL,
@@ -23,6 +27,8 @@ from jlora.views import (
 )
 
 Shape = tuple[int, ...]
+_WRITES_HEADS = MatrixView((), (0,), (1, 2))
+_SUMS_HEADS = MatrixView((), (0, 1), (2,))
 
 
 class _Stack(NamedTuple):
@@ -31,9 +37,13 @@ class _Stack(NamedTuple):
   prefix: str
   axis: int
 
+  def has(self, path: str) -> bool:
+    """Returns whether a parameter lies in the block."""
+    return path.startswith(self.prefix)
+
 
 def table_for(
-  paths: Iterable[str], model_type: str | None = None
+  paths: Iterable[str], model_type: str | None = None, *, tree: Any = None
 ) -> tuple[ViewRule, ...] | dict[str, Readings]:
   """Chooses how a set of parameters is read as matrices.
 
@@ -41,6 +51,8 @@ def table_for(
     paths: names, or a mapping from names to shapes or anything with `.shape`.
       Names with dots and no slashes are PyTorch's.
     model_type: `model_type` of the checkpoint's config.json, if there is one.
+    tree: the pytree that the paths are of, for what it declares itself
+      (`declared_views`).
 
   Returns:
     A table for `view_of`: of shapes under Flax-like names the readings of each
@@ -56,7 +68,13 @@ def table_for(
   dotted = sum("." in path and "/" not in path for path in names)
   if 2 * dotted > len(names):
     return VIEWS_OF_MODEL.get(model_type or "", TORCH_VIEWS)
-  return read_tree(paths) if isinstance(paths, Mapping) else FLAX_VIEWS
+  if not isinstance(paths, Mapping):
+    return FLAX_VIEWS
+  found = read_tree(paths)
+  for path, declared in declared_views(tree).items():
+    both = tuple(view for view in declared if view in found.get(path, ()))
+    found[path] = both if len(both) == 1 else declared
+  return found
 
 
 def read_tree(leaves: Mapping[str, Any]) -> dict[str, Readings]:
@@ -83,17 +101,181 @@ def read_tree(leaves: Mapping[str, Any]) -> dict[str, Readings]:
     if isinstance(leaf, tuple) or hasattr(leaf, "shape")
   }
   stacks = find_stacks(shapes)
+  layers = {shapes[p][s.axis] for s in stacks for p in shapes if s.has(p)}
   found = {}
   for path, shape in shapes.items():
     if len(shape) < 2:
       continue
-    own = next((s for s in stacks if path.startswith(s.prefix)), None)
+    own = next((stack for stack in stacks if stack.has(path)), None)
     found[path] = (
       _in_stack(path, shape, own, shapes)
       if own
-      else _readings(path, shape, shapes)
+      else _readings(path, shape, shapes, layers)
     )
   return found
+
+
+def declared_views(tree: Any) -> dict[str, Readings]:
+  """Reads what modules of NNX and boxes of linen say of their parameters.
+
+  An NNX layer knows its sizes, so that an axis more is a stack of layers.
+  Linen's `Partitioned` and `LogicallyPartitioned` name the axes: "layers" and
+  "experts" repeat a layer, "heads" and what lies beside them go together.
+
+  Args:
+    tree: any pytree.
+
+  Returns:
+    {path: readings}, of those parameters that something is said of; several
+    where a stack's axis could be either of two.
+
+  Example:
+    >>> from flax import nnx
+    >>> layer = nnx.LinearGeneral(6, (2, 4), rngs=nnx.Rngs(0))
+    >>> declared_views({"x": layer})
+    {'x/kernel': (MatrixView(batch=(), inputs=(0,), outputs=(1, 2)),)}
+  """
+  nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
+  kinds = [nnx.Module] if nnx else []
+  kinds += [meta.Partitioned] if meta else []
+  is_known = lambda node: isinstance(node, tuple(kinds))  # noqa: E731
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_known)[0]
+  found = {}
+  for at, node in leaves if kinds else []:
+    path = jax.tree_util.keystr(at, simple=True, separator="/")
+    if nnx and isinstance(node, nnx.Module):
+      found.update(_of_modules(path, nnx.iter_modules(node)))
+    elif is_known(node):
+      found.update(_of_box(path, node.value, node.names))
+  return found
+
+
+def _of_modules(
+  prefix: str, modules: Iterable[tuple[tuple[Any, ...], Any]]
+) -> Iterator[tuple[str, Readings]]:
+  """Yields what the layers of an NNX module say."""
+  for at, module in modules:
+    kinds = [cls.__name__ for cls in type(module).__mro__]
+    say = next((_LAYERS[kind] for kind in kinds if kind in _LAYERS), None)
+    if say is None:
+      continue
+    name, view, shape = say(module)
+    leaf = getattr(module, name, None)
+    places = _places(tuple(getattr(leaf, "shape", ())), shape)
+    bias = getattr(getattr(module, "bias", None), "shape", None)
+    if bias and len(places) > 1:
+      one = tuple(shape[axis] for axis in view.outputs)
+      places = [a for a in places if bias[:a] + bias[a + 1 :] == one] or places
+    readings = (_stacked(view, axis) for axis in places)
+    if places:
+      path = "/".join(str(part) for part in (prefix, *at, name) if part != "")
+      yield path, tuple(readings)
+
+
+def _places(shape: Shape, one: Shape) -> list[int | None]:
+  """Returns the axes that a parameter may have beyond one layer's; or None."""
+  if shape == one:
+    return [None]
+  return [
+    axis
+    for axis in range(len(shape))
+    if shape[:axis] + shape[axis + 1 :] == one
+  ]
+
+
+def _as_tuple(sizes: Any) -> Shape:
+  """Returns one size or several as a tuple."""
+  return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def _linear(layer: Any) -> tuple[str, MatrixView, Shape]:
+  """Reads nnx.Linear."""
+  return "kernel", MatrixView(), (layer.in_features, layer.out_features)
+
+
+def _linear_general(layer: Any) -> tuple[str, MatrixView, Shape]:
+  """Reads nnx.LinearGeneral: (batch..., in..., out...)."""
+  sides = (
+    tuple(layer.batch_axis.values()),
+    _as_tuple(layer.in_features),
+    _as_tuple(layer.out_features),
+  )
+  axes = iter(range(sum(map(len, sides))))
+  view = MatrixView(*(tuple(next(axes) for _ in side) for side in sides))
+  return "kernel", view, sum(sides, ())
+
+
+def _convolution(layer: Any) -> tuple[str, MatrixView, Shape]:
+  """Reads nnx.Conv and nnx.ConvTranspose: (window..., in, out)."""
+  *window, n_in, n_out = range(len(layer.kernel_shape))
+  if getattr(layer, "transpose_kernel", False):
+    n_in, n_out = n_out, n_in
+  view = MatrixView((), (*window, n_in), (n_out,))
+  return "kernel", view, tuple(layer.kernel_shape)
+
+
+def _embedding(layer: Any) -> tuple[str, MatrixView, Shape]:
+  """Reads nnx.Embed."""
+  return "embedding", MatrixView(), (layer.num_embeddings, layer.features)
+
+
+def _einsum(layer: Any) -> tuple[str, MatrixView, Shape]:
+  """Reads nnx.Einsum, from its equation."""
+  operands, _, result = layer.einsum_str.replace(" ", "").partition("->")
+  given, _, kernel = operands.partition(",")
+  roles = [(axis in given, axis in result) for axis in kernel]
+  places = lambda role: tuple(  # noqa: E731
+    at for at, found in enumerate(roles) if found == role
+  )
+  view = MatrixView(
+    places((True, True)), places((True, False)), places((False, True))
+  )
+  return "kernel", view, tuple(layer.kernel_shape)
+
+
+# A class of NNX -> the parameter's name, its view and shape in one layer.
+_LAYERS: dict[str, Callable[[Any], tuple[str, MatrixView, Shape]]] = {
+  "Linear": _linear,
+  "LinearGeneral": _linear_general,
+  "Conv": _convolution,
+  "ConvTranspose": _convolution,
+  "Embed": _embedding,
+  "Einsum": _einsum,
+}
+# What linen's metadata call the axes that repeat a layer, and those of heads.
+_REPEATS = r"(?i)layers?|blocks?|stages?|repeats?|scan\w*|\w*experts?|exp"
+_HEADS = r"(?i)\w*heads?|q?kv|\w*head_(dim|size)|kv_(dim|size)"
+
+
+def _of_box(
+  path: str, value: Any, names: tuple[Any, ...]
+) -> Iterator[tuple[str, Readings]]:
+  """Yields what the names of a boxed parameter's axes say."""
+  shape = tuple(getattr(value, "shape", ()))
+  if len(names) != len(shape) or len(shape) < 2:
+    return
+  is_of = lambda rule, at: re.fullmatch(rule, str(names[at])) is not None  # noqa: E731
+  batch = tuple(at for at in range(len(shape)) if is_of(_REPEATS, at))
+  rest = tuple(at for at in range(len(shape)) if at not in batch)
+  heads = tuple(at for at in rest if is_of(_HEADS, at))
+  others = tuple(at for at in rest if at not in heads)
+  if len(rest) < 2:
+    yield path, (MatrixView(tuple(range(len(shape))), (), ()),)
+  elif len(rest) == 2:
+    yield path, (MatrixView(batch, rest[:1], rest[1:]),)
+  elif heads and others and heads in (rest[: len(heads)], rest[-len(heads) :]):
+    first, last = sorted((heads, others))
+    yield path, (MatrixView(batch, first, last),)
+  elif batch:
+    inner = tuple(shape[at] for at in rest)
+    on = lambda axes: tuple(rest[axis] for axis in axes)  # noqa: E731
+    yield (
+      path,
+      tuple(
+        MatrixView(batch + on(view.batch), on(view.inputs), on(view.outputs))
+        for view in _readings(path, inner, {path: inner})
+      ),
+    )
 
 
 def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
@@ -101,7 +283,8 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
 
   All parameters of such a block have one axis of the same length in the same
   place, and either its vectors have two axes, or one of its kernels has three
-  that is not an attention's or a convolution's.
+  that is not an attention's or a convolution's, or its heads do not fit each
+  other. The whole tree can be one, along its first axis, if it has vectors.
 
   Args:
     shapes: path -> shape.
@@ -110,7 +293,8 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
     Blocks; none lies in another.
 
   Example:
-    >>> find_stacks({"h/norm/scale": (8, 4), "h/mlp/kernel": (8, 4, 16)})
+    >>> find_stacks({"h/norm/scale": (8, 4), "h/mlp/kernel": (8, 4, 16),
+    ...              "embedding": (32, 4)})
     [_Stack(prefix='h/', axis=0)]
   """
   found: list[_Stack] = []
@@ -119,7 +303,10 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
     if any(prefix.startswith(stack.prefix) for stack in found):
       continue
     inside = {path: shapes[path] for path in blocks[prefix]}
-    stacks = [_Stack(prefix, axis) for axis in _stacked_axes(inside)]
+    axes = _stacked_axes(inside)
+    if not prefix:  # all of a tree may have one width along the second axis
+      axes = [0] if 0 in axes and any(map(_is_vector, inside)) else []
+    stacks = [_Stack(prefix, axis) for axis in axes]
     if len(stacks) > 1:
       stacks = _by_features(stacks, inside, shapes)
     found += stacks
@@ -127,9 +314,9 @@ def find_stacks(shapes: Mapping[str, Shape]) -> list[_Stack]:
 
 
 def _blocks(paths: Iterable[str]) -> dict[str, list[str]]:
-  """Returns {beginning that ends with a slash: paths that begin so}."""
-  found: dict[str, list[str]] = {}
-  for path in paths:
+  """Returns {beginning that ends with a slash, or nothing: its paths}."""
+  found: dict[str, list[str]] = {"": [*paths]}
+  for path in found[""]:
     for at in re.finditer("/", path):
       found.setdefault(path[: at.end()], []).append(path)
   return found
@@ -140,14 +327,13 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
   vectors = {p: s for p, s in inside.items() if _is_vector(p)}
   if len(inside) < 2 or any(len(shape) < 2 for shape in inside.values()):
     return []
+  if any(_is_convolution(path, inside) for path in inside):
+    return []
   if vectors:
     told = all(len(shape) == 2 for shape in vectors.values())
     if not told or len(vectors) == len(inside):
       return []
-  elif not any(
-    len(shape) == 3 and _by_name(path, shape) is None
-    for path, shape in inside.items()
-  ):
+  elif not _has_plain_kernel(inside) and not _have_no_heads(inside):
     return []
   places = (0, 1) if vectors else (0,)
   return [
@@ -155,6 +341,34 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
     for axis in places
     if len({shape[axis] for shape in inside.values()}) == 1
   ]
+
+
+def _is_convolution(path: str, inside: Mapping[str, Shape]) -> bool:
+  """Returns whether a weight has a bias (out, 1, ...), as Equinox keeps it."""
+  holder, _, leaf = path.rpartition("/")
+  if leaf != "weight" or len(inside[path]) < 3:
+    return False
+  n_out, *_, window = inside[path]
+  bias = inside.get(f"{holder}/bias" if holder else "bias")
+  return window > 1 and bias == (n_out, *(1,) * (len(inside[path]) - 2))
+
+
+def _has_plain_kernel(inside: Mapping[str, Shape]) -> bool:
+  """Returns whether one of three axes is no attention's or convolution's."""
+  return any(
+    len(shape) == 3 and _by_name(path, shape) is None
+    for path, shape in inside.items()
+  )
+
+
+def _have_no_heads(inside: Mapping[str, Shape]) -> bool:
+  """Returns whether no kernel (d, heads, size) has its (heads, size, d)."""
+  three = {path: shape for path, shape in inside.items() if len(shape) == 3}
+  views = {path: _by_name(path, shape) for path, shape in three.items()}
+  writes = {three[p] for p, view in views.items() if view == _WRITES_HEADS}
+  sums = {three[p] for p, view in views.items() if view == _SUMS_HEADS}
+  turned = {(heads, size, d) for d, heads, size in writes}
+  return bool(writes and sums) and not turned & sums
 
 
 def _by_features(
@@ -196,25 +410,43 @@ def _in_stack(
   return tuple(_stacked(view, axis) for view in rest)
 
 
-def _readings(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> Readings:
+def _readings(
+  path: str,
+  shape: Shape,
+  shapes: Mapping[str, Shape],
+  layers: Iterable[int] = (),
+) -> Readings:
   """Returns the ways in which a parameter of one layer can be read."""
   if _is_vector(path):
     return (MatrixView(tuple(range(len(shape))), (), ()),)
   if len(shape) == 2:
     return (MatrixView(),)
   told = _by_bias(path, shape, shapes) or _by_name(path, shape)
-  return (told,) if told else _possible(shape)
+  if told:
+    return (told,)
+  readings = _possible(path, shape)
+  return (
+    _by_sizes(readings, shape, shapes, layers)
+    if len(readings) > 1
+    else readings
+  )
 
 
-def _stacked(view: MatrixView, axis: int) -> MatrixView:
-  """Returns the view of a stack of layers along an axis."""
+def _stacked(view: MatrixView, axis: int | None) -> MatrixView:
+  """Returns the view of a stack of layers along an axis; None: no stack."""
+  if axis is None:
+    return view
   up = lambda axes: tuple(a + (a >= axis) for a in axes)  # noqa: E731
   batch = (axis, *up(view.batch))
   return MatrixView(batch, up(view.inputs), up(view.outputs))
 
 
 def _by_name(path: str, shape: Shape) -> MatrixView | None:
-  """Returns what a name says."""
+  """Returns what a name says, and the number of axes under it."""
+  if (
+    len(shape) == 4 and re.fullmatch(FUSED_READERS, path) and shape[1] in (2, 3)
+  ):
+    return MatrixView((), (0,), (1, 2, 3))  # (d, 3, heads, size)
   for pattern, axes, view in FLAX_NAMES:
     if axes == len(shape) and re.fullmatch(pattern, path):
       return view
@@ -226,12 +458,14 @@ def _by_bias(
 ) -> MatrixView | None:
   """Returns what the bias beside a kernel says of its outputs."""
   holder, _, leaf = path.rpartition("/")
-  if leaf not in ("kernel", "w"):
+  if leaf not in ("kernel", "w", "weight"):
     return None
   names = [f"{holder}/{name}" if holder else name for name in ("bias", "b")]
   bias = next((shapes[name] for name in names if name in shapes), None)
   if not bias or "conv" in holder.lower():
     return None
+  if leaf == "weight":
+    return _by_bias_of_weight(shape, bias)
   count = len(shape) - len(bias)
   if count > 0 and shape[count:] == bias:
     axes = tuple(range(len(shape)))
@@ -243,11 +477,73 @@ def _by_bias(
   return None
 
 
-def _possible(shape: Shape) -> tuple[MatrixView, ...]:
+def _by_bias_of_weight(shape: Shape, bias: Shape) -> MatrixView | None:
+  """Returns what the bias beside a weight says: outputs come first there."""
+  axes = tuple(range(len(shape)))
+  is_plain = len(bias) == 1 and shape[0] != shape[-1]
+  if bias[0] == shape[0] and (
+    is_plain or bias[1:] == (1,) * (len(shape) - 2)  # Equinox's convolutions
+  ):
+    return MatrixView((), axes[1:], axes[:1])
+  if len(shape) == 3 and bias == shape[:2]:
+    return MatrixView((0,), (2,), (1,))
+  return None
+
+
+def _possible(path: str, shape: Shape) -> Readings:
   """Returns the readings of a layer of three axes or more."""
   axes = tuple(range(len(shape)))
-  return (
-    MatrixView(axes[:-2], axes[-2:-1], axes[-1:]),
+  stack = MatrixView(axes[:-2], axes[-2:-1], axes[-1:])
+  every = (
+    stack,
     MatrixView((), axes[:1], axes[1:]),
     MatrixView((), axes[:-1], axes[-1:]),
   )
+  is_weight = path.rpartition("/")[2] == "weight"  # (out, in), as in PyTorch
+  if is_weight:
+    every = tuple(view.exchanged for view in every)
+  elif _is_window(shape):
+    return every[2:]
+  # Axes of length 1 make no difference.
+  found = {}
+  for view in every:
+    sides = view.batch, view.inputs, view.outputs
+    wide = tuple(tuple(a for a in own if shape[a] > 1) for own in sides)
+    if wide[1] and wide[2]:
+      found.setdefault(wide, view)
+  return tuple(found.values()) or (stack,)
+
+
+def _is_window(shape: Shape) -> bool:
+  """Returns whether a kernel's first axes can only be a convolution's window.
+
+  They are of one length, and that is odd or the input is an image.
+  """
+  *window, channels, _ = shape
+  is_square = len(window) > 1 and len(set(window)) == 1
+  return is_square and (window[0] % 2 == 1 or channels in (1, 3, 4))
+
+
+def _by_sizes(
+  readings: Readings,
+  shape: Shape,
+  shapes: Mapping[str, Shape],
+  layers: Iterable[int],
+) -> Readings:
+  """Returns the reading whose sizes occur elsewhere in the tree, or all.
+
+  A side of one axis that is as long as some vector is a layer's width; a first
+  axis as long as a scanned block that is nobody's width counts layers.
+  """
+  widths = {own[0] for own in shapes.values() if len(own) == 1}
+  if shape[0] in set(layers) - widths:
+    return tuple(view for view in readings if 0 in view.batch)[:1] or readings
+  fitting = tuple(
+    view
+    for view in readings
+    if any(
+      len(side) == 1 and shape[side[0]] in widths
+      for side in (view.inputs, view.outputs)
+    )
+  )
+  return fitting if len(fitting) == 1 else readings

@@ -10,8 +10,10 @@ A view sorts the axes of a parameter into those that the layer sums over
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from jlora.messages import name_some
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ _EXPERTS = (
   r"|(.*/)?(wi|wo)_\d"
 )
 _ENDS = r"/(kernel|w|weight)"
+# Layers that write queries, keys and values at once.
+FUSED_READERS = r"(?i)(.*/)?(\w*_)?(qkv|kv)(_\w*|\d+)?" + _ENDS
 
 # What the name of a layer of three axes or more says. First match wins.
 FLAX_NAMES: tuple[ViewRule, ...] = (
@@ -149,26 +153,81 @@ VIEWS_OF_MODEL: dict[str, tuple[ViewRule, ...]] = {
 }
 
 
+def views_of(
+  shapes: Mapping[str, tuple[int, ...]],
+  table: Iterable[ViewRule] | Mapping[str, Readings],
+  matrices: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, MatrixView]:
+  """Chooses how each parameter is read as a matrix; refuses to guess.
+
+  Args:
+    shapes: path -> shape, of the parameters that are wanted.
+    table: rules (regex for the whole path, number of axes, view), of which the
+      first that fits counts; or the readings of each parameter of a tree, from
+      `table_for`.
+    matrices: path -> the (..., in, out) that is known of it, from the factors
+      of a Lora: it decides where exactly one reading gives it. Where none does,
+      the first is returned, for the caller to refuse with both shapes.
+
+  Returns:
+    {path: view}, without those that no rule fits, and without those that are no
+    matrix (a bias stacked over scanned layers).
+
+  Raises:
+    ValueError: parameters that can be read in several ways; names up to three
+      with the matrices that each reading gives.
+
+  Example:
+    >>> shapes = {"mlp/kernel": (3, 7), "layers/bias": (30, 7)}
+    >>> {p: v.shape(shapes[p]) for p, v in views_of(shapes, FLAX_VIEWS).items()}
+    {'mlp/kernel': (3, 7)}
+    >>> readings = {"w": (KERNEL, LINEAR)}
+    >>> views_of({"w": (3, 7)}, readings, {"w": (7, 3)})
+    {'w': MatrixView(batch=(), inputs=(1,), outputs=(0,))}
+  """
+  known = matrices or {}
+  rows: Any = table if isinstance(table, Mapping) else tuple(table)
+  found = {
+    path: _readings_of(path, shape, rows, known.get(path))
+    for path, shape in shapes.items()
+  }
+  unclear = {path: own for path, own in found.items() if len(own) > 1}
+  if unclear:
+    told = [_told(path, shapes[path], own) for path, own in unclear.items()]
+    raise ValueError(
+      f"{len(unclear)} parameters can be read as different matrices, and "
+      f"neither names nor the tree say how: {name_some(told)}. Say it by "
+      "`views=[(regex, axes, MatrixView(batch, inputs, outputs)), ...]`, or "
+      "read it from the program: views=jlora.adapting.views_from(fn, params, "
+      "*inputs)."
+    )
+  return {
+    path: own[0]
+    for path, own in found.items()
+    if own and own[0].inputs and own[0].outputs
+  }
+
+
 def view_of(
   path: str,
   shape: tuple[int, ...],
-  table: Iterable[ViewRule] | dict[str, Readings],
+  table: Iterable[ViewRule] | Mapping[str, Readings],
   matrix: tuple[int, ...] | None = None,
 ) -> MatrixView | None:
-  """Returns the view of the first rule that fits a parameter, or None.
+  """Returns how one parameter is read as a matrix, or None.
 
   Args:
     path: the parameter's own name.
     shape: its shape.
-    table: rules (regex for the whole path, number of axes, view), or the
-      readings of each parameter of a tree, from `table_for`.
-    matrix: the (..., in, out) that is known of it; of several readings the one
-      that gives it is meant.
+    table: as for `views_of`.
+    matrix: the (..., in, out) that is known of it.
 
   Returns:
     A view. None if no rule fits, or if the rule that fits sees no matrix (a
-    bias stacked over scanned layers). Where neither the tree nor `matrix`
-    decides it is a stack: `views_from` says what a program does.
+    bias stacked over scanned layers).
+
+  Raises:
+    ValueError: it can be read in several ways.
 
   Example:
     >>> view_of("mlp/kernel", (3, 7), FLAX_VIEWS).shape((3, 7))
@@ -176,17 +235,40 @@ def view_of(
     >>> view_of("layers/bias", (30, 7), FLAX_VIEWS) is None
     True
   """
-  if isinstance(table, dict):
-    readings: Readings = table.get(path, ())  # pyright: ignore
-    readings = tuple(v for v in readings if v.axes == len(shape))
-    fitting = tuple(v for v in readings if matrix == v.shape(shape))
-    readings = fitting or readings
-    found = readings[0] if readings else MatrixView((), (), ())
-    return found if found.inputs and found.outputs else None
+  known = None if matrix is None else {path: matrix}
+  return views_of({path: shape}, table, known).get(path)
+
+
+def _readings_of(
+  path: str,
+  shape: tuple[int, ...],
+  table: tuple[ViewRule, ...] | Mapping[str, Readings],
+  matrix: tuple[int, ...] | None,
+) -> Readings:
+  """Returns the ways to read a parameter; by its matrix one, if one fits."""
+  if isinstance(table, Mapping):
+    own = tuple(v for v in table.get(path, ()) if v.axes == len(shape))
+    if matrix is None:
+      return own
+    fitting = tuple(view for view in own if view.shape(shape) == matrix)
+    return fitting or own[:1]  # none fits: to be refused with its shapes
   for pattern, axes, view in table:
     if axes == len(shape) and re.fullmatch(pattern, path):
-      return view if view.inputs and view.outputs else None
-  return None
+      return (view,)
+  return ()
+
+
+def _told(path: str, shape: tuple[int, ...], readings: Readings) -> str:
+  """Formats the readings of a parameter, for an error."""
+  told = []
+  for view in readings:
+    *lead, n_in, n_out = view.shape(shape)
+    count = f" {math.prod(lead)} times" if lead else ""
+    told.append(
+      f"({view.batch}, {view.inputs}, {view.outputs}) is {n_in} x {n_out}"
+      + count
+    )
+  return f"{path} {shape}: {' or '.join(told)}"
 
 
 def as_matrix(parameter: Any, view: MatrixView) -> Any:

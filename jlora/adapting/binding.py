@@ -15,7 +15,7 @@ from jlora.messages import name_some
 from jlora.paths import flatten, key_for, unflatten
 from jlora.selection import is_floating
 from jlora.tree_views import table_for
-from jlora.views import MatrixView, ViewRule, view_of
+from jlora.views import MatrixView, ViewRule, views_of
 
 Program = Lora | Rows | Shift | Branch
 Programs = Mapping[str, Program]
@@ -27,8 +27,7 @@ class BoundPrograms(NamedTuple):
   Attributes:
     flat: path -> leaf, of all parameters.
     programs: path -> its programs, each with its weight.
-    views: path -> MatrixView, of the parameters with a program that can be read
-      as a matrix.
+    views: path -> MatrixView, of the parameters with a Lora.
   """
 
   flat: dict[str, Any]
@@ -152,10 +151,12 @@ def attach(
       f"{len(missing)} programs have no parameter: {name_some(missing)}; "
       f"there are {name_some(flat)}."
     )
-  table = table_for(flat) if views is None else tuple(views)
+  table = table_for(flat, tree=params) if views is None else tuple(views)
+  given = {p: _matrix_of(own, is_bank) for p, own in found.items()}
+  known = {path: matrix for path, matrix in given.items() if matrix}
   how = {
-    path: view_of(path, flat[path].shape, table, _matrix_of(own, is_bank))
-    for path, own in found.items()
+    **dict.fromkeys(found),
+    **views_of({path: flat[path].shape for path in known}, table, known),
   }
   wrong = [
     f"{path} {flat[path].dtype} {flat[path].shape} for {_said(program)}"

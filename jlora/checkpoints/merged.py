@@ -19,7 +19,7 @@ from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
 from jlora.tree_views import table_for
-from jlora.views import as_parameter, view_of
+from jlora.views import as_parameter, views_of
 
 # Files that a folder needs besides its weights: configuration, tokenizer, code.
 _COMPANIONS = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
@@ -80,7 +80,13 @@ def save_merged(
     raise ValueError(f"{folder} exists; give a new name.")
   config = base.config
   table = table_for(base.spec, model_type or config.get("model_type"))
-  views = {p: view_of(p, base.spec[p].shape, table) for p in loras if p in base}
+  shapes = {path: base.spec[path].shape for path in loras if path in base}
+  known = {
+    path: (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    for path in shapes
+    if (lora := loras[path])
+  }
+  views = {**dict.fromkeys(shapes), **views_of(shapes, table, known)}
   check_changes(base, loras, views, biases, full)
   spec = {
     name: (

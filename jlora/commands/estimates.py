@@ -25,7 +25,7 @@ from jlora.commands.machines import GB, Machine
 from jlora.models.networks import init
 from jlora.paths import flatten
 from jlora.tree_views import table_for
-from jlora.views import view_of
+from jlora.views import views_of
 
 
 class Plan(NamedTuple):
@@ -71,16 +71,15 @@ def list_modules(model: str, unchanged: str | None) -> list[Module]:
   is_config = file.suffix == ".json"
   spec, model_type = _shapes(file) if is_config else _headers(file)
   shapes = {path: shape for path, (shape, _) in spec.items()}
-  table = table_for(shapes, model_type)
+  views = views_of(shapes, table_for(shapes, model_type))
   return [
     Module(
       path,
-      view.shape(shape),
-      itemsize,
+      view.shape(shapes[path]),
+      spec[path][1],
       unchanged is None or not re.fullmatch(unchanged, path),
     )
-    for path, (shape, itemsize) in spec.items()
-    if (view := view_of(path, shape, table))
+    for path, view in views.items()
   ]
 
 

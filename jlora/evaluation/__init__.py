@@ -12,10 +12,12 @@ from jlora.evaluation.outputs import score as score
 from jlora.evaluation.overlaps import compare_layers as compare_layers
 from jlora.evaluation.overlaps import link_layers as link_layers
 from jlora.evaluation.overlaps import overlap as overlap
+from jlora.evaluation.weights import Comparison as Comparison
 from jlora.evaluation.weights import compare as compare
 from jlora.evaluation.weights import spectral_norm as spectral_norm
 
 __all__ = [
+  "Comparison",
   "Divergence",
   "Score",
   "compare",

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how much of a finetune's weight change given Loras miss.
+"""Measures how much of a finetune's weight change given programs miss.
 
 Works for any Loras, extracted or trained; the change itself is not factored.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jlora.adapting.programs import Shift
 from jlora.factoring.certificates import certificate
-from jlora.factoring.deltas import survey
+from jlora.factoring.deltas import difference, survey
 from jlora.factoring.figures import Measured, row_of, summarise
 from jlora.factoring.rounding import ulp_histogram
 from jlora.loras import Lora, check_loras, exchange
@@ -23,95 +25,207 @@ from jlora.numerics.meshes import run_automatic
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import names_of, read_side
 from jlora.paths import flatten
+from jlora.selection import is_floating
 from jlora.tree_views import table_for
 from jlora.views import (
   MatrixView,
   ViewRule,
   in_stored_order,
-  view_of,
+  views_of,
 )
 
 _PROBES = 8
 _TURNS = 8
 
 
+class Comparison(NamedTuple):
+  """What given programs miss of a finetune's change.
+
+  Attributes:
+    rows: path -> figures of each program, which can be written as JSON.
+    totals: figures of the whole change.
+
+  Example:
+    >>> Comparison({}, {"relative_error": 0.5}).totals["relative_error"]
+    0.5
+  """
+
+  rows: dict[str, dict[str, Any]]
+  totals: dict[str, Any]
+
+
 def compare(
   base: Any,
   finetuned: Any,
-  loras: Mapping[str, Lora],
+  programs: Mapping[str, Lora | Shift],
   *,
   views: Iterable[ViewRule] | None = None,
-) -> dict[str, dict[str, Any]]:
-  """Measures given Loras against a finetune's change of the weights, by path.
+) -> Comparison:
+  """Measures given programs against a finetune's change of the weights.
 
       delta = finetuned - base,   change = scale aᵀ b,   error = delta - change
+      total error² = Σ ‖error‖² + Σ ‖delta‖² of what has no program
 
   Args:
     base: a pytree of arrays, or an open checkpoint.
     finetuned: the finetune, as for `extract`.
-    loras: path -> Lora, extracted or trained; paths of the base.
+    programs: path -> Lora, extracted or trained, or Shift; paths of the base.
     views: rules for reading a parameter as a matrix; by default those for the
       names found.
 
   Returns:
-    {path: row}, in the order of loras. A row can be written as JSON and has the
-    fields of a row of `report.json` (`row_of`): among others rank (nominal),
-    mse, cosine_distance, mean_abs_delta, relative_error, energy, effective_rank
-    (the entropy rank), stable_rank, rank_90, rank_95, rank_99,
+    Comparison. `rows` is in the order of the programs. The row of a Lora has
+    the fields of a row of `report.json` (`row_of`): among others rank
+    (nominal), mse, cosine_distance, mean_abs_delta, relative_error, energy,
+    effective_rank (the entropy rank), stable_rank, rank_90, rank_95, rank_99,
     noise_floor_rank, relative_change, learnt_norm and rounding_share (None
     where what was learnt cannot be told from rounding, see
     `jlora.factoring.rounding`) and unchanged. In addition: `spectral_error`,
     the largest singular value of the error (of the worst member of a batch),
-    estimated from below by power iteration; and `bytes` of the factors.
+    estimated from below by power iteration; and `bytes` of the factors. The row
+    of a Shift has shape, norm, error, relative_error, energy, mse,
+    mean_abs_delta, relative_change, unchanged and bytes.
+
+    `totals` counts every floating parameter that both sides have, norms and
+    biases included: `norm` and `error` (Frobenius, of all as one vector),
+    `relative_error`, `energy`, `programs` (their number), `bytes` of them,
+    `left_out` (changed parameters without a program) and `left_out_share` (the
+    norm of their changes over that of all).
 
     `singular_values`, and the ranks and the bound computed from them, are those
     of the delta within the row space of b. Figures by rank take the units in
     their stored order. A trained Lora's units are not sorted by strength, so
-    sort them first (`recompress`) if ranks below the nominal one matter. One
-    module is in memory at a time. It costs four to five products of
+    sort them first (`recompress`) if ranks below the nominal one matter. Every
+    parameter is read once, one at a time. A Lora costs four to five products of
     `2 in out rank` operations and 32 reads of the delta. NumPy arrays are
     processed on the host, JAX arrays on their devices.
 
   Raises:
-    ValueError: a Lora without a pair of parameters, or that does not fit it.
+    ValueError: a program without a pair of parameters, or that does not fit it,
+      or a change that is not finite.
 
   Example:
     >>> base = {"w": np.zeros((2, 2), np.float32)}
     >>> finetuned = {"w": np.array([[3, 0], [4, 5]], np.float32)}
     >>> a, b = np.float32([[1.5, 4.5]]), np.ones((1, 2), np.float32)
-    >>> row = compare(base, finetuned, {"w": Lora(a, b, np.float32(1))})["w"]
+    >>> found = compare(base, finetuned, {"w": Lora(a, b, np.float32(1))})
+    >>> row = found.rows["w"]
     >>> row["rank"], round(row["relative_error"], 6), round(row["mse"], 6)
     (1, 0.316228, 1.25)
+    >>> round(found.totals["energy"], 6)
+    0.9
 
   References:
     Eckart and Young (1936); effective rank: Roy and Vetterli (2007), of the
     energies.
   """
+  loras = {p: x for p, x in programs.items() if isinstance(x, Lora)}
   check_loras(loras)
   left, right = _leaves(base), _leaves(finetuned)
   sides = [getattr(side, "spec", side) for side in (left, right)]
   pairs = {pair.path: pair for pair in pair_up(*sides).pairs if not pair.whole}
-  table = table_for(sides[0], getattr(left, "model_type", None))
+  _check_pairs(programs, pairs)
+  table = table_for(sides[0], getattr(left, "model_type", None), tree=base)
   table = table if views is None else tuple(views)
   found = _views_of(loras, pairs, table)
-  rows = {}
-  for path, lora in loras.items():
-    pair = pairs[path]
-    _check_finite(path, lora)
-    view = found[path]
-    stored = np.dtype(sides[1][names_of(pair.finetuned)[0]].dtype)
+  rows, rest = {}, {}
+  for path in (*programs, *(path for path in pairs if path not in programs)):
+    pair, program = pairs[path], programs.get(path)
+    stored = sides[1][names_of(pair.finetuned)[0]].dtype
+    if program is None and not _are_floating(sides, pair):
+      continue
     one, two = read_side(left, pair.base), read_side(right, pair.finetuned)
-    on_host = all(isinstance(x, np.ndarray) for x in (one, two))
-    own = jax.tree.map(np.asarray, lora) if on_host else lora
-    measure = _measure if on_host else _measure_compiled
-    measured, spectral = measure(one, two, own, view, stored)
-    figures = _figures(path, measured, view.shape(pair.shape))
-    rows[path] = {
-      **row_of(figures, lora.rank),
-      "spectral_error": float(np.max(spectral)),
-      "bytes": lora.nbytes,
-    }
-  return rows
+    if isinstance(program, Lora):
+      rows[path] = _row_of_lora(path, one, two, program, found[path], stored)
+    elif program is None:
+      rest[path] = _row_of_shift(path, one, two, None)
+    else:
+      rows[path] = _row_of_shift(path, one, two, program)
+  return Comparison(rows, _totals(rows, rest))
+
+
+def _are_floating(sides, pair) -> bool:
+  """Returns whether both sides of a pair are floating."""
+  names = pair.base.name, names_of(pair.finetuned)[0]
+  return all(
+    is_floating(side[name].dtype)
+    for side, name in zip(sides, names, strict=True)
+  )
+
+
+def _row_of_lora(path, base, finetuned, lora, view, stored) -> dict[str, Any]:
+  """Measures a Lora; returns its row."""
+  _check_finite(path, lora)
+  on_host = all(isinstance(x, np.ndarray) for x in (base, finetuned))
+  own = jax.tree.map(np.asarray, lora) if on_host else lora
+  measure = _measure if on_host else _measure_compiled
+  measured, spectral = measure(base, finetuned, own, view, np.dtype(stored))
+  figures = _figures(path, measured, view.shape(base.shape))
+  return {
+    **row_of(figures, lora.rank),
+    "spectral_error": float(np.max(spectral)),
+    "bytes": lora.nbytes,
+  }
+
+
+def _row_of_shift(path, base, finetuned, shift) -> dict[str, Any]:
+  """Measures a Shift, or None as one of zeros; returns its row."""
+  on_host = all(isinstance(x, np.ndarray) for x in (base, finetuned))
+  weigh = _weigh if on_host else _weigh_compiled
+  change = None if shift is None else shift.delta
+  if on_host and change is not None:
+    change = np.asarray(change)
+  found = {name: float(x) for name, x in weigh(base, finetuned, change).items()}
+  if not math.isfinite(found["norm"]) or not math.isfinite(found["error"]):
+    raise _not_finite(path)
+  norm, error, below = found["norm"], found["error"], found.pop("base_norm")
+  share = error / norm if norm else 0.0
+  return {
+    "shape": list(base.shape),
+    **found,
+    "relative_error": share,
+    "energy": 1 - share**2,
+    "mse": error**2 / max(base.size, 1),
+    "relative_change": norm / below if below else None,
+    "bytes": 0 if change is None else change.nbytes,
+  }
+
+
+def _weigh(base, finetuned, change) -> dict[str, Any]:
+  """Computes the sums of a change and of what a dense program misses of it."""
+  delta = difference(base, finetuned)
+  xp = library_of(delta)
+  norm = lambda x: xp.sqrt(xp.sum(xp.square(x)))  # noqa: E731
+  error = delta if change is None else delta - change.astype(np.float32)
+  return {
+    "norm": norm(delta),
+    "error": norm(error),
+    "mean_abs_delta": xp.mean(xp.abs(delta)),
+    "unchanged": xp.mean(xp.asarray(delta == 0, np.float32)),
+    "base_norm": norm(base.astype(np.float32)),
+  }
+
+
+_weigh_compiled = jax.jit(_weigh)
+
+
+def _totals(rows, rest) -> dict[str, Any]:
+  """Sums rows up; of `rest`, which has no programs, everything is missing."""
+  every = [*rows.values(), *rest.values()]
+  norm = math.hypot(*(row["norm"] for row in every))
+  error = math.hypot(*(row["error"] for row in every))
+  left = [row["norm"] for row in rest.values() if row["norm"]]
+  share = error / norm if norm else 0.0
+  return {
+    "norm": norm,
+    "error": error,
+    "relative_error": share,
+    "energy": 1 - share**2,
+    "programs": len(rows),
+    "bytes": sum(row["bytes"] for row in rows.values()),
+    "left_out": len(left),
+    "left_out_share": math.hypot(*left) / norm if norm else 0.0,
+  }
 
 
 def spectral_norm(delta: Any, lora: Lora, key: Any = None) -> Any:
@@ -205,10 +319,7 @@ def _figures(path, measured, shape) -> dict[str, Any]:
   """Converts measurements to a row of figures; raises if not finite."""
   found = jax.tree.map(np.asarray, measured.certificate)
   if not np.isfinite(found.norm).all():
-    raise ValueError(
-      f"{path}: NaN or infinity in the change; a checkpoint is damaged or "
-      "training diverged."
-    )
+    raise _not_finite(path)
   figures = summarise(
     found,
     np.asarray(measured.sigma),
@@ -221,24 +332,52 @@ def _figures(path, measured, shape) -> dict[str, Any]:
   return {"shape": list(shape), **figures}
 
 
-def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
-  """Returns how each Lora's parameter is read; raises if one does not fit."""
-  missing = [path for path in loras if path not in pairs]
-  if missing or not loras:
+def _not_finite(path: str) -> ValueError:
+  """Returns the error for a change that is not finite."""
+  return ValueError(
+    f"{path}: NaN or infinity in the change; a checkpoint is damaged or "
+    "training diverged."
+  )
+
+
+def _check_pairs(programs, pairs) -> None:
+  """Raises unless every program is a Lora or Shift of a pair that it fits."""
+  missing = [path for path in programs if path not in pairs]
+  if missing or not programs:
     raise ValueError(
-      f"{len(missing)} of {len(loras)} Loras have no pair of parameters: "
+      f"{len(missing)} of {len(programs)} programs have no pair of parameters: "
       f"{name_some(missing) or 'give at least one'}; there are "
       f"{name_some(pairs)}."
     )
-  found, wrong = {}, []
-  for path, lora in loras.items():
-    shape = pairs[path].shape
-    given = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-    view = view_of(path, shape, table, given)
-    if view is None or view.shape(shape) != given:
-      wrong.append(f"{path} {shape} for a {lora.a.shape}, b {lora.b.shape}")
-    else:
-      found[path] = view
+  wrong = [
+    f"{path} {pairs[path].shape} for {type(program).__name__} "
+    f"{np.shape(getattr(program, 'delta', ()))}"
+    for path, program in programs.items()
+    if not isinstance(program, Lora)
+    and not (
+      isinstance(program, Shift) and program.delta.shape == pairs[path].shape
+    )
+  ]
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} programs cannot be compared: {name_some(wrong)}. Needed "
+      "is a Lora, or a Shift of the parameter's shape."
+    )
+
+
+def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
+  """Returns how each Lora's parameter is read; raises if one does not fit."""
+  shapes = {path: pairs[path].shape for path in loras}
+  given = {
+    path: (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+    for path, lora in loras.items()
+  }
+  found = views_of(shapes, table, given)
+  wrong = [
+    f"{path} {shapes[path]} for a {lora.a.shape}, b {lora.b.shape}"
+    for path, lora in loras.items()
+    if path not in found or found[path].shape(shapes[path]) != given[path]
+  ]
   if wrong:
     raise ValueError(
       f"{len(wrong)} Loras do not fit: {name_some(wrong)}. Needed is a matrix "

@@ -9,10 +9,8 @@ shared by all threads.
 """
 
 import functools
-import inspect
 import threading
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jlora.extraction.parameters import factor_change, words_for
 from jlora.extraction.planning import ModuleJob
 from jlora.factoring.certificates import certificate
 from jlora.factoring.deltas import survey
 from jlora.factoring.factorisers import Factoriser
 from jlora.factoring.figures import Measured, summarise
 from jlora.factoring.rounding import ulp_histogram
-from jlora.loras import Factors, exchange, from_factors
+from jlora.loras import exchange
 from jlora.numerics.backends import library_of, words_of
 from jlora.pairing.comparison import (
   check_finite,
@@ -37,7 +36,7 @@ from jlora.pairing.comparison import (
 from jlora.paths import key_for
 from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
-from jlora.views import MatrixView, in_stored_order
+from jlora.views import MatrixView
 
 
 class Outcome(NamedTuple):
@@ -217,8 +216,7 @@ class Extractor:
     }
     is_split = isinstance(left, jax.Array)
     if self._on_host and not is_split:
-      name = np.uint32(zlib.crc32(path.encode()))
-      words = np.append(words_of(self._key), name)
+      words = words_for(self._key, path)
       room = self._room("delta", left.size, np.float32)
       return measure_parameter(left, right, words, **options, room=room)
     words = words_of(key_for(self._key, path))
@@ -294,32 +292,20 @@ def measure_parameter(
     (2,)
   """
   delta, found = survey(base, finetuned, stored, room)
-  delta, is_exchanged = in_stored_order(delta, view)
-  xp = library_of(delta)
-  # For a batch the sums are over all its matrices, so they are of no use.
-  known = {"sums": found.sums} if delta.ndim == 2 else {}
-  given = known if _takes(factor, "sums") else {}
-  factors = Factors(*map(xp.asarray, factor(delta, rank, key, **given)))
-  lora = from_factors(factors, dtype)
-  certified = certificate(delta, lora, key, **known)
-  norm = xp.where(found.is_finite, certified.norm, np.nan)
+  one = factor_change(
+    delta, found, key, view=view, rank=rank, factor=factor, dtype=dtype
+  )
+  certified = certificate(one.delta, one.lora, key, **one.sums)
+  norm = library_of(delta).where(found.is_finite, certified.norm, np.nan)
   return Measured(
-    lora=exchange(lora) if is_exchanged else lora,
-    sigma=factors.s,
+    lora=exchange(one.lora) if one.is_exchanged else one.lora,
+    sigma=one.sigma,
     certificate=certified._replace(norm=norm),
     base_norm=found.base_norm,
     noise_std=found.noise_std,
     unchanged=found.unchanged,
     ulps=ulp_histogram(base, finetuned, stored),
   )
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-  """Returns whether a function has a parameter of that name."""
-  try:
-    return name in inspect.signature(function).parameters
-  except (TypeError, ValueError):  # some C functions have no signature
-    return False
 
 
 def _with_words(kind, options, base, finetuned, words) -> Measured:

@@ -5,26 +5,36 @@ The extraction from disk does the same, one parameter at a time.
 """
 
 import functools
+import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.packed_formats import check_dequantised
-from jlora.factoring.deltas import difference
-from jlora.factoring.factorisers import Factoriser, krylov
-from jlora.loras import Lora, Loras, exchange, from_factors
-from jlora.messages import name_some
-from jlora.numerics.meshes import (
-  constrain,
-  place_array,
-  run_automatic,
-  sharding_of,
+from jlora.extraction.parameters import (
+  extract_on_host,
+  extract_parameter,
+  is_on_host,
+  put_beside,
 )
+from jlora.extraction.shifts import (
+  norm_of,
+  rest_of,
+  shift_of,
+  warn_of_others,
+  warn_of_rest,
+)
+from jlora.factoring.factorisers import Factoriser, krylov
+from jlora.loras import Lora
+from jlora.messages import name_some
+from jlora.numerics.meshes import place_array, sharding_of
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import (
   Pair,
@@ -35,15 +45,11 @@ from jlora.pairing.pairs import (
   read_side,
 )
 from jlora.paths import check_same_paths, flatten, key_for
-from jlora.selection import Select, is_matrix, ranks_of
+from jlora.runs.pool import Task, finish_in_order, open_pool
+from jlora.selection import Select, is_matrix, ranks_of, warn_of_waste
 from jlora.sharding import Rules, assign, of_adapter, spread
 from jlora.tree_views import table_for
-from jlora.views import (
-  MatrixView,
-  ViewRule,
-  in_stored_order,
-  view_of,
-)
+from jlora.views import MatrixView, ViewRule, views_of
 
 
 def extract(
@@ -58,7 +64,8 @@ def extract(
   dtype: Any = jnp.float32,
   mesh: Any = None,
   rules: Rules | None = None,
-) -> Loras:
+  shifts: bool = False,
+) -> dict[str, Any]:
   """Extracts a finetune's LoRAs: the best low-rank change of every matrix.
 
       finetuned[path] - base[path]  ≈  scale aᵀ b      read (in, out), scale 1
@@ -71,7 +78,8 @@ def extract(
     rank: rank of every module, or {path: rank}, which leaves out the modules
       not named. A rank above min(in, out) is clipped, as `lora.rank` shows.
     factor: a factoriser; set its options by `functools.partial`.
-    select: `(path, leaf) -> bool`, which parameters are factored.
+    select: `(path, leaf) -> bool`, which parameters are factored. Of vectors it
+      is also asked what it would say if they were matrices.
     views: rules that say how a parameter is read as a matrix; None takes those
       that fit the names found.
     key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`, so
@@ -83,12 +91,17 @@ def extract(
     rules: pairs (regex for a whole path of the base, PartitionSpec); the first
       match decides, and without one a parameter is whole on every device. None
       cuts each module over the mesh by its sides (`jlora.sharding.spread`).
+    shifts: return the selected parameters that are no matrices (norms, biases)
+      too, as `Shift` programs with a delta of `dtype`. At full rank `apply`
+      then gives the finetune again, to rounding.
 
   Returns:
-    {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones. Modules
-    that did not change give zero factors: the structure never depends on
-    values, so the call can be jitted. A change that is not finite gives a
-    scale of NaN. Of open checkpoints, one pair of tensors is in memory at a
+    {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones; with
+    `shifts` then {path: Shift}. Modules that did not change give zero factors:
+    the structure never depends on values, so the call can be jitted. A change
+    that is not finite gives a scale of NaN. Eager arrays on one CPU are
+    factored by NumPy and LAPACK, with the bits of `extract_checkpoint`: nothing
+    is compiled. Of open checkpoints, a few pairs of tensors are in memory at a
     time, and tensors without a partner or of another shape are left out with a
     warning; `extract_checkpoint` reports them one by one.
 
@@ -101,16 +114,25 @@ def extract(
     the whole parameter.
 
   Raises:
-    ValueError: structures or shapes that differ, a rank below 1 or for a path
-      that does not exist, a selection that leaves nothing, or rules without a
-      mesh or that do not fit it (`jlora.sharding.assign`).
+    ValueError: structures or shapes that differ, a parameter that can be read
+      as different matrices (`jlora.views.views_of`), a rank below 1 or for a
+      path that does not exist, a selection that leaves nothing, or rules
+      without a mesh or that do not fit it (`jlora.sharding.assign`).
+
+  Warns:
+    UserWarning: changes left out because they are no matrices, with their share
+      of the change (traced ones, whose values nobody knows, if they have two
+      axes or more); leaves that differ and are not floating; adapters larger
+      than their weights. Names up to three of each.
 
   Example:
     >>> base = {"mlp": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}}
     >>> finetuned = jax.tree.map(lambda w: w + 1.0, base)
-    >>> loras = extract(base, finetuned, rank=1)
-    >>> loras["mlp/kernel"].a.shape, loras["mlp/kernel"].b.shape
+    >>> programs = extract(base, finetuned, rank=1, shifts=True)
+    >>> programs["mlp/kernel"].a.shape, programs["mlp/kernel"].b.shape
     ((1, 3), (1, 5))
+    >>> programs["mlp/bias"].delta
+    Array([1., 1., 1., 1., 1.], dtype=float32)
 
   References:
     Eckart and Young (1936). Loss of extraction from full finetunes: Biderman
@@ -127,39 +149,116 @@ def extract(
   _warn_of_missing(pairing)
   pairs = {pair.path: pair for pair in pairing.pairs}
   model_type = getattr(left, "model_type", None)
-  table = table_for(sides[0], model_type) if views is None else tuple(views)
-  modules = {
-    path: view
-    for path, pair in pairs.items()
-    if not pair.whole and select(path, sides[0][pair.base.name])
-    and (view := view_of(path, pair.shape, table))
-  }  # fmt: skip
-  ranks = ranks_of(rank, modules)
-  places = _placed(sides[0], pairs, modules, mesh, rules)
-  loras = {}
-  for path, wanted in ranks.items():
-    pair, view = pairs[path], modules[path]
-    leaves = [
-      _take(tree, side, pair.shape, places.get(path))
-      for tree, side in ((left, pair.base), (right, pair.finetuned))
-    ]
-    own = sharding_of(leaves[0]) or sharding_of(leaves[1]) or places.get(path)
-    loras[path] = extract_parameter(
-      *leaves,
-      key_for(key, path),
-      view=view,
-      rank=wanted,
-      factor=factor,
-      dtype=jnp.dtype(dtype),
-      sharding=of_adapter(own, view, pair.shape) if own else None,
-    )
-  return loras
+  table = table_for(sides[0], model_type, tree=base)
+  table = table if views is None else tuple(views)
+  spec = {p: sides[0][x.base.name] for p, x in pairs.items() if not x.whole}
+  wanted = {p: pairs[p].shape for p, leaf in spec.items() if select(p, leaf)}
+  modules = views_of(wanted, table)
+  ranks = _clipped(ranks_of(rank, modules), modules, wanted)
+  warn_of_waste(ranks, {p: modules[p].shape(wanted[p]) for p in ranks})
+  rest = rest_of(spec, modules, select)
+  places = _placed(sides[0], pairs, modules, rest, mesh, rules)
+  take = functools.partial(_both, left, right, pairs)
+
+  norms = {} if shifts else {path: norm_of(*take(path)) for path in rest}
+  programs, changed = _factor_all(
+    lambda path: take(path, places.get(path)), ranks, modules, places, key,
+    factor, jnp.dtype(dtype), is_weighed=any(norms.values()),
+  )  # fmt: skip
+  if shifts:
+    for path in rest:
+      programs[path] = shift_of(*take(path, places.get(path)), dtype)
+  whole = math.hypot(changed, *(norm or 0.0 for norm in norms.values()))
+  warn_of_rest(norms, whole, {path: pairs[path].shape for path in rest})
+  if isinstance(left, dict) and isinstance(right, dict):
+    warn_of_others(left, right)
+  return programs
+
+
+def _clipped(
+  ranks: Mapping[str, int],
+  views: Mapping[str, MatrixView],
+  shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, int]:
+  """Returns ranks that are no higher than a matrix's short side."""
+  return {
+    path: min(rank, *views[path].shape(shapes[path])[-2:])
+    for path, rank in ranks.items()
+  }
+
+
+def _both(
+  left: Mapping[str, Any],
+  right: Mapping[str, Any],
+  pairs: Mapping[str, Pair],
+  path: str,
+  sharding: NamedSharding | None = None,
+) -> tuple[Any, Any]:
+  """Reads a parameter's values on both sides, placed if a sharding is given."""
+  pair = pairs[path]
+  return (
+    _take(left, pair.base, pair.shape, sharding),
+    _take(right, pair.finetuned, pair.shape, sharding),
+  )
+
+
+def _factor_all(
+  take, ranks, views, places, key, factor, dtype, *, is_weighed
+) -> tuple[dict[str, Any], float]:
+  """Extracts all Loras; also returns the norm of the changes, if asked for.
+
+  Those on the host are shared out among threads, each with one for BLAS, as in
+  a run from disk to disk.
+  """
+  loras, norms = dict.fromkeys(ranks), []
+
+  def tasks(pool):
+    """Begins what is on the host; extracts the rest at once."""
+    for path, rank in ranks.items():
+      leaves = take(path)
+      norms.append((norm_of(*leaves) or 0.0) if is_weighed else 0.0)
+      own = {
+        "view": views[path],
+        "rank": rank,
+        "factor": factor,
+        "dtype": dtype,
+      }
+      if is_on_host(*leaves, key):
+        begin = functools.partial(
+          pool.submit, _on_host, *leaves, key, path, **own
+        )
+        read = [x.nbytes for x in leaves if isinstance(x, np.ndarray)]
+        yield Task(path, 4 * leaves[0].size + sum(read), begin)
+      else:
+        loras[path] = _compiled(path, leaves, places.get(path), key, own)
+
+  threads = min(len(ranks), os.cpu_count() or 1)
+  with open_pool(threads) as pool:
+    for task, (lora, leaves) in finish_in_order(tasks(pool), ahead=threads):
+      loras[task.name] = put_beside(lora, *leaves)
+  return loras, math.hypot(*norms)
+
+
+def _on_host(base, finetuned, *args, **own) -> tuple[Lora, tuple[Any, Any]]:
+  """Extracts one parameter's Lora; also returns the parameters."""
+  return extract_on_host(base, finetuned, *args, **own), (base, finetuned)
+
+
+def _compiled(path, leaves, place, key, own) -> Lora:
+  """Extracts one parameter's Lora by a compiled program."""
+  placed = sharding_of(leaves[0]) or sharding_of(leaves[1]) or place
+  shape = leaves[0].shape
+  sharding = of_adapter(placed, own["view"], shape) if placed else None
+  return extract_parameter(
+    *leaves, key_for(key, path), **own, sharding=sharding
+  )
 
 
 def _placed(
   spec: Mapping[str, Any],
   pairs: Mapping[str, Pair],
   modules: Mapping[str, MatrixView],
+  rest: Iterable[str],
   mesh: Any,
   rules: Rules | None,
 ) -> dict[str, NamedSharding]:
@@ -172,7 +271,8 @@ def _placed(
     shapes = {path: pair.shape for path, pair in pairs.items()}
     return assign({name: spec[name].shape for name in spec} | shapes, mesh,
                   rules)  # fmt: skip
-  return {
+  whole = NamedSharding(mesh, PartitionSpec())
+  return dict.fromkeys(rest, whole) | {
     path: NamedSharding(mesh, spread(pairs[path].shape, mesh, view.batch))
     for path, view in modules.items()
   }
@@ -194,62 +294,6 @@ def _take(
   return place_array(
     shape, sharding, functools.partial(read_region_of_side, tree, side)
   )
-
-
-@functools.partial(
-  jax.jit, static_argnames=("view", "rank", "factor", "dtype", "sharding")
-)
-def extract_parameter(
-  base: jax.Array,
-  finetuned: jax.Array,
-  key: jax.Array,
-  *,
-  view: MatrixView,
-  rank: int,
-  factor: Factoriser = krylov,
-  dtype: Any = jnp.float32,
-  sharding: Lora | None = None,
-) -> Lora:
-  """Extracts the Lora of one parameter's change, read as (..., in, out).
-
-  Args:
-    base: the parameter, any floating dtype, its own layout.
-    finetuned: the same shape.
-    key: PRNG key of the module.
-    view: how the layout is read as a matrix; static, as all below.
-    rank: units to keep.
-    factor: the factoriser. Equal shapes share a compilation.
-    dtype: storage dtype.
-    sharding: of the result's leaves, from `of_adapter`; needed for parameters
-      whose type has Explicit axes. None leaves it to the compiler.
-
-  Returns:
-    Lora with a (..., r, in), b (..., r, out), scale 1; scale NaN if either
-    parameter is not finite.
-
-  Example:
-    >>> w = jnp.zeros((3, 5), jnp.bfloat16)
-    >>> extract_parameter(w, w + 1, jax.random.key(0), view=MatrixView(),
-    ...                   rank=1).a.shape
-    (1, 3)
-  """
-
-  def step(base, finetuned, key):
-    """Factors the change; gives a scale of NaN if it is not finite."""
-    delta, is_exchanged = in_stored_order(difference(base, finetuned), view)
-    is_finite = jnp.isfinite(delta).all()
-    delta = jnp.where(is_finite, delta, 0.0)  # LAPACK may not return from NaN
-    lora = from_factors(factor(delta, rank, key), dtype)
-    scale = jnp.where(is_finite, lora.scale, jnp.nan)
-    lora = Lora(lora.a, lora.b, scale)
-    return exchange(lora) if is_exchanged else lora
-
-  if sharding is None:
-    return step(base, finetuned, key)
-  specs = jax.tree.map(lambda own: own.spec, sharding)
-  mesh: Any = jax.tree.leaves(sharding)[0].mesh
-  lora = run_automatic(step, (base, finetuned, key), lambda *_: specs, mesh)
-  return constrain(lora, sharding)
 
 
 def _warn_of_missing(pairing: Pairing) -> None:

@@ -13,7 +13,6 @@ adapter by `extract`, as the change of weights it amounts to.
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,9 +24,16 @@ from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Lora, Loras, check_loras, from_factors
 from jlora.messages import name_some
 from jlora.paths import check_same_paths, first_match, flatten, key_for
-from jlora.selection import EMBEDDINGS, Select, is_linear, is_matrix, ranks_of
+from jlora.selection import (
+  EMBEDDINGS,
+  Select,
+  is_linear,
+  is_matrix,
+  ranks_of,
+  warn_of_waste,
+)
 from jlora.tree_views import table_for
-from jlora.views import MatrixView, ViewRule, as_matrix, view_of
+from jlora.views import MatrixView, ViewRule, as_matrix, views_of
 
 # (key, (..., in, out), rank) -> a (..., rank, in), b (..., rank, out).
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[Any, Any]]
@@ -190,13 +196,14 @@ def init_lora(
 
   Raises:
     ValueError: nothing selected, a rank below 1 or for a path that is not a
-      module, or a path that no rule of `init` matches.
+      module, a path that no rule of `init` matches, or a parameter that can be
+      read as different matrices (`jlora.views.views_of`).
 
   Warns:
-    UserWarning: a rank above the matrix's shorter side.
+    UserWarning: adapters that hold more numbers than their weights.
 
   Example:
-    >>> params = {"q": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> params = {"q": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}}
     >>> loras = init_lora(params, rank=2, alpha=8)
     >>> loras["q/kernel"].b.shape, float(loras["q/kernel"].scale)
     ((2, 5), 4.0)
@@ -208,7 +215,7 @@ def init_lora(
   ranks = ranks_of(rank, modules)
   shapes = {path: modules[path][1].shape(modules[path][0].shape)
             for path in ranks}  # fmt: skip
-  _warn_of_waste(ranks, shapes)
+  warn_of_waste(ranks, shapes)
   rules = [(r"(?s).*", init)] if callable(init) else list(init)
   inits = {path: first_match(rules, path) for path in ranks}
   if without := [path for path, found in inits.items() if found is None]:
@@ -409,13 +416,14 @@ def matrices_of(
     ['q/kernel']
   """
   flat = flatten(params)
-  table = table_for(flat) if views is None else tuple(views)
-  return {
-    path: (leaf, view)
+  table = table_for(flat, tree=params) if views is None else tuple(views)
+  wanted = {
+    path: leaf.shape
     for path, leaf in flat.items()
-    if is_matrix(path, leaf)
-    and select(path, leaf)
-    and (view := view_of(path, leaf.shape, table))
+    if is_matrix(path, leaf) and select(path, leaf)
+  }
+  return {
+    path: (flat[path], view) for path, view in views_of(wanted, table).items()
   }
 
 
@@ -424,18 +432,3 @@ def _drawn(draw, key, shape, rank, width, below):
   *batch, n_in, n_out = shape
   a = width * draw(key, (*batch, rank, n_in), jnp.float32) - below
   return a, jnp.zeros((*batch, rank, n_out), jnp.float32)
-
-
-def _warn_of_waste(ranks: Mapping[str, int], shapes: Mapping[str, tuple]):
-  """Warns of ranks above a matrix's shorter side."""
-  wasteful = [
-    f"{path}: {rank} for {shapes[path]}"
-    for path, rank in ranks.items()
-    if rank > min(shapes[path][-2:])
-  ]
-  if wasteful:
-    warnings.warn(
-      f"rank above what the matrix has: {name_some(wasteful)}; the same changes"
-      " need no more than its short side.",
-      stacklevel=3,
-    )

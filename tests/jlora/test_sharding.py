@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.checkpoints import checkpoint
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.extraction.trees import extract_parameter
+from jlora.extraction.parameters import extract_parameter
 from jlora.loras import Lora, dense
 from jlora.numerics.meshes import automatic, place_array, sharding_of
 from jlora.sharding import assign, of_adapter, spread

@@ -72,11 +72,16 @@ def adapter(is_stack):
   return Lora(*factors, np.full(lead, 0.01, np.float32))
 
 
+# A kernel, or experts.
+VIEWS = [("kernel", 2, KERNEL), ("kernel", 3, STACKED)]
+
+
 def extracted(base, finetuned, factor=jlora.factoring.krylov):
   """`extract`, as it is called under jit by those who know the place."""
   found = jlora.extract(
-    {"kernel": base}, {"kernel": finetuned}, rank=RANK, factor=factor
-  )
+    {"kernel": base}, {"kernel": finetuned}, rank=RANK, factor=factor,
+    views=VIEWS,
+  )  # fmt: skip
   return found["kernel"]
 
 
@@ -103,12 +108,14 @@ def measured(base, finetuned, lora):
 def adapted(base, finetuned, lora):
   del finetuned
   run = jlora.adapt(lambda params, x: jnp.matmul(params["kernel"], x))
-  return run(jlora.bind({"kernel": base}, {"kernel": lora}), jnp.ones((N, 8)))
+  params = jlora.bind({"kernel": base}, {"kernel": lora}, views=VIEWS)
+  return run(params, jnp.ones((N, 8)))
 
 
 def applied(base, finetuned, lora):
   del finetuned
-  return jlora.apply({"kernel": base}, {"kernel": lora})["kernel"]
+  merged = jlora.apply({"kernel": base}, {"kernel": lora}, views=VIEWS)
+  return merged["kernel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,10 +273,9 @@ def test_compare(kind):
   """From parameters on a mesh, the figures of one device."""
   (base, finetuned, lora), *_ = placed(kind, P(None, ("x", "y")), False)
   leaves = ({"w": base}, {"w": finetuned}, {"w": lora})
-  found = jlora.compare(*leaves)["w"]
-  wanted = jlora.compare(*jax.tree.map(jnp.asarray, jax.device_get(leaves)))[
-    "w"
-  ]
+  found = jlora.compare(*leaves).rows["w"]
+  alone = jax.tree.map(jnp.asarray, jax.device_get(leaves))
+  wanted = jlora.compare(*alone).rows["w"]
   for name in ("relative_error", "spectral_error", "mse", "effective_rank"):
     assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 

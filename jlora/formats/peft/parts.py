@@ -229,13 +229,20 @@ def _renaming(
   return apply
 
 
-def kind_of(path: str, shape: tuple[int, ...], base: Base) -> Kind:
+def kind_of(
+  path: str,
+  shape: tuple[int, ...],
+  base: Base,
+  matrix: tuple[int, ...] | None = None,
+) -> Kind:
   """Returns how a parameter is read, and how PEFT's file stores its Lora.
 
   Args:
     path: the parameter's path.
     shape: its shape.
     base: the base model.
+    matrix: the (..., in, out) of its Lora, which decides where several readings
+      are possible.
 
   Returns:
     Kind. By the model's class where that is known, else by the parameter's name
@@ -248,7 +255,10 @@ def kind_of(path: str, shape: tuple[int, ...], base: Base) -> Kind:
   """
   name = base.rename(path)
   if base.family is None or not isinstance(name, str):
-    view = view_of(path, shape, base.table)
+    try:
+      view = view_of(path, shape, base.table, matrix)
+    except ValueError as unclear:
+      return Kind(why=str(unclear))
     return Kind(view, view and _guess_layout(path, view, base))
   if len(shape) < 2:
     return Kind(None)

@@ -86,7 +86,7 @@ def plan_loras(
   for path, lora in loras.items():
     check_loras({path: lora})
     shape = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-    kind = kind_of(path, base.shapes[path], base)
+    kind = kind_of(path, base.shapes[path], base, shape)
     view = kind.view
     if kind.why:
       left[path] = kind.why

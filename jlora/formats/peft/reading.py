@@ -367,21 +367,21 @@ def _check_shapes(wrappers: list[_Wrapper], file, shapes, base: Base) -> None:
   """Raises unless every Lora fits the parameter it changes."""
   wrong = []
   for wrapper in wrappers:
-    shape = shapes.get(wrapper.name, ())
-    view = (
-      base.family.kind_of(wrapper.name, len(shape)).view
-      if base.family
-      else view_of(wrapper.name, shape, base.table)
-    )
-    needed = view and view.shape(shapes[wrapper.name])
     blank = [
       np.broadcast_to(np.int8(0), file.spec[wrapper.keys[role]].shape)
       for role in ("a", "b")
     ]
     a, b = wrapper.layout.load(*blank, wrapper.rank)
-    shape = (*a.shape[:-2], a.shape[-1], b.shape[-1])
-    if needed not in (shape, shape[1:]):
-      wrong.append(f"{wrapper.name}: {shape}, needed {needed}")
+    given = (*a.shape[:-2], a.shape[-1], b.shape[-1])
+    shape = shapes.get(wrapper.name, ())
+    view = (
+      base.family.kind_of(wrapper.name, len(shape)).view
+      if base.family
+      else view_of(wrapper.name, shape, base.table, given)
+    )
+    needed = view and view.shape(shape)
+    if needed not in (given, given[1:]):
+      wrong.append(f"{wrapper.name}: {given}, needed {needed}")
   if wrong:
     raise ValueError(
       f"{len(wrong)} Loras do not fit `like`: {name_some(wrong)}."

@@ -26,7 +26,7 @@ def pair(dtype=np.float32, like=np.asarray):
     "experts": rng.standard_normal((3, 24, 32)),
   }
   changes = {
-    "w": {"kernel": matrix(SIGMA, 40, 24), "bias": np.ones(24)},
+    "w": {"kernel": matrix(SIGMA, 40, 24), "bias": np.zeros(24)},
     "experts": np.stack([matrix(SIGMA * k, 24, 32, k) for k in (1, 2, 3)]),
   }
   tuned = jax.tree.map(lambda w, d: w + d, base, changes)
@@ -49,7 +49,7 @@ def flat(tree):
 def test_figures_of_given_loras(like, dtype):
   base, ft = pair(dtype, like)
   loras = jlora.extract(base, ft, rank=3, factor=jlora.factoring.svd)
-  rows = compare(base, ft, loras)
+  rows = compare(base, ft, loras).rows
   json.dumps(rows, allow_nan=False)
   assert list(rows) == list(loras)
   for path, row in rows.items():
@@ -98,7 +98,7 @@ def test_rows_agree_with_the_run_that_made_the_adapter(tmp_path):
     report = jlora.extract_checkpoint(*files, tmp_path / "out", rank=4, log=log)
   like = jlora.open_checkpoint(files[0]).spec
   loras = jlora.load_peft(tmp_path / "out", like=like).loras
-  rows = compare(*map(jlora.open_checkpoint, files), loras)
+  rows = compare(*map(jlora.open_checkpoint, files), loras).rows
   assert len(rows) == len(report.modules) == 2
   for told in report.modules:
     row = rows[told["path"]]
@@ -116,10 +116,10 @@ def test_a_lora_of_another_size_is_measured_as_it_is():
   base, ft = pair()
   whole = jlora.extract(base, ft, rank=5, factor=jlora.factoring.svd)
   half = {p: Lora(x.a, x.b, 0.5 * x.scale) for p, x in whole.items()}
-  for path, row in compare(base, ft, half).items():
+  for path, row in compare(base, ft, half).rows.items():
     assert row["relative_error"] == pytest.approx(0.5, rel=1e-4)
     assert row["cosine_distance"] == pytest.approx(0, abs=1e-6)
-    other = compare(base, ft, whole)[path]
+    other = compare(base, ft, whole).rows[path]
     assert row["stable_rank"] == pytest.approx(other["stable_rank"], rel=1e-5)
     assert (row["rank_90"], other["rank_90"]) == (None, 2)
 
@@ -143,22 +143,57 @@ def test_no_change_and_no_lora():
   nothing = Lora(
     np.zeros((2, 4), np.float32), np.zeros((2, 6), np.float32), np.float32(1)
   )
-  row = compare(base, base, {"w": nothing})["w"]
+  row = compare(base, base, {"w": nothing}).rows["w"]
   assert (row["norm"], row["unchanged"], row["spectral_error"]) == (0, 1, 0)
   assert (row["rank_90"], row["relative_error"]) == (0, 0)
   # Updates under half an ulp would have left no trace either.
   assert (row["learnt_norm"], row["rounding_share"]) == (None, None)
 
 
+@pytest.mark.parametrize("like", [np.asarray, jnp.asarray])
+def test_totals_count_what_has_no_factors(like):
+  base, ft = pair(np.float32, like)
+  shift = np.linspace(-1, 1, 24, dtype=np.float32)
+  ft["w"]["bias"] = base["w"]["bias"] + like(shift)
+  deltas = {
+    path: np.asarray(x, np.float64) - np.asarray(flat(base)[path])
+    for path, x in flat(ft).items()
+  }
+  whole = np.sqrt(sum((x**2).sum() for x in [*deltas.values(), shift]))
+  with pytest.warns(UserWarning, match=r"1 changed.*w/bias \(24,\)"):
+    loras = jlora.extract(base, ft, rank=5)
+  found = compare(base, ft, loras)
+  left = np.linalg.norm(shift) / whole
+  json.dumps(found, allow_nan=False)
+  assert found.totals["norm"] == pytest.approx(whole, rel=1e-5)
+  assert found.totals["relative_error"] == pytest.approx(left, rel=1e-3)
+  assert found.totals["left_out_share"] == pytest.approx(left, rel=1e-3)
+  assert (found.totals["left_out"], found.totals["programs"]) == (1, 2)
+
+  programs = jlora.extract(base, ft, rank=5, shifts=True)
+  found = compare(base, ft, programs)
+  assert list(found.rows) == list(programs)
+  assert found.rows["w/bias"]["error"] == 0
+  assert found.totals["relative_error"] < 1e-5
+  assert (found.totals["left_out"], found.totals["programs"]) == (0, 3)
+  half = {**programs, "w/bias": jlora.Shift(like(shift / 2))}
+  row = compare(base, ft, half).rows["w/bias"]
+  assert row["relative_error"] == pytest.approx(0.5, rel=1e-5)
+
+
 def test_what_is_refused():
   base, ft = pair()
   loras = jlora.extract(base, ft, rank=2)
-  with pytest.raises(ValueError, match="1 of 3 Loras have no pair.*: nowhere;"):
+  with pytest.raises(
+    ValueError, match="1 of 3 programs have no pair.*: nowhere;"
+  ):
     compare(base, ft, {**loras, "nowhere": loras["w/kernel"]})
   with pytest.raises(ValueError, match=r"fit: experts \(3, 24, 32\) for a"):
     compare(base, ft, {"experts": loras["w/kernel"]})
   with pytest.raises(ValueError, match="give at least one"):
     compare(base, ft, {})
+  with pytest.raises(ValueError, match=r"w/bias \(24,\) for Shift \(23,\)"):
+    compare(base, ft, {"w/bias": jlora.Shift(jnp.ones(23))})
   lora = loras["w/kernel"]
   broken = Lora(lora.a, lora.b, lora.scale * jnp.nan)
   with pytest.raises(

@@ -36,7 +36,7 @@ PARAMS = {
   "embed": {"embedding": jnp.ones((11, 6))},
   "layers": {
     "q": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)},
-    "up": {"kernel": jnp.ones((3, 6, 5))},  # scanned
+    "up": {"kernel": jnp.ones((3, 6, 5)), "bias": jnp.ones((3, 5))},  # scanned
   },
 }
 
@@ -124,7 +124,7 @@ def test_all_linear_is_pefts_all_linear():
 @given(
   ranks=st.dictionaries(
     st.sampled_from(["layers/q/kernel", "layers/up/kernel"]),
-    st.integers(1, 4),
+    st.integers(1, 2),
     min_size=1,
   ),
   seed=st.integers(0, 9),
@@ -146,8 +146,8 @@ def test_shapes_suffice(key):
   chex.assert_trees_all_equal_shapes(abstract, found)
 
 
-def test_a_rank_above_the_short_side_is_told():
-  with pytest.warns(UserWarning, match="layers/q/kernel: 5 for"):
+def test_an_adapter_larger_than_its_weight_is_told():
+  with pytest.warns(UserWarning, match=r"q/kernel: rank 5 of \(6, 4\), 50"):
     assert (
       init_lora(PARAMS, {"layers/q/kernel": 5})["layers/q/kernel"].rank == 5
     )
@@ -194,7 +194,8 @@ def params():
   return {
     "q": {"kernel": rng.standard_normal((12, 8), np.float32),
           "bias": np.ones(8, np.float32)},
-    "layers": {"kernel": rng.standard_normal((2, 6, 9), np.float32)},
+    "layers": {"kernel": rng.standard_normal((2, 6, 9), np.float32),
+               "bias": np.zeros((2, 9), np.float32)},
   }  # fmt: skip
 
 

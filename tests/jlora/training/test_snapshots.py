@@ -19,7 +19,7 @@ from jlora.training.inits import init_lora
 from jlora.training.snapshots import Snapshot, load_snapshot, save_snapshot
 from jlora.training.trainer import trained_part
 
-PARAMS = {"layers": [{"w": jnp.ones((4, 3))}, {"w": jnp.ones((4, 5))}]}
+PARAMS = {"layers": [{"w": jnp.ones((7, 6))}, {"w": jnp.ones((7, 6))}]}
 
 
 def draw(step, ranks=2):
