@@ -92,6 +92,7 @@ _PACKAGES = (
   "alignment",
   "checkpoints",
   "commands",
+  "declared_views",
   "editing",
   "evaluation",
   "extraction",

@@ -239,6 +239,24 @@ def view_of(
   return views_of({path: shape}, table, known).get(path)
 
 
+def stack_view(view: MatrixView, axis: int | None) -> MatrixView:
+  """Returns the view of a stack of layers along an axis.
+
+  Args:
+    view: of one layer.
+    axis: where the stack's axis is; None: it is no stack.
+
+  Example:
+    >>> stack_view(LINEAR, 1)
+    MatrixView(batch=(1,), inputs=(2,), outputs=(0,))
+  """
+  if axis is None:
+    return view
+  up = lambda axes: tuple(a + (a >= axis) for a in axes)  # noqa: E731
+  batch = (axis, *up(view.batch))
+  return MatrixView(batch, up(view.inputs), up(view.outputs))
+
+
 def _readings_of(
   path: str,
   shape: tuple[int, ...],

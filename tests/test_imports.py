@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = (
   "messages numerics",
   "loras paths views",
-  "selection tree_views",
+  "selection declared_views",
+  "tree_views",
   "sharding ranks checkpoints editing",
   "pairing runs factoring alignment",
   "adapting formats merging/arrays models",

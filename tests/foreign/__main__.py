@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts models of other packages through jlora; `make test-foreign`.
 
-  python -m tests.foreign --out=docs/foreign.md
+python -m tests.foreign --out=docs/foreign.md
 """
 
 import argparse
@@ -60,9 +60,7 @@ def row_of(model: Row) -> tuple[str, list[str]]:
   cells = [model.name, f"{found['matrices']}", f"{len(found['left'])}"]
   cells += [_figure(name, found[name]) for name in LIMITS]
   operations = {
-    name
-    for text in found["dense"]
-    for name in re.findall(r"(\w+) \(of ", text)
+    name for text in found["dense"] for name in re.findall(r"(\w+) \(of ", text)
   }
   cells.append(", ".join(sorted(operations)) or "none")
   return f"| {' | '.join(cells)} |", faults(found)
@@ -90,10 +88,10 @@ def page(rows: list[str]) -> str:
       "- left: parameters of two axes or more that the program multiplies"
       " nothing with: stacked biases, heads' biases, tables that are added"
       " whole. Kernels of convolutions in groups are left as well.",
-      "- full: extracted at full rank and applied, against the finetune. rank 4:"
-      " the error over the least possible, by NumPy's SVD.",
-      "- value, gradient (of every factor and parameter), rows (a batch in which"
-      " each row has its own adapter or none), training (five steps of gradient"
+      "- full: extracted at full rank and applied, against the finetune. rank"
+      " 4: the error over the least possible, by NumPy's SVD.",
+      "- value, gradient (of every factor and parameter), rows (a batch in"
+      " which each row has its own adapter or none), training (five steps of gradient"
       " descent): beside the weights, against the same with merged weights.",
       "- bfloat16: the error of value and gradients against float32, over that"
       " of merged weights in bfloat16.",
