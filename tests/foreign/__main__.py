@@ -91,8 +91,9 @@ def page(rows: list[str]) -> str:
       "- full: extracted at full rank and applied, against the finetune. rank"
       " 4: the error over the least possible, by NumPy's SVD.",
       "- value, gradient (of every factor and parameter), rows (a batch in"
-      " which each row has its own adapter or none), training (five steps of gradient"
-      " descent): beside the weights, against the same with merged weights.",
+      " which each row has its own adapter or none), training (five steps of"
+      " gradient descent): beside the weights, against the same with merged"
+      " weights.",
       "- bfloat16: the error of value and gradients against float32, over that"
       " of merged weights in bfloat16.",
       "- dense sums: operations that adapt has no rule for.",
