@@ -226,6 +226,24 @@ def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
   return tuple(axis for axis, size in enumerate(sizes) if size > 1)
 
 
+def is_matrix(value: Adapted) -> bool:
+  """Returns whether a change has an axis for each of its factors alone.
+
+  Example:
+    >>> one = jnp.ones
+    >>> change = Change(one((2, 3, 1)), one((2, 1, 5)), one((2, 1, 1)))
+    >>> is_matrix(Adapted(one((3, 5)), (change,)))
+    True
+    >>> row = Change(one((2, 1)), one((2, 5)), one((2, 1)))
+    >>> is_matrix(Adapted(one(5), (row,)))
+    False
+  """
+  sides = [
+    [set(axes_with(x, value.ndim)) for x in (c.a, c.b)] for c in value.changes
+  ]
+  return any(a - b and b - a for a, b in sides)
+
+
 def dropped(x: jax.Array, change: Change) -> jax.Array:
   """Applies a change's dropout, if it has a key, to the layer's input x.
 

@@ -19,6 +19,7 @@ from jlora.adapting.adapted import Adapted, dense_sum, is_adapted
 from jlora.adapting.binding import Programs, attach, bind
 from jlora.adapting.interpreter import evaluate
 from jlora.adapting.programs import Shift
+from jlora.adapting.roles import Roles
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
 from jlora.paths import unflatten
@@ -151,6 +152,9 @@ def adapt(
 
     arrays = [leaf.w if is_adapted(leaf) else leaf for leaf in given]
     closed, shape = jax.make_jaxpr(on_arrays, return_shape=True)(*arrays)
+    inputs = _of_inputs(args, kwargs, at)
+    weights = [False] * len(closed.jaxpr.outvars)
+    roles = Roles(closed.jaxpr, inputs, weights, consts=True)
     missing: dict[str, str] = {}
 
     def said(name: str, value: Adapted) -> None:
@@ -159,13 +163,22 @@ def adapt(
       if strict:
         raise ValueError(_no_rule(missing))
 
-    found = evaluate(closed.jaxpr, closed.consts, given, said)
+    found = evaluate(closed.jaxpr, closed.consts, given, said, roles)
     found = [dense_sum(x) if is_adapted(x) else x for x in found]
     if missing:
       warnings.warn(_no_rule(missing), stacklevel=2)
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
   return run
+
+
+def _of_inputs(args: Any, kwargs: Any, at: Sequence[int]) -> list[bool]:
+  """Returns which leaves belong to an argument without an Adapted."""
+  found: list[bool] = []
+  for value in (*args, *(kwargs[name] for name in sorted(kwargs))):
+    leaves = jax.tree.leaves(value, is_leaf=is_adapted)
+    found += [not any(map(is_adapted, leaves))] * len(leaves)
+  return [found[i] for i in at]
 
 
 def _is_dynamic(leaf: Any) -> bool:
