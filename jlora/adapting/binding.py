@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.adapting.adapted import Adapted, Change, change_of, is_adapted
+from jlora.adapting.banks import as_ids
 from jlora.adapting.programs import Branch, Rows, Shift
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
@@ -217,7 +218,7 @@ def _change(loras, view, shape, ids, weights) -> Change:
   if ids is not None:
     bank = loras[0][0]
     change = jax.vmap(lambda lora: change_of(lora, view, shape))(bank)
-    chosen = jnp.atleast_1d(jnp.asarray(ids))
+    chosen = jnp.atleast_1d(as_ids(ids, len(bank.a)))
     if weights is not None:
       weights = jnp.atleast_1d(jnp.asarray(weights, jnp.float32))
       weights = jnp.broadcast_to(weights, chosen.shape)

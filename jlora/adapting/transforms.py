@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
-from jax.core import Tracer
 
 from jlora.adapting.adapted import Adapted, dense_sum, is_adapted
-from jlora.adapting.binding import Programs, attach, bind
+from jlora.adapting.binding import Programs, attach
 from jlora.adapting.interpreter import evaluate
 from jlora.adapting.programs import Shift
 from jlora.adapting.roles import Roles
@@ -126,6 +125,7 @@ def adapt(
       missing.
 
   Example:
+    >>> from jlora.adapting.binding import bind
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
     >>> params = bind({"w": jnp.zeros((3, 2))}, {"w": lora})
     >>> adapt(lambda params, x: x @ params["w"])(params, jnp.ones((1, 3)))
@@ -139,7 +139,7 @@ def adapt(
   def run(*args, **kwargs):
     """Runs fn on the arguments by the rules."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
-    at = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
+    at = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
     given = [leaves[i] for i in at]
 
     def on_arrays(*arrays):
@@ -181,8 +181,13 @@ def _of_inputs(args: Any, kwargs: Any, at: Sequence[int]) -> list[bool]:
   return [found[i] for i in at]
 
 
-def _is_dynamic(leaf: Any) -> bool:
-  """Returns whether a leaf is traced: an array or an Adapted."""
+def is_dynamic(leaf: Any) -> bool:
+  """Returns whether a leaf is traced: an array or an Adapted.
+
+  Example:
+    >>> is_dynamic(jnp.ones(2)), is_dynamic(2.0)
+    (True, False)
+  """
   return isinstance(leaf, Adapted | jax.Array | np.ndarray)
 
 
@@ -193,66 +198,6 @@ def _no_rule(missing: Mapping[str, str]) -> str:
     "adapt knows no rule for an adapted weight in "
     f"{name_some(cases)}: the dense sum is formed there."
   )
-
-
-def adapt_rows(
-  fn: Callable[..., Any], *, strict: bool = False
-) -> Callable[..., Any]:
-  """Wraps a function so that every row of a batch uses its own adapters.
-
-      y_i = fn(params + Σ_s weight_is adapter_(ids_is), x_i)
-
-  Args:
-    fn: `(params, *batched) -> batched`, for batches of any size, each row of
-      which is computed independently.
-    strict: as for `adapt`.
-
-  Returns:
-    `(params, bank, ids, *batched, weights=None) -> batched`: bank from
-    `make_bank`, ids (B,) or (B, s) integers, -1 for none, weights of the shape
-    of ids. The whole batch is one program, which fetches each row's adapters or
-    masks those of other rows, whichever is less work. Rows of id -1 equal the
-    base's. Other ids, weights and adapters of the same shapes do not recompile.
-
-  Raises:
-    ValueError: from the returned function: ids out of range, unless they are
-      traced.
-
-  Example:
-    >>> lora = Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 2)),
-    ...             jnp.array([0.5, 1.0]))
-    >>> run = adapt_rows(lambda params, x: x @ params["w"])
-    >>> params = {"w": jnp.zeros((3, 2))}
-    >>> run(params, {"w": lora}, jnp.array([1, -1, 0]), jnp.ones((3, 3)))
-    Array([[3. , 3. ],
-           [0. , 0. ],
-           [1.5, 1.5]], dtype=float32)
-  """
-  adapted = adapt(fn, strict=strict)
-
-  def run(params, bank, ids, *batched, weights=None):
-    """Runs fn on a batch, each row with the adapters of its ids."""
-    count = {lora.a.shape[0] for lora in bank.values()}
-    if len(count) > 1:
-      raise ValueError(
-        f"The bank's Loras hold {sorted(count)} adapters; all need as many: "
-        "make it with make_bank."
-      )
-    if not isinstance(ids, Tracer) and count:
-      kernels.check_ids(ids, *count)
-
-    batch = len(ids)
-
-    def row(ids, weights, *parts):
-      """Runs fn on a batch of one row."""
-      parts = jax.tree.map(lambda x: x[None], parts)
-      own = bind(params, bank, weights, ids=ids, batch=batch)
-      found = adapted(own, *parts)
-      return jax.tree.map(lambda x: x[0], found)
-
-    return jax.vmap(row)(ids, weights, *batched)
-
-  return run
 
 
 def lora_dot(
