@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora.loras import Lora
 from jlora.views import MatrixView
@@ -124,21 +125,24 @@ def change_of(
     >>> change.a.shape, change.b.shape, change.gate.shape
     ((2, 1, 3), (2, 5, 1), (2, 1, 1))
   """
-  count = len(view.batch)
+  count, rank = len(view.batch), lora.rank
 
   def lay(factor, own):
     """Reshapes (*batch, r, columns) to (r, *shape), with 1 on other axes."""
     kept = (*view.batch, *own)
-    sizes = tuple(shape[axis] for axis in kept)
-    factor = jnp.moveaxis(factor, count, 0)
-    factor = factor.reshape(factor.shape[0], *sizes)
+    if count:
+      factor = jnp.moveaxis(factor, count, 0)
     order = sorted(range(len(kept)), key=kept.__getitem__)
-    factor = factor.transpose(0, *(1 + i for i in order))
+    if order != [*range(len(kept))]:
+      factor = factor.reshape(rank, *(shape[axis] for axis in kept))
+      factor = factor.transpose(0, *(1 + i for i in order))
     ones = tuple(size if i in kept else 1 for i, size in enumerate(shape))
-    return factor.reshape(factor.shape[0], *ones)
+    return lax.reshape(factor, (rank, *ones))
 
-  scale = lora.scale.astype(jnp.float32) * jnp.asarray(weight, jnp.float32)
-  gate = jnp.broadcast_to(scale[..., None], (*scale.shape, lora.rank))
+  scale = lora.scale.astype(jnp.float32)
+  if not (isinstance(weight, float) and weight == 1):
+    scale = scale * jnp.asarray(weight, jnp.float32)
+  gate = lax.broadcast_in_dim(scale, (*scale.shape, rank), range(count))
   return Change(
     lay(lora.a, view.inputs), lay(lora.b, view.outputs), lay(gate, ())
   )

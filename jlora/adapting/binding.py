@@ -18,6 +18,9 @@ from jlora.selection import is_floating
 from jlora.tree_views import table_for
 from jlora.views import MatrixView, ViewRule, view_of
 
+# Traced once for all parameters of one shape.
+_laid = jax.jit(change_of, static_argnums=(1, 2))
+
 Program = Lora | Rows | Shift | Branch
 Programs = Mapping[str, Program]
 
@@ -223,7 +226,12 @@ def _change(loras, view, shape, ids, weights) -> Change:
       weights = jnp.atleast_1d(jnp.asarray(weights, jnp.float32))
       weights = jnp.broadcast_to(weights, chosen.shape)
     return dataclasses.replace(change, ids=chosen, weights=weights)
-  changes = [change_of(lora, view, shape, weight) for lora, weight in loras]
+  changes = [
+    _laid(lora, view, shape)
+    if isinstance(weight, float) and weight == 1
+    else _laid(lora, view, shape, weight)
+    for lora, weight in loras
+  ]
   if len(changes) == 1:
     return changes[0]
   dtype = jnp.result_type(*(x for c in changes for x in (c.a, c.b)))

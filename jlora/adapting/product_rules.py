@@ -4,9 +4,12 @@
 y = x w + Σ ((x aᵀ) g) b + Σ branch(x), without the dense sum of w and changes.
 """
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
@@ -34,11 +37,15 @@ def _dot_general(operands, params):
     return None
   value = first if is_adapted(first) else second
   x = second if is_adapted(first) else first
-  return _product(value, x, params, is_adapted(first))
+  given = tuple(params.items()), is_adapted(first)
+  if value.branches:  # their functions may hold arrays that are traced
+    return _product(value, x, *given)
+  return _product_once(dataclasses.replace(value, path=""), x, *given)
 
 
-def _product(value: Adapted, x: Any, params, is_left: bool):
+def _product(value: Adapted, x: Any, items: Any, is_left: bool):
   """Computes the product of value and x, in either order."""
+  params = dict(items)
   contracted, batched = params["dimension_numbers"]
   own, others = (0, 1) if is_left else (1, 0)
   names = _names(
@@ -56,6 +63,11 @@ def _product(value: Adapted, x: Any, params, is_left: bool):
   for branch in value.branches:
     y = plus(y, _branched(branch, value, x, y.shape, names))
   return y
+
+
+# A model's products of one shape are traced and differentiated once; XLA puts
+# them in place again.
+_product_once = jax.jit(_product, static_argnums=(2, 3))
 
 
 class _Names:
