@@ -224,8 +224,8 @@ def with_gradient(program: Program) -> Program:
     def loss(factors):
       """A smooth function of all logits."""
       own = {
-        name: jlora.Lora(*factors[name], lora.scale)
-        for name, lora in loras.items()
+        name: jlora.Lora(a, b, loras[name].scale)
+        for name, (a, b) in factors.items()
       }
       return jnp.mean(jnp.sin(program(own, params, tokens)))
 

@@ -141,7 +141,9 @@ def _adapted(eqn, operands, said, roles: Roles) -> Sequence[Any]:
     value = operands[0]
     return [dataclasses.replace(value, w=_bind(eqn, [value.w])[0])]
   is_weight = roles.is_weight(eqn.outvars[0])
-  if name in _JOINS and not is_weight and _joins_activation(eqn, operands, roles):
+  if (
+    name in _JOINS and not is_weight and _joins_activation(eqn, operands, roles)
+  ):
     return _bind(eqn, map(_dense, operands))
   rule = _RULES.get(name)
   has_branch = any(is_adapted(x) and x.branches for x in operands)
@@ -204,7 +206,10 @@ def _bind(eqn, operands) -> Sequence[Any]:
 
 def _within(closed, operands, said, inputs, weights=None):
   """Runs a nested program on operands of which some depend on inputs."""
-  jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+  jaxpr, consts = (
+    getattr(closed, "jaxpr", closed),
+    getattr(closed, "consts", ()),
+  )
   weights = weights or [False] * len(jaxpr.outvars)
   roles = Roles(jaxpr, inputs, weights)
   return evaluate(jaxpr, consts, operands, said, roles)

@@ -3,8 +3,8 @@
 
 import dataclasses
 import functools
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -46,7 +46,10 @@ def _gather(operands, params):
 
 def _looked_up(shape, params) -> set[int]:
   """Returns the axes of which indices choose some entries."""
-  axes, sizes = params["dimension_numbers"].start_index_map, params["slice_sizes"]
+  axes, sizes = (
+    params["dimension_numbers"].start_index_map,
+    params["slice_sizes"],
+  )
   return {int(i) for i in axes if sizes[i] < shape[i]}
 
 
@@ -79,7 +82,7 @@ def _take(indices, shape, params, factor):
   long = {i for i, size in enumerate(factor.shape) if size == shape[i]}
   axes = numbers.start_index_map
   kept = [k for k, i in enumerate(axes) if i in long]
-  own = {
+  own: dict[str, Any] = {
     "slice_sizes": tuple(
       size if i in long else 1 for i, size in enumerate(sizes)
     )

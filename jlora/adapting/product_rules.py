@@ -5,7 +5,6 @@ y = x w + Σ ((x aᵀ) g) b + Σ branch(x), without the dense sum of w and chang
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -230,6 +229,7 @@ def _conv(operands, params):
   sides = [_writes_alone(c, out_axis, value.ndim) for c in changes]
   if None in sides:
     return None
+  sides = filter(None, sides)
   y = lax.conv_general_dilated_p.bind(x, value.w, **params)
   feature = numbers.out_spec[1]
   for change, (reads, writes) in zip(changes, sides, strict=True):
@@ -272,15 +272,13 @@ def _writes_alone(change: Change, axis: int, ndim: int):
 def _ragged_dot(operands, params):
   """Multiplies rows by the Adapted matrix of their group, as MoE layers do.
 
-      y_t = x_t w_g + ((x_t a_gᵀ) gate_g) b_g,   g the group of row t
+  y_t = x_t w_g + ((x_t a_gᵀ) gate_g) b_g,   g the group of row t
   """
   x, value, sizes = operands
   numbers = params["ragged_dot_dimension_numbers"]
   (of_x, of_w), (batch, w_batch) = numbers.dot_dimension_numbers
   groups = numbers.rhs_group_dimensions
-  free = [
-    i for i in range(value.ndim) if i not in {*of_w, *w_batch, *groups}
-  ]
+  free = [i for i in range(value.ndim) if i not in {*of_w, *w_batch, *groups}]
   if (
     not is_adapted(value) or is_adapted(x) or is_adapted(sizes)
     or value.branches or len(free) != 1 or len(of_x) != 1 or len(groups) != 1
@@ -293,6 +291,7 @@ def _ragged_dot(operands, params):
   sides = [_reads_and_writes(c, axis, column, value.ndim) for c in changes]
   if None in sides:
     return None
+  sides = filter(None, sides)
 
   def product(x, w):
     """Multiplies rows by the matrix of their group."""

@@ -86,7 +86,7 @@ def adapt_rows(
     batch = len(ids)
     leaves, tree = jax.tree.flatten((args, kwargs))
     axes = _axes_in(in_axes, args, kwargs, batch)
-    at = [i for i, axis in enumerate(axes) if axis is not None]
+    at = {i: axis for i, axis in enumerate(axes) if axis is not None}
 
     def whole(rows):
       """Puts rows, each with its axis, into the arguments."""
@@ -99,18 +99,19 @@ def adapt_rows(
       """Runs fn on a batch of one row."""
       own = bind(params, bank, weights, ids=ids, batch=batch)
       rows = [
-        jnp.expand_dims(x, axes[i]) for i, x in zip(at, parts, strict=True)
+        jnp.expand_dims(x, axis)
+        for axis, x in zip(at.values(), parts, strict=True)
       ]
       own_args, own_kwargs = whole(rows)
       return _first(adapted(own, *own_args, **own_kwargs), out)
 
     out = out_axes
-    is_shared = [is_dynamic(x) and axes[i] is None for i, x in enumerate(leaves)]
+    is_shared = [
+      is_dynamic(x) and axes[i] is None for i, x in enumerate(leaves)
+    ]
     if any(is_shared) or None in _leaves(out_axes):
       out = _axes_out(fn, params, bank, leaves, axes, whole, out_axes)
-    mapped = jax.vmap(
-      row, (0, 0, [axes[i] for i in at]), _no_lists(out)
-    )
+    mapped = jax.vmap(row, (0, 0, [*at.values()]), _no_lists(out))
     return mapped(ids, weights, [leaves[i] for i in at])
 
   return run
@@ -208,8 +209,8 @@ def _first(results, out_axes) -> Any:
   ]
   if wrong:
     raise ValueError(
-      f"{len(wrong)} results of one row have not one row: {name_some(wrong)}; "
-      "say in out_axes where the rows lie, or None for what is the same for all."
+      f"{len(wrong)} results of one row are not one: {name_some(wrong)}; "
+      "say in out_axes where the rows lie, or None for what all share."
     )
   found = [
     x if axis is None else lax.index_in_dim(x, 0, axis, keepdims=False)
@@ -265,7 +266,7 @@ def _axes_out(
       wrong.append(f"{name} {x.shape}")
   if wrong:
     raise ValueError(
-      f"{len(wrong)} results are not the same for all rows: {name_some(wrong)}; "
-      "return one for each row, and say its axis in out_axes."
+      f"{len(wrong)} results are not the same for all rows: "
+      f"{name_some(wrong)}; return one for each row, and say in out_axes where."
     )
   return jax.tree.unflatten(jax.tree.structure(results), found)

@@ -96,14 +96,23 @@ def adapt(
 
       y = x w + ((x aᵀ) g) b        wherever an adapted w is multiplied
 
-  The sum of w and its changes is never formed. The function is traced as by
-  `jit` and run operation by operation. Products in any order of operands and
-  with batches, convolutions, look-ups, transposes, reshapes, slices, casts and
-  sums of adapted weights have rules. scan, while, cond, remat, nested jit and
-  shard_map are rebuilt, with the rules applied inside. Any other operation on
-  an adapted weight is given the dense sum: the result is correct, and a warning
-  names each such operation once. So is a function with its own derivatives
-  (custom_jvp, custom_vjp), whose derivatives are kept.
+  The sum of w and its changes is not formed. The function is traced as by `jit`
+  and run equation by equation where an adapted w is in it. Products in any
+  order of operands, with batches, in groups of rows (`ragged_dot`) and of
+  features, convolutions, look-ups, moves, slices, paddings, casts, scales of
+  rows or columns and sums of adapted weights have rules. scan, while, cond,
+  remat, nested jit and shard_map (with `all_gather`) are rebuilt, with the
+  rules applied inside; so are functions with custom_vjp, forward and backward.
+
+  A parameter that joins an activation entry by entry, as a table of positions
+  does, or of which single rows are taken, has no product to go beside: there
+  its own sum is formed, and what comes of it is an array. What is an activation
+  is read from the program: it depends on an argument that has no Adapted in it,
+  and is not the weight in all its uses.
+
+  Any other operation on an adapted weight is given the dense sum: the result is
+  correct, and a warning names each such operation once. So is a kernel that
+  takes the weight itself (`pallas_call`), and a function with custom_jvp.
 
   Args:
     fn: a pure function of pytrees. It must not look at the values of arrays;
