@@ -31,7 +31,7 @@ from absl import app, flags
 
 import jlora
 
-BASE = "the base alone"
+BASE, HAND, OURS = "the base alone", "by hand", "bind and adapt"
 Program = Callable[[Any, Any, jax.Array], Any]
 Product = Callable[[jax.Array, str], jax.Array]
 
@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
   rows: int = 4
   length: int = 128
   rank: int = 8
-  turns: int = 7
+  turns: int = 15
 
 
 QUICK = Sizes(2, 32, 48, 4, 64, 2, 8, 2, 2)
@@ -139,8 +139,10 @@ def _normed(x):
 def _turned(x):
   """Turns queries or keys by their place."""
   half = x.shape[-1] // 2
-  rates = 1e4 ** -(jnp.arange(half) / half)
-  angles = jnp.arange(x.shape[1])[:, None] * rates[None]
+  places, steps = (
+    jnp.arange(n, dtype=jnp.float32) for n in (x.shape[1], half)
+  )
+  angles = places[:, None] * 1e4 ** -(steps / half)[None]
   cos, sin = (f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
   one, two = jnp.split(x, 2, axis=-1)
   return jnp.concatenate([one * cos - two * sin, one * sin + two * cos], -1)
@@ -170,8 +172,8 @@ def list_programs(sizes: Sizes) -> dict[str, Program]:
 
   found: dict[str, Program] = {
     BASE: lambda loras, params, tokens: base(params, tokens),
-    "by hand": by_hand,
-    "bind and adapt": adapted,
+    HAND: by_hand,
+    OURS: adapted,
   }
   if importlib.util.find_spec("qwix"):
     found["qwix"] = _by_qwix(sizes)
@@ -252,47 +254,63 @@ def with_gradient_of_base(program: Program) -> Program:
 
 def measure(
   programs: dict[str, Program], args: tuple[Any, ...], turns: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, list[float]]]:
   """Times tracing, compiling and running of programs, in turns.
 
   Args:
     programs: by name.
     args: of each.
-    turns: timed runs; tracing and compiling have three at most.
+    turns: timed runs; tracing and compiling have four at most.
 
   Returns:
-    name -> {"trace", "compile", "run"} in seconds: the least for the first two,
-    the median for the last.
+    name -> {"trace", "compile", "run"} in seconds, of processor time for the
+    first two.
   """
   spent: dict[str, dict[str, list[float]]] = {
     name: {"trace": [], "compile": [], "run": []} for name in programs
   }
   compiled = {}
-  for _ in range(min(turns, 3)):
+  for _ in range(min(turns, 4)):
     for name, program in programs.items():
       jax.clear_caches()
       gc.collect()
       # A function of its own, which JAX has not seen.
       own = functools.partial(program)
-      start = time.perf_counter()
+      start = time.process_time()
       traced = jax.jit(own).trace(*args)
-      spent[name]["trace"].append(time.perf_counter() - start)
-      start = time.perf_counter()
-      compiled[name] = traced.lower().compile()
-      spent[name]["compile"].append(time.perf_counter() - start)
+      spent[name]["trace"].append(time.process_time() - start)
+      lowered = traced.lower()
+      start = time.process_time()
+      compiled[name] = lowered.compile()
+      spent[name]["compile"].append(time.process_time() - start)
   for _ in range(turns + 1):
     for name, program in compiled.items():
       start = time.perf_counter()
       jax.block_until_ready(program(*args))
       spent[name]["run"].append(time.perf_counter() - start)
-  return {
-    name: {
-      "trace": min(own["trace"]),
-      "compile": min(own["compile"]),
-      "run": statistics.median(own["run"][1:]),
-    }
-    for name, own in spent.items()
-  }
+  for own in spent.values():
+    del own["run"][0]  # the first of a program is not counted
+  return spent
+
+
+def compare(
+  spent: dict[str, dict[str, list[float]]], name: str, other: str, kind: str
+) -> float:
+  """Returns how many times as long one program takes as another.
+
+  Args:
+    spent: as `measure` returns it.
+    name: of a program.
+    other: of the other.
+    kind: "trace", "compile" or "run".
+
+  Returns:
+    The ratio of the least times; of runs, the median ratio of neighbours.
+  """
+  one, two = spent[name][kind], spent[other][kind]
+  if kind == "run":
+    return statistics.median(x / y for x, y in zip(one, two, strict=True))
+  return min(one) / min(two)
 
 
 def check(programs: dict[str, Program], args: tuple[Any, ...]) -> None:
@@ -322,13 +340,14 @@ def main(_: list[str]) -> None:
     found = measure(own, args, sizes.turns)
     print(f"| {title}, {sizes.layers} layers | trace | compile | run |")
     print("|---|---|---|---|")
-    first = found["by hand"]
     for name, times in found.items():
-      cells = [f"{t:.3f} s, {t / first[k]:.2f} x" for k, t in times.items()]
+      cells = [
+        f"{min(own):.3f} s, {compare(found, name, HAND, kind):.2f} x"
+        for kind, own in times.items()
+      ]
       print(f"| {name} | {' | '.join(cells)} |")
-    base = found[BASE]["trace"]
-    ours = found["bind and adapt"]["trace"]
-    print(f"\nbind and adapt trace in {ours / base:.2f} x the base's time\n")
+    ratio = compare(found, OURS, BASE, "trace")
+    print(f"\n{OURS} trace in {ratio:.2f} x the base's time\n")
 
 
 if __name__ == "__main__":

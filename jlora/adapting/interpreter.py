@@ -140,10 +140,7 @@ def _adapted(eqn, operands, said, roles: Roles) -> Sequence[Any]:
   if name in OF_W_ALONE:
     value = operands[0]
     return [dataclasses.replace(value, w=_bind(eqn, [value.w])[0])]
-  is_weight = roles.is_weight(eqn.outvars[0])
-  if (
-    name in _JOINS and not is_weight and _joins_activation(eqn, operands, roles)
-  ):
+  if name in _JOINS and _joins_activation(eqn, operands, roles):
     return _bind(eqn, map(_dense, operands))
   rule = _RULES.get(name)
   has_branch = any(is_adapted(x) and x.branches for x in operands)
@@ -151,19 +148,27 @@ def _adapted(eqn, operands, said, roles: Roles) -> Sequence[Any]:
     found = rule(operands, eqn.params)
     if found is not None:
       found = found if eqn.primitive.multiple_results else [found]
-      if is_adapted(operands[0]) and not is_weight and (
-        name == "gather" and takes_rows(operands[0], eqn.params)
-      ):  # fmt: skip
+      if name == "gather" and _takes_rows(eqn, operands, roles):
         return list(map(_dense, found))
       return [_unless_rows(x, operands[0]) for x in found]
   return _bind(eqn, _densely(name, operands, said))
 
 
 def _joins_activation(eqn, operands, roles: Roles) -> bool:
-  """Returns whether an operand that is an array depends on inputs."""
-  return any(
+  """Returns whether a result depends on inputs and is no weight."""
+  return not roles.is_weight(eqn.outvars[0]) and any(
     roles.depends(atom) and not is_adapted(x)
     for atom, x in zip(eqn.invars, operands, strict=True)
+  )
+
+
+def _takes_rows(eqn, operands, roles: Roles) -> bool:
+  """Returns whether a look-up takes rows that are not used as a weight."""
+  value = operands[0]
+  return (
+    is_adapted(value)
+    and takes_rows(value, eqn.params)
+    and not roles.is_weight(eqn.outvars[0])
   )
 
 
