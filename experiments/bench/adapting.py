@@ -139,9 +139,7 @@ def _normed(x):
 def _turned(x):
   """Turns queries or keys by their place."""
   half = x.shape[-1] // 2
-  places, steps = (
-    jnp.arange(n, dtype=jnp.float32) for n in (x.shape[1], half)
-  )
+  places, steps = (jnp.arange(n, dtype=jnp.float32) for n in (x.shape[1], half))
   angles = places[:, None] * 1e4 ** -(steps / half)[None]
   cos, sin = (f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
   one, two = jnp.split(x, 2, axis=-1)

@@ -62,6 +62,7 @@ def takes_rows(value: Adapted, params: dict) -> bool:
   """Returns whether a look-up takes single rows of matrices, not matrices.
 
   Example:
+    >>> import jax
     >>> one = jnp.ones
     >>> change = Change(one((2, 9, 1)), one((2, 1, 5)), one((2, 1, 1)))
     >>> table = Adapted(one((9, 5)), (change,))
