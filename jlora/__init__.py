@@ -33,8 +33,8 @@ if TYPE_CHECKING:
   from jlora.adapting.programs import Branch as Branch
   from jlora.adapting.programs import Rows as Rows
   from jlora.adapting.programs import Shift as Shift
+  from jlora.adapting.rows import adapt_rows as adapt_rows
   from jlora.adapting.transforms import adapt as adapt
-  from jlora.adapting.transforms import adapt_rows as adapt_rows
   from jlora.adapting.transforms import apply as apply
   from jlora.checkpoints.checkpoint import Checkpoint as Checkpoint
   from jlora.checkpoints.checkpoint import open_checkpoint as open_checkpoint
@@ -68,7 +68,7 @@ _HOMES = {
   "Rows": "adapting.programs",
   "Shift": "adapting.programs",
   "adapt": "adapting.transforms",
-  "adapt_rows": "adapting.transforms",
+  "adapt_rows": "adapting.rows",
   "apply": "adapting.transforms",
   "bind": "adapting.binding",
   "compare": "evaluation.weights",

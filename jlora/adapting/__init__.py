@@ -15,8 +15,8 @@ from jlora.adapting.programs import Branch as Branch
 from jlora.adapting.programs import Rows as Rows
 from jlora.adapting.programs import Shift as Shift
 from jlora.adapting.programs import prepend as prepend
+from jlora.adapting.rows import adapt_rows as adapt_rows
 from jlora.adapting.transforms import adapt as adapt
-from jlora.adapting.transforms import adapt_rows as adapt_rows
 from jlora.adapting.transforms import apply as apply
 from jlora.adapting.transforms import lora_dot as lora_dot
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora.loras import Lora
 from jlora.views import MatrixView
@@ -124,21 +125,24 @@ def change_of(
     >>> change.a.shape, change.b.shape, change.gate.shape
     ((2, 1, 3), (2, 5, 1), (2, 1, 1))
   """
-  count = len(view.batch)
+  count, rank = len(view.batch), lora.rank
 
   def lay(factor, own):
     """Reshapes (*batch, r, columns) to (r, *shape), with 1 on other axes."""
     kept = (*view.batch, *own)
-    sizes = tuple(shape[axis] for axis in kept)
-    factor = jnp.moveaxis(factor, count, 0)
-    factor = factor.reshape(factor.shape[0], *sizes)
+    if count:
+      factor = jnp.moveaxis(factor, count, 0)
     order = sorted(range(len(kept)), key=kept.__getitem__)
-    factor = factor.transpose(0, *(1 + i for i in order))
+    if order != [*range(len(kept))]:
+      factor = factor.reshape(rank, *(shape[axis] for axis in kept))
+      factor = factor.transpose(0, *(1 + i for i in order))
     ones = tuple(size if i in kept else 1 for i, size in enumerate(shape))
-    return factor.reshape(factor.shape[0], *ones)
+    return lax.reshape(factor, (rank, *ones))
 
-  scale = lora.scale.astype(jnp.float32) * jnp.asarray(weight, jnp.float32)
-  gate = jnp.broadcast_to(scale[..., None], (*scale.shape, lora.rank))
+  scale = lora.scale.astype(jnp.float32)
+  if not (isinstance(weight, float) and weight == 1):
+    scale = scale * jnp.asarray(weight, jnp.float32)
+  gate = lax.broadcast_in_dim(scale, (*scale.shape, rank), range(count))
   return Change(
     lay(lora.a, view.inputs), lay(lora.b, view.outputs), lay(gate, ())
   )
@@ -224,6 +228,24 @@ def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
   """
   sizes = factor.shape[factor.ndim - ndim :]
   return tuple(axis for axis, size in enumerate(sizes) if size > 1)
+
+
+def is_matrix(value: Adapted) -> bool:
+  """Returns whether a change has an axis for each of its factors alone.
+
+  Example:
+    >>> one = jnp.ones
+    >>> change = Change(one((2, 3, 1)), one((2, 1, 5)), one((2, 1, 1)))
+    >>> is_matrix(Adapted(one((3, 5)), (change,)))
+    True
+    >>> row = Change(one((2, 1)), one((2, 5)), one((2, 1)))
+    >>> is_matrix(Adapted(one(5), (row,)))
+    False
+  """
+  sides = [
+    [set(axes_with(x, value.ndim)) for x in (c.a, c.b)] for c in value.changes
+  ]
+  return any(a - b and b - a for a, b in sides)
 
 
 def dropped(x: jax.Array, change: Change) -> jax.Array:

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.adapting.adapted import Adapted, Change, is_adapted, over_lead
+from jlora.adapting.adapted import (
+  Adapted,
+  Change,
+  axes_with,
+  is_adapted,
+  over_lead,
+)
 
 PrimitiveRule = Callable[[Sequence[Any], dict[str, Any]], Any]
 
@@ -65,7 +71,7 @@ def _broadcast_in_dim(operands, params):
 
 
 def _reshape(operands, params):
-  """Reshapes an Adapted, unless a factor varies along part of a group."""
+  """Reshapes an Adapted, unless two factors share part of a group of axes."""
   value, *sizes = operands
   if sizes or params["dimensions"] is not None:
     return None
@@ -73,6 +79,8 @@ def _reshape(operands, params):
   if 0 in old:
     return None
   groups = _groups(old, new)
+  changes = tuple(_spread(c, old, groups) for c in value.changes)
+  value = dataclasses.replace(value, changes=changes)
 
   def sizes_of(x):
     """Returns a factor's new sizes; None if it varies within a group."""
@@ -99,6 +107,31 @@ def _reshape(operands, params):
     lambda x: lax.reshape(x, new),
     lambda x: lax.reshape(x, tuple(sizes_of(x) or ())),
   )
+
+
+def _spread(change: Change, shape, groups) -> Change:
+  """Repeats a factor along the rest of a group of axes that it has alone.
+
+  So heads that are repeated (8, 2, 4) -> (8, 2, 2, 4) -> (8, 4, 4) keep their
+  factors; that of the outputs then has a column for each repeated one.
+  """
+  for group, _ in groups:
+    long = {
+      name: [
+        i for i in group if getattr(change, name).shape[change.lead + i] > 1
+      ]
+      for name in ("a", "b", "gate")
+    }
+    sharing = [name for name, axes in long.items() if axes]
+    if len(sharing) != 1:
+      continue
+    x = getattr(change, sharing[0])
+    wide = [*x.shape]
+    for i in group:
+      wide[change.lead + i] = shape[i]
+    spread = {sharing[0]: jnp.broadcast_to(x, wide)}
+    change = dataclasses.replace(change, **spread)
+  return change
 
 
 def _groups(old, new):
@@ -209,32 +242,140 @@ def _stack(operands, params):
 
 def _placed(change: Change, axis, size, before, after) -> Change:
   """Pads a change with zeros before and after its part of an axis."""
-  at = change.lead + axis
+  widths = [(0, 0, 0)] * (change.b.ndim - change.lead)
+  widths[axis] = (before, after, 0)
+  sizes = {axis: size}
+  return _padded(change, sizes, widths)
 
-  def pad(x):
-    """Pads a factor along the axis."""
-    widths = [(0, 0)] * x.ndim
-    widths[at] = (before, after)
-    return jnp.pad(x, widths)
 
+def _padded(change: Change, sizes, widths) -> Change:
+  """Pads a change with zeros, its factors where they hang on an axis.
+
+  Args:
+    change: the change.
+    sizes: of the parameter's axes that are padded.
+    widths: (before, after, between) for each axis.
+  """
   own = {name: getattr(change, name) for name in ("a", "b", "gate")}
-  hanging = {name: x for name, x in own.items() if x.shape[at] > 1}
-  if not hanging:
-    wide = [*change.b.shape]
-    wide[at] = size
-    hanging = {"b": jnp.broadcast_to(change.b, wide)}
-  padded = {name: pad(x) for name, x in hanging.items()}
-  return dataclasses.replace(change, **padded)
+  for axis, width in enumerate(widths):
+    at = change.lead + axis
+    if not any(width):
+      continue
+    hanging = [name for name, x in own.items() if x.shape[at] > 1]
+    if not hanging:
+      wide = [*own["b"].shape]
+      wide[at] = sizes[axis]
+      own["b"] = jnp.broadcast_to(own["b"], wide)
+    for name in hanging or ["b"]:
+      x = own[name]
+      whole = [width if i == at else (0, 0, 0) for i in range(x.ndim)]
+      own[name] = lax.pad(x, jnp.zeros((), x.dtype), whole)
+  return dataclasses.replace(change, **own)
+
+
+def _pad(operands, params):
+  """Pads w; its changes are zero there."""
+  value, fill = operands
+  if is_adapted(fill) or not is_adapted(value):
+    return None
+  widths = params["padding_config"]
+  return dataclasses.replace(
+    value,
+    w=lax.pad(value.w, fill, widths),
+    changes=tuple(_padded(c, value.shape, widths) for c in value.changes),
+    rows=None,
+  )
+
+
+def _reversed(operands, params):
+  """Reverses axes; of a factor that has 1 there nothing changes."""
+  axes = params["dimensions"]
+  return _axes(operands[0], lambda x: lax.rev(x, axes))
+
+
+def _tiled(operands, params):
+  """Repeats w and the factors along the axes on which they hang."""
+  value, reps = operands[0], params["reps"]
+
+  def factor(x):
+    """Repeats a factor."""
+    sizes = zip(x.shape, reps, strict=True)
+    return jnp.tile(x, [count if size > 1 else 1 for size, count in sizes])
+
+  return _axes(value, lambda x: jnp.tile(x, reps), factor)
+
+
+def _gathered(operands, params):
+  """Gathers an Adapted's shards; factors that have 1 there are whole."""
+  value, axis = operands[0], params["all_gather_dimension"]
+  if not params["tiled"]:
+    return None
+
+  def gather(x):
+    """Gathers the shards of w, or of a factor."""
+    return lax.all_gather(
+      x,
+      params["axis_name"],
+      axis_index_groups=params["axis_index_groups"],
+      axis=axis,
+      tiled=True,
+    )
+
+  return _axes(
+    value,
+    gather,
+    lambda x: gather(x) if x.shape[axis] == value.shape[axis] else x,
+  )
 
 
 def _scaled(operands, params):
-  """Multiplies an Adapted by a scalar; other products have no rule here."""
+  """Multiplies an Adapted by a number, or by one for each row or column."""
   del params
   first, second = operands
   value, by = (first, second) if is_adapted(first) else (second, first)
-  if is_adapted(by) or jnp.ndim(by) != 0 or value.branches:
+  return _by(value, by, jnp.multiply)
+
+
+def _divided(operands, params):
+  """Divides an Adapted by a number, or by one for each row or column."""
+  del params
+  value, by = operands
+  return _by(value, by, jnp.divide) if is_adapted(value) else None
+
+
+def _by(value, by, function):
+  """Multiplies or divides w, and of each change one factor."""
+  if is_adapted(by) or value.branches:
     return None
-  return _times(value, by)
+  by = jnp.asarray(by)
+  if by.ndim == 0:
+    return _times(value, by if function is jnp.multiply else 1 / by)
+  if by.ndim != value.ndim or value.rows is not None:
+    return None
+  on, changes = set(axes_with(by, by.ndim)), []
+  for change in value.changes:
+    name = _side_for(change, on, by.ndim)
+    if name is None:
+      return None
+    x = getattr(change, name)
+    each = by.astype(x.dtype).reshape(*[1] * change.lead, *by.shape)
+    changes.append(dataclasses.replace(change, **{name: function(x, each)}))
+  w = function(value.w, by)
+  return dataclasses.replace(value, w=w, changes=tuple(changes))
+
+
+def _side_for(change: Change, on: set[int], ndim: int) -> str | None:
+  """Returns the factor that can take numbers for some axes; None if neither.
+
+  Both stay thin if none takes an axis that the other has alone.
+  """
+  a, b = (set(axes_with(x, ndim)) for x in (change.a, change.b))
+  fits = [
+    name for name, own, other in (("a", a, b), ("b", b, a))
+    if not on & (other - own)
+  ]  # fmt: skip
+  whole = [name for name in fits if on <= {"a": a, "b": b}[name]]
+  return next(iter([*whole, *fits[::-1]]), None)
 
 
 def _times(value, by):
@@ -246,14 +387,6 @@ def _times(value, by):
   )
   rows = None if value.rows is None else value.rows * by
   return dataclasses.replace(value, w=value.w * by, changes=changes, rows=rows)
-
-
-def _divided(operands, params):
-  """Divides an Adapted by a scalar."""
-  value, by = operands
-  if is_adapted(by) or not is_adapted(value):
-    return None
-  return _scaled([value, 1 / jnp.asarray(by)], params)
 
 
 def _negated(operands, params):
@@ -321,12 +454,17 @@ AXIS_RULES: dict[str, PrimitiveRule] = {
   "dynamic_slice": _dynamic_slice,
   "split": _split,
   "concatenate": _concatenate,
+  "pad": _pad,
+  "rev": _reversed,
+  "tile": _tiled,
+  "all_gather": _gathered,
   "stack": _stack,
   "convert_element_type": _converted,
   "mul": _scaled,
   "div": _divided,
   "neg": _negated,
   "add": _added,
+  "add_any": _added,
   "sub": _subtracted,
   "stop_gradient": _stopped,
   "optimization_barrier": _barrier,

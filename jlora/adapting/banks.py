@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.adapting.adapted import Change, without_bank
 from jlora.loras import Lora, Loras, check_loras
@@ -58,6 +59,29 @@ def make_bank(
     path: _stacked(path, [own.get(path) for own in adapters], rank)
     for path in paths
   }
+
+
+def as_ids(ids: Any, count: int) -> jax.Array:
+  """Returns ids as int32; those outside of a bank stay outside of it.
+
+  Args:
+    ids: integers of any dtype and shape; may be traced.
+    count: how many adapters the bank holds.
+
+  Raises:
+    ValueError: for numbers that are no integers, and for truth values.
+
+  Example:
+    >>> as_ids(np.array([0, 4294967295], np.uint32), 3)
+    Array([0, 3], dtype=int32)
+  """
+  ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+  if not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ValueError(f"ids are {ids.dtype}, needed are integers.")
+  if jnp.iinfo(ids.dtype).bits >= 32:  # what int32 has no number for
+    least = 0 if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else -2
+    ids = ids.clip(least, count)
+  return jnp.asarray(ids, jnp.int32)
 
 
 def laned(change: Change) -> Change:

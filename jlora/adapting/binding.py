@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.adapting.adapted import Adapted, Change, change_of, is_adapted
+from jlora.adapting.banks import as_ids
 from jlora.adapting.programs import Branch, Rows, Shift
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
@@ -16,6 +17,9 @@ from jlora.paths import flatten, key_for, unflatten
 from jlora.selection import is_floating
 from jlora.tree_views import table_for
 from jlora.views import MatrixView, ViewRule, views_of
+
+# Traced once for all parameters of one shape.
+_laid = jax.jit(change_of, static_argnums=(1, 2))
 
 Program = Lora | Rows | Shift | Branch
 Programs = Mapping[str, Program]
@@ -218,12 +222,17 @@ def _change(loras, view, shape, ids, weights) -> Change:
   if ids is not None:
     bank = loras[0][0]
     change = jax.vmap(lambda lora: change_of(lora, view, shape))(bank)
-    chosen = jnp.atleast_1d(jnp.asarray(ids))
+    chosen = jnp.atleast_1d(as_ids(ids, len(bank.a)))
     if weights is not None:
       weights = jnp.atleast_1d(jnp.asarray(weights, jnp.float32))
       weights = jnp.broadcast_to(weights, chosen.shape)
     return dataclasses.replace(change, ids=chosen, weights=weights)
-  changes = [change_of(lora, view, shape, weight) for lora, weight in loras]
+  changes = [
+    _laid(lora, view, shape)
+    if isinstance(weight, float) and weight == 1
+    else _laid(lora, view, shape, weight)
+    for lora, weight in loras
+  ]
   if len(changes) == 1:
     return changes[0]
   dtype = jnp.result_type(*(x for c in changes for x in (c.a, c.b)))

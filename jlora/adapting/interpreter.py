@@ -17,24 +17,35 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jlora.adapting.adapted import Adapted, Change, dense_sum, is_adapted
+from jlora.adapting.adapted import (
+  Adapted,
+  Change,
+  dense_sum,
+  is_adapted,
+  is_matrix,
+)
 from jlora.adapting.axis_rules import AXIS_RULES, OF_W_ALONE, SEEN_THROUGH
-from jlora.adapting.lookup_rules import LOOKUP_RULES
-from jlora.adapting.product_rules import CONVOLUTION_RULES, PRODUCT_RULES
+from jlora.adapting.lookup_rules import LOOKUP_RULES, takes_rows
+from jlora.adapting.product_rules import PRODUCT_RULES
+from jlora.adapting.roles import Roles, counts_of_scan
 
 Said = Callable[[str, Adapted], None]
 
-_RULES = {
-  **AXIS_RULES,
-  **PRODUCT_RULES,
-  **CONVOLUTION_RULES,
-  **LOOKUP_RULES,
-}
+_RULES = {**AXIS_RULES, **PRODUCT_RULES, **LOOKUP_RULES}
 _WITH_BRANCHES = (*SEEN_THROUGH, "dot_general")
+# Entry by entry, or side by side, with an activation: an activation again.
+_JOINS = frozenset({
+  "add", "add_any", "concatenate", "div", "max", "min", "mul", "pow",
+  "select_n", "stack", "sub",
+})  # fmt: skip
 
 
 def evaluate(
-  jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], said: Said
+  jaxpr: Any,
+  consts: Sequence[Any],
+  args: Sequence[Any],
+  said: Said,
+  roles: Roles | None = None,
 ) -> list[Any]:
   """Runs a jaxpr on arrays and Adapted values.
 
@@ -44,6 +55,8 @@ def evaluate(
     args: its arguments; an Adapted stands for an array of its shape and dtype.
     said: called with the name of a primitive and an Adapted operand when a rule
       is missing, before the dense sum is formed; may raise.
+    roles: which of its values are activations; None is that all are made of
+      parameters.
 
   Returns:
     A list of outputs, of which some may be Adapted.
@@ -54,73 +67,174 @@ def evaluate(
     ...          print)[0].shape
     (3, 2)
   """
-  env: dict[Any, Any] = {}
-
-  def read(atom):
-    """Returns the value of a literal or variable."""
-    return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-  env.update(zip(jaxpr.constvars, consts, strict=True))
+  if roles is None:
+    none = [False] * len(jaxpr.invars), [False] * len(jaxpr.outvars)
+    roles = Roles(jaxpr, *none)
+  env = dict(zip(jaxpr.constvars, consts, strict=True))
   env.update(zip(jaxpr.invars, args, strict=True))
-  for eqn in jaxpr.eqns:
-    operands = [read(atom) for atom in eqn.invars]
-    if any(map(is_adapted, operands)):
-      results = _adapted(eqn, operands, said)
-    else:
-      results = _bind(eqn, operands)
+  special = {v for v, x in env.items() if is_adapted(x)}
+  last = _last_uses(jaxpr)
+  start = 0
+  for at, eqn in enumerate(jaxpr.eqns):
+    if not special or special.isdisjoint(_variables(eqn)):
+      continue
+    _run_plain(jaxpr.eqns[start:at], env, last, at)
+    start = at + 1
+    operands = [_read(env, atom) for atom in eqn.invars]
+    results = _adapted(eqn, operands, said, roles)
     env.update(zip(eqn.outvars, results, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
+    special.update(
+      v for v, x in zip(eqn.outvars, results, strict=True) if is_adapted(x)
+    )
+  _run_plain(jaxpr.eqns[start:], env, last, len(jaxpr.eqns))
+  return [_read(env, atom) for atom in jaxpr.outvars]
 
 
-def _adapted(eqn, operands, said) -> Sequence[Any]:
+def _read(env, atom):
+  """Returns the value of a literal or variable."""
+  return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+
+def _variables(eqn) -> list[Any]:
+  """Returns the operands of an equation that are no literals."""
+  return [atom for atom in eqn.invars if not isinstance(atom, jex.Literal)]
+
+
+def _last_uses(jaxpr) -> dict[Any, int]:
+  """Returns the number of the last equation that reads each variable."""
+  last = {}
+  for at, eqn in enumerate(jaxpr.eqns):
+    last.update(dict.fromkeys(_variables(eqn), at))
+  results = [v for v in jaxpr.outvars if not isinstance(v, jex.Literal)]
+  return {**last, **dict.fromkeys(results, len(jaxpr.eqns))}
+
+
+def _run_plain(eqns, env, last, end) -> None:
+  """Runs equations on arrays as one program; keeps what is read from `end` on.
+
+  A program of its own keeps names and places of the model's source.
+  """
+  if not eqns:
+    return
+  made = {v for eqn in eqns for v in eqn.outvars}
+  reads = dict.fromkeys(v for eqn in eqns for v in _variables(eqn))
+  given = [v for v in reads if v not in made]
+  kept = [
+    v
+    for eqn in eqns
+    for v in eqn.outvars
+    if not isinstance(v, jex.DropVar) and last.get(v, -1) >= end
+  ]
+  names = ("",) * len(given), ("",) * len(kept)
+  about = jex.DebugInfo("adapt", "adapt", *names)
+  part = jex.Jaxpr([], given, kept, [*eqns], jex.no_effects, about)
+  run = jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))
+  env.update(zip(kept, run(*[env[v] for v in given]), strict=True))
+
+
+def _adapted(eqn, operands, said, roles: Roles) -> Sequence[Any]:
   """Runs an equation with Adapted operands, by a rule if there is one."""
   name = eqn.primitive.name
   if name in _CONTROL:
-    return _CONTROL[name](eqn, operands, said)
+    return _CONTROL[name](eqn, operands, said, roles)
   if name in OF_W_ALONE:
     value = operands[0]
     return [dataclasses.replace(value, w=_bind(eqn, [value.w])[0])]
+  if name in _JOINS and _joins_activation(eqn, operands, roles):
+    return _bind(eqn, map(_dense, operands))
   rule = _RULES.get(name)
   has_branch = any(is_adapted(x) and x.branches for x in operands)
   if rule is not None and (not has_branch or name in _WITH_BRANCHES):
     found = rule(operands, eqn.params)
     if found is not None:
-      return found if eqn.primitive.multiple_results else [found]
+      found = found if eqn.primitive.multiple_results else [found]
+      if name == "gather" and _takes_rows(eqn, operands, roles):
+        return list(map(_dense, found))
+      return [_unless_rows(x, operands[0]) for x in found]
   return _bind(eqn, _densely(name, operands, said))
+
+
+def _joins_activation(eqn, operands, roles: Roles) -> bool:
+  """Returns whether a result depends on inputs and is no weight."""
+  return not roles.is_weight(eqn.outvars[0]) and any(
+    roles.depends(atom) and not is_adapted(x)
+    for atom, x in zip(eqn.invars, operands, strict=True)
+  )
+
+
+def _takes_rows(eqn, operands, roles: Roles) -> bool:
+  """Returns whether a look-up takes rows that are not used as a weight."""
+  value = operands[0]
+  return (
+    is_adapted(value)
+    and takes_rows(value, eqn.params)
+    and not roles.is_weight(eqn.outvars[0])
+  )
+
+
+def _unless_rows(found, before):
+  """Returns the dense sum where single rows are left of a matrix."""
+  is_rows = (
+    is_adapted(found)
+    and is_adapted(before)
+    and not found.branches
+    and is_matrix(before)
+    and not is_matrix(found)
+  )
+  return dense_sum(found) if is_rows else found
+
+
+def _dense(x):
+  """Returns an array as it is, and the dense sum of an Adapted."""
+  return dense_sum(x) if is_adapted(x) else x
 
 
 def _densely(name, operands, said):
   """Replaces Adapted operands by their dense sums, reporting each."""
-  dense = []
   for x in operands:
     if is_adapted(x):
       said(name, x)
-      x = dense_sum(x)
-    dense.append(x)
-  return dense
+  return list(map(_dense, operands))
 
 
 def _bind(eqn, operands) -> Sequence[Any]:
-  """Runs one equation on arrays, through JAX's public interface."""
-  variables, given = [], []
-  for atom, value in zip(eqn.invars, operands, strict=True):
-    if not isinstance(atom, jex.Literal) and atom not in variables:
-      variables.append(atom)
-      given.append(value)
-  used = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-  names = ("",) * len(variables), ("",) * len(used)
-  about = jex.DebugInfo("adapt", eqn.primitive.name, *names)
-  one = jex.Jaxpr([], variables, used, [eqn], eqn.effects, about)
-  found = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(one, []))(*given))
-  return [
-    None if isinstance(v, jex.DropVar) else next(found) for v in eqn.outvars
-  ]
+  """Runs one equation on arrays."""
+  env: dict[Any, Any] = {
+    atom: x
+    for atom, x in zip(eqn.invars, operands, strict=True)
+    if not isinstance(atom, jex.Literal)
+  }
+  kept = dict.fromkeys(eqn.outvars, 1)
+  _run_plain([eqn], env, kept, 1)
+  return [env.get(v) for v in eqn.outvars]
 
 
-def _inline(eqn, operands, said):
+def _within(closed, operands, said, inputs, weights=None):
+  """Runs a nested program on operands of which some depend on inputs."""
+  jaxpr, consts = (
+    getattr(closed, "jaxpr", closed),
+    getattr(closed, "consts", ()),
+  )
+  weights = weights or [False] * len(jaxpr.outvars)
+  roles = Roles(jaxpr, inputs, weights)
+  return evaluate(jaxpr, consts, operands, said, roles)
+
+
+def _flags(atoms, roles: Roles) -> list[bool]:
+  """Returns which operands depend on inputs."""
+  return [roles.depends(atom) for atom in atoms]
+
+
+def _weights(eqn, roles: Roles) -> list[bool]:
+  """Returns which results are used as weights alone."""
+  return [roles.is_weight(v) for v in eqn.outvars]
+
+
+def _inline(eqn, operands, said, roles):
   """Runs a nested jit or call in place."""
   inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-  found = evaluate(inner.jaxpr, inner.consts, operands, said)
+  inputs, weights = _flags(eqn.invars, roles), _weights(eqn, roles)
+  found = _within(inner, operands, said, inputs, weights)
   places = eqn.params.get("out_shardings", (None,) * len(found))
   return [
     lax.with_sharding_constraint(x, place)
@@ -130,26 +244,85 @@ def _inline(eqn, operands, said):
   ]
 
 
-def _remat(eqn, operands, said):
+def _remat(eqn, operands, said, roles):
   """Rebuilds a `jax.checkpoint`."""
   params = eqn.params
+  inputs, weights = _flags(eqn.invars, roles), _weights(eqn, roles)
 
   @functools.partial(
     jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"]
   )
   def run(*args):
     """Runs the checkpointed program."""
-    return evaluate(params["jaxpr"], (), args, said)
+    return _within(params["jaxpr"], args, said, inputs, weights)
 
   return run(*operands)
 
 
-def _scan(eqn, operands, said):
+def _custom_vjp(eqn, operands, said, roles):
+  """Rebuilds a function with its own derivatives, which run by the rules too.
+
+  Its forward and backward passes are traced on arrays and run on Adapted
+  values. What comes back for a weight is spread over the weight's parts as the
+  derivative of the dense sum is, which itself is not needed.
+  """
+  inputs, inner = _flags(eqn.invars, roles), eqn.params["call_jaxpr"]
+  count = eqn.params.get("num_consts", 0)
+  consts, given = operands[:count], operands[count:]
+
+  @jax.custom_vjp
+  def run(*args):
+    """Runs the function."""
+    return list(map(_dense, _within(inner, [*consts, *args], said, inputs)))
+
+  def forward(*args):
+    """Runs the function's own forward pass."""
+    both, shape = jax.make_jaxpr(
+      lambda consts, own: jax.vjp(lambda *x: _bind(eqn, [*consts, *x]), *own),
+      return_shape=True,
+    )(_bases(consts), _bases(args))
+    found = _within(both, [*consts, *args], said, inputs)
+    outs, kept = found[: len(shape[0])], found[len(shape[0]) :]
+    pull = functools.partial(_pulled, jax.tree.structure(shape[1]), said)
+    return list(map(_dense, outs)), jax.tree_util.Partial(pull, kept, args)
+
+  run.defvjp(forward, lambda pull, changes: pull(changes))
+  return run(*given)
+
+
+def _pulled(tree, said, kept, args, changes):
+  """Runs a function's own backward pass on what its forward pass kept."""
+  is_real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in args]
+
+  def back(kept, changes):
+    """Returns the derivatives by the operands that have some."""
+    found = jax.tree.unflatten(tree, kept)(changes)
+    return [x for x, is_in in zip(found, is_real, strict=True) if is_in]
+
+  closed = jax.make_jaxpr(back)(_bases(kept), changes)
+  inputs = [True] * (len(kept) + len(changes))
+  found = map(_dense, _within(closed, [*kept, *changes], said, inputs))
+  own = [next(found) if is_in else None for is_in in is_real]
+  return tuple(
+    jax.vjp(dense_sum, x)[1](change)[0] if is_adapted(x) else change
+    for x, change in zip(args, own, strict=True)
+  )
+
+
+def _bases(values) -> list[Any]:
+  """Returns the parameters of Adapted values, and arrays as they are."""
+  return [x.w if is_adapted(x) else x for x in values]
+
+
+def _scan(eqn, operands, said, roles):
   """Rebuilds a `lax.scan`."""
   params = eqn.params
-  closed, (count, carried) = params["jaxpr"], _counts_of_scan(params)
+  closed, (count, carried) = params["jaxpr"], counts_of_scan(params)
+  inputs = _flags(eqn.invars, roles)
+  inputs[count:carried] = [True] * (carried - count)
   consts, carry = operands[:count], operands[count:carried]
-  carry = _densely("the carry of scan", carry, said)
+  fixed = _fixed(closed.jaxpr, count, carry)
+  carry = _moving(carry, fixed, "the carry of scan", said)
   stacked = [
     _slices_first(x, params["length"]) if is_adapted(x) else x
     for x in operands[carried:]
@@ -157,9 +330,9 @@ def _scan(eqn, operands, said):
 
   def body(carry, parts):
     """Runs one step of the scan."""
-    given = [*consts, *carry, *parts]
-    found = evaluate(closed.jaxpr, closed.consts, given, said)
-    found = _densely("the result of scan", found, said)
+    own = _with_fixed(carry, fixed)
+    found = _within(closed, [*consts, *own, *parts], said, inputs)
+    found = _moving(found, fixed, "the result of scan", said)
     return found[: len(carry)], found[len(carry) :]
 
   carry, stacks = lax.scan(
@@ -170,15 +343,29 @@ def _scan(eqn, operands, said):
     reverse=params["reverse"],
     unroll=params["unroll"],
   )
-  return [*carry, *stacks]
+  return [*_with_fixed(carry, fixed), *stacks]
 
 
-def _counts_of_scan(params) -> tuple[int, int]:
-  """Returns how many operands are constants, and constants or carry."""
-  if "ft_in" in params:  # JAX from 0.11 on has a tree of (consts, carry, xs)
-    consts, carry, _ = params["ft_in"].unpack()
-    return len(consts.vals), len(consts.vals) + len(carry.vals)
-  return params["num_consts"], params["num_consts"] + params["num_carry"]
+def _fixed(jaxpr, first, carry) -> dict[int, Adapted]:
+  """Returns the Adapted parts of a loop's carry that its body hands on."""
+  return {
+    i: x
+    for i, x in enumerate(carry)
+    if is_adapted(x) and jaxpr.outvars[i] is jaxpr.invars[first + i]
+  }
+
+
+def _moving(carry, fixed, name, said) -> list[Any]:
+  """Returns a loop's carry as arrays, of its fixed parts the parameter."""
+  return [
+    x.w if i in fixed and is_adapted(x) else _densely(name, [x], said)[0]
+    for i, x in enumerate(carry)
+  ]
+
+
+def _with_fixed(carry, fixed) -> list[Any]:
+  """Puts a loop's fixed parts into its carry."""
+  return [fixed.get(i, x) for i, x in enumerate(carry)]
 
 
 def _slices_first(value: Adapted, length: int) -> Adapted:
@@ -214,35 +401,41 @@ def _slices_first(value: Adapted, length: int) -> Adapted:
   )
 
 
-def _while(eqn, operands, said):
+def _while(eqn, operands, said, roles):
   """Rebuilds a `lax.while_loop`."""
   params = eqn.params
   split = params["cond_nconsts"]
   start = split + params["body_nconsts"]
   for_test, for_body = operands[:split], operands[split:start]
   test, body = params["cond_jaxpr"], params["body_jaxpr"]
+  inputs, carry = _flags(eqn.invars, roles), operands[start:]
+  moves = [True] * len(carry)
+  fixed = _fixed(body.jaxpr, len(for_body), carry)
+  name = "the carry of while"
 
   def go_on(carry):
     """Runs the loop's condition."""
-    given = [*for_test, *carry]
-    return evaluate(test.jaxpr, test.consts, given, said)[0]
+    given = [*for_test, *_with_fixed(carry, fixed)]
+    return _within(test, given, said, [*inputs[:split], *moves])[0]
 
   def step(carry):
     """Runs the loop's body once."""
-    found = evaluate(body.jaxpr, body.consts, [*for_body, *carry], said)
-    return _densely("the carry of while", found, said)
+    given = [*for_body, *_with_fixed(carry, fixed)]
+    found = _within(body, given, said, [*inputs[split:start], *moves])
+    return _moving(found, fixed, name, said)
 
-  carry = _densely("the carry of while", operands[start:], said)
-  return lax.while_loop(go_on, step, carry)
+  found = lax.while_loop(go_on, step, _moving(carry, fixed, name, said))
+  return _with_fixed(found, fixed)
 
 
-def _cond(eqn, operands, said):
+def _cond(eqn, operands, said, roles):
   """Rebuilds a `lax.cond` or `lax.switch`."""
   index, *given = operands
+  inputs = _flags(eqn.invars[1:], roles)
 
   def branch(closed, *args):
     """Runs one branch."""
-    found = evaluate(closed.jaxpr, closed.consts, args, said)
+    found = _within(closed, args, said, inputs)
     return _densely("the result of cond", found, said)
 
   branches = eqn.params["branches"]
@@ -250,13 +443,14 @@ def _cond(eqn, operands, said):
   return lax.switch(index, run, *given)
 
 
-def _shard_map(eqn, operands, said):
+def _shard_map(eqn, operands, said, roles):
   """Rebuilds a `jax.shard_map`."""
   params = eqn.params
+  inputs = _flags(eqn.invars, roles)
 
   def run(*args):
     """Runs the program on one shard."""
-    found = evaluate(params["jaxpr"], (), args, said)
+    found = _within(params["jaxpr"], args, said, inputs)
     return tuple(_densely("the result of shard_map", found, said))
 
   specs = tuple(
@@ -319,5 +513,6 @@ _CONTROL = {
   "scan": _scan,
   "while": _while,
   "cond": _cond,
+  "custom_vjp_call": _custom_vjp,
   "shard_map": _shard_map,
 }

@@ -4,9 +4,11 @@
 y = x w + Σ ((x aᵀ) g) b + Σ branch(x), without the dense sum of w and changes.
 """
 
+import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
@@ -34,11 +36,15 @@ def _dot_general(operands, params):
     return None
   value = first if is_adapted(first) else second
   x = second if is_adapted(first) else first
-  return _product(value, x, params, is_adapted(first))
+  given = tuple(params.items()), is_adapted(first)
+  if value.branches:  # their functions may hold arrays that are traced
+    return _product(value, x, *given)
+  return _product_once(dataclasses.replace(value, path=""), x, *given)
 
 
-def _product(value: Adapted, x: Any, params, is_left: bool):
+def _product(value: Adapted, x: Any, items: Any, is_left: bool):
   """Computes the product of value and x, in either order."""
+  params = dict(items)
   contracted, batched = params["dimension_numbers"]
   own, others = (0, 1) if is_left else (1, 0)
   names = _names(
@@ -56,6 +62,11 @@ def _product(value: Adapted, x: Any, params, is_left: bool):
   for branch in value.branches:
     y = plus(y, _branched(branch, value, x, y.shape, names))
   return y
+
+
+# A model's products of one shape are traced and differentiated once; XLA puts
+# them in place again.
+_product_once = jax.jit(_product, static_argnums=(2, 3))
 
 
 class _Names:
@@ -114,10 +125,17 @@ def _fused(value: Adapted, x, names):
   rank = len(change.a)
   if a.size != rank * k or b.size != rank * n:
     return None
-  a, b, gate = a.reshape(rank, k), b.reshape(rank, n), change.gate.reshape(rank)
-  x = jnp.moveaxis(x, names.x.index(axis), -1)
+  a, b = lax.reshape(a, (rank, k)), lax.reshape(b, (rank, n))
+  gate = lax.reshape(change.gate, (rank,))
+  x = _moved(x, names.x.index(axis), -1)
   y = kernels.lora_dot(x, value.w, a, b, gate, transpose_w=axis == 1)
   return y if names.out[-1] < 2 else jnp.moveaxis(y, -1, 0)
+
+
+def _moved(x, source, target):
+  """Moves an axis, and does nothing where it lies there."""
+  is_there = source % x.ndim == target % x.ndim
+  return x if is_there else jnp.moveaxis(x, source, target)
 
 
 def _sides(change: Change, axis: int):
@@ -197,40 +215,46 @@ def _branched(branch, value, x, out_shape, names):
 
 
 def _conv(operands, params):
-  """Convolves with an Adapted kernel of one feature group."""
+  """Convolves with an Adapted kernel, in groups if it is of groups.
+
+  Within a group y_o = x * w_o + Σ_r (x * a_r) g_r b_ro. All groups read with
+  the same a, so that the thin kernel has r outputs for each.
+  """
   x, value = operands
-  numbers = params["dimension_numbers"]
+  numbers, groups = params["dimension_numbers"], params["feature_group_count"]
   out_axis = numbers.rhs_spec[0]
-  if is_adapted(x) or value.branches or (
-    params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-  ):  # fmt: skip
+  if is_adapted(x) or value.branches or params["batch_group_count"] != 1:
     return None
   changes = [without_bank(change) for change in value.changes]
   sides = [_writes_alone(c, out_axis, value.ndim) for c in changes]
+  if None in sides:
+    return None
+  sides = filter(None, sides)
   y = lax.conv_general_dilated_p.bind(x, value.w, **params)
   feature = numbers.out_spec[1]
-  for change, side in zip(changes, sides, strict=True):
-    if side is None:
-      return None
-    reads, writes = side
+  for change, (reads, writes) in zip(changes, sides, strict=True):
+    rank = len(reads)
     # The rank axis takes the place of the kernel's output features.
     kernel = jnp.moveaxis(
       jnp.squeeze(jnp.moveaxis(reads, 0, -1), out_axis), -1, out_axis
     )
     sizes = [*value.shape]
-    sizes[out_axis] = kernel.shape[out_axis]
+    sizes[out_axis] = rank
     kernel = jnp.broadcast_to(kernel, sizes).astype(x.dtype)
+    reps = [groups if i == out_axis else 1 for i in range(kernel.ndim)]
     inner = lax.conv_general_dilated_p.bind(
-      dropped(x, change), kernel, **params
+      dropped(x, change), jnp.tile(kernel, reps), **params
     )
     inner = jnp.moveaxis(inner, feature, -1)
+    inner = inner.reshape(*inner.shape[:-1], groups, rank)
     gate = change.gate.reshape(*(1,) * (inner.ndim - 1), -1)
     inner = inner * gate.astype(inner.dtype)
     wide = jnp.broadcast_to(
-      writes.reshape(writes.shape[0], -1),
-      (writes.shape[0], value.shape[out_axis]),
+      writes.reshape(rank, -1), (rank, value.shape[out_axis])
     )
-    more = inner @ wide.astype(inner.dtype)
+    wide = wide.reshape(rank, groups, -1).astype(inner.dtype)
+    more = jnp.einsum("...gr,rgo->...go", inner, wide)
+    more = more.reshape(*more.shape[:-2], -1)
     y = plus(y, jnp.moveaxis(more, -1, feature))
   return y
 
@@ -245,7 +269,61 @@ def _writes_alone(change: Change, axis: int, ndim: int):
   return None
 
 
-PRODUCT_RULES = {"dot_general": _dot_general}
+def _ragged_dot(operands, params):
+  """Multiplies rows by the Adapted matrix of their group, as MoE layers do.
+
+  y_t = x_t w_g + ((x_t a_gᵀ) gate_g) b_g,   g the group of row t
+  """
+  x, value, sizes = operands
+  numbers = params["ragged_dot_dimension_numbers"]
+  (of_x, of_w), (batch, w_batch) = numbers.dot_dimension_numbers
+  groups = numbers.rhs_group_dimensions
+  free = [i for i in range(value.ndim) if i not in {*of_w, *w_batch, *groups}]
+  if (
+    not is_adapted(value) or is_adapted(x) or is_adapted(sizes)
+    or value.branches or len(free) != 1 or len(of_x) != 1 or len(groups) != 1
+    or tuple(batch) != tuple(range(len(batch)))
+    or params.get("out_sharding") is not None
+  ):  # fmt: skip
+    return None
+  axis, column, shape = of_w[0], free[0], value.shape
+  changes = [without_bank(change) for change in value.changes]
+  sides = [_reads_and_writes(c, axis, column, value.ndim) for c in changes]
+  if None in sides:
+    return None
+  sides = filter(None, sides)
+
+  def product(x, w):
+    """Multiplies rows by the matrix of their group."""
+    given = {k: v for k, v in params.items() if k != "out_sharding"}
+    return lax.ragged_dot_general(x, w, sizes, **given)
+
+  def filled(factor, at):
+    """Puts a factor's rank in the place of an axis on which it has 1."""
+    factor = jnp.moveaxis(jnp.squeeze(factor, 1 + at), 0, at)
+    wide = [s if i != at else factor.shape[at] for i, s in enumerate(shape)]
+    return jnp.broadcast_to(factor, wide).astype(x.dtype)
+
+  y = product(x, value.w)
+  for change, (reads, writes) in zip(changes, sides, strict=True):
+    inner = product(dropped(x, change), filled(reads, column))
+    inner = jnp.moveaxis(inner.astype(x.dtype), -1, of_x[0])
+    y = plus(y, product(inner, filled(writes * change.gate, axis)))
+  return y
 
 
-CONVOLUTION_RULES = {"conv_general_dilated": _conv}
+def _reads_and_writes(change: Change, axis: int, column: int, ndim: int):
+  """Returns (reads, writes) if each factor hangs on one side's axis alone."""
+  for reads, writes in ((change.a, change.b), (change.b, change.a)):
+    if column not in axes_with(reads, ndim) and axis not in axes_with(
+      writes, ndim
+    ):
+      return reads, writes
+  return None
+
+
+PRODUCT_RULES = {
+  "dot_general": _dot_general,
+  "conv_general_dilated": _conv,
+  "ragged_dot_general": _ragged_dot,
+}

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
-from jax.core import Tracer
 
 from jlora.adapting.adapted import Adapted, dense_sum, is_adapted
-from jlora.adapting.binding import Programs, attach, bind
+from jlora.adapting.binding import Programs, attach
 from jlora.adapting.interpreter import evaluate
 from jlora.adapting.programs import Shift
+from jlora.adapting.roles import Roles
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
 from jlora.paths import unflatten
@@ -96,14 +96,23 @@ def adapt(
 
       y = x w + ((x aᵀ) g) b        wherever an adapted w is multiplied
 
-  The sum of w and its changes is never formed. The function is traced as by
-  `jit` and run operation by operation. Products in any order of operands and
-  with batches, convolutions, look-ups, transposes, reshapes, slices, casts and
-  sums of adapted weights have rules. scan, while, cond, remat, nested jit and
-  shard_map are rebuilt, with the rules applied inside. Any other operation on
-  an adapted weight is given the dense sum: the result is correct, and a warning
-  names each such operation once. So is a function with its own derivatives
-  (custom_jvp, custom_vjp), whose derivatives are kept.
+  The sum of w and its changes is not formed. The function is traced as by `jit`
+  and run equation by equation where an adapted w is in it. Products in any
+  order of operands, with batches, in groups of rows (`ragged_dot`) and of
+  features, convolutions, look-ups, moves, slices, paddings, casts, scales of
+  rows or columns and sums of adapted weights have rules. scan, while, cond,
+  remat, nested jit and shard_map (with `all_gather`) are rebuilt, with the
+  rules applied inside; so are functions with custom_vjp, forward and backward.
+
+  A parameter that joins an activation entry by entry, as a table of positions
+  does, or of which single rows are taken, has no product to go beside: there
+  its own sum is formed, and what comes of it is an array. What is an activation
+  is read from the program: it depends on an argument that has no Adapted in it,
+  and is not the weight in all its uses.
+
+  Any other operation on an adapted weight is given the dense sum: the result is
+  correct, and a warning names each such operation once. So is a kernel that
+  takes the weight itself (`pallas_call`), and a function with custom_jvp.
 
   Args:
     fn: a pure function of pytrees. It must not look at the values of arrays;
@@ -125,6 +134,7 @@ def adapt(
       missing.
 
   Example:
+    >>> from jlora.adapting.binding import bind
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
     >>> params = bind({"w": jnp.zeros((3, 2))}, {"w": lora})
     >>> adapt(lambda params, x: x @ params["w"])(params, jnp.ones((1, 3)))
@@ -138,7 +148,7 @@ def adapt(
   def run(*args, **kwargs):
     """Runs fn on the arguments by the rules."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
-    at = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
+    at = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
     given = [leaves[i] for i in at]
 
     def on_arrays(*arrays):
@@ -151,6 +161,9 @@ def adapt(
 
     arrays = [leaf.w if is_adapted(leaf) else leaf for leaf in given]
     closed, shape = jax.make_jaxpr(on_arrays, return_shape=True)(*arrays)
+    inputs = _of_inputs(args, kwargs, at)
+    weights = [False] * len(closed.jaxpr.outvars)
+    roles = Roles(closed.jaxpr, inputs, weights, consts=True)
     missing: dict[str, str] = {}
 
     def said(name: str, value: Adapted) -> None:
@@ -159,7 +172,7 @@ def adapt(
       if strict:
         raise ValueError(_no_rule(missing))
 
-    found = evaluate(closed.jaxpr, closed.consts, given, said)
+    found = evaluate(closed.jaxpr, closed.consts, given, said, roles)
     found = [dense_sum(x) if is_adapted(x) else x for x in found]
     if missing:
       warnings.warn(_no_rule(missing), stacklevel=2)
@@ -168,8 +181,22 @@ def adapt(
   return run
 
 
-def _is_dynamic(leaf: Any) -> bool:
-  """Returns whether a leaf is traced: an array or an Adapted."""
+def _of_inputs(args: Any, kwargs: Any, at: Sequence[int]) -> list[bool]:
+  """Returns which leaves belong to an argument without an Adapted."""
+  found: list[bool] = []
+  for value in (*args, *(kwargs[name] for name in sorted(kwargs))):
+    leaves = jax.tree.leaves(value, is_leaf=is_adapted)
+    found += [not any(map(is_adapted, leaves))] * len(leaves)
+  return [found[i] for i in at]
+
+
+def is_dynamic(leaf: Any) -> bool:
+  """Returns whether a leaf is traced: an array or an Adapted.
+
+  Example:
+    >>> is_dynamic(jnp.ones(2)), is_dynamic(2.0)
+    (True, False)
+  """
   return isinstance(leaf, Adapted | jax.Array | np.ndarray)
 
 
@@ -180,70 +207,6 @@ def _no_rule(missing: Mapping[str, str]) -> str:
     "adapt knows no rule for an adapted weight in "
     f"{name_some(cases)}: the dense sum is formed there."
   )
-
-
-def adapt_rows(
-  fn: Callable[..., Any],
-  *,
-  strict: bool = False,
-  views: Iterable[ViewRule] | None = None,
-) -> Callable[..., Any]:
-  """Wraps a function so that every row of a batch uses its own adapters.
-
-      y_i = fn(params + Σ_s weight_is adapter_(ids_is), x_i)
-
-  Args:
-    fn: `(params, *batched) -> batched`, for batches of any size, each row of
-      which is computed independently.
-    strict: as for `adapt`.
-    views: as for `bind`.
-
-  Returns:
-    `(params, bank, ids, *batched, weights=None) -> batched`: bank from
-    `make_bank`, ids (B,) or (B, s) integers, -1 for none, weights of the shape
-    of ids. The whole batch is one program, which fetches each row's adapters or
-    masks those of other rows, whichever is less work. Rows of id -1 equal the
-    base's. Other ids, weights and adapters of the same shapes do not recompile.
-
-  Raises:
-    ValueError: from the returned function: ids out of range, unless they are
-      traced.
-
-  Example:
-    >>> lora = Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 2)),
-    ...             jnp.array([0.5, 1.0]))
-    >>> run = adapt_rows(lambda params, x: x @ params["w"])
-    >>> params = {"w": jnp.zeros((3, 2))}
-    >>> run(params, {"w": lora}, jnp.array([1, -1, 0]), jnp.ones((3, 3)))
-    Array([[3. , 3. ],
-           [0. , 0. ],
-           [1.5, 1.5]], dtype=float32)
-  """
-  adapted = adapt(fn, strict=strict)
-
-  def run(params, bank, ids, *batched, weights=None):
-    """Runs fn on a batch, each row with the adapters of its ids."""
-    count = {lora.a.shape[0] for lora in bank.values()}
-    if len(count) > 1:
-      raise ValueError(
-        f"The bank's Loras hold {sorted(count)} adapters; all need as many: "
-        "make it with make_bank."
-      )
-    if not isinstance(ids, Tracer) and count:
-      kernels.check_ids(ids, *count)
-
-    batch = len(ids)
-
-    def row(ids, weights, *parts):
-      """Runs fn on a batch of one row."""
-      parts = jax.tree.map(lambda x: x[None], parts)
-      own = bind(params, bank, weights, ids=ids, batch=batch, views=views)
-      found = adapted(own, *parts)
-      return jax.tree.map(lambda x: x[0], found)
-
-    return jax.vmap(row)(ids, weights, *batched)
-
-  return run
 
 
 def lora_dot(

@@ -42,11 +42,12 @@ class Trainer(NamedTuple):
   Attributes:
     init: programs -> state.
     update: (programs, state, params, *batch, key=None) -> (programs, state,
-      loss), with the loss before the step. The key is for this step's dropout.
+      loss), with the loss before the step, or (loss, aux) if the loss has aux.
+      The key is for this step's dropout.
   """
 
   init: Callable[[Programs], Any]
-  update: Callable[..., tuple[dict[str, Any], Any, jax.Array]]
+  update: Callable[..., tuple[dict[str, Any], Any, Any]]
 
 
 def beside(
@@ -57,7 +58,7 @@ def beside(
   dropout: Dropout = None,
   *,
   views: Iterable[ViewRule] | None = None,
-) -> jax.Array:
+) -> Any:
   """Computes a loss with the programs beside the weights, by `adapt`.
 
       y = x w + ((drop(x) aᵀ) g) b
@@ -65,7 +66,7 @@ def beside(
   The gradient of a weight is never formed.
 
   Args:
-    loss: `(params, *batch) -> ()`.
+    loss: `(params, *batch) -> ()`, or with anything beside its value.
     params: its parameters.
     programs: path -> program.
     batch: the loss's other arguments.
@@ -73,7 +74,7 @@ def beside(
     views: as for `bind`; give them with `functools.partial`.
 
   Returns:
-    (), the loss.
+    What the loss returns.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -93,14 +94,14 @@ def summed(
   dropout: Dropout = None,
   *,
   views: Iterable[ViewRule] | None = None,
-) -> jax.Array:
+) -> Any:
   """Computes a loss with the programs summed into the weights, by `apply`.
 
   For functions that do more with their weights than multiply by them. Forms
   every dense change and every gradient of a weight.
 
   Args:
-    loss: `(params, *batch) -> ()`.
+    loss: `(params, *batch) -> ()`, or with anything beside its value.
     params: its parameters.
     programs: path -> Lora or Shift.
     batch: the loss's other arguments.
@@ -108,7 +109,7 @@ def summed(
     views: as for `apply`; give them with `functools.partial`.
 
   Returns:
-    (), the loss.
+    What the loss returns.
 
   Raises:
     ValueError: with dropout.
@@ -131,6 +132,7 @@ def train(
   through: Callable[..., jax.Array] = beside,
   dtype: Any = None,
   dropout: float = 0.0,
+  has_aux: bool = False,
 ) -> Trainer:
   """Makes the init and update functions that train programs on a frozen base.
 
@@ -147,6 +149,8 @@ def train(
       which should be float32.
     dropout: probability with which each number of a Lora's input is zeroed in a
       step; the base's own input is not.
+    has_aux: the loss returns (loss, aux): metrics, or the state of BatchNorm,
+      any pytree. `update` then returns (loss, aux) in place of the loss.
 
   Returns:
     Trainer. It trains a and b of a Lora, the rows of Rows, the delta of a
@@ -155,7 +159,8 @@ def train(
     programs and the optimiser's state (two copies for Adam).
 
   Raises:
-    ValueError: a dropout outside [0, 1); from `update`, dropout without a key.
+    ValueError: a dropout outside [0, 1); from `update`, dropout without a key,
+      or a loss that does not return what `has_aux` says.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
@@ -166,6 +171,12 @@ def train(
     ...   programs, init(programs), params, jnp.ones((1, 2)))
     >>> float(value), round(float(programs["w"].b[0, 0]), 4)
     (1.0, 0.4)
+    >>> with_mean = lambda params, x: (loss(params, x), {"mean": x.mean()})
+    >>> init, update = train(with_mean, optax.sgd(0.1), has_aux=True)
+    >>> *_, (value, aux) = update(
+    ...   programs, init(programs), params, jnp.ones((1, 2)))
+    >>> aux
+    {'mean': Array(1., dtype=float32)}
 
   References:
     Hu et al. (2021); dropout on the branch's input as in microsoft/LoRA.
@@ -186,18 +197,33 @@ def train(
       )
 
     def value_of(part):
-      """Computes the loss of the trained part."""
+      """Computes the loss of the trained part, and what comes beside it."""
       own = with_part(programs, _cast(part, dtype))
       drop = (dropout, key) if dropout else None
-      return through(loss, params, own, batch, drop).astype(jnp.float32)
+      found = through(loss, params, own, batch, drop)
+      value, aux = _checked(found, has_aux)
+      return value.astype(jnp.float32), aux
 
     part = trained_part(programs)
-    value, gradient = jax.value_and_grad(value_of)(part)
+    (value, aux), gradient = jax.value_and_grad(value_of, has_aux=True)(part)
     change, state = optimiser.update(gradient, state, part)
     moved: Any = optax.apply_updates(part, change)
-    return with_part(programs, moved), state, value
+    return with_part(programs, moved), state, (value, aux) if has_aux else value
 
   return Trainer(init, update)
+
+
+def _checked(found: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+  """Returns what a loss returned as (loss, aux); raises if it is neither."""
+  pair = found if has_aux else (found, None)
+  is_pair = isinstance(pair, tuple) and len(pair) == 2
+  if not is_pair or jax.tree.map(jnp.shape, pair[0]) != ():
+    raise ValueError(
+      f"The loss returned {jax.tree.map(jnp.shape, found)}; with "
+      f"has_aux={has_aux} needed is {'(loss, aux)' if has_aux else 'a loss'}, "
+      "the loss a number without axes."
+    )
+  return jnp.asarray(pair[0]), pair[1]
 
 
 def trained_part(programs: Programs) -> dict[str, dict[str, Any]]:

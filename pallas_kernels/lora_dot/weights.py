@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 BLOCK = 64
 
@@ -84,7 +85,7 @@ def dense_weight(w: Weight, dtype: Any) -> jax.Array:
     return (w.codes.astype("float32") * w.scale).astype(dtype)
   if isinstance(w, Nf4):
     return _dense_nf4(w).astype(dtype)
-  return w.astype(dtype)
+  return w if w.dtype == dtype else w.astype(dtype)
 
 
 def _dense_nf4(w):
@@ -99,4 +100,5 @@ def _dense_nf4(w):
 def times_base(x: jax.Array, w: Weight, transpose_w: bool) -> jax.Array:
   """Computes x w, its operands in x's dtype, as XLA compiles it."""
   dense = dense_weight(w, x.dtype)
-  return x @ (dense.T if transpose_w else dense)
+  numbers = (((x.ndim - 1,), (1 if transpose_w else 0,)), ((), ()))
+  return lax.dot_general(x, dense, numbers, preferred_element_type=x.dtype)

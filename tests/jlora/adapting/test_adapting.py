@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 from jlora.adapting.binding import bind
 from jlora.adapting.transforms import adapt, apply
@@ -29,6 +30,8 @@ SHAPES = {
   "experts": (4, 6, 8),
   "table": (11, 6),
   "conv/kernel": (3, 3, 6, 8),
+  "conv_grouped/kernel": (3, 3, 2, 9),
+  "conv_depthwise/kernel": (3, 3, 1, 12),
 }
 
 
@@ -74,6 +77,42 @@ doubled.defvjp(
 )
 
 
+@jax.custom_vjp
+def by_kernel(x, w):
+  """A product by Pallas, which takes the weight itself."""
+  return pl.pallas_call(
+    lambda x, w, y: y.__setitem__(..., x[...] @ w[...]),
+    jax.ShapeDtypeStruct((5, 8), jnp.float32),
+    interpret=True,
+  )(x, w)
+
+
+by_kernel.defvjp(
+  lambda x, w: (by_kernel(x, w), (x, w)),
+  lambda kept, dy: (dy @ kept[1].T, kept[0].T @ dy),
+)
+
+
+@jax.custom_vjp
+def gated_heads(x, w, out, count):
+  """Keeps the weights themselves, and a product with one of them."""
+  return jnp.tanh(x @ w) @ out * count
+
+
+def gated_heads_forward(x, w, out, count):
+  hidden = jnp.tanh(x @ w)
+  return hidden @ out * count, (x, w, out, hidden, count)
+
+
+def gated_heads_backward(kept, dy):
+  x, w, out, hidden, count = kept
+  inner = (dy * count @ out.T) * (1 - hidden**2)
+  return inner @ w.T, x.T @ inner, hidden.T @ dy * count, None
+
+
+gated_heads.defvjp(gated_heads_forward, gated_heads_backward)
+
+
 def attention(p, x):
   q = jnp.einsum("td,dhk->thk", x, p["heads/query/kernel"])
   scores = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, q))
@@ -108,6 +147,59 @@ def convolved(p, x):
     image, p["conv/kernel"], (1, 2), "SAME",
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )  # fmt: skip
+
+
+def in_groups(name, groups):
+  def run(p, x):
+    image = jnp.tile(x[None, :, None], (1, 1, 5, 1))
+    return lax.conv_general_dilated(
+      image, p[name], (1, 2), "SAME", feature_group_count=groups,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+  return run
+
+
+SIZES = jnp.array([2, 0, 1, 2], jnp.int32)
+
+
+def as_experts(p, x):
+  return lax.ragged_dot(x, p["experts"], SIZES)
+
+
+def experts_twice(p, x):
+  inner = jnp.tanh(lax.ragged_dot(x, p["experts"], SIZES))
+  return lax.ragged_dot(inner, p["experts"].swapaxes(1, 2), SIZES)
+
+
+def residual(p, x):
+  """A stream with a learned position, read by weights without a norm."""
+  x = x + p["square"][:5]
+  for _ in range(3):
+    x = x + jnp.tanh(x @ p["square"])
+    x = x + jnp.tanh(x @ p["w"]) @ p["w2"]
+  return x
+
+
+def normed(x):
+  return (x - x.mean(-1, keepdims=True)) / (1e-3 + x.std(-1, keepdims=True))
+
+
+def with_tokens(p, x):
+  """Learned tokens beside those of the input, as in ViT or Perceiver."""
+  x = jnp.concatenate([p["table"][:2], x])
+  return normed(x) @ p["w"]
+
+
+def generated(p, x):
+  """Parameters in the carry of a loop, which hands them on."""
+  step = lambda i, s: (s[0], jnp.tanh(s[1] @ s[0]["square"]))  # noqa: E731
+  p, x = lax.fori_loop(0, 3, step, (p, x))
+  (p, x), sums = lax.scan(
+    lambda s, t: ((s[0], jnp.tanh(s[1] @ s[0]["square"]) + t), s[1].sum()),
+    (p, x), jnp.arange(2.0),
+  )  # fmt: skip
+  return x @ p["w"], sums
 
 
 def fused_qkv(p, x):
@@ -174,6 +266,76 @@ PLAIN = {
   "one axis more": lambda p, x: jnp.matmul(x[None], p["w"][None]),
   "fused q, k, v": fused_qkv,
   "precision": lambda p, x: jnp.dot(x, p["w"], precision="highest"),
+  "custom_vjp": lambda p, x: doubled(x, p["w"]),
+  "custom_vjp that keeps weights": lambda p, x: gated_heads(
+    x, p["w"], p["w2"], 2
+  ),
+  "custom_vjp under vmap": lambda p, x: jax.vmap(doubled, (None, 0))(
+    x, p["experts"]
+  ),
+  "a residual stream": residual,
+  "a position, then a norm": lambda p, x: normed(x + p["table"][3:8])
+  @ p["w"],
+  "position and batch": lambda p, x: normed(
+    jnp.stack([x, 2 * x]) + p["table"][None, :5]
+  )
+  @ p["w"],
+  "tokens beside the input": with_tokens,
+  "gated by a table": lambda p, x: normed(x * p["table"][:5]) @ p["w"],
+  "one row of a table": lambda p, x: jnp.sin(p["table"][2])
+  * jnp.cos(p["table"][jnp.int32(4)]),
+  "noise on a weight": lambda p, x: x
+  @ (p["w"] + 0.1 * jnp.sin(jnp.arange(48.0).reshape(6, 8) + x.sum())),
+  "a weight and a constant": lambda p, x: x @ (p["w"] + jnp.ones((6, 8))),
+  "modulated by the input": lambda p, x: x @ (p["w"] * jnp.sin(x[0])[:, None]),
+  "parameters carried": generated,
+  "ragged_dot": as_experts,
+  "ragged_dot twice": experts_twice,
+  "convolution in groups": in_groups("conv_grouped/kernel", 3),
+  "depthwise convolution": in_groups("conv_depthwise/kernel", 6),
+  "rows and columns scaled": lambda p, x: x
+  @ (p["w"] * jnp.arange(8.0)[None] / (1 + jnp.arange(6.0)[:, None])),
+  "experts scaled": lambda p, x: jnp.einsum(
+    "td,edk->etk", x, p["experts"] * jnp.arange(4.0)[:, None, None]
+  ),
+  "heads repeated": lambda p, x: jnp.einsum(
+    "td,dnh->tnh", x, jnp.repeat(p["heads/query/kernel"], 2, axis=1)
+  ),
+  "inputs repeated": lambda p, x: jnp.repeat(x, 2, 1)
+  @ jnp.repeat(p["w"], 2, axis=0),
+  "repeated out of order": lambda p, x: x
+  @ jnp.repeat(p["w"], jnp.arange(8), axis=1, total_repeat_length=28),
+  "padded": lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2))) + jnp.pad(
+    x, ((0, 0), (2, 0))
+  ) @ jnp.pad(p["w"], ((2, 0), (3, 0))),
+  "padded and cut": lambda p, x: x[:, 1:]
+  @ lax.pad(p["w"], 0.5, ((-1, 0, 0), (2, -3, 1))),
+  "a layer of padding": lambda p, x: jnp.einsum(
+    "td,edk->etk", x, jnp.pad(p["experts"], ((1, 0), (0, 0), (0, 0)))
+  ),
+  "flipped": lambda p, x: x @ jnp.flip(p["w"], 0)
+  + x @ jnp.flip(p["stack"], (0, 2))[1] @ p["w"],
+  "rolled": lambda p, x: x @ jnp.roll(p["w"], 3, 1),
+  "tiled": lambda p, x: jnp.tile(x, (1, 3)) @ jnp.tile(p["w"], (3, 2)),
+  "tables under vmap": lambda p, x: jax.vmap(lambda t, i: t[i])(
+    p["stack"], jnp.array([[0, 5], [1, 1], [2, 0], [3, 4]])
+  ),
+  "rows under vmap": lambda p, x: jax.vmap(lambda i: p["table"][i])(
+    jnp.array([3, 10, 0])
+  ),
+  "experts under vmap": lambda p, x: jax.vmap(lambda i, x: x @ p["experts"][i])(
+    jnp.array([3, 1, 0, 0, 2]), x
+  ),
+  "one table of a stack each": lambda p, x: jax.vmap(
+    lambda t, i: jnp.take(t, i, axis=1), (0, None)
+  )(p["experts"], jnp.array([0, 7, 2])),
+  "columns chosen": lambda p, x: x @ p["w"][:, jnp.array([3, 0, 0, 5])],
+  "entries": lambda p, x: p["w"][jnp.array([0, 5]), jnp.array([7, 1])],
+  "look-up with a fill": lambda p, x: p["table"]
+  .at[jnp.array([1, 20, 10])].get(mode="fill", fill_value=0.0),
+  "look-up, clipped": lambda p, x: p["table"].at[jnp.array([1, 20])].get(
+    mode="clip"
+  ),
   "a gradient inside": lambda p, x: jax.grad(
     lambda x: jnp.tanh(x @ p["w"]).sum()
   )(x),
@@ -183,7 +345,7 @@ PLAIN = {
 DENSE = {
   "sin": (lambda p, x: x @ jnp.sin(p["w"]), "sin"),
   "product with its own": (lambda p, x: p["w"] @ p["w2"], "dot_general"),
-  "custom_vjp": (lambda p, x: doubled(x, p["w"]), "custom_vjp_call"),
+  "a Pallas kernel": (lambda p, x: by_kernel(x, p["w"]), "pallas_call"),
   "a mask": (lambda p, x: x @ (p["w"] * jnp.tril(jnp.ones((6, 8)))), "mul"),
   "reshape across": (lambda p, x: x @ p["w"].reshape(-1)[:6], "reshape"),
 }
@@ -227,6 +389,18 @@ def test_falls_back_to_the_dense_sum_and_says_so(name):
   strict = adapt(function, strict=True)
   with pytest.raises(ValueError, match=primitive):
     strict(bind(some_params(), some_loras()), X)
+
+
+def test_parameters_in_the_carry_of_a_while_loop():
+  def run(p, x):
+    step = lambda s: (s[0] + 1, s[1], jnp.tanh(s[2] @ s[1]["square"]))  # noqa: E731
+    state = lax.while_loop(lambda s: s[0] < 3, step, (0, p, x))
+    return state[2] @ state[1]["w"]
+
+  params, loras = some_params(), some_loras()
+  found = adapt(run, strict=True)(bind(params, loras), X)
+  wanted = run(apply(params, loras), X)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

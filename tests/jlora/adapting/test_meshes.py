@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.adapting.binding import bind
-from jlora.adapting.transforms import adapt, adapt_rows, apply
+from jlora.adapting.rows import adapt_rows
+from jlora.adapting.transforms import adapt, apply
 from jlora.loras import Lora, exchange
 
 K, N, RANK = 16, 8, 3
@@ -74,7 +75,7 @@ def test_shard_map(name):
     return jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(loras, X)
 
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore" if name == "gathered within" else "error")
+    warnings.simplefilter("error")
     found = loss(bind, adapt(fn))
   wanted = loss(apply, fn)
   for one, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):

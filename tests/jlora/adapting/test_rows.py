@@ -4,16 +4,20 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jlora import models
 from jlora.adapting.banks import make_bank
 from jlora.adapting.binding import bind
-from jlora.adapting.transforms import adapt, adapt_rows, apply
+from jlora.adapting.rows import adapt_rows
+from jlora.adapting.transforms import adapt, apply
 from jlora.loras import Lora
+from jlora.training import init_lora
 from tests.jlora.adapting.test_models import CONFIGS, TOKENS, loras_for
 
 KEY = jax.random.key(0)
@@ -147,3 +151,180 @@ def test_rows_decode_with_their_own():
     own = params if at < 0 else apply(params, adapters[at])
     alone = models.generate(run, own, ROWS[row : row + 1], 5)[0]
     np.testing.assert_array_equal(found[row], alone)
+
+
+W = jax.random.normal(jax.random.key(5), (3, 4))
+BANK = {
+  "w": Lora(
+    jax.random.normal(jax.random.key(6), (COUNT, 2, 3)),
+    jax.random.normal(jax.random.key(7), (COUNT, 2, 4)),
+    jnp.ones(COUNT),
+  )
+}
+
+
+def own(at):
+  """The matrix of a row."""
+  if at < 0:
+    return W
+  return apply({"w": W}, {"w": jax.tree.map(lambda x: x[at], BANK["w"])})["w"]
+
+
+def cached(p, cache, x, mask):
+  """A scanned cache (layers, batch, time, d), an index, and a mask for all."""
+  layers = lax.dynamic_update_index_in_dim(
+    cache["kv"], jnp.stack([x @ p["w"], x @ p["w"] + 1]), cache["at"], 2
+  )
+  return layers.sum((0, 2)) * mask[None], {"kv": layers, "at": cache["at"] + 1}
+
+
+X = jax.random.normal(jax.random.key(8), (4, 3))
+CACHE = {
+  "kv": jax.random.normal(jax.random.key(9), (2, 4, 5, 4)),
+  "at": jnp.int32(1),
+}
+MASK = jnp.arange(4.0)
+# Name -> (in_axes, out_axes) that say the same of `cached`.
+SAME = {
+  "trees": (({"kv": 1, "at": None}, 0, None), (0, {"kv": 1, "at": None})),
+  "numbers without axes are shared": ((1, 0, None), (0, 1)),
+  "a list, and from the end": ([-3, -2, None], [-2, -3]),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_rows_lie_where_the_axes_say(name):
+  in_axes, out_axes = SAME[name]
+  run = adapt_rows(cached, in_axes=in_axes, out_axes=out_axes, strict=True)
+  out, cache = jax.jit(run)({"w": W}, BANK, IDS, CACHE, X, MASK)
+  assert cache["kv"].shape == CACHE["kv"].shape
+  assert cache["at"].shape == ()
+  assert cache["at"] == 2
+  for i, at in enumerate(IDS.tolist()):
+    row = {"kv": CACHE["kv"][:, i : i + 1], "at": CACHE["at"]}
+    alone, kept = cached({"w": own(at)}, row, X[i : i + 1], MASK)
+    np.testing.assert_allclose(out[i], alone[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      cache["kv"][:, i], kept["kv"][:, 0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_keywords_and_keys():
+  def run(p, x, key, *, power, scale=None, flag):
+    noise = jax.random.normal(key, (1, 4))
+    return x @ p["w"] ** power * scale[:, None] + (noise if flag else 0)
+
+  key, scale = jax.random.key(0), jnp.arange(4.0)
+  found = adapt_rows(run, in_axes=(0, None))(
+    {"w": W}, {}, IDS, X, key, power=2, scale=scale, flag=True
+  )
+  wanted = run({"w": W}, X, key, power=2, scale=scale, flag=True)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_cache_of_linen_with_its_index():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.MultiHeadDotProductAttention(4, qkv_features=8, decode=True)(x)
+      return nn.Dense(3)(x)
+
+  net, x = Net(), jax.random.normal(KEY, (4, 2, 1, 8))
+  variables = jax.jit(net.init)(KEY, jnp.ones((4, 5, 8)))
+  params, cache = variables["params"], variables["cache"]
+  adapters = [
+    jax.tree.map(lambda x, i=i: x + 0.3 * i, init_lora(params, 2))
+    for i in range(COUNT)
+  ]
+
+  def step(params, cache, x):
+    given = {"params": params, "cache": cache}
+    y, new = net.apply(given, x, mutable=["cache"])
+    return y, new["cache"]
+
+  rows = jax.jit(adapt_rows(step, strict=True))
+  bank = make_bank(adapters)
+  first, kept = rows(params, bank, IDS, cache, x[:, 0])
+  second, kept = rows(params, bank, IDS, kept, x[:, 1])
+  index = kept["MultiHeadDotProductAttention_0"]["cache_index"]
+  assert index.shape == ()
+  assert index == 2
+  alone = jax.jit(step)
+  for i, at in enumerate(IDS.tolist()):
+    merged = params if at < 0 else apply(params, adapters[at])
+    own = jax.tree.map(lambda x, i=i: x[i : i + 1] if x.ndim else x, cache)
+    for t, found in enumerate((first, second)):
+      wanted, own = alone(merged, own, x[i : i + 1, t])
+      np.testing.assert_allclose(found[i], wanted[0], rtol=1e-3, atol=1e-5)
+
+
+WRONG = {
+  "no row for each id": (
+    lambda p, x, mask: x @ p["w"] * mask[None], {}, (X, jnp.ones(3)),
+    r"1 arguments have no row .*args\[1\] \(3,\) along axis 0.*in_axes"),
+  "no such axis": (
+    lambda p, x: x @ p["w"], {"in_axes": 2}, (X,),
+    r"args\[0\] \(4, 3\) along axis 2"),
+  "in_axes of another tree": (
+    lambda p, x: x @ p["w"], {"in_axes": (0, 0)}, (X,), "in_axes=.0, 0. does"),
+  "out_axes of another tree": (
+    lambda p, x: x @ p["w"], {"out_axes": (0, 0)}, (X,), "out_axes=.0, 0. do"),
+  "a mean over rows": (
+    lambda p, x: {"loss": (x @ p["w"]).mean()}, {}, (X,),
+    r"1 results of one row .*results\['loss'\] \(\)"),
+  "rows along another axis": (
+    lambda p, x: (x @ p["w"]).T, {}, (X,), r"results \(4, 1\) along axis 0"),
+  "shared and yet its own": (
+    lambda p, x: (x @ p["w"], x.sum()), {"out_axes": (0, None)}, (X,),
+    r"1 results are not the same for all rows: results\[1\] \(\)"),
+  "an index that rows change": (
+    lambda p, x, at: (x @ p["w"], at + x.sum()), {}, (X, jnp.float32(0)),
+    r"not the same for all rows: results\[1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_batch_of_rows_is_refused(name):
+  fn, axes, args, message = WRONG[name]
+  with pytest.raises(ValueError, match=message):
+    adapt_rows(fn, **axes)({"w": W}, BANK, IDS, *args)
+
+
+@pytest.mark.parametrize(
+  "dtype", ["int8", "int16", "int32", "uint8", "uint16", "uint32"]
+)
+def test_ids_of_any_integers(dtype):
+  rows = adapt_rows(lambda p, x: x @ p["w"])
+  ids = jnp.array([2, 0, 1, 2])
+  wanted = rows({"w": W}, BANK, ids, X)
+  given = np.asarray(ids, dtype)
+  for run in (rows, jax.jit(rows)):
+    np.testing.assert_array_equal(run({"w": W}, BANK, given, X), wanted)
+  one = bind({"w": W}, BANK, ids=given[0])
+  found = adapt(lambda p, x: x @ p["w"])(one, X[:1])
+  np.testing.assert_allclose(found, wanted[:1], rtol=1e-6)
+
+
+def test_an_unsigned_id_past_the_bank_is_nan_within_jit():
+  rows = jax.jit(adapt_rows(lambda p, x: x @ p["w"]))
+  ids = np.array([0, 2**32 - 1, 2**31, 3], np.uint32)
+  found = rows({"w": W}, BANK, ids, X)
+  assert np.isnan(found).all(-1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("ids", [np.ones(4, np.float32), np.ones(4, bool)])
+@pytest.mark.parametrize("wrap", [jax.jit, lambda run: run])
+def test_ids_that_are_no_integers_are_refused(ids, wrap):
+  rows = wrap(adapt_rows(lambda p, x: x @ p["w"]))
+  with pytest.raises(ValueError, match=f"ids are {ids.dtype}"):
+    rows({"w": W}, BANK, ids, X)
+  with pytest.raises(ValueError, match=f"ids are {ids.dtype}"):
+    wrap(lambda ids: bind({"w": W}, BANK, ids=ids))(ids)
+
+
+def test_ids_and_weights_of_other_shapes_are_refused():
+  rows = adapt_rows(lambda p, x: x @ p["w"])
+  with pytest.raises(ValueError, match=r"ids are \(\)"):
+    rows({"w": W}, BANK, jnp.int32(0), X)
+  with pytest.raises(ValueError, match=r"weights are \(4,\); ids \(4, 1\)"):
+    rows({"w": W}, BANK, IDS[:, None], X, weights=jnp.ones(4))
