@@ -76,7 +76,8 @@ def bind(
 
   Raises:
     ValueError: a path without a parameter, a program that does not fit its
-      parameter, or not one weight per mapping; names up to three.
+      parameter or would fit it in several ways, or not one weight per mapping;
+      names up to three.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))

@@ -35,7 +35,7 @@ def views_from(
   Returns:
     Rules for the `views=` of `extract`, `init_lora`, `apply`, `bind`: one for
     each parameter of two axes or more; those that are no matrix in this program
-    (biases of scanned layers, kernels in groups) have none. Warns, by name, of
+    (biases of scanned layers) have none. Warns, by name, of
     parameters that are used as different matrices (the first use counts; a
     transposed one is the same matrix), that the program does not use, and whose
     use cannot be read.

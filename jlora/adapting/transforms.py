@@ -56,6 +56,7 @@ def apply(
   Raises:
     ValueError: a path without a parameter or whose parameter is not a floating
       matrix, or a shape that does not fit; names up to three with both shapes.
+      A parameter that can be read in several ways with that shape.
       Not one weight per adapter. A program without a dense form (Rows, Branch).
 
   Example:

@@ -405,15 +405,14 @@ def _ragged_dot(reader, eqn, operands):
 
 
 def _convolution(reader, eqn, operands):
-  """Says of a kernel which axes are summed over; one in groups is no matrix."""
+  """Says of a kernel which axes are summed over, in groups within each."""
   about = eqn.params["dimension_numbers"].rhs_spec
-  groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
   for source in operands[0].sources:
     reader.note(source, Use("conv_general_dilated as image"))
   roles = dict.fromkeys(about[1:], "inputs") | {about[0]: "outputs"}
   for source in operands[1].sources:
-    if groups > 1:
-      reader.note(source, Use("conv_general_dilated in groups"))
+    if eqn.params["batch_group_count"] > 1:
+      reader.note(source, Use("conv_general_dilated in groups of the batch"))
     else:
       reader.product(source, "conv_general_dilated", roles)
   return Value(is_activation=True)

@@ -32,6 +32,7 @@ from jlora.commands.verdicts import check_installed, raise_if_wrong, record
 from jlora.extraction.card import write_card
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
+  larger_line,
   ledger_lines,
   rounding_line,
   type_table,
@@ -311,6 +312,8 @@ def _run() -> None:
       print(line, end="\n\n")
     print(type_table(report), end="\n\n")
     print(worst_table(report), end="\n\n")
+    if line := larger_line(report):
+      print(line)
     print(rounding_line(report))
     print(ledger_lines(report))
     print(verified_line(report))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.formats.peft.layouts import REPLACES
+from jlora.messages import name_some
 from jlora.runs.fingerprints import replace_text
 
 SCHEMA_VERSION = 1
@@ -414,6 +415,37 @@ def _like(modules: Set[str], names: Iterable[str]) -> str:
   some = "|".join(found)
   return (
     (rf"{some}\..*" if len(found) == 1 else rf"(?:{some})\..*") if some else ""
+  )
+
+
+def larger_line(report: Report) -> str:
+  """Names the modules whose factors take more bytes than their weights.
+
+  Args:
+    report: the report.
+
+  Returns:
+    A line that names up to three, the largest first; "" where there are none.
+
+  Example:
+    >>> row = {"path": "q", "rank": 8, "bytes": 512, "parameter_bytes": 256}
+    >>> larger_line(Report({}, [row], {}, []))
+    'larger than their weights: 1 of 1 modules: q (rank 8, 512 of 256 bytes)'
+  """
+  large = sorted(
+    (row for row in report.modules if row["bytes"] > row["parameter_bytes"]),
+    key=lambda row: row["parameter_bytes"] - row["bytes"],
+  )
+  if not large:
+    return ""
+  named = name_some(
+    f"{row['path']} (rank {row['rank']}, {row['bytes']} of "
+    f"{row['parameter_bytes']} bytes)"
+    for row in large
+  )
+  return (
+    f"larger than their weights: {len(large)} of {len(report.modules)} "
+    f"modules: {named}"
   )
 
 

@@ -89,7 +89,8 @@ def examine(model: Model) -> dict[str, Any]:
     "rank 4": over_least(flat, flatten(finetuned), matrices, adapters[0]),
   }
   row |= beside_merged(model, adapters[0], views)
-  row["bfloat16"] = in_half(model, adapters[0], views)
+  if model.is_of_any_dtype:
+    row["bfloat16"] = in_half(model, adapters[0], views)
   row["rows"] = by_rows(model, adapters, views)
   row["training"] = by_training(model, adapters[0], views)
   return row
@@ -100,7 +101,7 @@ def faults(row: Mapping[str, Any]) -> list[str]:
   found = [
     f"{name}: {row[name]:.2g} over {limit:.2g}"
     for name, limit in LIMITS.items()
-    if not row[name] <= limit
+    if name in row and not row[name] <= limit
   ]
   return found + [f"dense sum: {text}" for text in row["dense"]]
 
@@ -213,7 +214,7 @@ def in_half(model: Model, loras, views) -> float:
     map(_flat, beside_), map(_flat, merged), map(_flat, want), strict=True
   ):
     own = float(np.linalg.norm(control - truth))
-    floor = 1e-3 * float(np.linalg.norm(truth))
+    floor = 2.0**-8 * float(np.linalg.norm(truth))  # bfloat16's own step
     ratios.append(float(np.linalg.norm(mine - truth)) / max(own, floor))
   return max(ratios)
 

@@ -23,11 +23,13 @@ class Model(NamedTuple):
     fn: `(params, inputs) -> (ROWS, ...)`.
     params: a pytree of float32 arrays.
     inputs: (ROWS, ...) array.
+    is_of_any_dtype: whether it computes in the dtype of its parameters.
   """
 
   fn: Callable[[Any, Any], jax.Array]
   params: Any
   inputs: Any
+  is_of_any_dtype: bool = True
 
 
 class Row(NamedTuple):
@@ -323,9 +325,8 @@ def haiku_network() -> Model:
     x = hk.Conv2DTranspose(6, 3)(x)
     series = x.reshape(len(x), -1, 6)
     core = hk.GRU(10)
-    y, _ = hk.dynamic_unroll(
-      core, series, core.initial_state(len(x)), time_major=False
-    )
+    start = core.initial_state(len(x)).astype(x.dtype)
+    y, _ = hk.dynamic_unroll(core, series, start, time_major=False)
     return hk.Linear(5)(hk.Conv1D(7, 3)(y).mean(1))
 
   return _haiku(call, _image(size=4))
@@ -461,7 +462,8 @@ def penzai_llama() -> Model:
       "batch", "seq", "vocabulary"
     )
 
-  return Model(fn, dict(zip(names, leaves, strict=True)), _tokens())
+  params = dict(zip(names, leaves, strict=True))
+  return Model(fn, params, _tokens(), is_of_any_dtype=False)
 
 
 def keras_network() -> Model:

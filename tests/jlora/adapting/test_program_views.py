@@ -151,8 +151,12 @@ KINDS = {
     jnp.ones((1, 6, 7)), V((1, 2), (0,)),
   ),
   "convolution in groups": (
+    lambda w, x: conv(w, x, ("NWC", "WIO", "NWC"), 2), (3, 3, 8),
+    jnp.ones((1, 7, 6)), V((0, 1), (2,)),
+  ),
+  "depthwise convolution": (
     lambda w, x: conv(w, x, ("NWC", "WIO", "NWC"), 6), (3, 1, 6),
-    jnp.ones((1, 7, 6)), NO_MATRIX[3],
+    jnp.ones((1, 7, 6)), V((0, 1), (2,)),
   ),
   "bias": (lambda w, x: x + w, (5, 6), X, NO_MATRIX[2]),
   "gate": (lambda w, x: x * jax.nn.softplus(w), (5, 6), X, NO_MATRIX[2]),
