@@ -11,11 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jlora.declared_views import declared_views
+from jlora.selection import EMBEDDINGS, is_floating
 from jlora.views import (
   FLAX_NAMES,
   FLAX_VIEWS,
   FUSED_READERS,
+  LINEAR,
+  STACKED,
   TORCH_VIEWS,
   VECTORS,
   VIEWS_OF_MODEL,
@@ -98,9 +103,11 @@ def read_tree(leaves: Mapping[str, Any]) -> dict[str, Readings]:
     path: tuple(getattr(leaf, "shape", leaf))
     for path, leaf in leaves.items()
     if isinstance(leaf, tuple) or hasattr(leaf, "shape")
+    if is_floating(getattr(leaf, "dtype", np.float32))  # no counters, no keys
   }
   stacks = find_stacks(shapes)
-  layers = {shapes[p][s.axis] for s in stacks for p in shapes if s.has(p)}
+  wide = [path for path, shape in shapes.items() if len(shape) > 1]
+  layers = {shapes[p][s.axis] for s in stacks for p in wide if s.has(p)}
   found = {}
   for path, shape in shapes.items():
     if len(shape) < 2:
@@ -159,14 +166,23 @@ def _blocks(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
-  """Returns the axes along which a block's layers can be stacked."""
+  """Returns the axes along which a block's layers can be stacked.
+
+  The bias of one layer's heads tells of no stack, and numbers that each layer
+  has one of say nothing.
+  """
+  inside = {p: s for p, s in inside.items() if len(s) > 1 or _is_vector(p)}
   vectors = {p: s for p, s in inside.items() if _is_vector(p)}
   if len(inside) < 2 or any(len(shape) < 2 for shape in inside.values()):
     return []
   if any(_is_convolution(path, inside) for path in inside):
     return []
   if vectors:
-    told = all(len(shape) == 2 for shape in vectors.values())
+    told = [
+      path
+      for path, shape in vectors.items()
+      if len(shape) == 2 and not _is_of_heads(path, shape, inside)
+    ]
     if not told or len(vectors) == len(inside):
       return []
   elif not _has_plain_kernel(inside) and not _have_no_heads(inside):
@@ -177,6 +193,13 @@ def _stacked_axes(inside: Mapping[str, Shape]) -> list[int]:
     for axis in places
     if len({shape[axis] for shape in inside.values()}) == 1
   ]
+
+
+def _is_of_heads(path: str, bias: Shape, inside: Mapping[str, Shape]) -> bool:
+  """Returns whether a bias is that of a kernel (..., heads, size) beside it."""
+  holder = path.rpartition("/")[0]
+  names = (f"{holder}/{leaf}" if holder else leaf for leaf in ("kernel", "w"))
+  return any(inside.get(name, ())[-2:] == bias for name in names)
 
 
 def _is_convolution(path: str, inside: Mapping[str, Shape]) -> bool:
@@ -261,10 +284,12 @@ def _readings(
   if _is_vector(path):
     return (MatrixView(tuple(range(len(shape))), (), ()),)
   if len(shape) == 2:
-    return (MatrixView(),)
-  told = _by_bias(path, shape, shapes) or _by_name(path, shape)
-  if told:
+    return (_of_two_axes(path, shape, shapes),)
+  if told := _by_bias(path, shape, shapes):
     return (told,)
+  if told := _by_name(path, shape):
+    is_contradicted = told == _WRITES_HEADS and _is_stack(shape, shapes)
+    return (STACKED, told) if is_contradicted else (told,)
   readings = _possible(path, shape)
   return (
     _by_sizes(readings, shape, shapes, layers)
@@ -285,6 +310,31 @@ def _by_name(path: str, shape: Shape) -> MatrixView | None:
   return None
 
 
+def _widths(shapes: Mapping[str, Shape]) -> set[int]:
+  """Returns the lengths of the norms and biases of a tree."""
+  return {
+    own[0] for p, own in shapes.items() if len(own) == 1 and _is_vector(p)
+  }
+
+
+def _is_stack(shape: Shape, shapes: Mapping[str, Shape]) -> bool:
+  """Returns whether widths say that a kernel named q is one of many layers."""
+  widths = _widths(shapes)
+  return shape[0] not in widths and shape[1] in widths
+
+
+def _of_two_axes(
+  path: str, shape: Shape, shapes: Mapping[str, Shape]
+) -> MatrixView:
+  """Returns how a matrix is read: a weight is (out, in), as in PyTorch."""
+  holder, _, leaf = path.rpartition("/")
+  if leaf != "weight" or re.fullmatch(EMBEDDINGS, path):
+    return MatrixView()
+  bias = shapes.get(f"{holder}/bias" if holder else "bias")
+  is_kernel = bias == shape[1:] and shape[0] != shape[1]
+  return MatrixView() if is_kernel else LINEAR
+
+
 def _by_bias(
   path: str, shape: Shape, shapes: Mapping[str, Shape]
 ) -> MatrixView | None:
@@ -293,11 +343,15 @@ def _by_bias(
   if leaf not in ("kernel", "w", "weight"):
     return None
   names = [f"{holder}/{name}" if holder else name for name in ("bias", "b")]
-  bias = next((shapes[name] for name in names if name in shapes), None)
-  if not bias or "conv" in holder.lower():
+  bias: Any = next((shapes[name] for name in names if name in shapes), None)
+  is_convolution = "conv" in holder.lower()
+  if not bias or (is_convolution and len(bias) > 1):
     return None
   if leaf == "weight":
-    return _by_bias_of_weight(shape, bias)
+    return None if is_convolution else _by_bias_of_weight(shape, bias)
+  if _writes_second_last(path, shape, bias):
+    *window, n_out, n_in = range(len(shape))
+    return MatrixView((), (*window, n_in), (n_out,))
   count = len(shape) - len(bias)
   if count > 0 and shape[count:] == bias:
     axes = tuple(range(len(shape)))
@@ -307,6 +361,17 @@ def _by_bias(
   if bias[0] == shape[0] and bias[1:] == shape[-len(bias) + 1 :]:
     return MatrixView((0,), (1,), tuple(range(2, len(shape))))
   return None
+
+
+def _writes_second_last(path: str, shape: Shape, bias: Shape) -> bool:
+  """Returns whether a kernel is (window..., out, in): a transposed convolution.
+
+  Haiku's always are; linen's only if asked for, which unequal sides show.
+  """
+  if len(shape) < 3 or bias != shape[-2:-1]:
+    return False
+  is_haikus = path.endswith("/w") and "transpose" in path.lower()
+  return is_haikus or bias != shape[-1:]
 
 
 def _by_bias_of_weight(shape: Shape, bias: Shape) -> MatrixView | None:
@@ -367,7 +432,7 @@ def _by_sizes(
   A side of one axis that is as long as some vector is a layer's width; a first
   axis as long as a scanned block that is nobody's width counts layers.
   """
-  widths = {own[0] for own in shapes.values() if len(own) == 1}
+  widths = _widths(shapes)
   if shape[0] in set(layers) - widths:
     return tuple(view for view in readings if 0 in view.batch)[:1] or readings
   fitting = tuple(

@@ -246,6 +246,9 @@ def stack_view(view: MatrixView, axis: int | None) -> MatrixView:
     view: of one layer.
     axis: where the stack's axis is; None: it is no stack.
 
+  Returns:
+    MatrixView, of one axis more.
+
   Example:
     >>> stack_view(LINEAR, 1)
     MatrixView(batch=(1,), inputs=(2,), outputs=(0,))

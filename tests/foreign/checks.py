@@ -47,7 +47,7 @@ LIMITS: dict[str, float] = {
   "gradient": 1e-4,
   "bfloat16": 2.0,
   "rows": 1e-5,
-  "training": 1e-4,
+  "training": 1e-3,
 }
 
 

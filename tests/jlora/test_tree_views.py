@@ -18,7 +18,7 @@ from jlora.tree_views import (
   read_tree,
   table_for,
 )
-from jlora.views import MatrixView, view_of
+from jlora.views import LINEAR, MatrixView, view_of
 
 STACK = MatrixView((0,), (1,), (2,))
 WRITES_HEADS = MatrixView((), (0,), (1, 2))
@@ -27,6 +27,45 @@ NONE2 = MatrixView((0, 1), (), ())
 
 # What is special -> (shapes of a tree, the views that it must have).
 TREES = {
+  "scanned, a number for each layer": (
+    {"layers/q_proj/kernel": (6, 32, 32), "layers/norm/scale": (6, 32),
+     "layers/temp": (6,)},
+    {"layers/q_proj/kernel": STACK, "layers/norm/scale": NONE2},
+  ),
+  "scanned, one buffer and one number for all layers": (
+    {"layers/up/kernel": (6, 32, 64), "layers/norm/scale": (6, 32),
+     "layers/rope/inv_freq": (4,), "layers/temp": ()},
+    {"layers/up/kernel": STACK, "layers/norm/scale": NONE2},
+  ),
+  "as many heads as each has entries, with a bias": (
+    {"query/kernel": (64, 8, 8), "query/bias": (8, 8),
+     "key/kernel": (64, 8, 8), "key/bias": (8, 8)},
+    {"query/kernel": WRITES_HEADS, "query/bias": NONE2,
+     "key/kernel": WRITES_HEADS, "key/bias": NONE2},
+  ),
+  "as many heads as inputs, with a bias": (
+    {"query/kernel": (8, 8, 4), "query/bias": (8, 4)},
+    {"query/kernel": WRITES_HEADS, "query/bias": NONE2},
+  ),
+  "a transposed convolution that keeps (out, in)": (
+    {"ConvTranspose_0/kernel": (4, 4, 5, 12), "ConvTranspose_0/bias": (5,)},
+    {"ConvTranspose_0/kernel": MatrixView((), (0, 1, 3), (2,))},
+  ),
+  "a transposed convolution that keeps (in, out)": (
+    {"ConvTranspose_0/kernel": (4, 4, 12, 5), "ConvTranspose_0/bias": (5,)},
+    {"ConvTranspose_0/kernel": MatrixView((), (0, 1, 2), (3,))},
+  ),
+  "haiku's transposed convolution": (
+    {"up/w": (3, 3, 5, 3), "up/b": (5,),
+     "conv2_d_transpose/w": (3, 3, 6, 6), "conv2_d_transpose/b": (6,)},
+    {"up/w": MatrixView((), (0, 1, 3), (2,)),
+     "conv2_d_transpose/w": MatrixView((), (0, 1, 3), (2,))},
+  ),
+  "equinox's linear layers and table": (
+    {"up/weight": (16, 6), "up/bias": (16,), "down/weight": (6, 16),
+     "embed/weight": (50, 6)},
+    {"up/weight": LINEAR, "down/weight": LINEAR, "embed/weight": MatrixView()},
+  ),
   "scanned, by a norm": (
     {"layers/q_proj/kernel": (6, 8, 8), "layers/norm/scale": (6, 8)},
     {"layers/q_proj/kernel": STACK, "layers/norm/scale": NONE2},
@@ -189,7 +228,8 @@ EVIDENCE = {
     {"x/weight": (8, 8, 8), "x/bias": (8, 1)}, MatrixView((), (1, 2), (0,)),
   ),
   "weights of layers": (
-    {"x/weight": (3, 16, 8), "x/bias": (3, 16), "y/bias": (8,)}, STACK,
+    {"x/weight": (3, 16, 8), "x/bias": (3, 16), "y/bias": (8,)},
+    MatrixView((0,), (2,), (1,)),
   ),
   "queries, keys and values at once": (
     {"attn/qkv/kernel": (32, 3, 4, 8)}, MatrixView((), (0,), (1, 2, 3)),
@@ -498,3 +538,26 @@ def test_boxed_parameters_go_through_the_one_line_call():
   )
   with pytest.raises(ValueError, match="can be read as different"):
     jlora.extract(nn.unbox(base), nn.unbox(finetuned), rank=1)
+
+
+def test_counters_and_keys_of_layers_are_no_evidence():
+  """NNX's Dropout has both in each layer of a vmapped block."""
+
+  class Block(nnx.Module):
+    def __init__(self, rngs):
+      self.norm = nnx.LayerNorm(32, rngs=rngs)
+      self.up = nnx.Linear(32, 64, use_bias=False, rngs=rngs)
+      self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+  layers = nnx.split_rngs(splits=6)(nnx.vmap(Block))(nnx.Rngs(0))
+  params = flatten(nnx.state({"layers": layers}))
+  assert params["layers/drop/rngs/count"].shape == (6,)
+  assert read_tree(params)["layers/up/kernel"] == (STACK,)
+
+
+def test_a_name_that_widths_contradict_is_refused():
+  """(6, 32, 32) beside a norm of 32: six layers, whatever its name."""
+  tree = {"layers/q_proj/kernel": jnp.ones((6, 32, 32)), "norm": {"scale": 1.0}}
+  tree["norm"]["scale"] = jnp.ones(32)
+  with pytest.raises(ValueError, match="1 parameters can be read as different"):
+    jlora.training.init_lora(tree, 2)

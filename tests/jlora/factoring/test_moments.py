@@ -167,7 +167,7 @@ def test_the_weighted_error_is_that_of_the_outputs(like):
 
 def test_white_inputs_give_the_plain_error():
   delta, lora = delta_and_lora()
-  rows = jlora.compare({"w": 0 * delta}, {"w": delta}, {"w": lora})
+  rows = jlora.compare({"w": 0 * delta}, {"w": delta}, {"w": lora}).rows
   found = jlora.factoring.weighted_error(
     delta, lora, 7 * np.eye(6, dtype=np.float32)
   )
