@@ -48,6 +48,32 @@ def flatten(
   return flat
 
 
+def arrays_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the leaves that are arrays, or have a shape and a dtype as they do.
+
+  Activation functions, numbers of Python, strings and classes are no parameters
+  of a model, though its pytree may hold them.
+
+  Args:
+    leaves: {path: leaf}, as of `flatten`.
+
+  Returns:
+    {path: leaf} in the given order; leaves are not changed.
+
+  Example:
+    >>> tree = {"w": jax.ShapeDtypeStruct((2, 3), "float32"), "t": 3.0}
+    >>> arrays_of(flatten({**tree, "act": jax.nn.relu, "name": "mlp"}))
+    {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+  """
+  # A class such as np.float32 has both attributes, but its shape is no tuple.
+  return {
+    path: leaf
+    for path, leaf in leaves.items()
+    if isinstance(getattr(leaf, "shape", None), tuple)
+    and hasattr(leaf, "dtype")
+  }
+
+
 def unflatten(
   flat: Mapping[str, Any],
   like: Any,

@@ -24,7 +24,7 @@ from jlora.numerics.backends import library_of, normal, over_leading
 from jlora.numerics.meshes import run_automatic
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import names_of, read_side
-from jlora.paths import flatten
+from jlora.paths import arrays_of, flatten
 from jlora.selection import is_floating
 from jlora.tree_views import table_for
 from jlora.views import (
@@ -67,7 +67,8 @@ def compare(
       total error² = Σ ‖error‖² + Σ ‖delta‖² of what has no program
 
   Args:
-    base: a pytree of arrays, or an open checkpoint.
+    base: a pytree of arrays, or an open checkpoint. Leaves that are no arrays
+      are passed over.
     finetuned: the finetune, as for `extract`.
     programs: path -> Lora, extracted or trained, or Shift; paths of the base.
     views: rules for reading a parameter as a matrix; by default those for the
@@ -402,5 +403,5 @@ def _check_finite(path: str, lora: Lora) -> None:
 
 
 def _leaves(tree: Any) -> Mapping[str, Any]:
-  """Flattens a tree to {path: leaf}; an open checkpoint stays lazy."""
-  return tree if hasattr(tree, "spec") else flatten(tree)
+  """Flattens a tree to {path: array}; an open checkpoint stays lazy."""
+  return tree if hasattr(tree, "spec") else arrays_of(flatten(tree))
