@@ -133,7 +133,8 @@ def compare(
   for path in (*programs, *(path for path in pairs if path not in programs)):
     pair, program = pairs[path], programs.get(path)
     stored = sides[1][names_of(pair.finetuned)[0]].dtype
-    if program is None and not _are_floating(sides, pair):
+    is_counted = 0 not in pair.shape and _are_floating(sides, pair)
+    if program is None and not is_counted:
       continue
     one, two = read_side(left, pair.base), read_side(right, pair.finetuned)
     if isinstance(program, Lora):

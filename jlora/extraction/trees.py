@@ -73,7 +73,7 @@ def extract(
   Args:
     base: a pytree of arrays of mixed floating dtype (plain dicts, linen
       variables, NNX state), or an open checkpoint. Leaves that are no arrays,
-      such as activation functions, are passed over.
+      such as activation functions, and arrays without entries are passed over.
     finetuned: the same structure; names of checkpoints may differ as `pair_up`
       says.
     rank: rank of every module, or {path: rank}, which leaves out the modules
@@ -158,7 +158,12 @@ def extract(
   model_type = getattr(left, "model_type", None)
   table = table_for(sides[0], model_type, tree=base)
   table = table if views is None else tuple(views)
-  spec = {p: sides[0][x.base.name] for p, x in pairs.items() if not x.whole}
+  # Of a parameter without entries nothing can have changed.
+  spec = {
+    path: sides[0][pair.base.name]
+    for path, pair in pairs.items()
+    if not pair.whole and 0 not in pair.shape
+  }
   wanted = {p: pairs[p].shape for p, leaf in spec.items() if select(p, leaf)}
   modules = views_of(wanted, table)
   ranks = _clipped(ranks_of(rank, modules), modules, wanted)

@@ -278,3 +278,17 @@ def test_an_equinox_module_with_its_functions():
   assert "layers/2/bias" in programs
   x = jnp.linspace(-1, 1, 6)
   np.testing.assert_allclose(jlora.apply(one, programs)(x), two(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3), (0,)])
+@pytest.mark.parametrize("like", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("options", [{}, {"select": lambda path, leaf: True}])
+def test_parameters_without_entries_are_passed_over(shape, like, options):
+  base = {"w": np.zeros((4, 5), np.float32), "z": np.zeros(shape, np.float32)}
+  base = jax.tree.map(like, base)
+  finetuned = {**base, "w": base["w"] + 1}
+  programs = extract(base, finetuned, rank=1, shifts=True, **options)
+  assert list(programs) == ["w"]
+  assert list(init_lora(base, 1, **options)) == ["w"]
+  jax.jit(functools.partial(extract, rank=1, **options))(base, finetuned)
+  assert jlora.compare(base, finetuned, programs).totals["error"] < 1e-4
