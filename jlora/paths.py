@@ -2,11 +2,13 @@
 """Paths of pytree leaves: flattening, matching by regex, PRNG keys by path."""
 
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jlora.messages import name_some
 
@@ -30,7 +32,8 @@ def flatten(
     {path: leaf}, in the tree's own order.
 
   Raises:
-    ValueError: two leaves with the same path.
+    ValueError: two leaves with the same path, or one parameter of an NNX module
+      at several paths, which JAX would take for several parameters.
 
   Example:
     >>> flatten({"layers": [{"w": 1}, {"w": 2}]})
@@ -38,6 +41,7 @@ def flatten(
   """
   if isinstance(tree, Mapping) and not _is_node(tree):
     return {str(name): tree[name] for name in tree}
+  _check_unshared(tree)
   leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
   flat = {_name(path): leaf for path, leaf in leaves}
   if len(flat) != len(leaves):
@@ -46,6 +50,32 @@ def flatten(
       " rename the keys that contain '/'."
     )
   return flat
+
+
+def arrays_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the leaves that are arrays, or have a shape and a dtype as they do.
+
+  Activation functions, numbers of Python, strings and classes are no parameters
+  of a model, though its pytree may hold them.
+
+  Args:
+    leaves: {path: leaf}, as of `flatten`.
+
+  Returns:
+    {path: leaf} in the given order; leaves are not changed.
+
+  Example:
+    >>> tree = {"w": jax.ShapeDtypeStruct((2, 3), "float32"), "t": 3.0}
+    >>> arrays_of(flatten({**tree, "act": jax.nn.relu, "name": "mlp"}))
+    {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+  """
+  # A class such as np.float32 has both attributes, but its shape is no tuple.
+  return {
+    path: leaf
+    for path, leaf in leaves.items()
+    if isinstance(getattr(leaf, "shape", None), tuple)
+    and hasattr(leaf, "dtype")
+  }
 
 
 def unflatten(
@@ -178,6 +208,32 @@ def key_for(key: jax.Array | None, path: str) -> jax.Array:
   """
   root = jax.random.key(0) if key is None else key
   return jax.random.fold_in(root, zlib.crc32(path.encode()))
+
+
+def _check_unshared(tree: Any) -> None:
+  """Raises if a floating Variable of NNX is at several paths of a tree."""
+  nnx = sys.modules.get("flax.nnx")
+  if nnx is None:
+    return
+  is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+  first, shared = {}, []
+  for at, node in jax.tree_util.tree_flatten_with_path(tree, is_variable)[0]:
+    if is_variable(node) and any(map(_is_floating, jax.tree.leaves(node))):
+      path = _name(at)
+      if first.setdefault(id(node), path) != path:
+        shared.append(f"{first[id(node)]} and {path}")
+  if shared:
+    raise ValueError(
+      f"{len(shared)} parameters of an NNX module are at several paths: "
+      f"{name_some(shared)}. JAX would untie them; give `nnx.state(module)` or "
+      "what `nnx.split` returns, which hold each once."
+    )
+
+
+def _is_floating(leaf: Any) -> bool:
+  """Returns whether a leaf is an array of floating dtype."""
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _is_node(tree: Any) -> bool:

@@ -17,6 +17,8 @@ Select = Callable[[str, Any], bool]
 def is_matrix(path: str, leaf: Any) -> bool:
   """Returns whether a parameter can be a matrix: floating, two axes or more.
 
+  One without entries is none, for nothing of it can change.
+
   Args:
     path: the parameter's name. It is not looked at; the view table reads it.
     leaf: anything with `.shape` and `.dtype`.
@@ -29,7 +31,9 @@ def is_matrix(path: str, leaf: Any) -> bool:
     (False, True)
   """
   del path
-  return len(leaf.shape) >= 2 and is_floating(leaf.dtype)
+  return (
+    len(leaf.shape) >= 2 and 0 not in leaf.shape and is_floating(leaf.dtype)
+  )
 
 
 # Names of embeddings: parameters with a row for each token or position.

@@ -213,21 +213,21 @@ def without_bank(change: Change) -> Change:
 
 
 def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
-  """Returns the axes of the parameter along which a factor varies.
+  """Returns the axes of the parameter along which a factor is not broadcast.
 
   Args:
     factor: (lead..., *w.shape).
     ndim: number of axes of the parameter.
 
   Returns:
-    Axes of w where the factor is longer than 1.
+    Axes of w where the factor's length is not 1; 0 is that of an empty slice.
 
   Example:
     >>> axes_with(jnp.ones((2, 1, 5)), 2)
     (1,)
   """
   sizes = factor.shape[factor.ndim - ndim :]
-  return tuple(axis for axis, size in enumerate(sizes) if size > 1)
+  return tuple(axis for axis, size in enumerate(sizes) if size != 1)
 
 
 def is_matrix(value: Adapted) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -24,8 +25,7 @@ from jlora.numerics.backends import library_of, normal, over_leading
 from jlora.numerics.meshes import run_automatic
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import names_of, read_side
-from jlora.paths import flatten
-from jlora.selection import is_floating
+from jlora.paths import arrays_of, flatten
 from jlora.tree_views import table_for
 from jlora.views import (
   MatrixView,
@@ -67,7 +67,8 @@ def compare(
       total error² = Σ ‖error‖² + Σ ‖delta‖² of what has no program
 
   Args:
-    base: a pytree of arrays, or an open checkpoint.
+    base: a pytree of arrays, or an open checkpoint. Leaves that are no arrays
+      are passed over.
     finetuned: the finetune, as for `extract`.
     programs: path -> Lora, extracted or trained, or Shift; paths of the base.
     views: rules for reading a parameter as a matrix; by default those for the
@@ -87,10 +88,11 @@ def compare(
     mean_abs_delta, relative_change, unchanged and bytes.
 
     `totals` counts every floating parameter that both sides have, norms and
-    biases included: `norm` and `error` (Frobenius, of all as one vector),
-    `relative_error`, `energy`, `programs` (their number), `bytes` of them,
-    `left_out` (changed parameters without a program) and `left_out_share` (the
-    norm of their changes over that of all).
+    biases included, and complex ones, which no program can change: `norm` and
+    `error` (Frobenius, of all as one vector), `relative_error`, `energy`,
+    `programs` (their number), `bytes` of them, `left_out` (changed parameters
+    without a program) and `left_out_share` (the norm of their changes over that
+    of all).
 
     `singular_values`, and the ranks and the bound computed from them, are those
     of the delta within the row space of b. Figures by rank take the units in
@@ -101,8 +103,8 @@ def compare(
     processed on the host, JAX arrays on their devices.
 
   Raises:
-    ValueError: a program without a pair of parameters, or that does not fit it,
-      or a change that is not finite.
+    ValueError: a program without a pair of parameters, of complex ones, or that
+      does not fit, or a change that is not finite.
 
   Example:
     >>> base = {"w": np.zeros((2, 2), np.float32)}
@@ -125,6 +127,7 @@ def compare(
   sides = [getattr(side, "spec", side) for side in (left, right)]
   pairs = {pair.path: pair for pair in pair_up(*sides).pairs if not pair.whole}
   _check_pairs(programs, pairs)
+  _check_real(programs, sides, pairs)
   table = table_for(sides[0], getattr(left, "model_type", None), tree=base)
   table = table if views is None else tuple(views)
   found = _views_of(loras, pairs, table)
@@ -132,25 +135,35 @@ def compare(
   for path in (*programs, *(path for path in pairs if path not in programs)):
     pair, program = pairs[path], programs.get(path)
     stored = sides[1][names_of(pair.finetuned)[0]].dtype
-    if program is None and not _are_floating(sides, pair):
+    is_counted = 0 not in pair.shape and _are_inexact(sides, pair)
+    if program is None and not is_counted:
       continue
     one, two = read_side(left, pair.base), read_side(right, pair.finetuned)
     if isinstance(program, Lora):
       rows[path] = _row_of_lora(path, one, two, program, found[path], stored)
     elif program is None:
-      rest[path] = _row_of_shift(path, one, two, None)
+      rest[path] = _row_of_shift(path, *_as_reals(one, two), None)
     else:
       rows[path] = _row_of_shift(path, one, two, program)
   return Comparison(rows, _totals(rows, rest))
 
 
-def _are_floating(sides, pair) -> bool:
-  """Returns whether both sides of a pair are floating."""
+def _are_inexact(sides, pair) -> bool:
+  """Returns whether both sides of a pair are floating or complex."""
   names = pair.base.name, names_of(pair.finetuned)[0]
   return all(
-    is_floating(side[name].dtype)
+    jnp.issubdtype(side[name].dtype, jnp.inexact)
     for side, name in zip(sides, names, strict=True)
   )
+
+
+def _as_reals(base, finetuned) -> tuple[Any, Any]:
+  """Returns two arrays, as real and imaginary parts if either is complex."""
+  arrays = base, finetuned
+  if not any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in arrays):
+    return arrays
+  one, two = (library_of(x).stack([x.real, x.imag]) for x in arrays)
+  return one, two
 
 
 def _row_of_lora(path, base, finetuned, lora, view, stored) -> dict[str, Any]:
@@ -365,6 +378,22 @@ def _check_pairs(programs, pairs) -> None:
     )
 
 
+def _check_real(programs, sides, pairs) -> None:
+  """Raises if a program is of a complex parameter, which it cannot change."""
+  wrong = []
+  for path in programs:
+    pair = pairs[path]
+    names = pair.base.name, names_of(pair.finetuned)[0]
+    dtypes = [s[name].dtype for s, name in zip(sides, names, strict=True)]
+    if any(jnp.issubdtype(x, jnp.complexfloating) for x in dtypes):
+      wrong.append(f"{path} {pair.shape} {dtypes[0]} and {dtypes[1]}")
+  if wrong:
+    raise ValueError(
+      f"{len(wrong)} programs are of complex parameters: {name_some(wrong)}. "
+      "Programs are real; leave these out, and their change counts as missing."
+    )
+
+
 def _views_of(loras, pairs, table) -> dict[str, MatrixView]:
   """Returns how each Lora's parameter is read; raises if one does not fit."""
   shapes = {path: pairs[path].shape for path in loras}
@@ -402,5 +431,5 @@ def _check_finite(path: str, lora: Lora) -> None:
 
 
 def _leaves(tree: Any) -> Mapping[str, Any]:
-  """Flattens a tree to {path: leaf}; an open checkpoint stays lazy."""
-  return tree if hasattr(tree, "spec") else flatten(tree)
+  """Flattens a tree to {path: array}; an open checkpoint stays lazy."""
+  return tree if hasattr(tree, "spec") else arrays_of(flatten(tree))

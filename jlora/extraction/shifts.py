@@ -158,6 +158,8 @@ def warn_of_rest(
 def warn_of_others(base: Mapping[str, Any], finetuned: Mapping[str, Any]):
   """Warns of leaves that differ and that no program can carry: not floating.
 
+  Numbers of Python are such leaves too, as they are no arrays.
+
   Args:
     base: path -> leaf.
     finetuned: the same paths; traced leaves are passed over.
@@ -174,7 +176,7 @@ def warn_of_others(base: Mapping[str, Any], finetuned: Mapping[str, Any]):
     if path in finetuned
     and _is_number(leaf)
     and _is_number(finetuned[path])
-    and not (is_floating(leaf.dtype) and is_floating(finetuned[path].dtype))
+    and not (_is_floating(leaf) and _is_floating(finetuned[path]))
     and not np.array_equal(leaf, finetuned[path])
   ]
   if others:
@@ -185,8 +187,15 @@ def warn_of_others(base: Mapping[str, Any], finetuned: Mapping[str, Any]):
     )
 
 
+def _is_floating(leaf: Any) -> bool:
+  """Returns whether a leaf is an array of floating dtype, so is a parameter."""
+  return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
+
+
 def _is_number(leaf: Any) -> bool:
   """Returns whether a leaf's values can be looked at here."""
+  if isinstance(leaf, int | float | complex):
+    return True
   if isinstance(leaf, Tracer) or not isinstance(
     leaf, jax.Array | np.ndarray | np.generic
   ):

@@ -44,7 +44,7 @@ from jlora.pairing.pairs import (
   read_region_of_side,
   read_side,
 )
-from jlora.paths import check_same_paths, flatten, key_for
+from jlora.paths import arrays_of, check_same_paths, flatten, key_for
 from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.selection import Select, is_matrix, ranks_of, warn_of_waste
 from jlora.sharding import Rules, assign, of_adapter, spread
@@ -72,7 +72,8 @@ def extract(
 
   Args:
     base: a pytree of arrays of mixed floating dtype (plain dicts, linen
-      variables, NNX state), or an open checkpoint.
+      variables, NNX state), or an open checkpoint. Leaves that are no arrays,
+      such as activation functions, and arrays without entries are passed over.
     finetuned: the same structure; names of checkpoints may differ as `pair_up`
       says.
     rank: rank of every module, or {path: rank}, which leaves out the modules
@@ -144,6 +145,12 @@ def extract(
   left, right = _leaves(base), _leaves(finetuned)
   if isinstance(left, dict) or isinstance(right, dict):
     check_same_paths(left, right, "base", "finetuned")
+  if isinstance(left, dict) and isinstance(right, dict):
+    warn_of_others(left, right)
+  left, right = (
+    arrays_of(side) if isinstance(side, dict) else side
+    for side in (left, right)
+  )
   sides = getattr(left, "spec", left), getattr(right, "spec", right)
   pairing = pair_up(*sides)
   _warn_of_missing(pairing)
@@ -151,7 +158,12 @@ def extract(
   model_type = getattr(left, "model_type", None)
   table = table_for(sides[0], model_type, tree=base)
   table = table if views is None else tuple(views)
-  spec = {p: sides[0][x.base.name] for p, x in pairs.items() if not x.whole}
+  # Of a parameter without entries nothing can have changed.
+  spec = {
+    path: sides[0][pair.base.name]
+    for path, pair in pairs.items()
+    if not pair.whole and 0 not in pair.shape
+  }
   wanted = {p: pairs[p].shape for p, leaf in spec.items() if select(p, leaf)}
   modules = views_of(wanted, table)
   ranks = _clipped(ranks_of(rank, modules), modules, wanted)
@@ -170,8 +182,6 @@ def extract(
       programs[path] = shift_of(*take(path, places.get(path)), dtype)
   whole = math.hypot(changed, *(norm or 0.0 for norm in norms.values()))
   warn_of_rest(norms, whole, {path: pairs[path].shape for path in rest})
-  if isinstance(left, dict) and isinstance(right, dict):
-    warn_of_others(left, right)
   return programs
 
 

@@ -23,7 +23,13 @@ from jlora.adapting.transforms import apply
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Lora, Loras, check_loras, from_factors
 from jlora.messages import name_some
-from jlora.paths import check_same_paths, first_match, flatten, key_for
+from jlora.paths import (
+  arrays_of,
+  check_same_paths,
+  first_match,
+  flatten,
+  key_for,
+)
 from jlora.selection import (
   EMBEDDINGS,
   Select,
@@ -177,7 +183,8 @@ def init_lora(
       a, b = init(key of the path, (..., in, out), rank),   scale(alpha, rank)
 
   Args:
-    params: a pytree of arrays, or of anything with a shape and a dtype.
+    params: a pytree of arrays, or of anything with a shape and a dtype. Other
+      leaves are passed over.
     rank: of every module, or {path: rank}: modules not named are left out. It
       is not clipped.
     key: PRNG key; None is `key(0)`. Each module uses `key_for(key, path)`.
@@ -415,7 +422,7 @@ def matrices_of(
     >>> list(matrices_of(params, is_linear))
     ['q/kernel']
   """
-  flat = flatten(params)
+  flat = arrays_of(flatten(params))
   table = table_for(flat, tree=params) if views is None else tuple(views)
   wanted = {
     path: leaf.shape

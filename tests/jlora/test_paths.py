@@ -11,6 +11,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jlora
 from jlora import paths
 
 NAMES = st.text("abcxyz", min_size=1, max_size=3)
@@ -143,3 +144,34 @@ def test_keys_are_the_same_in_every_process():
   """crc32, not Python's salted hash: the number itself is the promise."""
   expected = jax.random.fold_in(jax.random.key(0), 0x1864E57C)
   assert paths.key_for(None, "layers/0/q") == expected
+
+
+class Tied(nnx.Module):
+  """Two names of one layer; dropouts share their streams of random numbers."""
+
+  def __init__(self, rngs):
+    self.a = nnx.Linear(6, 6, rngs=rngs)
+    self.b = self.a
+    self.rngs, self.more = rngs, rngs
+
+
+def test_a_parameter_of_nnx_at_two_paths_is_refused():
+  module = Tied(nnx.Rngs(0))
+  loras = jlora.init_lora(nnx.state(module, nnx.Param), 2)
+  assert list(loras) == ["a/kernel"]
+  for door in (
+    lambda: jlora.init_lora(module, 2),
+    lambda: jlora.extract(module, module, rank=2),
+    lambda: jlora.compare(module, module, loras),
+    lambda: jlora.apply(module, loras),
+    lambda: jlora.bind(module, loras),
+    lambda: paths.flatten({"model": module}),
+  ):
+    with pytest.raises(ValueError, match=r"a/kernel and (model/)?b/kernel"):
+      door()
+
+
+def test_random_streams_of_nnx_may_be_shared():
+  module = Tied(nnx.Rngs(0))
+  module.b = nnx.Linear(6, 6, rngs=module.rngs)
+  assert list(jlora.init_lora(module, 2)) == ["a/kernel", "b/kernel"]

@@ -418,3 +418,21 @@ def test_bfloat16_beside_factors_of_float32(name):
     np.abs(y.astype(jnp.float32) - exact).max() / size for y in (found, rounded)
   )
   assert own < 2 * other + 2**-8
+
+
+EMPTY_SLICES = {
+  "rows": lambda p, x: x[:, :0] @ p["w"][:0],
+  "columns": lambda p, x: x @ p["w"][:, :0],
+  "both": lambda p, x: x[:, :0] @ p["w"][:0, :0],
+  "transposed": lambda p, x: p["w"][:, :0].T @ x.T,
+  "look-up": lambda p, x: p["w"][jnp.zeros((0,), int)],
+  "no examples": lambda p, x: x[:0] @ p["w"],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_SLICES)
+def test_slices_without_entries(name):
+  params, loras = {"w": draw((6, 8), 0)}, {"w": lora_for("w", (6, 8))}
+  fn, x = EMPTY_SLICES[name], draw((3, 6), 1)
+  found = adapt(fn)(bind(params, loras), x)
+  np.testing.assert_allclose(found, fn(apply(params, loras), x), atol=1e-5)

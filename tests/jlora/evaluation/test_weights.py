@@ -203,3 +203,30 @@ def test_what_is_refused():
   ft["w"]["kernel"][3, 3] = np.inf
   with pytest.raises(ValueError, match="w/kernel: NaN or infinity in the chan"):
     compare(base, ft, {"w/kernel": lora})
+
+
+@pytest.mark.parametrize("like", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("only", ["base", "finetuned", "both"])
+def test_a_complex_change_is_missing_from_the_totals(like, only):
+  w, c = np.zeros((4, 5), np.float32), np.zeros((3, 3), np.complex64)
+  base, ft = {"w": w, "c": c}, {"w": w + 1, "c": c + (3 + 4j)}
+  if only == "base":
+    base["c"], ft["c"] = base["c"] + 4j, np.full((3, 3), 3, np.float32)
+  elif only == "finetuned":
+    base["c"] = base["c"].real
+  base, ft = jax.tree.map(like, (base, ft))
+  loras = {"w": Lora(np.ones((1, 4)), np.ones((1, 5)), np.float32(1))}
+  totals = compare(base, ft, loras).totals
+  assert totals["left_out"] == 1
+  assert totals["error"] == pytest.approx(15, rel=1e-5)
+  assert totals["norm"] == pytest.approx(np.hypot(15, np.sqrt(20)), rel=1e-5)
+
+
+def test_programs_of_complex_parameters_are_refused():
+  base = {"c": np.zeros((3, 3), np.complex64)}
+  for program in (
+    Lora(np.ones((1, 3)), np.ones((1, 3)), np.float32(1)),
+    jlora.Shift(np.ones((3, 3), np.float32)),
+  ):
+    with pytest.raises(ValueError, match=r"complex parameters: c \(3, 3\)"):
+      compare(base, base, {"c": program})

@@ -3,6 +3,7 @@
 
 import functools
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jlora
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.extraction.trees import extract
 from jlora.factoring.factorisers import svd
 from jlora.loras import dense
 from jlora.paths import matching
 from jlora.selection import ranks_of
+from jlora.training.inits import init_lora
 from tests.helpers.small_pairs import draw, write_pair
 
 
@@ -234,3 +237,58 @@ def test_gpt2_is_read_as_its_config_says(tmp_path):
   for side in sides:
     (side / "config.json").write_text('{"model_type": "gpt2"}')
   assert extract(*map(open_checkpoint, sides), rank=1)[name].a.shape == (1, 4)
+
+
+NO_ARRAYS = {
+  "float": 3.0,
+  "int": 2,
+  "string": "mlp",
+  "none": None,
+  "function": jnp.tanh,
+  "custom function": jax.nn.relu,
+  "class": np.float32,
+}
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_leaves_that_are_no_arrays_are_passed_over(kind, recwarn):
+  leaf = NO_ARRAYS[kind]
+  base = {"w": np.zeros((4, 5), np.float32), "other": leaf}
+  loras = extract(base, {**base, "w": base["w"] + 1}, rank=1)
+  assert list(loras) == ["w"]
+  assert list(init_lora(base, 1)) == ["w"]
+  assert list(jlora.compare(base, base, loras).rows) == ["w"]
+  assert not recwarn.list
+
+
+@pytest.mark.parametrize(("one", "two"), [(3.0, 4.0), (2, 3)])
+def test_numbers_of_python_that_differ_are_named(one, two):
+  base = {"w": np.zeros((4, 5), np.float32), "step": one}
+  with pytest.warns(UserWarning, match="1 leaves that differ .* out: step"):
+    extract(base, {**base, "step": two}, rank=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*hold more numbers than their weights")
+def test_an_equinox_module_with_its_functions():
+  one, two = (
+    eqx.nn.MLP(6, 5, 16, 2, key=jax.random.key(seed)) for seed in (0, 1)
+  )
+  programs = extract(one, two, rank=16, shifts=True)
+  assert "layers/0/weight" in programs
+  assert "layers/2/bias" in programs
+  x = jnp.linspace(-1, 1, 6)
+  np.testing.assert_allclose(jlora.apply(one, programs)(x), two(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3), (0,)])
+@pytest.mark.parametrize("like", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("options", [{}, {"select": lambda path, leaf: True}])
+def test_parameters_without_entries_are_passed_over(shape, like, options):
+  base = {"w": np.zeros((4, 5), np.float32), "z": np.zeros(shape, np.float32)}
+  base = jax.tree.map(like, base)
+  finetuned = {**base, "w": base["w"] + 1}
+  programs = extract(base, finetuned, rank=1, shifts=True, **options)
+  assert list(programs) == ["w"]
+  assert list(init_lora(base, 1, **options)) == ["w"]
+  jax.jit(functools.partial(extract, rank=1, **options))(base, finetuned)
+  assert jlora.compare(base, finetuned, programs).totals["error"] < 1e-4
