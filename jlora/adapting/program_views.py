@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jlora.adapting.uses import Use, Uses, read_uses
 from jlora.messages import name_some
@@ -28,8 +29,10 @@ def views_from(
 
   Args:
     fn: the model; may be jitted.
-    params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
-    *args: arrays, or anything with `.shape` and `.dtype`.
+    params: a pytree of arrays or of `jax.ShapeDtypeStruct`; what else is in it
+      (numbers, strings, functions) is no parameter, and passed on as it is.
+    *args: pytrees of arrays, or of anything with `.shape` and `.dtype`; what
+      else is in them is passed on as it is, as by `adapt`.
     **kwargs: the same, by name.
 
   Returns:
@@ -68,7 +71,7 @@ def uses_of(
   Args:
     fn: the function.
     params: its parameters, of which only shapes and dtypes are looked at.
-    *args: its further arguments, likewise.
+    *args: its further arguments, likewise; what has none is passed on.
     **kwargs: those by name.
 
   Returns:
@@ -81,18 +84,32 @@ def uses_of(
     >>> uses["e"][0].inputs, uses["e"][0].outputs
     ((0,), (1,))
   """
-  flat = flatten(params)
-  leaves, tree = jax.tree.flatten(params)
-  abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+  flat = {p: x for p, x in flatten(params).items() if _is_traced(x)}
+  leaves, tree = jax.tree.flatten((params, args, kwargs))
+  at = [i for i, leaf in enumerate(leaves) if _is_traced(leaf)]
+  given = [leaves[i] for i in at]
+  given[: len(flat)] = [
+    jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()
+  ]
 
-  def run(leaves, args, kwargs):
-    return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+  def run(arrays):
+    """Calls fn with its arrays replaced."""
+    whole = list(leaves)
+    for i, array in zip(at, arrays, strict=True):
+      whole[i] = array
+    own, args, kwargs = jax.tree.unflatten(tree, whole)
+    return fn(own, *args, **kwargs)
 
-  closed = jax.make_jaxpr(run)(abstract, args, kwargs)
-  shapes = {
-    path: tuple(leaf.shape) for path, leaf in zip(flat, leaves, strict=True)
-  }
+  closed = jax.make_jaxpr(run)(given)
+  shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
   return read_uses(closed, list(flat), shapes), shapes
+
+
+def _is_traced(leaf: Any) -> bool:
+  """Returns whether a leaf is an array, or stands for one."""
+  # Scalars of NumPy are numbers, as for `adapt`; its types have a `shape` too.
+  is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+  return is_array and not isinstance(leaf, type | np.generic)
 
 
 def _first_matrix(uses: list[Use]) -> Use | None:

@@ -231,6 +231,53 @@ def test_arguments_by_name_and_without_values():
   assert view == FORWARD
 
 
+def only(kind):
+  """A function that works with a value of one type alone."""
+
+  def fn(p, x, value, *, by_name):
+    assert type(value) is type(by_name) is kind
+    return x @ p["w"]
+
+  return fn
+
+
+@pytest.mark.parametrize(
+  "value",
+  [True, 3, 2.5, "mean", jnp.tanh, np.float32, jnp.float32, np.int64(3)],
+)
+def test_what_is_no_array_is_passed_on(value):
+  params = {"w": shape(6, 8)}
+  fn = only(type(value))
+  ((*_, view),) = views_from(fn, params, X, value, by_name=value)
+  assert view == FORWARD
+
+
+def test_flags_and_sizes_are_static():
+  class Drop(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+      return nn.Dropout(0.5)(nn.Dense(8)(x), deterministic=not train)
+
+  net = Drop()
+  params = net.init(jax.random.key(0), X, train=False)["params"]
+  rules = views_from(
+    lambda p, x, n, **k: net.apply({"params": p}, x, **k).reshape(n, -1),
+    params, X, 10, train=False,
+  )  # fmt: skip
+  assert rules == (("Dense_0/kernel", 2, FORWARD),)
+
+
+def test_leaves_that_are_no_arrays_are_no_parameters():
+  def fn(p, x):
+    return p["act"](x @ p["w"] * p["scale"]) if p["name"] == "up" else x
+
+  params = {"act": jnp.tanh, "name": "up", "scale": 0.5, "w": shape(6, 8)}
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    rules = views_from(fn, params, X)
+  assert rules == (("w", 2, FORWARD),)
+
+
 class Block(nn.Module):
   """A layer to scan over."""
 
