@@ -28,7 +28,7 @@ from numpy.linalg import LinAlgError
 from safetensors.torch import load_file, save_file
 
 import jlora
-from jlora.extraction import whole_of
+from jlora.extraction import read_report, whole_of
 from jlora.factoring.factorisers import svd
 from jlora.loras import Lora, exchange, from_factors
 from jlora.selection import is_matrix
@@ -181,10 +181,13 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
 
   Where the report says that `--whole` carries what is left out, once more so.
   """
-  row, whole = _through_peft(case, folder)
-  if row["verdict"] != ACCOUNTED or whole is None:
+  row = _through_peft(case, folder)
+  if row["verdict"] != ACCOUNTED:
     return row
-  again, _ = _through_peft(case, folder, whole)
+  whole = whole_of(read_report(folder / "adapter"))
+  if whole is None:
+    return row
+  again = _through_peft(case, folder, whole)
   if again["verdict"] == ACCOUNTED:
     return row
   verdict = WITH_WHOLE if again["verdict"] == RIGHT else again["verdict"]
@@ -193,32 +196,22 @@ def through_peft(case: Case, folder: Path) -> dict[str, Any]:
   return row | {"verdict": verdict, "why": why, "with_whole": counts}
 
 
-def _through_peft(case: Case, folder: Path, whole: str | None = None):
-  """One extraction through PEFT: its row, and `whole_of` its report."""
-  out, report = folder / "adapter", None
+def _through_peft(
+  case: Case, folder: Path, whole: str | None = None
+) -> dict[str, Any]:
+  """One extraction through PEFT, with tensors that are stored whole."""
+  out = folder / "adapter"
   shutil.rmtree(out, ignore_errors=True)
-
-  def extract_at(rank):
-    nonlocal report
-    report = jlora.extract_checkpoint(
-      *case.folders,
-      out,
-      rank=rank,
-      whole=whole,
-      log=io.StringIO(),
-      overwrite=True,
-    )
-    return report
-
-  row = _judge(case, folder, out, extract_at)
-  return row, report and whole_of(report)
-
-
-def _judge(case: Case, folder: Path, out: Path, extract_at) -> dict[str, Any]:
-  """What PEFT makes of an adapter."""
   try:
     for rank in RANKS:
-      report = extract_at(rank)
+      report = jlora.extract_checkpoint(
+        *case.folders,
+        out,
+        rank=rank,
+        whole=whole,
+        log=io.StringIO(),
+        overwrite=True,
+      )
       if report.totals["relative_error"] < CLOSE:
         break
   except LinAlgError as error:  # a ValueError to NumPy, to a user none
