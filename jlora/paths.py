@@ -174,10 +174,18 @@ def matching(
   Returns:
     A function for the `select` argument of `extract`.
 
+  Raises:
+    ValueError: what is no regex.
+
   Example:
     >>> matching(include=".*mlp.*", exclude=".*/0/.*")("layers/1/mlp/up", 0)
     True
   """
+  for regex in (include, exclude):
+    try:
+      re.compile(regex or "")
+    except re.error as error:
+      raise ValueError(f"{regex!r} is no regex: {error}.") from None
 
   def select(path: str, leaf: Any) -> bool:
     """Returns whether a path is included and not excluded."""

@@ -2,7 +2,6 @@
 """Plans what an extraction does with each pair, from headers alone."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence, Set
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from jlora.formats.peft.parts import Base, Rename, describe_base, kind_of
 from jlora.messages import name_some
 from jlora.numerics.backends import words_of
 from jlora.pairing.pairs import Pair, Pairing, TensorPart, names_of
+from jlora.paths import matching
 from jlora.runs.fingerprints import digest, hash_lines
 from jlora.selection import Select, is_floating
 from jlora.views import MatrixView
@@ -135,8 +135,8 @@ def plan_jobs(
   model_type = base.model_type or finetuned.model_type
   config = base.config or finetuned.config or None
   about = describe_base(base.spec, model_type, "auto", rename, config)
-  paths = [pair.path for pair in pairing.pairs]
-  asked = {path for path in paths if whole and re.fullmatch(whole, path)}
+  is_asked = matching(whole)
+  asked = {p.path for p in pairing.pairs if whole and is_asked(p.path, None)}
   if whole and not asked:
     raise ValueError(
       f"whole={whole!r} fits no tensor: there are {name_some(base.spec)}."

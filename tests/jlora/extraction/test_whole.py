@@ -122,6 +122,8 @@ def test_whole_tensors_are_stored_as_the_finetune_has_them(
 def test_a_regex_that_fits_nothing_is_an_error(pair, tmp_path):
   with pytest.raises(ValueError, match="whole='x' fits no tensor: there are"):
     run(pair, tmp_path / "out", whole="x")
+  with pytest.raises(ValueError, match=r"'\(' is no regex: missing \)"):
+    run(pair, tmp_path / "out", whole="(")
   assert not (tmp_path / "out" / REPORT).exists()
 
 
