@@ -23,6 +23,7 @@ from jlora.loras import Lora, check_loras, exchange
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of, normal, over_leading
 from jlora.numerics.meshes import run_automatic
+from jlora.numerics.sums import norm_of, sum_of_squares
 from jlora.pairing.match import pair_up
 from jlora.pairing.pairs import names_of, read_side
 from jlora.paths import arrays_of, flatten
@@ -208,7 +209,8 @@ def _weigh(base, finetuned, change) -> dict[str, Any]:
   """Computes the sums of a change and of what a dense program misses of it."""
   delta = difference(base, finetuned)
   xp = library_of(delta)
-  norm = lambda x: xp.sqrt(xp.sum(xp.square(x)))  # noqa: E731
+  on_device = lambda x: jnp.sqrt(sum_of_squares(x))  # noqa: E731
+  norm = norm_of if xp is np else on_device
   error = delta if change is None else delta - change.astype(np.float32)
   return {
     "norm": norm(delta),

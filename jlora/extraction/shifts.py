@@ -18,6 +18,7 @@ from jlora.adapting.programs import Shift
 from jlora.extraction.parameters import is_on_host, put_beside
 from jlora.factoring.deltas import difference
 from jlora.messages import name_some
+from jlora.numerics.sums import norm_of
 from jlora.selection import Select, is_floating
 
 Shape = tuple[int, ...]
@@ -79,7 +80,7 @@ def shift_of(base: Any, finetuned: Any, dtype: Any) -> Shift:
   return Shift(jnp.asarray(difference(base, finetuned)).astype(dtype))
 
 
-def norm_of(base: Any, finetuned: Any) -> float | None:
+def change_norm(base: Any, finetuned: Any) -> float | None:
   """Returns the Frobenius norm of a change; None where it is traced.
 
   Args:
@@ -87,14 +88,14 @@ def norm_of(base: Any, finetuned: Any) -> float | None:
     finetuned: the same shape.
 
   Example:
-    >>> norm_of(jnp.zeros(2), np.array([3.0, 4.0]))
+    >>> change_norm(jnp.zeros(2), np.array([3.0, 4.0]))
     5.0
   """
   if isinstance(base, Tracer) or isinstance(finetuned, Tracer):
     return None
   if is_on_host(base, finetuned):
     delta = difference(np.asarray(base), np.asarray(finetuned))
-    return float(np.linalg.norm(delta.ravel().astype(np.float64)))
+    return norm_of(delta)
   norm = _norm(base, finetuned)
   # A jitted function may close over arrays of several devices.
   return None if isinstance(norm, Tracer) else float(norm)

@@ -25,7 +25,7 @@ from jlora.extraction.parameters import (
   put_beside,
 )
 from jlora.extraction.shifts import (
-  norm_of,
+  change_norm,
   rest_of,
   shift_of,
   warn_of_others,
@@ -172,7 +172,7 @@ def extract(
   places = _placed(sides[0], pairs, modules, rest, mesh, rules)
   take = functools.partial(_both, left, right, pairs)
 
-  norms = {} if shifts else {path: norm_of(*take(path)) for path in rest}
+  norms = {} if shifts else {path: change_norm(*take(path)) for path in rest}
   programs, changed = _factor_all(
     lambda path: take(path, places.get(path)), ranks, modules, places, key,
     factor, jnp.dtype(dtype), is_weighed=any(norms.values()),
@@ -226,7 +226,7 @@ def _factor_all(
     """Begins what is on the host; extracts the rest at once."""
     for path, rank in ranks.items():
       leaves = take(path)
-      norms.append((norm_of(*leaves) or 0.0) if is_weighed else 0.0)
+      norms.append((change_norm(*leaves) or 0.0) if is_weighed else 0.0)
       own = {
         "view": views[path],
         "rank": rank,
