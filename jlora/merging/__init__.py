@@ -36,7 +36,7 @@ from jlora.merging.arrays.task_vectors import (
 from jlora.merging.arrays.task_vectors import sce as sce
 from jlora.merging.arrays.task_vectors import task_arithmetic as task_arithmetic
 from jlora.merging.arrays.task_vectors import ties as ties
-from jlora.merging.checkpoints.mergekit import FORMS as FORMS
+from jlora.merging.checkpoints.mergekit_forms import FORMS as FORMS
 from jlora.merging.checkpoints.mergekit import read_recipe as read_recipe
 from jlora.merging.checkpoints.recipes import Input as Input
 from jlora.merging.checkpoints.recipes import Recipe as Recipe

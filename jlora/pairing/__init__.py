@@ -5,7 +5,7 @@ Names may differ by a prefix, a head may be tied on one side, experts fused, a
 vocabulary grown. `pair_up` matches what it can and notes how.
 """
 
-from jlora.pairing.layers import configure_layers as configure_layers
+from jlora.pairing.layer_numbers import configure_layers as configure_layers
 from jlora.pairing.match import common_rows as common_rows
 from jlora.pairing.match import keep_whole as keep_whole
 from jlora.pairing.match import pair_up as pair_up

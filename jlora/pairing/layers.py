@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding, counting and renumbering the layers in the names of tensors."""
+"""Finding and counting the layers in the names of tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jlora.messages import name_some
 
@@ -33,6 +33,47 @@ class LayerNames(NamedTuple):
     return f"{self.prefix}{index}.{rest}"
 
 
+def count_stacks(names: Iterable[str]) -> dict[str, int]:
+  """Counts the layers of every stack of layers.
+
+  Args:
+    names: of all tensors.
+
+  Returns:
+    What names in a stack begin with, up to the number -> how many layers.
+
+  Example:
+    >>> count_stacks(["encoder.block.1.q", "decoder.block.0.q", "shared"])
+    {'encoder.block.': 2, 'decoder.block.': 1}
+  """
+  found: dict[str, set[int]] = {}
+  for name in names:
+    if match := _LAYER.fullmatch(name):
+      found.setdefault(match[1], set()).add(int(match[2]))
+  return {prefix: max(indices) + 1 for prefix, indices in found.items()}
+
+
+def place_in_stack(name: str, stacks: Mapping[str, int]) -> float:
+  """Returns where in its stack a tensor lies, 0 at the first and 1 at the last.
+
+  Args:
+    name: of the tensor.
+    stacks: from `count_stacks`.
+
+  Returns:
+    1 in a stack of a single layer; 0 outside of all stacks.
+
+  Example:
+    >>> place_in_stack("encoder.block.1.q", {"encoder.block.": 3})
+    0.5
+  """
+  match = _LAYER.fullmatch(name)
+  if match is None or match[1] not in stacks:
+    return 0.0
+  last = stacks[match[1]] - 1
+  return int(match[2]) / last if last else 1.0
+
+
 def find_layers(names: Iterable[str], wanted: int | None = None) -> LayerNames:
   """Finds the layers that a model's tensors lie in.
 
@@ -52,11 +93,7 @@ def find_layers(names: Iterable[str], wanted: int | None = None) -> LayerNames:
     >>> find_layers(["model.layers.0.q", "model.layers.1.q", "norm"])
     LayerNames(prefix='model.layers.', count=2)
   """
-  found: dict[str, set[int]] = {}
-  for name in names:
-    if match := _LAYER.fullmatch(name):
-      found.setdefault(match[1], set()).add(int(match[2]))
-  counts = {prefix: max(indices) + 1 for prefix, indices in found.items()}
+  counts = count_stacks(names)
   if len(counts) > 1:
     counts = {k: n for k, n in counts.items() if n == wanted} or counts
   if len(counts) > 1:
@@ -65,35 +102,3 @@ def find_layers(names: Iterable[str], wanted: int | None = None) -> LayerNames:
       f"num_hidden_layers, {wanted}, does not tell which are meant."
     )
   return LayerNames(*next(iter(counts.items()), ("", 0)))
-
-
-def configure_layers(
-  config: Mapping[str, Any], taken: list[int]
-) -> dict[str, Any]:
-  """Makes the config.json of a model put together from a reference's layers.
-
-  Args:
-    config: of the reference.
-    taken: for each new layer the number of the reference's layer it is like.
-
-  Returns:
-    A new configuration: `num_hidden_layers` (or `n_layer`, `num_layers`) is the
-    number of new layers, and lists with an entry for each layer follow them.
-
-  Example:
-    >>> config = {"num_hidden_layers": 2, "layer_types": ["full", "window"]}
-    >>> configure_layers(config, [0, 1, 1])["layer_types"]
-    ['full', 'window', 'window']
-  """
-  config = dict(config)
-  for key in ("num_hidden_layers", "n_layer", "num_layers"):
-    count = config.get(key)
-    if not isinstance(count, int):
-      continue
-    config[key] = len(taken)
-    for name, value in config.items():
-      if isinstance(value, list) and len(value) == count:
-        config[name] = [value[i] for i in taken if i < count]
-  if isinstance(config.get("text_config"), dict):
-    config["text_config"] = configure_layers(config["text_config"], taken)
-  return config

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.merging.arrays.inputs import read_inputs
+from jlora.merging.arrays.inputs import numbers, read_inputs
 from jlora.merging.arrays.sparsifiers import (
   Rescaling,
   at_random,
@@ -64,7 +64,7 @@ def dare(
       `unscaled`.
     elect: a function of the weighted changes that elects each entry's sign,
       such as `by_mass`; changes of the other sign are left out. None adds all.
-    normalize: divide by Σ |w_i| of the models that agree with the sign.
+    normalize: as for `merge_task_vectors`.
     scale: λ.
     start: if the stack is a piece of a larger tensor, the index there of its
       first entry, (2,) uint32 from `draws.place_of`. The piece then keeps the
@@ -149,7 +149,7 @@ def della(
   *,
   key: Any = None,
   density: Any,
-  epsilon: float = 0.15,
+  epsilon: Any = 0.15,
   axis: int = -1,
   rescale: Rescaling = inverse_keep,
   elect: Election | None = by_mass,
@@ -171,11 +171,11 @@ def della(
     key: as for `dare`.
     density: mean probability to keep an entry, one for all or (n,); 1 keeps
       all.
-    epsilon: ε; density ± ε must lie within 0 and 1.
+    epsilon: ε, one for all or (n,); density ± ε must lie within 0 and 1.
     axis: of a single model, along which entries are ranked.
     rescale: as for `dare`.
     elect: as for `dare`.
-    normalize: divide by Σ |w_i| of the models that agree with the sign.
+    normalize: as for `merge_task_vectors`.
     scale: λ.
 
   Returns:
@@ -197,9 +197,12 @@ def della(
   check_range(density, epsilon)
   merged = merge_task_vectors(
     given,
-    sparsify=functools.partial(
-      by_magnitude_rank, epsilon=epsilon, axis=axis, rescale=rescale
-    ),
+    sparsify=[
+      functools.partial(
+        by_magnitude_rank, epsilon=own, axis=axis, rescale=rescale
+      )
+      for own in numbers("epsilon", epsilon, len(stack))
+    ],
     amounts=density,
     elect=elect,
     normalize=normalize,
@@ -216,8 +219,8 @@ def breadcrumbs(
   *,
   key: Any = None,
   density: Any,
-  gamma: float = 0.01,
-  erases_small: bool = False,
+  gamma: Any = 0.01,
+  rescale: Rescaling = unscaled,
   elect: Election | None = None,
   normalize: bool = False,
   scale: Any = 1.0,
@@ -234,11 +237,11 @@ def breadcrumbs(
     base: (...).
     key: unused.
     density: share of the entries kept, one for all or (n,); 1 keeps all.
-    gamma: share of the largest entries, which are dropped as outliers.
-    erases_small: reproduce a bug of mergekit: where γ times the number of
-      entries is below 1, all entries are dropped.
+    gamma: share of the largest entries, which are dropped as outliers, one for
+      all or (n,); no more are dropped than `density` leaves.
+    rescale: `unscaled` as in the paper, or `match_l1`.
     elect: as for `dare`.
-    normalize: divide by Σ |w_i| of the models that agree with the sign.
+    normalize: as for `merge_task_vectors`.
     scale: λ.
 
   Returns:
@@ -259,9 +262,10 @@ def breadcrumbs(
   check_range(density)
   merged = merge_task_vectors(
     given,
-    sparsify=functools.partial(
-      keep_middle, gamma=gamma, erases_small=erases_small
-    ),
+    sparsify=[
+      functools.partial(keep_middle, gamma=own, rescale=rescale)
+      for own in numbers("gamma", gamma, len(stack))
+    ],
     amounts=density,
     elect=elect,
     normalize=normalize,

@@ -95,7 +95,9 @@ def unscaled(delta: Any, kept: Any, probability: Any = None) -> Any:
 Sparsifier = Callable[..., Any]
 
 
-def by_magnitude(delta: Any, density: Any, key: Any = None) -> Any:
+def by_magnitude(
+  delta: Any, density: Any, key: Any = None, *, rescale: Rescaling = unscaled
+) -> Any:
   """Keeps the largest entries of a change, as TIES trims.
 
   Finds them by counting, not sorting (`kth_magnitude`).
@@ -105,6 +107,7 @@ def by_magnitude(delta: Any, density: Any, key: Any = None) -> Any:
     density: share of the entries to keep, rounded down, at least one entry.
       Entries that equal the smallest kept are kept too.
     key: unused; there so that all sparsifiers have the same arguments.
+    rescale: `unscaled` as in the paper, or `match_l1`.
 
   Example:
     >>> by_magnitude(jnp.array([3.0, -5.0, 1.0, 2.0]), 0.5)
@@ -112,10 +115,12 @@ def by_magnitude(delta: Any, density: Any, key: Any = None) -> Any:
   """
   del key
   count = count_of(density, delta.size)
-  return from_threshold(delta, kth_magnitude(delta, count))
+  return from_threshold(delta, kth_magnitude(delta, count), rescale=rescale)
 
 
-def from_threshold(delta: Any, threshold: Any, key: Any = None) -> Any:
+def from_threshold(
+  delta: Any, threshold: Any, key: Any = None, *, rescale: Rescaling = unscaled
+) -> Any:
   """Keeps the entries of a change whose magnitude is at least a threshold.
 
   Example:
@@ -123,7 +128,8 @@ def from_threshold(delta: Any, threshold: Any, key: Any = None) -> Any:
     Array([ 3., -5.,  0.], dtype=float32)
   """
   del key
-  return _where(jnp.abs(delta) >= threshold, delta)
+  kept = _where(jnp.abs(delta) >= threshold, delta)
+  return rescale(delta, kept, None)
 
 
 def at_random(
@@ -157,7 +163,7 @@ def by_magnitude_rank(
   density: Any,
   key: Any = None,
   *,
-  epsilon: float = 0.15,
+  epsilon: Any = 0.15,
   axis: int = -1,
   rescale: Rescaling = inverse_keep,
 ) -> Any:
@@ -184,7 +190,7 @@ def by_magnitude_rank(
 
 
 def keep_probability(
-  delta: Any, density: Any, *, epsilon: float = 0.15, axis: int = -1
+  delta: Any, density: Any, *, epsilon: Any = 0.15, axis: int = -1
 ) -> Any:
   """Computes the probabilities with which `by_magnitude_rank` keeps entries.
 
@@ -199,7 +205,8 @@ def keep_probability(
   rank = jnp.argsort(jnp.argsort(rows, axis=axis), axis=axis)
   steps = rows.shape[axis] - 1
   above = 2 * rank.astype(jnp.float32) / max(steps, 1) - 1
-  share = density + epsilon * (above if steps else jnp.zeros_like(above))
+  half = jnp.asarray(epsilon).astype(jnp.float32)
+  share = density + half * (above if steps else jnp.zeros_like(above))
   probability = jnp.where(density >= 1, 1.0, jnp.clip(share, 0, 1))
   return probability.reshape(delta.shape)
 
@@ -209,12 +216,16 @@ def keep_middle(
   density: Any,
   key: Any = None,
   *,
-  gamma: float = 0.01,
-  erases_small: bool = False,
+  gamma: Any = 0.01,
+  rescale: Rescaling = unscaled,
 ) -> Any:
   """Drops the largest and smallest entries of a change, as Breadcrumbs does.
 
-      ranks ⌊γ n⌋ ... ⌊γ n⌋ + ⌊density n⌋ of |delta|, largest first
+      ranks k ... k + m of |delta|, largest first,
+      m = ⌊density n⌋,   k = min(⌊γ n⌋, n - m)
+
+  A share of `density` is kept for any γ: where both do not fit, fewer of the
+  largest are dropped.
 
   Finds them by counting, not sorting.
 
@@ -224,8 +235,7 @@ def keep_middle(
     key: unused.
     gamma: share of the largest entries, which are dropped as outliers. Entries
       that equal the largest kept are kept too.
-    erases_small: reproduce a bug of mergekit: where ⌊γ n⌋ is 0 (at γ = 0.01,
-      any tensor of less than 100 entries) nothing is kept.
+    rescale: `unscaled` as in the paper, or `match_l1`.
 
   Example:
     >>> keep_middle(jnp.array([5.0, -4.0, 3.0, 2.0, 1.0]), 0.6, gamma=0.2)
@@ -233,17 +243,18 @@ def keep_middle(
   """
   del key
   density = jnp.asarray(density).astype(jnp.float32)
-  outliers = jnp.floor(jnp.asarray(gamma * delta.size + 1e-3, jnp.float32))
+  count = count_of(density, delta.size)
+  share = jnp.asarray(gamma).astype(jnp.float32)
+  outliers = jnp.floor(share * delta.size + 1e-3)
+  outliers = jnp.minimum(outliers, delta.size - count)
   most = kth_magnitude(delta, outliers + 1)
-  least = kth_magnitude(delta, outliers + count_of(density, delta.size))
+  least = kth_magnitude(delta, outliers + count)
   size = jnp.abs(delta)
   kept = (size >= least) & ~(size > most) & (density > 0)
-  if erases_small:
-    kept = kept & (outliers > 0)
-  return _where(kept | (density >= 1), delta)
+  return rescale(delta, _where(kept | (density >= 1), delta), density)
 
 
-def check_range(density: Any, margin: float = 0.0) -> None:
+def check_range(density: Any, margin: Any = 0.0) -> None:
   """Raises unless densities are 1 or within [margin, 1 - margin], or traced.
 
   Example:
@@ -252,13 +263,17 @@ def check_range(density: Any, margin: float = 0.0) -> None:
     ...
     ValueError: density 0.9 must lie in [0.15, 0.85], or be 1.
   """
-  if not is_known(density):
+  if not is_known((density, margin)):
     return
-  given = np.asarray(jax.device_get(density), np.float64).round(7)
-  low, high = margin - 1e-6, 1 - margin + 1e-6
-  if not np.all((given == 1) | ((low <= given) & (given <= high))):
+  given, margins = np.broadcast_arrays(
+    *(np.float64(jax.device_get(x)).round(7) for x in (density, margin))
+  )
+  inside = (margins - 1e-6 <= given) & (given <= 1 - margins + 1e-6)
+  wrong = ~((given == 1) | inside)
+  if wrong.any():
+    widest = margins[wrong].max()
     raise ValueError(
-      f"density {given.tolist()} must lie in [{margin:g}, {1 - margin:g}], or "
+      f"density {given.tolist()} must lie in [{widest:g}, {1 - widest:g}], or "
       "be 1."
     )
 

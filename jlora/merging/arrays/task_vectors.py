@@ -6,6 +6,7 @@ float32 for any dtype of the models. An election returns the sign of each entry
 of the merge, from the weighted changes of all models.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +24,12 @@ from jlora.merging.arrays.inputs import (
   read_inputs,
 )
 from jlora.merging.arrays.sparsifiers import (
+  Rescaling,
   Sparsifier,
   by_magnitude,
   check_range,
   from_threshold,
+  unscaled,
 )
 from jlora.numerics.kth_largest import count_of, kth_magnitude
 from jlora.numerics.meshes import run_automatic
@@ -87,7 +90,8 @@ def combine(
 ) -> Any:
   """Adds or averages the changes that have each entry's elected sign.
 
-      δ = Σ_{i agrees} w_i δ_i   ( / Σ_{i agrees} |w_i| )
+      δ = Σ w_i δ_i   ( / Σ w_i )                         without an election
+      δ = Σ_{i agrees} w_i δ_i   ( / Σ_{i agrees} |w_i| )   with one
 
   A model agrees at entries where w_i δ_i has the elected sign. It does not
   agree where that is 0, so a mean leaves out models that do not change an
@@ -97,9 +101,9 @@ def combine(
     deltas: (n, ...) float32, or a list of n arrays, to save a copy.
     weights: (n,) float32.
     elect: elects the signs; with None all models agree.
-    normalize: divide, unless by 0. By |w_i|, because a negative weight turns
-      its change around and still counts; mergekit divides by Σ w_i, which may
-      then be 0.
+    normalize: divide, unless by 0. Without an election this is the weighted
+      mean. With one the mean of the changes w_i δ_i that agree has their sign,
+      which a divisor Σ w_i (mergekit's) would turn around where it is negative.
 
   Returns:
     (...) float32. NaN always agrees.
@@ -117,7 +121,8 @@ def combine(
       jnp.ones(one.shape, bool) if sign is None else jnp.sign(one) == sign
     )
     kept.append(jnp.where(agrees | jnp.isnan(one), one, 0.0))
-    counted.append(jnp.where(agrees, jnp.abs(weights[at]), 0.0))
+    size = weights[at] if sign is None else jnp.abs(weights[at])
+    counted.append(jnp.where(agrees, size, 0.0))
   total = over_models(kept)
   return divided(total, over_models(counted)) if normalize else total
 
@@ -134,8 +139,7 @@ def merge_task_vectors(
 ) -> Any:
   """Sparsifies changes, combines them by sign, and adds them to the base.
 
-      θ = θ_0 + λ Σ_{i agrees} w_i τ_i  ( / Σ_{i agrees} |w_i| ),
-      τ_i = sparsify(θ_i - θ_0)
+      θ = θ_0 + λ combine(τ_1 ... τ_n),   τ_i = sparsify(θ_i - θ_0)
 
   Task arithmetic, TIES, DARE, DELLA and Breadcrumbs are settings of this.
 
@@ -146,7 +150,8 @@ def merge_task_vectors(
     amounts: the sparsifier's second argument, one for all models or (n,).
     elect: `(n, ...) -> (...)`, elects each entry's sign from the weighted
       changes; models of the other sign, or 0, are left out. None takes all.
-    normalize: divide by the sum of |w_i|, unless that is 0.
+    normalize: divide, unless by 0: by Σ w_i, or with an election by Σ |w_i| of
+      the models that agree with the sign.
     scale: λ.
     key: PRNG key; None is `key(0)`. Model i uses `fold_in(key, i)`, so adding a
       model does not change the masks of the others.
@@ -228,7 +233,7 @@ def task_arithmetic(
     weights: (n,); a negative one subtracts what a model learnt.
     base: (...).
     key: unused.
-    normalize: divide by Σ |w_i|.
+    normalize: divide by Σ w_i, unless that is 0.
     scale: λ.
 
   Returns:
@@ -260,6 +265,7 @@ def ties(
   threshold: Any = None,
   elect: Election = by_mass,
   normalize: bool = True,
+  rescale: Rescaling = unscaled,
   scale: Any = 1.0,
 ) -> Any:
   """Averages the large changes that agree in sign (TIES: trim, elect, merge).
@@ -282,6 +288,7 @@ def ties(
     elect: `by_mass` as in the paper, `by_mass_or_plus` or `by_count` as in
       mergekit.
     normalize: False gives the sum.
+    rescale: of what the trim keeps: `unscaled` as in the paper, or `match_l1`.
     scale: λ; 1 in the paper, which also searches 0.8 to 2.5.
 
   Returns:
@@ -300,9 +307,10 @@ def ties(
   """
   given = read_inputs("ties", stack, weights, base, needs_base=True)
   check_range(density)
+  sparsify = by_magnitude if threshold is None else from_threshold
   merged = merge_task_vectors(
     given,
-    sparsify=by_magnitude if threshold is None else from_threshold,
+    sparsify=functools.partial(sparsify, rescale=rescale),
     amounts=density if threshold is None else threshold,
     elect=elect,
     normalize=normalize,
@@ -358,6 +366,8 @@ def sce(
   deltas = given.deltas
   mean = over_models(deltas) / len(deltas)
   spread = over_models((deltas - mean[None]) ** 2) / len(deltas)
+  # Once: computed anew beside its threshold, it may be rounded otherwise.
+  spread = jax.lax.optimization_barrier(spread)
   least = kth_magnitude(spread, count_of(density, spread.size))
   selected = (spread >= least) | jnp.isnan(spread)
   taken = jnp.where(selected[None], deltas, 0.0)

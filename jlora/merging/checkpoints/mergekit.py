@@ -1,149 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads mergekit's recipes in YAML; whatever it does not know is an error.
+"""Reads mergekit's recipes in YAML; whatever nobody knows is an error.
 
 A recipe gives the merge that mergekit would compute from it: `FORMS` translates
 each of its method names and parameters into a method of ours and its options.
+What mergekit leaves out without a word, and where it computes something else
+than a method's definition, is in the recipe's notes.
 """
 
+import difflib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from jlora.merging.arrays.averages import (
-  linear,
-  model_stock,
-  nearswap,
-  passthrough,
+from jlora.merging.checkpoints.mergekit_forms import FORMS, IDLE, KNOWN, Form
+from jlora.merging.checkpoints.mergekit_tokenizers import (
+  read_chat_template,
+  read_tokenizer,
 )
-from jlora.merging.arrays.pruning import breadcrumbs, dare, della
-from jlora.merging.arrays.sparsifiers import match_l1, unscaled
-from jlora.merging.arrays.spherical import karcher, multislerp, nuslerp, slerp
-from jlora.merging.arrays.task_vectors import (
-  by_mass_or_plus,
-  sce,
-  task_arithmetic,
-  ties,
-)
-from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
+from jlora.merging.checkpoints.recipes import OF_INPUTS, Input, Recipe, Slice
 from jlora.messages import name_some
-from jlora.pairing.match import common_rows, same_rows
-
-
-class Form(NamedTuple):
-  """How one of mergekit's methods is written with ours.
-
-  Attributes:
-    method: our method, with the options that make it mergekit's.
-    numbers: parameters that may vary by layer and tensor: mergekit's name ->
-      ours.
-    constants: parameters that may not: mergekit's name -> (ours, {mergekit's
-      value: ours} or None if any number is allowed).
-    base: whether a base is needed; None: it is optional; False: it only gives
-      the result its names and tokenizer.
-    required: the `numbers` without a default.
-  """
-
-  method: Callable[..., Any]
-  numbers: Mapping[str, str] = {}
-  constants: Mapping[str, tuple[str, Mapping[Any, Any] | None]] = {}
-  base: bool | None = False
-  required: tuple[str, ...] = ()
-
-
-# Parts of the forms below. Constants that are named "" are only checked.
-_YES_NO = {True: True, False: False}
-_NORMALIZE = {"normalize": ("normalize", _YES_NO)}
-_RESCALE = {"rescale": ("rescale", {True: match_l1, False: unscaled})}
-_NO_RESCALE = {"rescale": ("", {False: None})}
-_EPSILON = {**_RESCALE, "epsilon": ("epsilon", None)}
-_GAMMA = {**_NO_RESCALE, "gamma": ("gamma", None)}
-# Numbers of methods that add changes, thinned out or not.
-_ADDED = {"weight": "weight", "lambda": "scale"}
-_THINNED = {**_ADDED, "density": "density"}
-_WEIGHT = ("weight",)
-# Options of our methods.
-_ELECTED = {"elect": by_mass_or_plus}
-_L1 = {"rescale": match_l1}
-_SMALL = {"erases_small": True}
-
-
-def _thinned(method: Callable[..., Any], constants=None, **options) -> Form:
-  """Returns the form of a method that sparsifies changes before adding them."""
-  method = functools.partial(method, density=1.0, **options)
-  rest = _NO_RESCALE if constants is None else constants
-  return Form(method, _THINNED, {**_NORMALIZE, **rest}, True, _WEIGHT)
-
-
-FORMS = {
-  "linear": Form(
-    linear, {"weight": "weight"}, _NORMALIZE, required=("weight",)
-  ),
-  "passthrough": Form(passthrough, {"scale": "weight"}),
-  "slerp": Form(slerp, {"t": "t"}, required=("t",)),
-  "nuslerp": Form(
-    nuslerp,
-    {"weight": "weight"},
-    {
-      "nuslerp_flatten": ("flatten", _YES_NO),
-      "nuslerp_row_wise": ("row_wise", _YES_NO),
-    },
-    None,
-    _WEIGHT,
-  ),
-  "multislerp": Form(
-    multislerp,
-    {"weight": "weight"},
-    {"normalize_weights": ("", {True: None}), "eps": ("", None)},
-    None,
-    _WEIGHT,
-  ),
-  "karcher": Form(
-    karcher, {}, {"max_iter": ("steps", None), "tol": ("tol", None)}
-  ),
-  "model_stock": Form(
-    model_stock, {}, {"filter_wise": ("axis", {True: -1, False: None})}, True
-  ),
-  "nearswap": Form(nearswap, {"t": "t"}, {}, True, ("t",)),
-  "sce": Form(sce, {"select_topk": "density"}, {}, True),
-  "task_arithmetic": Form(
-    task_arithmetic, _ADDED, {**_NORMALIZE, **_NO_RESCALE}, True, _WEIGHT
-  ),
-  "ties": _thinned(ties, **_ELECTED),
-  "dare_linear": _thinned(dare, _RESCALE, **_L1),
-  "dare_ties": _thinned(dare, _RESCALE, **_L1, **_ELECTED),
-  "della": _thinned(della, _EPSILON, **_L1, **_ELECTED),
-  "della_linear": _thinned(della, _EPSILON, **_L1, elect=None, normalize=False),
-  "breadcrumbs": _thinned(breadcrumbs, _GAMMA, **_SMALL),
-  "breadcrumbs_ties": _thinned(breadcrumbs, _GAMMA, **_SMALL, **_ELECTED),
-}
 
 
 def read_recipe(path: str | os.PathLike) -> Recipe:
   r"""Reads a recipe from a YAML file in mergekit's format.
 
-  Known keys: `merge_method` (all of mergekit's documented ones except
-  arcee_fusion), `models` or `slices` with `sources` and `layer_range`,
-  `base_model`, `parameters` (numbers, gradients, conditions by `filter`) at
-  every level, `dtype`, `out_dtype`, and `tokenizer_source: base`.
+  Known keys: `merge_method` (all that mergekit documents), `models`, or
+  `slices` with `sources` and `layer_range`, or either in `modules`;
+  `base_model`, of a slice too; `parameters` (numbers, gradients, conditions by
+  `filter`) at every level; `dtype`, `out_dtype`, `name`; `tokenizer` or
+  `tokenizer_source`, and `chat_template`.
 
-  The last one gives embeddings the base's rows (`common_rows`): further rows of
-  a model are left out, rows that it lacks are the base's, and rows that stand
-  for other tokens in its tokenizer are an error. Without it, a vocabulary of
+  With a tokenizer, rows of embeddings and heads are merged by token, those that
+  a model lacks by mergekit's documented rules. Without one, a vocabulary of
   another size is an error. Paths are used as they are written. Merges are
   computed in float32; `out_dtype`, or else `dtype`, is the result's dtype.
 
   Args:
-    path: the file.
+    path: the file, of one recipe; `read_recipes` reads files of several.
 
   Returns:
-    Recipe; its method and options are those of `FORMS`.
+    Recipe; its method and options are those of `FORMS`. Its notes name what
+    mergekit leaves out too, and where the two differ.
 
   Raises:
-    ValueError: the file is no YAML, or holds anything unknown, which is named.
+    ValueError: the file is no YAML, holds several recipes, or anything unknown,
+      which is named.
 
   Example:
     >>> import tempfile
@@ -155,105 +61,229 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     >>> recipe.models, recipe.settings, recipe.method.__name__
     (['a', 'b'], {'t': [0, 0.5]}, 'slerp')
   """
+  found = _documents(path)
+  if len(found) > 1:
+    raise ValueError(
+      f"{path} holds {len(found)} recipes; read them with read_recipes, or in a "
+      "shell give --intermediates=DIR for the results that later ones build on."
+    )
   try:
-    raw = yaml.safe_load(Path(path).read_text())
-  except (yaml.YAMLError, OSError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from error
-  try:
-    return _recipe(raw)
+    return _recipe(found[0])
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
+def read_recipes(
+  path: str | os.PathLike, intermediates: str | os.PathLike
+) -> list[tuple[Path | None, Recipe]]:
+  r"""Reads a file of several recipes, some of which build on others' results.
+
+  Args:
+    path: the file, its recipes apart by `---`. All but one have a `name`, by
+      which others refer to their result.
+    intermediates: the folder of the named results.
+
+  Returns:
+    (where its result goes, recipe), in an order in which they can be carried
+    out; None stands for the one without a name, if there is any.
+
+  Raises:
+    ValueError: as `read_recipe`; two of the same name or without one, a name
+      that is no plain one, or recipes that build on each other in a circle.
+
+  Example:
+    >>> import tempfile
+    >>> first = "name: half\nmerge_method: passthrough\nmodels: [model: a]\n"
+    >>> last = "merge_method: passthrough\nmodels: [model: half]\n"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   file = Path(folder, "recipes.yml")
+    ...   _ = file.write_text(f"{last}---\n{first}")
+    ...   found = read_recipes(file, "mid")
+    >>> [(str(place), recipe.models) for place, recipe in found]
+    [('mid/half', ['a']), ('None', ['mid/half'])]
+  """
+  raws = {}
+  for raw in _documents(path):
+    name = raw.get("name") if isinstance(raw, dict) else None
+    if name in raws:
+      said = "no name" if name is None else f"the name {name}"
+      raise ValueError(f"{path}: two recipes have {said}; name them apart.")
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", str(name)):
+      raise ValueError(f"{path}: {name!r} is no name of a folder.")
+    raws[name] = raw
+  places = {name: Path(intermediates, name) for name in raws if name}
+  known = {name: str(place) for name, place in places.items()}
+  try:
+    recipes = {name: _recipe(raw, known) for name, raw in raws.items()}
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  order: list[tuple[Path | None, Recipe]] = []
+  waiting = dict(recipes)
+  while waiting:
+    ready = [
+      name
+      for name, recipe in waiting.items()
+      if not {known[other] for other in waiting if other} & _needed(recipe)
+    ]
+    if not ready:
+      raise ValueError(
+        f"{path}: {name_some(map(str, waiting))} build on each other."
+      )
+    order += [(places.get(name), waiting.pop(name)) for name in ready]
+  return order
+
+
+def _needed(recipe: Recipe) -> set[str]:
+  """Returns the models that a recipe needs."""
+  source = recipe.tokenizer.source if recipe.tokenizer else ""
+  return {*recipe.models, source}
+
+
+def _documents(path: str | os.PathLike) -> list[Any]:
+  """Reads the recipes in a file."""
+  try:
+    found = list(yaml.safe_load_all(Path(path).read_text()))
+  except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
+  return [raw for raw in found if raw is not None] or [None]
+
+
 _TOP = {
+  "name": str,
   "merge_method": str,
   "models": list,
   "slices": list,
-  "base_model": str,
+  "modules": dict,
+  "base_model": object,
   "parameters": dict,
   "dtype": str,
   "out_dtype": str,
+  "tokenizer": dict,
   "tokenizer_source": str,
+  "chat_template": str,
 }
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+#: The modules of which recipes list slices: a model's only one, or the language
+#: model of several, whose layers config.json counts.
+_MODULES = ("default", "text_decoder")
 
 
-def _recipe(raw: Any) -> Recipe:
-  """Translates a parsed YAML file into a Recipe."""
+def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
+  """Translates a parsed YAML document into a Recipe."""
   _check_keys("the recipe", raw, _TOP)
+  raw = {key: value for key, value in raw.items() if value is not None}
   name = raw.get("merge_method")
   if name not in FORMS:
     raise ValueError(f"merge_method {name!r} is none of {', '.join(FORMS)}.")
-  form, base = FORMS[name], raw.get("base_model")
-  if form.base and base is None:
-    raise ValueError(f"{name} needs a base_model.")
-  if ("models" in raw) == ("slices" in raw):
-    raise ValueError("Give `models` or `slices`, one of the two.")
-  slices = raw.get("slices") or [{"sources": raw["models"]}]
-  keys = {"model": str, "parameters": dict}
-  if "slices" in raw:
-    keys["layer_range"] = list
-  parts = tuple(_slice(form, part, keys) for part in slices)
-  options = _constants(form, raw)
-  if name == "slerp":
-    parts = tuple(_from_base(part, base) for part in parts)
-  _check_required(form, parts, raw)
-  source = raw.get("tokenizer_source")
-  if source not in (None, "base"):
-    raise ValueError(f"tokenizer_source {source!r}: only `base` is known.")
-  dtype = raw.get("out_dtype") or raw.get("dtype")
+  form, places = FORMS[name], places or {}
+  raw = _without_modules(raw)
+  base = _model(raw["base_model"], places) if "base_model" in raw else None
+  slices = raw["slices"] if "slices" in raw else [{"sources": raw["models"]}]
+  notes: dict[str, None] = {}
+  parts = tuple(
+    _slice(name, part, "slices" in raw, places, notes) for part in slices
+  )
+  if form.base in ("subtracted", "first"):
+    if base is None and not all(part.base for part in parts):
+      raise ValueError(f"{name} needs a base_model.")
+  if form.base in ("first", "averaged"):
+    parts = tuple(_with_base(part, part.base or base, form) for part in parts)
+  settings = _numbers(name, raw.get("parameters", {}), False, notes)
+  _check_required(form, parts, settings, base)
+  options = _constants(form, raw, slices)
+  notes |= dict.fromkeys(_differences(form, options, parts, settings))
   for key in ("dtype", "out_dtype"):
     if raw.get(key) not in (None, *_DTYPES):
       raise ValueError(f"{key} {raw[key]!r} is none of {', '.join(_DTYPES)}.")
+  is_subtracted = form.base in ("subtracted", "optional")
   return Recipe(
     method=functools.partial(form.method, **options)
     if options
     else form.method,
     slices=parts,
-    settings=_numbers(form, raw.get("parameters") or {}),
-    base=None if form.base is False else base,
+    settings=settings,
+    base=base if is_subtracted else None,
     reference=base,
-    dtype=dtype,
-    vocabulary=same_rows if source is None else common_rows,
+    dtype=raw.get("out_dtype") or raw.get("dtype"),
+    tokenizer=read_tokenizer(raw, places),
+    chat_template=read_chat_template(raw),
+    of_inputs=tuple(
+      dict.fromkeys((*OF_INPUTS, *(form.numbers[k] for k in form.by_model)))
+    ),
+    notes=tuple(notes),
   )
 
 
-# Only these numbers may differ between inputs.
-_OF_INPUTS = ("weight", "density")
+def _without_modules(raw: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a recipe with the slices or models of its module, if it has any."""
+  given = [key for key in ("models", "slices", "modules") if key in raw]
+  if len(given) != 1:
+    raise ValueError("Give `models`, `slices` or `modules`, one of them.")
+  if given != ["modules"]:
+    return dict(raw)
+  modules = raw["modules"]
+  if len(modules) != 1 or next(iter(modules)) not in _MODULES:
+    raise ValueError(
+      f"modules are {name_some(map(str, modules))}; known is one of "
+      f"{' or '.join(_MODULES)}. Merge the others in a recipe of their own."
+    )
+  inner = next(iter(modules.values()))
+  _check_keys("the module", inner, {"slices": list, "models": list})
+  if len(inner) != 1:
+    raise ValueError("Give `models` or `slices` of the module.")
+  return {key: raw[key] for key in raw if key != "modules"} | inner
 
 
-def _slice(form: Form, raw: Any, keys: Mapping[str, type]) -> Slice:
+def _model(given: Any, places: Mapping[str, str]) -> str:
+  """Returns a model's path, of mergekit's short form or its long one."""
+  if isinstance(given, str) and given:
+    base, plus, adapter = given.partition("+")
+    return places.get(base, base) + plus + adapter
+  if isinstance(given, dict):
+    parts = given.get("model", given), given.get("lora") or {}
+    if "model" in given:
+      _check_keys("a model", given, {"model": dict, "lora": dict})
+    for part in parts:
+      _check_keys("a model", part or {}, {"path": str})
+    base, adapter = (part.get("path") for part in parts)
+    if base:
+      return places.get(base, base) + (f"+{adapter}" if adapter else "")
+  raise ValueError(f"{given!r} is no path of a model.")
+
+
+def _slice(
+  name: str,
+  raw: Any,
+  is_sliced: bool,
+  places: Mapping[str, str],
+  notes: dict[str, None],
+) -> Slice:
   """Translates one slice and its sources."""
-  _check_keys("a slice", raw, {"sources": list, "parameters": dict})
+  _check_keys(
+    "a slice", raw, {"sources": list, "parameters": dict, "base_model": object}
+  )
+  keys = {"model": object, "parameters": dict}
+  if is_sliced:
+    keys["layer_range"] = list
   inputs = []
   for source in raw.get("sources") or []:
     _check_keys("a model", source, keys)
     if "model" not in source:
       raise ValueError(f"A source has no `model`: {source}.")
-    given = source.get("parameters") or {}
-    wide = [
-      key for key in given if form.numbers.get(key, "weight") not in _OF_INPUTS
-    ]
-    if wide:
-      raise ValueError(
-        f"{name_some(wide)} of {source['model']}: one for all models; say it "
-        "in `parameters` outside of them."
-      )
-    layers = source.get("layer_range")
+    model, layers = _model(source["model"], places), source.get("layer_range")
     if layers is not None and not _is_range(layers):
-      raise ValueError(
-        f"layer_range {layers} of {source['model']} is no [start, end]."
-      )
-    inputs.append(
-      Input(
-        source["model"],
-        None if layers is None else (layers[0], layers[1]),
-        _numbers(form, given),
-      )
-    )
+      raise ValueError(f"layer_range {layers} of {model} is no [start, end].")
+    given = _numbers(name, source.get("parameters") or {}, True, notes)
+    place = None if layers is None else (layers[0], layers[1])
+    inputs.append(Input(model, place, given))
   if not inputs:
     raise ValueError("There are no models to merge; list at least one.")
-  return Slice(tuple(inputs), _numbers(form, raw.get("parameters") or {}))
+  base = raw.get("base_model")
+  return Slice(
+    tuple(inputs),
+    _numbers(name, raw.get("parameters") or {}, False, notes),
+    None if base is None else _model(base, places),
+  )
 
 
 def _is_range(layers: list[Any]) -> bool:
@@ -261,82 +291,99 @@ def _is_range(layers: list[Any]) -> bool:
   return len(layers) == 2 and all(type(x) is int and x >= 0 for x in layers)
 
 
-def _from_base(part: Slice, base: str | None) -> Slice:
-  """Puts the base first among the inputs, as slerp has it at t = 0."""
+def _with_base(part: Slice, base: str | None, form: Form) -> Slice:
+  """Makes the base one of the inputs: the first, or one more."""
   if base is None:
-    raise ValueError("slerp needs a base_model: t = 0 is that.")
-  first = [one for one in part.inputs if one.model == base]
+    return part
+  own = [one for one in part.inputs if one.model == base]
   rest = [one for one in part.inputs if one.model != base]
   layers = rest[0].layers if rest else None
-  return part._replace(inputs=(*(first or [Input(base, layers)]), *rest))
+  if form.base == "first":
+    return part._replace(inputs=(*(own or [Input(base, layers)]), *rest))
+  more = () if own else (Input(base, layers),)
+  return part._replace(inputs=(*part.inputs, *more))
 
 
-# Accepted and ignored: it only affects how much memory mergekit takes.
-_IDLE = ("int8_mask",)
+def _numbers(
+  name: str, given: Mapping[str, Any], of_model: bool, notes: dict[str, None]
+) -> dict[str, Any]:
+  """Translates the parameters that may vary; notes what is left out."""
+  form, found = FORMS[name], {}
+  for key, value in given.items():
+    if key not in KNOWN:
+      near = difflib.get_close_matches(str(key), sorted(KNOWN), 1)
+      known = sorted({*form.numbers, *form.constants})
+      raise ValueError(
+        f"parameters {key} are not known"
+        + (f"; is {near[0]} meant?" if near else ".")
+        + f" {name} has {', '.join(known) or 'none'}."
+      )
+    if key not in form.numbers and key not in form.constants:
+      if key not in IDLE:
+        notes[f"{key}: left out, {name} has no such parameter"] = None
+    elif of_model and key not in form.by_model:
+      notes[
+        f"{key} of a single model: left out, {name} has one for all models; "
+        "say it in `parameters` outside of them"
+      ] = None
+    elif key in form.numbers:
+      found[form.numbers[key]] = _setting(key, value)
+  return found
 
 
-def _numbers(form: Form, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Translates the parameters that may vary; raises for unknown ones."""
-  known = {*form.numbers, *form.constants, *_IDLE}
-  if form.base and "density" not in form.numbers:
-    known.add("density")  # mergekit accepts it here and ignores it
-  unknown = sorted(set(given) - known)
-  if unknown:
-    raise ValueError(
-      f"parameters {name_some(unknown)} are not known for this method, which "
-      f"has {', '.join(sorted(known))}."
-    )
-  for key in form.numbers:
-    if key in given:
-      _check_setting(key, given[key])
-  return {
-    form.numbers[key]: value
-    for key, value in given.items()
-    if key in form.numbers
-  }
+#: A number to YAML 1.2 and to everyone but YAML 1.1, which wants `1.0e-10`.
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def _check_setting(key: str, value: Any) -> None:
-  """Raises unless a value is a number, a gradient or conditions."""
+def _plain(value: Any) -> Any:
+  """Returns a number that YAML 1.1 reads as a string; other values as given."""
+  is_number = isinstance(value, str) and _NUMBER.fullmatch(value)
+  return float(value) if is_number else value
+
+
+def _setting(key: str, value: Any) -> Any:
+  """Returns a number, a gradient or conditions; raises for anything else."""
+  value = _plain(value)
   if isinstance(value, int | float) and not isinstance(value, bool):
-    return
+    return value
+  if isinstance(value, dict):
+    value = [value]
   if isinstance(value, list) and value:
     if all(isinstance(one, dict) for one in value):
       for one in value:
         _check_keys(
-          f"a condition of {key}", one, {"filter": str, "value": None}
+          f"a condition of {key}", one, {"filter": str, "value": object}
         )
-        _check_setting(key, one.get("value"))
-      return
+      return [
+        {**one, "value": _setting(key, one.get("value"))} for one in value
+      ]
     if not any(isinstance(one, dict | list) for one in value):
-      for one in value:
-        _check_setting(key, one)
-      return
+      return [_setting(key, one) for one in value]
   raise ValueError(
     f"{key}: {value!r} is no number, list of numbers, or list of conditions "
     "{filter, value}."
   )
 
 
-def _constants(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
-  """Translates the options of the whole merge, given at any level."""
-  found: dict[str, Any] = {}
-  for key, value in _said(raw):
-    if key not in form.constants:
-      continue
-    table = form.constants[key][1]
-    is_known = (
-      (type(value) in (int, float) if table is None else value in table)
-      if isinstance(value, int | float)
-      else False
-    )
-    if not is_known:
-      wanted = "a number" if table is None else name_some(map(str, table))
-      raise ValueError(f"{key}: {value!r} is not known here, only {wanted}.")
-    if found.setdefault(key, value) != value:
+def _constants(
+  form: Form, raw: Mapping[str, Any], slices: list[Any]
+) -> dict[str, Any]:
+  """Translates the options of the whole merge, one for all slices."""
+  found = {}
+  top = raw.get("parameters") or {}
+  for key in form.constants:
+    said = [
+      _plain((part.get("parameters") or {}).get(key, top.get(key)))
+      for part in slices
+    ]
+    if any(value != said[0] for value in said):
       raise ValueError(
-        f"{key} is {found[key]} and {value}; it must be one for the merge."
+        f"{key} is {name_some(map(str, said))} in slices; it must be one for "
+        "the merge."
       )
+    if said[0] is not None:
+      _check_constant(key, said[0], form.constants[key][1])
+      found[key] = said[0]
   options = {}
   for key, value in found.items():
     name, table = form.constants[key]
@@ -348,40 +395,81 @@ def _constants(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
   return options
 
 
-def _said(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  """Yields every parameter at every level."""
-  parts = raw.get("slices") or []
-  sources = [one for part in parts for one in part.get("sources") or []]
-  for level in (raw, *parts, *sources, *(raw.get("models") or [])):
-    yield from (level.get("parameters") or {}).items()
+def _check_constant(key: str, value: Any, table: Mapping[Any, Any] | None):
+  """Raises unless an option has one of its values."""
+  is_number = isinstance(value, int | float)
+  is_known = type(value) is not bool if table is None else value in table
+  if not (is_number and is_known):
+    wanted = "a number" if table is None else name_some(map(str, table))
+    raise ValueError(f"{key}: {value!r} is not known here, only {wanted}.")
 
 
-def _check_required(form: Form, parts: tuple[Slice, ...], raw: Any) -> None:
+def _check_required(
+  form: Form, parts: tuple[Slice, ...], top: Mapping[str, Any], base: str | None
+) -> None:
   """Raises unless every model is given the required parameters."""
-  top = raw.get("parameters") or {}
   for key in form.required:
     ours = form.numbers[key]
     lacking = [
       one.model
       for part in parts
       for one in part.inputs
-      if one.model != raw.get("base_model")
-      and not (key in top or ours in part.settings or ours in one.settings)
+      if one.model != (part.base or base) or form.base == "first"
+      if not (ours in top or ours in part.settings or ours in one.settings)
     ]
     if lacking:
-      raise ValueError(f"{key} is not given for {name_some(lacking)}.")
+      raise ValueError(
+        f"{key} is not given for {name_some(dict.fromkeys(lacking))}."
+      )
 
 
-def _check_keys(what: str, raw: Any, known: Mapping[str, type | None]) -> None:
+def _differences(
+  form: Form,
+  options: Mapping[str, Any],
+  parts: tuple[Slice, ...],
+  settings: Mapping[str, Any],
+) -> Iterator[str]:
+  """Yields where mergekit computes something else, and what is done here."""
+  plain = getattr(form.method, "func", form.method)
+  defaults = getattr(plain, "__kwdefaults__", None) or {}
+  bound = {**defaults, **getattr(form.method, "keywords", {}), **options}
+  levels = [settings, *(part.settings for part in parts)]
+  levels += [one.settings for part in parts for one in part.inputs]
+  is_negative = any(
+    number < 0
+    for level in levels
+    if "weight" in level
+    for number in _all_numbers(level["weight"])
+  )
+  if bound.get("elect") and bound.get("normalize") and is_negative:
+    yield (
+      "negative weights under normalize: the sum of changes that agree is "
+      "divided by the sum of their |weights|; mergekit divides by the sum of "
+      "their weights, which turns the change around where it is negative"
+    )
+
+
+def _all_numbers(setting: Any) -> Iterator[float]:
+  """Yields every number in a setting."""
+  if isinstance(setting, Mapping):
+    yield from _all_numbers(setting["value"])
+  elif isinstance(setting, list):
+    for one in setting:
+      yield from _all_numbers(one)
+  else:
+    yield setting
+
+
+def _check_keys(what: str, raw: Any, known: Mapping[str, type]) -> None:
   """Raises unless a mapping has only known keys of the right types."""
   if not isinstance(raw, dict):
     raise ValueError(f"{what} is no mapping: {raw!r}.")
-  if unknown := sorted(set(raw) - set(known)):
+  if unknown := sorted(map(str, set(raw) - set(known))):
     raise ValueError(
-      f"{what} has {name_some(map(str, unknown))}, which is not known; known "
-      f"are {', '.join(known)}."
+      f"{what} has {name_some(unknown)}, which is not known; known are "
+      f"{', '.join(known)}."
     )
   for key, kind in known.items():
     value = raw.get(key)
-    if value is not None and kind is not None and not isinstance(value, kind):
+    if value is not None and not isinstance(value, kind):
       raise ValueError(f"{key} of {what} is {value!r}, no {kind.__name__}.")

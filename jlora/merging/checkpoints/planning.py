@@ -6,7 +6,7 @@ tensor of the result is made of, slice by slice.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,20 +14,31 @@ import numpy as np
 from jlora.checkpoints.merged import merged_dtype
 from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.formats.adapted import open_model
+from jlora.merging.checkpoints.catalogues import (
+  buffers_left_out,
+  list_catalogues,
+  tensors_left_out,
+)
 from jlora.merging.checkpoints.recipes import (
   Recipe,
   Settings,
   Slice,
+  filters_of,
   first_setting,
+  is_gradient,
 )
+from jlora.merging.checkpoints.tokens import TokenPlan, has_tokens, plan_tokens
 from jlora.messages import name_some
 from jlora.pairing.buffers import why_no_parameter
-from jlora.pairing.layers import LayerNames, find_layers
-from jlora.pairing.match import Vocabulary, common_rows, is_table, pair_up
-from jlora.pairing.pairs import Pair, Side, TensorPart, names_of
+from jlora.pairing.layers import (
+  LayerNames,
+  count_stacks,
+  find_layers,
+  place_in_stack,
+)
+from jlora.pairing.match import common_rows, is_table
+from jlora.pairing.pairs import Pair, Rows, Side, names_of
 from jlora.pairing.vocabularies import differing_rows, read_tokens
-
-Catalogue = dict[str, Pair]  # a name as the reference has it -> where it lies
 
 
 class InputTensor(NamedTuple):
@@ -35,11 +46,14 @@ class InputTensor(NamedTuple):
 
   Attributes:
     model: the model's name in the recipe.
-    side: which tensors of the model.
+    side: which tensors of the model; `Rows` of a table merged by token.
+    fills: (row, (model, tensor's name, row there) ...) of rows that the model
+      lacks: the mean of those stands there.
   """
 
   model: str
   side: Side
+  fills: tuple[tuple[int, tuple[tuple[str, str, int], ...]], ...] = ()
 
 
 class Job(NamedTuple):
@@ -74,8 +88,9 @@ class MergePlan(NamedTuple):
     jobs: in the order of the result's files.
     config: the reference's config.json.
     taken: for each layer of the result, its layer in the slice's first model.
-    notes: tensors that only one model has and are left out, and tokens that
-      differ.
+    notes: the recipe's, tensors that only one model has and are left out, and
+      tokens that differ.
+    tokens: the result's, if rows are merged by token.
   """
 
   models: dict[str, Any]
@@ -84,6 +99,7 @@ class MergePlan(NamedTuple):
   config: dict[str, Any]
   taken: list[int]
   notes: list[str]
+  tokens: TokenPlan | None = None
 
 
 def plan_merge(recipe: Recipe) -> MergePlan:
@@ -123,18 +139,21 @@ def plan_merge(recipe: Recipe) -> MergePlan:
   reference = recipe.models[0]
   first = models[reference]
   config = first.config
-  catalogues = {
-    name: _catalogue(name, first.spec, model.spec, recipe.vocabulary)
-    for name, model in models.items()
-  }
-  _add_heads(catalogues)
+  tokens = plan_tokens(recipe, models)
+  catalogues = list_catalogues(models, recipe.vocabulary, tokens)
   is_sliced = any(one.layers for part in recipe.slices for one in part.inputs)
-  layers = _layers(first, config, is_sliced or _has_gradients(recipe))
-  jobs, taken = Planner(recipe, models, catalogues, layers).plan()
-  notes = [] if is_sliced else _left_out(catalogues, jobs, layers)
-  notes += _other_tokens(recipe, models, jobs)
-  notes += _other_buffers(models)
-  return MergePlan(models, reference, jobs, config, taken, notes)
+  layers = _layers(first, config, is_sliced)
+  planner = Planner(recipe, models, catalogues, layers, tokens)
+  jobs, taken = planner.plan()
+  names = {job.name for job in jobs}
+  notes = [*recipe.notes, *planner.notes]
+  if not is_sliced:
+    notes += tensors_left_out(catalogues, names, layers)
+  notes += (
+    _other_tokens(recipe, models, jobs) if tokens is None else tokens.notes
+  )
+  notes += buffers_left_out(models)
+  return MergePlan(models, reference, jobs, config, taken, notes, tokens)
 
 
 def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
@@ -146,83 +165,6 @@ def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
     if needed:
       raise
     return LayerNames("", 0)
-
-
-def _has_gradients(recipe: Recipe) -> bool:
-  """Returns whether any setting is more than a number."""
-  levels = [recipe.settings, *(part.settings for part in recipe.slices)]
-  levels += [one.settings for part in recipe.slices for one in part.inputs]
-  return any(
-    isinstance(value, Sequence) for level in levels for value in level.values()
-  )
-
-
-def _catalogue(
-  model: str, reference: Any, spec: Any, vocabulary: Vocabulary
-) -> Catalogue:
-  """Maps the reference's names, and a model's further ones, to its tensors."""
-  pairing = pair_up(reference, spec, vocabulary=vocabulary)
-  parts = [p.path for p in pairing.pairs if p.base.index or p.base.swap]
-  if parts:
-    raise ValueError(
-      f"{model} holds apart what the reference holds fused: "
-      f"{name_some(parts)}. Save both in one form first."
-    )
-  found = {pair.path: pair for pair in pairing.pairs}
-  for name in pairing.only_finetuned:
-    shape = tuple(spec[name].shape)
-    found[name] = Pair(name, shape, TensorPart(name), TensorPart(name))
-  for side, name, why in pairing.buffers:
-    if side == "base":  # copied from the reference, whoever has it
-      shape, own = tuple(reference[name].shape), TensorPart(name)
-      found[name] = Pair(name, shape, own, own, f"{why}, copied", True)
-  return found
-
-
-_HEAD = "lm_head.weight"
-
-
-def _add_heads(catalogues: Mapping[str, Catalogue]) -> None:
-  """Gives tied models a head of their own if any model has one."""
-  if not any(_HEAD in catalogue for catalogue in catalogues.values()):
-    return
-  for catalogue in catalogues.values():
-    tables = [
-      name for name in catalogue if name.endswith("embed_tokens.weight")
-    ]
-    if _HEAD not in catalogue and len(tables) == 1:
-      note = f"tied: {tables[0]} stands for it"
-      catalogue[_HEAD] = catalogue[tables[0]]._replace(path=_HEAD, note=note)
-
-
-def _left_out(catalogues, jobs, layers: LayerNames) -> list[str]:
-  """Describes tensors that only one model has; raises if they are layers."""
-  names, notes = {job.name for job in jobs}, []
-  for model, catalogue in catalogues.items():
-    rest = sorted(catalogue.keys() - names)
-    if deeper := [name for name in rest if layers.place_of(name)]:
-      raise ValueError(
-        f"Only {model} has {name_some(deeper)}: say by slices which layers "
-        "are merged."
-      )
-    if rest:
-      notes.append(f"{name_some(rest)}: only in {model}, left out")
-  return notes
-
-
-def _other_buffers(models: Mapping[str, Any]) -> list[str]:
-  """Describes tensors beside the reference's that are no parameters."""
-  reference, *others = models
-  notes = []
-  for name in others:
-    lone = [
-      one
-      for one, spec in models[name].spec.items()
-      if one not in models[reference].spec and why_no_parameter(one, spec.shape)
-    ]
-    if lone:
-      notes.append(f"{name_some(lone)}: no parameters, of {name}, left out")
-  return notes
 
 
 def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
@@ -245,8 +187,9 @@ def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
     )
     if wrong and recipe.vocabulary is common_rows:
       raise ValueError(
-        f"{said}. Give models of one tokenizer; without `tokenizer_source` "
-        "(vocabulary=refuse) rows are added up by number all the same."
+        f"{said}. Merge rows by token, by the recipe's `tokenizer: {{source: "
+        "base}}`; with vocabulary=error they are added up by number all the "
+        "same."
       )
     if wrong:
       notes.append(f"{said}; added up by number")
@@ -254,6 +197,43 @@ def _other_tokens(recipe: Recipe, models, jobs: list[Job]) -> list[str]:
 
 
 _EMBEDDING = re.compile(r"(.*\.)?(embed\w*|wte|wpe|tok_embeddings)(\..*)?")
+
+
+def _notes_of_settings(recipe: Recipe) -> Iterator[str]:
+  """Yields how settings are read where that may surprise."""
+  for part in recipe.slices:
+    levels = [recipe.settings, part.settings]
+    levels += [one.settings for one in part.inputs]
+    settings = [value for level in levels for value in level.values()]
+    ranges = {one.layers for one in part.inputs}
+    for layers in ranges - {None}:
+      if (
+        layers
+        and layers[1] - layers[0] == 1
+        and any(map(is_gradient, settings))
+      ):
+        yield (
+          f"layers {list(layers)}: a gradient over one layer is at its end, as "
+          "in mergekit"
+        )
+  if any(one.layers for part in recipe.slices for one in part.inputs):
+    rules = [
+      (key, rule)
+      for level in (
+        recipe.settings,
+        *(part.settings for part in recipe.slices),
+        *(one.settings for part in recipe.slices for one in part.inputs),
+      )
+      for key, value in level.items()
+      if key in recipe.of_inputs
+      for rule in filters_of(value)
+      if re.search(r"\d", rule)
+    ]
+    for key, rule in dict.fromkeys(rules):
+      yield (
+        f"{key}, filter {rule}: layers are counted as in the model that they "
+        "come from, as in mergekit"
+      )
 
 
 class Planner:
@@ -264,21 +244,28 @@ class Planner:
     models: name -> open checkpoint.
     catalogues: model -> where it has what the reference names.
     layers: the reference's.
+    tokens: the result's, if rows are merged by token.
+
+  Attributes:
+    notes: how settings were read where that may surprise.
   """
 
-  def __init__(self, recipe, models, catalogues, layers: LayerNames):
+  def __init__(self, recipe, models, catalogues, layers, tokens=None):
     self._recipe, self._models = recipe, models
     self._catalogues, self._layers = catalogues, layers
+    self._tokens = tokens
     self._reference = recipe.models[0]
     inputs = [one for part in recipe.slices for one in part.inputs]
     self._own = {"weight"}.union(*(one.settings for one in inputs))
+    self._stacks = count_stacks(self._catalogues[self._reference])
+    self.notes = list(_notes_of_settings(recipe))
 
   def plan(self) -> tuple[list[Job], list[int]]:
     """Lists all jobs, and the source layer of each layer of the result."""
     slices = self._recipe.slices
     before, after = self._outside(slices[0]), self._outside(slices[-1])
     jobs = [
-      self._job(slices[0], name, name, 0.0, [0] * len(slices[0].inputs))
+      self._outer_job(slices[0], name)
       for name in before
       if _EMBEDDING.fullmatch(name)
     ]
@@ -289,11 +276,19 @@ class Planner:
         jobs += self._layer(part, len(taken), starts, step, count)
         taken.append(starts[0] + step)
     jobs += [
-      self._job(slices[-1], name, name, 0.0, [0] * len(slices[-1].inputs))
+      self._outer_job(slices[-1], name)
       for name in after
       if not _EMBEDDING.fullmatch(name)
     ]
     return jobs, taken
+
+  def _outer_job(self, part: Slice, name: str) -> Job:
+    """Makes the job of a tensor outside of the layers that slices count.
+
+    Layers of another stack, such as a vision tower, are places of a gradient.
+    """
+    place = place_in_stack(name, self._stacks)
+    return self._job(part, name, name, place, [0] * len(part.inputs))
 
   def _lead(self, part: Slice) -> str:
     """Returns the model that names a slice's tensors."""
@@ -330,7 +325,7 @@ class Planner:
     ]
     if not rests:
       raise ValueError(f"{lead} has no layer {at}: {self._layers}.")
-    place = step / (count - 1) if count > 1 else 0.0
+    place = step / (count - 1) if count > 1 else 1.0
     name_at, offsets = self._layers.name_at, [s + step for s in starts]
     return [
       self._job(part, name_at(index, rest), rest, place, offsets)
@@ -348,11 +343,12 @@ class Planner:
       for one, own in zip(part.inputs, names, strict=True)
     ]
     shape = self._shape(part, name, pairs)
+    own_base = part.base or self._recipe.base
     base = self._base(part, names)
     merged = [
       (one, pair)
       for one, pair in zip(part.inputs, pairs, strict=True)
-      if one.model != self._recipe.base
+      if one.model != own_base
     ]
     if not merged:
       raise ValueError(f"{name}: there is nothing to merge beside the base.")
@@ -364,8 +360,16 @@ class Planner:
       sources = (InputTensor(self._reference, own.finetuned),)
       settings = None
     else:
-      sources = tuple(InputTensor(one.model, p.finetuned) for one, p in merged)
-      settings = self._settings(part, [one for one, _ in merged], name, place)
+      sources = tuple(
+        self._by_token(InputTensor(one.model, p.finetuned), name)
+        for one, p in merged
+      )
+      inputs = [
+        (own_name, one)
+        for own_name, one in zip(names, part.inputs, strict=True)
+        if one.model != own_base
+      ]
+      settings = self._settings(part, inputs, name, place)
     return Job(
       name=name,
       shape=shape,
@@ -416,32 +420,61 @@ class Planner:
 
   def _base(self, part: Slice, names: list[str]) -> InputTensor | None:
     """Finds the base's tensor: of its own layer if listed, else the first's."""
-    base = self._recipe.base
-    if base is None:
+    base = part.base or self._recipe.base
+    if base is None or self._recipe.base is None:
       return None
     listed = [
       own
       for one, own in zip(part.inputs, names, strict=True)
       if one.model == base
     ]
-    return InputTensor(base, self._find(base, (listed or names)[0]).finetuned)
+    name = (listed or names)[0]
+    found = self._find(base, name).finetuned
+    return self._by_token(InputTensor(base, found), name)
+
+  def _by_token(self, source: InputTensor, name: str) -> InputTensor:
+    """Returns an input whose rows are in the order of the result's tokens."""
+    plan, model = self._tokens, source.model
+    table = names_of(source.side)[0]
+    if plan is None or not has_tokens(table):
+      return source
+    if plan.is_plain(model, self._models[model].spec[table].shape[0]):
+      return source
+    fills = tuple(
+      (
+        row,
+        tuple(
+          (m, names_of(self._find(m, name).finetuned)[0], n) for m, n in given
+        ),
+      )
+      for row, given in plan.fills[model].items()
+    )
+    return InputTensor(model, Rows(table, plan.own[model]), fills)
 
   def _settings(self, part, inputs, name, place):
-    """Lists the method's numbers, one per input where any input has its own."""
+    """Lists the method's numbers, one per input where any input has its own.
+
+    Args:
+      part: the slice.
+      inputs: (name of the tensor in that input, input) of each.
+      name: the tensor's name in the result.
+      place: of its layer.
+    """
     levels = [part.settings, self._recipe.settings]
     keys = {key for level in levels for key in level}
-    keys |= {key for one in inputs for key in one.settings}
+    keys |= {key for _, one in inputs for key in one.settings}
     found = {}
     for key in sorted(keys | {"weight"}):
-      each = inputs if key in self._own else [None]
-      values = tuple(
-        self._number(
-          [*([one.settings] if one else []), *levels], key, name, place
+      if key in self._own or key in self._recipe.of_inputs:
+        values = tuple(
+          self._number([one.settings, *levels], key, own, place)
+          for own, one in inputs
         )
-        for one in each
-      )
-      ours = "weights" if key == "weight" else key
-      found[ours] = values if key in self._own else values[0]
+        is_one = key not in self._own and len(set(values)) == 1
+        value = values[0] if is_one else values
+      else:
+        value = self._number(levels, key, name, place)
+      found["weights" if key == "weight" else key] = value
     return tuple(sorted(found.items()))
 
   def _number(self, levels: list[Settings], key, name, place) -> float:

@@ -11,7 +11,8 @@ import numpy as np
 
 from jlora.checkpoints.float8 import FLOAT8
 from jlora.merging.checkpoints.planning import InputTensor, Job
-from jlora.pairing.pairs import TensorPart, read_side
+from jlora.merging.checkpoints.tokens import gather_rows
+from jlora.pairing.pairs import Rows, TensorPart, read_side
 
 _ALIGNED = 64  # XLA uses memory of this alignment without copying it
 _READ = 2**18  # entries read at a time: they stay in the cache
@@ -97,12 +98,48 @@ def open_input(
   """
   if stored := find_stored(models, job, source):
     return stored
+  if isinstance(source.side, Rows):
+    return read_by_token(models, source)
   array = read_side(models[source.model], source.side)
   if array.shape[:1] < job.shape[:1]:
     first = next(iter(models.values()))
     rest = read_side(first, TensorPart(job.name, (slice(len(array), None),)))
     array = np.concatenate([array, rest.astype(array.dtype)])
   return array
+
+
+def read_by_token(models: Mapping[str, Any], source: InputTensor) -> np.ndarray:
+  """Reads a table whose rows are in the order of the result's tokens.
+
+  Args:
+    models: name -> checkpoint.
+    source: an input whose side is `Rows`.
+
+  Returns:
+    (rows, ...) in the stored dtype, float32 where rows of others stand in it.
+
+  Raises:
+    ValueError: the side is something else.
+
+  Example:
+    >>> source = InputTensor("a", Rows("w", (1, -1)), ((1, (("b", "v", 0),)),))
+    >>> models = {"a": {"w": np.ones((2, 1))}, "b": {"v": np.zeros((1, 1))}}
+    >>> read_by_token(models, source).tolist()
+    [[1.0], [0.0]]
+  """
+  if not isinstance(source.side, Rows):
+    raise ValueError(f"{source} is no table in the order of tokens.")
+  fills = {
+    row: tuple(((model, name), number) for model, name, number in given)
+    for row, given in source.fills
+  }
+  keys = dict.fromkeys(key for given in fills.values() for key, _ in given)
+  tables = {
+    (model, name): read_side(models[model], TensorPart(name))
+    for model, name in keys
+  }
+  own = read_side(models[source.model], TensorPart(source.side.name))
+  return gather_rows(tables, own, source.side.rows, fills)
 
 
 def pieces_of(shape: Sequence[int], limit: int) -> list[Piece]:

@@ -14,6 +14,9 @@ from jlora.pairing.match import Vocabulary, same_rows
 Setting = Any  # a number, a flag, a gradient, or conditions
 Settings = Mapping[str, Setting]
 
+#: What each model has for itself in every method that knows it.
+OF_INPUTS = ("weight", "density", "gamma", "threshold")
+
 
 class Input(NamedTuple):
   """A model in a merge.
@@ -36,10 +39,44 @@ class Slice(NamedTuple):
   Attributes:
     inputs: what is merged, the same number of layers of each.
     settings: settings of these layers alone.
+    base: what the method subtracts here; None is the recipe's.
   """
 
   inputs: tuple[Input, ...]
   settings: Settings = {}
+  base: str | None = None
+
+
+class TokenSource(NamedTuple):
+  """Where the rows of one token come from in models that lack the token.
+
+  Attributes:
+    model: the model that has it; None is a row of zeros.
+    token: the token there; None is the same token.
+    number: the row there, instead of a token.
+    force: whether models that have the token take this row too.
+  """
+
+  model: str | None = None
+  token: str | None = None
+  number: int | None = None
+  force: bool = False
+
+
+class Tokenizer(NamedTuple):
+  """Which tokens the result has; rows are then merged by token.
+
+  Attributes:
+    source: "base" is the reference's, "union" that and all others' tokens after
+      it, else a path with a tokenizer.
+    tokens: token -> where its rows come from, where the rules are not wanted;
+      None is by the rules. Tokens that the source lacks are added.
+    multiple: the number of rows is rounded up to a multiple of this.
+  """
+
+  source: str
+  tokens: Mapping[str, TokenSource | None] = {}
+  multiple: int = 1
 
 
 class Recipe(NamedTuple):
@@ -60,6 +97,14 @@ class Recipe(NamedTuple):
       reference's. `same_rows`: an error. `common_rows`: rows that a model lacks
       are the reference's, so the smallest model as the reference crops all
       tables. `keep_whole`: the reference's table, not merged.
+    tokenizer: the result's tokens, where it has not simply the reference's;
+      `vocabulary` then decides nothing.
+    chat_template: the result's, as a template, or `auto`: the one that most
+      models have. None is that of the tokenizer.
+    of_inputs: settings that are evaluated for each input, even if they are
+      given for all: conditions then see the names that tensors have in that
+      input, whose layers may have other numbers than the result's.
+    notes: what the report says of the recipe itself.
   """
 
   method: Callable[..., Any]
@@ -69,12 +114,17 @@ class Recipe(NamedTuple):
   reference: str | None = None
   dtype: str | None = None
   vocabulary: Vocabulary = same_rows
+  tokenizer: Tokenizer | None = None
+  chat_template: str | None = None
+  of_inputs: tuple[str, ...] = OF_INPUTS
+  notes: tuple[str, ...] = ()
 
   @property
   def models(self) -> list[str]:
-    """Lists every model, the reference first."""
+    """Lists every model that is merged or subtracted, the reference first."""
     inputs = [one.model for part in self.slices for one in part.inputs]
-    named = [self.reference or self.base, self.base, *inputs]
+    bases = [part.base for part in self.slices]
+    named = [self.reference or self.base, self.base, *bases, *inputs]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -109,6 +159,33 @@ def setting_at(setting: Setting, name: str, place: float) -> Any:
     if wanted in (None, "*") or wanted in name:
       return setting_at(condition["value"], name, place)
   return None
+
+
+def is_gradient(setting: Setting) -> bool:
+  """Returns whether a setting, or any of its conditions, varies by layer.
+
+  Example:
+    >>> is_gradient([0, 1]), is_gradient([{"value": 1}]), is_gradient(2)
+    (True, False, False)
+  """
+  if not isinstance(setting, Sequence) or isinstance(setting, str):
+    return False
+  if isinstance(setting[0], Mapping):
+    return any(is_gradient(one["value"]) for one in setting)
+  return len(setting) > 1
+
+
+def filters_of(setting: Setting) -> list[str]:
+  """Returns the filters of a setting's conditions.
+
+  Example:
+    >>> filters_of([{"filter": "mlp", "value": 1}, {"value": 2}]), filters_of(3)
+    (['mlp'], [])
+  """
+  if not isinstance(setting, Sequence) or isinstance(setting, str):
+    return []
+  conditions = [one for one in setting if isinstance(one, Mapping)]
+  return [one["filter"] for one in conditions if one.get("filter")]
 
 
 def first_setting(

@@ -28,7 +28,7 @@ from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
 from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.numerics.backends import words_of
-from jlora.pairing.layers import configure_layers
+from jlora.pairing.layer_numbers import configure_layers
 from jlora.runs.fingerprints import digest, name_of, replace_text
 from jlora.runs.journal import (
   FOLDER,

@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from jlora.merging.checkpoints.planning import MergePlan, plan_merge
+from jlora.merging.checkpoints.planning import (
+  InputTensor,
+  MergePlan,
+  plan_merge,
+)
+from jlora.merging.checkpoints.reading import read_by_token
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.numerics.kth_largest import kth_of_pieces
-from jlora.pairing.pairs import read_side
+from jlora.pairing.pairs import Rows, read_side
 from jlora.runs.fingerprints import name_of
 from jlora.selection import is_floating
 
@@ -87,6 +92,13 @@ def trim_models(recipe: Recipe, density: float) -> Recipe:
   return recipe._replace(slices=slices)
 
 
+def _read(plan: MergePlan, source: InputTensor) -> np.ndarray:
+  """Reads an input as the merge does, without rows that it lacks at the end."""
+  if isinstance(source.side, Rows):
+    return read_by_token(plan.models, source)
+  return read_side(plan.models[source.model], source.side)
+
+
 def _magnitudes(plan: MergePlan, model: str) -> Iterator[np.ndarray]:
   """Yields |δ| of a model's tensors, each tensor once, in pieces.
 
@@ -99,8 +111,7 @@ def _magnitudes(plan: MergePlan, model: str) -> Iterator[np.ndarray]:
       if source.model != model or job.base is None or key in seen:
         continue
       seen.add(key)
-      own = read_side(plan.models[model], source.side)
-      under = read_side(plan.models[job.base.model], job.base.side)
+      own, under = (_read(plan, one) for one in (source, job.base))
       if is_floating(own.dtype):
         own, under = (np.reshape(x, -1) for x in (own, under))
         for start in range(0, min(own.size, under.size), _PIECE):

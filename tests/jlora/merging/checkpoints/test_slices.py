@@ -15,7 +15,8 @@ from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.merging.checkpoints.mergekit import read_recipe
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import merge_checkpoints
-from jlora.pairing.layers import configure_layers, find_layers
+from jlora.pairing.layer_numbers import configure_layers
+from jlora.pairing.layers import find_layers
 from tests.helpers import tiny_models
 
 TOKENS = torch.arange(7)[None]
