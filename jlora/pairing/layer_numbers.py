@@ -108,6 +108,7 @@ MADE_UP: Mapping[str, tuple[str, ...]] = {
     "deepseek_v4",
     "diffusion_gemma_text",
     "dots1",
+    "dots3_note_text",
     "embedding_gemma2_text",
     "flint",
     "gemma4_text",
@@ -250,6 +251,9 @@ def _renumbered(
       found[key] = [at for at, own in enumerate(taken) if own in value]
     elif key in FIXED and _is_fixed(key, value, count):
       wrong.append(_said(key, value))
+    elif key == "attention_types" and isinstance(value, list):
+      kinds = [kind for some, times in value for kind in some * times]
+      found[key] = [[[kinds[own] for own in taken if own < len(kinds)], 1]]
     elif key == "per_layer_config" and value:
       found[key] = _keyed_anew(value, taken)
     elif isinstance(value, list) and len(value) == count:
