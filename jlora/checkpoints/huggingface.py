@@ -12,6 +12,7 @@ import collections
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from jlora.messages import name_file, name_some
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_NUMBERED = r"-\d+-of-\d+$"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -155,7 +157,7 @@ def stream_checkpoint(
 
 
 def plan_shards(
-  folder: Path, tensors: Shapes, max_bytes: int
+  folder: Path, tensors: Shapes, max_bytes: int, stem: str = "model"
 ) -> dict[Path, dict[str, tuple]]:
   """Deals tensors out to files of at most `max_bytes`, in the order given.
 
@@ -163,6 +165,7 @@ def plan_shards(
     folder: where the files will be.
     tensors: name -> (shape, dtype), or a TensorSpec.
     max_bytes: of arrays in a file; a larger tensor gets a file of its own.
+    stem: what the files' names begin with.
 
   Returns:
     {file: {name: (shape, dtype)}}, named as transformers names them.
@@ -189,9 +192,9 @@ def plan_shards(
     shards[-1][name] = (shape, dtype)
     room -= nbytes
   if len(shards) == 1:
-    return {folder / _SINGLE: shards[0]}
+    return {folder / f"{stem}.safetensors": shards[0]}
   return {
-    folder / f"model-{i:05}-of-{len(shards):05}.safetensors": shard
+    folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard
     for i, shard in enumerate(shards, 1)
   }
 
@@ -210,13 +213,15 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
     "metadata": {"total_size": total},
     "weight_map": dict(sorted(weight_map.items())),
   }
-  temporary = folder / f".{_INDEX}.{secrets.token_hex(6)}.tmp"
+  first = next(iter(shards)).stem
+  name = f"{re.sub(_NUMBERED, '', first)}.safetensors.index.json"
+  temporary = folder / f".{name}.{secrets.token_hex(6)}.tmp"
   try:
     with name_file(temporary), open(temporary, "x", encoding="utf-8") as stream:
       json.dump(index, stream, indent=2)
       stream.flush()
       os.fsync(stream.fileno())
-    os.replace(temporary, folder / _INDEX)
+    os.replace(temporary, folder / name)
   finally:
     temporary.unlink(missing_ok=True)
 

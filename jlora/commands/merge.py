@@ -11,6 +11,7 @@ folders or orbax directories, or `base+adapter` with a PEFT folder.
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from absl import flags
@@ -18,7 +19,8 @@ from absl import flags
 from jlora.commands import entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
-from jlora.merging.checkpoints.mergekit import read_recipe
+from jlora.merging.checkpoints.mergekit import read_recipe, read_recipes
+from jlora.merging.checkpoints.recipes import Recipe
 from jlora.merging.checkpoints.run import merge_checkpoints
 from jlora.merging.checkpoints.trimming import trim_models
 from jlora.pairing.match import common_rows, keep_whole, same_rows
@@ -36,8 +38,15 @@ _VOCABULARY = flags.DEFINE_enum(
   None,
   ["error", "common", "whole"],
   "An embedding whose number of rows is not the reference's: stop, merge the "
-  "common rows, or take the reference's unmerged; by default as the recipe "
-  "says: common with `tokenizer_source: base`, else error.",
+  "common rows, or take the reference's unmerged. By default an error, unless "
+  "the recipe names a tokenizer and rows are merged by token.",
+  flag_values=_FLAGS,
+)
+_INTERMEDIATES = flags.DEFINE_string(
+  "intermediates",
+  None,
+  "The file holds several recipes: the folder for the results of those with a "
+  "name, on which others build. What is finished there is taken as it is.",
   flag_values=_FLAGS,
 )
 _WHOLE = flags.DEFINE_float(
@@ -96,17 +105,40 @@ def main(words: Sequence[str]) -> None:
   if words:
     raise ValueError(f"only flags are taken, got {' '.join(words)}")
   keep_compilations(_CACHE.value)
-  recipe = read_recipe(_CONFIG.value)
+  for place, recipe in _recipes():
+    _merge(recipe, _OUT.value if place is None else str(place), place is None)
+
+
+def _recipes() -> list[tuple[Path | None, Recipe]]:
+  """Reads the recipes, in their order; None is the one for `--out`."""
+  if _INTERMEDIATES.value is None:
+    return [(None, read_recipe(_CONFIG.value))]
+  found = read_recipes(_CONFIG.value, _INTERMEDIATES.value)
+  if all(place is not None for place, _ in found):
+    raise ValueError(
+      f"every recipe in {_CONFIG.value} has a name, so that nothing goes to "
+      f"{_OUT.value}; take the name of the last one away."
+    )
+  return found
+
+
+def _merge(recipe: Recipe, out: str, is_last: bool) -> None:
+  """Runs one recipe; what other recipes build on goes on where it stopped."""
   if _VOCABULARY.value is not None:
+    if recipe.tokenizer is not None:
+      raise ValueError(
+        "the recipe names a tokenizer, so that rows are merged by token; leave "
+        "--vocabulary out."
+      )
     recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
   if _WHOLE.value is not None:
     recipe = trim_models(recipe, _WHOLE.value)
   report = merge_checkpoints(
     recipe,
-    _OUT.value,
+    out,
     key=jax.random.key(_SEED.value),
     max_shard_bytes=int(_SHARD.value * 2**20),
-    resume=_RESUME.value,
+    resume=_RESUME.value or not is_last,
     overwrite=_OVERWRITE.value,
   )
   if _JSON.value:
@@ -115,7 +147,7 @@ def main(words: Sequence[str]) -> None:
   for note in report.notes:
     print(note)
   print(f"{report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB")
-  print(f"written: {_OUT.value}")
+  print(f"written: {out}")
 
 
 COMMAND = Command(
@@ -124,7 +156,7 @@ COMMAND = Command(
   _FLAGS,
   required=("config", "out"),
   groups={
-    "Input": {"config": "FILE", "vocabulary": ""},
+    "Input": {"config": "FILE", "vocabulary": "", "intermediates": "DIR"},
     "Method": {"whole_model_density": "X", "seed": "N"},
     "Output": {"out": "DIR", "shard_mib": "X", "json": ""},
     "Run": {"resume": "", "overwrite": "", "cache": "DIR"},

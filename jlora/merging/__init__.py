@@ -18,7 +18,9 @@ from jlora.merging.arrays.averages import linear as linear
 from jlora.merging.arrays.averages import model_stock as model_stock
 from jlora.merging.arrays.averages import nearswap as nearswap
 from jlora.merging.arrays.averages import passthrough as passthrough
+from jlora.merging.arrays.fusion import arcee_fusion as arcee_fusion
 from jlora.merging.arrays.inputs import read_inputs as read_inputs
+from jlora.merging.arrays.overlaps import ram as ram
 from jlora.merging.arrays.pruning import breadcrumbs as breadcrumbs
 from jlora.merging.arrays.pruning import dare as dare
 from jlora.merging.arrays.pruning import della as della
@@ -36,11 +38,14 @@ from jlora.merging.arrays.task_vectors import (
 from jlora.merging.arrays.task_vectors import sce as sce
 from jlora.merging.arrays.task_vectors import task_arithmetic as task_arithmetic
 from jlora.merging.arrays.task_vectors import ties as ties
-from jlora.merging.checkpoints.mergekit_forms import FORMS as FORMS
 from jlora.merging.checkpoints.mergekit import read_recipe as read_recipe
+from jlora.merging.checkpoints.mergekit import read_recipes as read_recipes
+from jlora.merging.checkpoints.mergekit_forms import FORMS as FORMS
 from jlora.merging.checkpoints.recipes import Input as Input
 from jlora.merging.checkpoints.recipes import Recipe as Recipe
 from jlora.merging.checkpoints.recipes import Slice as Slice
+from jlora.merging.checkpoints.recipes import Tokenizer as Tokenizer
+from jlora.merging.checkpoints.recipes import TokenSource as TokenSource
 from jlora.merging.checkpoints.run import merge_checkpoints as merge_checkpoints
 from jlora.merging.checkpoints.trimming import trim_models as trim_models
 from jlora.merging.trees import magnitude_thresholds as magnitude_thresholds
@@ -51,6 +56,9 @@ __all__ = [
   "Input",
   "Recipe",
   "Slice",
+  "TokenSource",
+  "Tokenizer",
+  "arcee_fusion",
   "breadcrumbs",
   "by_mass",
   "concat",
@@ -72,8 +80,10 @@ __all__ = [
   "nearswap",
   "nuslerp",
   "passthrough",
+  "ram",
   "read_inputs",
   "read_recipe",
+  "read_recipes",
   "sce",
   "slerp",
   "svd_merge",

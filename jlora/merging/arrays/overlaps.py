@@ -25,7 +25,7 @@ def ram(
 ) -> Any:
   """Averages entries that several models change, adds those of one (RAM).
 
-      θ = θ_0 + Σ_{i alone} l_i w_i δ_i + Σ_{i shares} w_i δ_i / Σ_{i shares} w_i
+      θ = θ_0 + Σ_{alone} l_i w_i δ_i + Σ_{share} w_i δ_i / Σ_{share} w_i
 
   A model changes an entry where |δ_i| > ε; it is alone where no other model
   does. Training by reinforcement changes few entries, and each task others: a

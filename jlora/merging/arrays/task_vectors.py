@@ -366,9 +366,9 @@ def sce(
   deltas = given.deltas
   mean = over_models(deltas) / len(deltas)
   spread = over_models((deltas - mean[None]) ** 2) / len(deltas)
-  # Once: computed anew beside its threshold, it may be rounded otherwise.
-  spread = jax.lax.optimization_barrier(spread)
+  # Compilers compute it anew to compare it, and may round it otherwise.
   least = kth_magnitude(spread, count_of(density, spread.size))
+  least = least * jnp.float32(1 - 2**-21)
   selected = (spread >= least) | jnp.isnan(spread)
   taken = jnp.where(selected[None], deltas, 0.0)
   strengths = jax.vmap(inner)(taken, taken).reshape(-1) / spread.size

@@ -13,7 +13,7 @@ from jlora.pairing.pairs import Pair, TensorPart
 
 Catalogue = dict[str, Pair]  # a name as the reference has it -> where it lies
 
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 def list_catalogues(
@@ -34,12 +34,12 @@ def list_catalogues(
     ValueError: models that do not belong together.
 
   Example:
+    >>> import types
     >>> import numpy as np
-    >>> class Model(dict):
-    ...   spec = property(lambda self: self)
-    >>> models = {"a": Model(w=np.ones(2)), "b": Model(w=np.ones(2), v=1)}
-    >>> models["b"].pop("v") and list(list_catalogues(models, common_rows, None))
-    ['a', 'b']
+    >>> model = types.SimpleNamespace(spec={"w": np.ones(2)})
+    >>> found = list_catalogues({"a": model, "b": model}, common_rows, None)
+    >>> found["b"]["w"].finetuned.name
+    'w'
   """
   specs = {
     name: model.spec if tokens is None else tokens.reshaped(model.spec)
@@ -79,15 +79,15 @@ def _catalogue(
 
 def _add_heads(catalogues: Mapping[str, Catalogue]) -> None:
   """Gives tied models a head of their own if any model has one."""
-  if not any(_HEAD in catalogue for catalogue in catalogues.values()):
+  if not any(HEAD in catalogue for catalogue in catalogues.values()):
     return
   for catalogue in catalogues.values():
     tables = [
       name for name in catalogue if name.endswith("embed_tokens.weight")
     ]
-    if _HEAD not in catalogue and len(tables) == 1:
+    if HEAD not in catalogue and len(tables) == 1:
       note = f"tied: {tables[0]} stands for it"
-      catalogue[_HEAD] = catalogue[tables[0]]._replace(path=_HEAD, note=note)
+      catalogue[HEAD] = catalogue[tables[0]]._replace(path=HEAD, note=note)
 
 
 def tensors_left_out(
@@ -124,10 +124,11 @@ def buffers_left_out(models: Mapping[str, Any]) -> list[str]:
     models: name -> checkpoint, the reference first.
 
   Example:
+    >>> import types
     >>> import numpy as np
-    >>> class Model(dict):
-    ...   spec = property(lambda self: self)
-    >>> buffers_left_out({"a": Model(), "b": Model(inv_freq=np.ones(2))})
+    >>> plain = types.SimpleNamespace(spec={})
+    >>> old = types.SimpleNamespace(spec={"inv_freq": np.ones(2)})
+    >>> buffers_left_out({"a": plain, "b": old})
     ['inv_freq: no parameters, of b, left out']
   """
   reference, *others = models

@@ -64,8 +64,8 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
   found = _documents(path)
   if len(found) > 1:
     raise ValueError(
-      f"{path} holds {len(found)} recipes; read them with read_recipes, or in a "
-      "shell give --intermediates=DIR for the results that later ones build on."
+      f"{path} holds {len(found)} recipes; read them with read_recipes, or in "
+      "a shell give --intermediates=DIR, for the results others build on."
     )
   try:
     return _recipe(found[0])
@@ -179,13 +179,15 @@ def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
   raw = _without_modules(raw)
   base = _model(raw["base_model"], places) if "base_model" in raw else None
   slices = raw["slices"] if "slices" in raw else [{"sources": raw["models"]}]
+  if not slices:
+    raise ValueError("There are no slices to merge; list at least one.")
   notes: dict[str, None] = {}
   parts = tuple(
     _slice(name, part, "slices" in raw, places, notes) for part in slices
   )
-  if form.base in ("subtracted", "first"):
-    if base is None and not all(part.base for part in parts):
-      raise ValueError(f"{name} needs a base_model.")
+  needs_base = form.base in ("subtracted", "first") and base is None
+  if needs_base and not all(part.base for part in parts):
+    raise ValueError(f"{name} needs a base_model.")
   if form.base in ("first", "averaged"):
     parts = tuple(_with_base(part, part.base or base, form) for part in parts)
   settings = _numbers(name, raw.get("parameters", {}), False, notes)

@@ -7,6 +7,7 @@ tensor of the result is made of, slice by slice.
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,12 @@ from jlora.checkpoints.merged import merged_dtype
 from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.formats.adapted import open_model
 from jlora.merging.checkpoints.catalogues import (
+  HEAD,
   buffers_left_out,
   list_catalogues,
   tensors_left_out,
 )
+from jlora.merging.checkpoints.companions import Companions, list_companions
 from jlora.merging.checkpoints.recipes import (
   Recipe,
   Settings,
@@ -27,7 +30,7 @@ from jlora.merging.checkpoints.recipes import (
   first_setting,
   is_gradient,
 )
-from jlora.merging.checkpoints.tokens import TokenPlan, has_tokens, plan_tokens
+from jlora.merging.checkpoints.tokens import has_tokens, plan_tokens
 from jlora.messages import name_some
 from jlora.pairing.buffers import why_no_parameter
 from jlora.pairing.layers import (
@@ -90,7 +93,7 @@ class MergePlan(NamedTuple):
     taken: for each layer of the result, its layer in the slice's first model.
     notes: the recipe's, tensors that only one model has and are left out, and
       tokens that differ.
-    tokens: the result's, if rows are merged by token.
+    companions: the small files beside the result.
   """
 
   models: dict[str, Any]
@@ -99,7 +102,36 @@ class MergePlan(NamedTuple):
   config: dict[str, Any]
   taken: list[int]
   notes: list[str]
-  tokens: TokenPlan | None = None
+  companions: Companions = Companions()
+
+  @property
+  def stem(self) -> str:
+    """What the names of the result's files begin with: as the reference's."""
+    return stem_of(self.models[self.reference])
+
+
+def stem_of(model: Any) -> str:
+  """Returns what the names of a folder's files of weights begin with.
+
+  Args:
+    model: an open checkpoint; of a file or anything but a folder of
+      safetensors files the answer is `model`.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   file = f"{tmp}/diffusion_pytorch_model.safetensors"
+    ...   write_safetensors(file, {"w": np.ones(1)})
+    ...   stem_of(open_checkpoint(tmp)), stem_of(open_checkpoint(file))
+    ('diffusion_pytorch_model', 'model')
+  """
+  own = getattr(model, "base", model)
+  if not Path(own.path).is_dir():
+    return "model"
+  files = {one.file for one in own.spec.values()} - {None}
+  stems = {re.sub(r"-\d+-of-\d+", "", file.stem) for file in files}
+  return stems.pop() if len(stems) == 1 else "model"
 
 
 def plan_merge(recipe: Recipe) -> MergePlan:
@@ -153,7 +185,9 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     _other_tokens(recipe, models, jobs) if tokens is None else tokens.notes
   )
   notes += buffers_left_out(models)
-  return MergePlan(models, reference, jobs, config, taken, notes, tokens)
+  small = list_companions(recipe, models, taken, HEAD in names, tokens)
+  notes += small.notes
+  return MergePlan(models, reference, jobs, config, taken, notes, small)
 
 
 def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:

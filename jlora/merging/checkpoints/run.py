@@ -18,17 +18,16 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
 from jlora.checkpoints.safetensors import stream_safetensors
 from jlora.formats.adapted import files_of
+from jlora.merging.checkpoints.companions import place_companions
 from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
 from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.numerics.backends import words_of
-from jlora.pairing.layer_numbers import configure_layers
 from jlora.runs.fingerprints import digest, name_of, replace_text
 from jlora.runs.journal import (
   FOLDER,
@@ -152,7 +151,7 @@ def merge_checkpoints(
     sum(_size(job) for job in plan.jobs),
     plan.notes + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
   )
-  _finish(plan, recipe, out, max_shard_bytes, report)
+  _finish(plan, out, max_shard_bytes, report)
   journal.close()
   return report
 
@@ -165,6 +164,7 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
         {**one._asdict(), "settings": dict(one.settings)} for one in part.inputs
       ],
       "settings": dict(part.settings),
+      "base": part.base,
     }
     for part in recipe.slices
   ]
@@ -194,7 +194,7 @@ def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
     Progress(total, log, errors=False) as progress,
     open_pool() as pool,
   ):
-    for path, shard in plan_shards(folder, spec, limit).items():
+    for path, shard in plan_shards(folder, spec, limit, plan.stem).items():
       todo = [jobs[name] for name in shard]
       if path.exists():
         for job in todo:
@@ -287,7 +287,7 @@ def _size(job: Job) -> int:
 
 
 def _finish(
-  plan: MergePlan, recipe: Recipe, out: Path, limit: int, report: MergeReport
+  plan: MergePlan, out: Path, limit: int, report: MergeReport
 ) -> None:
   """Moves all files into place; `merge.json` last, which marks the end."""
   source = plan.models[plan.reference].path
@@ -295,7 +295,7 @@ def _finish(
     file.unlink()
   folder = out / FOLDER / _SHARDS
   spec = {job.name: (job.shape, job.dtype) for job in plan.jobs}
-  shards = plan_shards(out, spec, limit)
+  shards = plan_shards(out, spec, limit, plan.stem)
   for path in shards:
     if (folder / path.name).exists():
       os.replace(folder / path.name, path)
@@ -304,26 +304,5 @@ def _finish(
   for file in set(out.glob("*.safetensors")) - set(shards):
     file.unlink()
   copy_companions(source, out)
-  if plan.config:
-    text = json.dumps(_configure(plan, recipe), indent=2, sort_keys=True)
-    replace_text(out / "config.json", text + "\n")
+  place_companions(plan.companions, out)
   replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
-
-
-def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:
-  """Returns config.json with changed layers, dtypes and tied head."""
-  config = without_paths(plan.config)
-  if plan.taken:
-    config = configure_layers(config, plan.taken)
-  first = plan.models[plan.reference]
-  spec, is_packed = first.spec, getattr(first, "base", first).companions
-  if is_packed or any(one.dtype.itemsize == 1 for one in spec.values()):
-    config.pop("quantization_config", None)
-  if recipe.dtype is not None:
-    for name in ("dtype", "torch_dtype"):
-      if name in config:
-        config[name] = recipe.dtype
-  heads = {"lm_head.weight"} & {job.name for job in plan.jobs}
-  if heads and config.get("tie_word_embeddings") and not heads & set(spec):
-    config["tie_word_embeddings"] = False
-  return config

@@ -40,6 +40,7 @@ class TokenPlan(NamedTuple):
     added: tokens that the tokenizer's own files lack, in order.
     source: the model or path whose tokenizer files the result has.
     before: the reference's tokens.
+    height: how many rows the reference's tables have.
     notes: what is unusual.
   """
 
@@ -50,6 +51,7 @@ class TokenPlan(NamedTuple):
   added: tuple[str, ...]
   source: str
   before: Tokens
+  height: int
   notes: list[str]
 
   def is_plain(self, model: str, rows: int) -> bool:
@@ -126,7 +128,15 @@ def plan_tokens(recipe: Recipe, models: Mapping[str, Any]) -> TokenPlan | None:
     for name in models
   }
   plan = TokenPlan(
-    tokens, rows, own, fills, added, source, known[reference], []
+    tokens,
+    rows,
+    own,
+    fills,
+    added,
+    source,
+    known[reference],
+    heights[reference],
+    [],
   )
   _check_tables(plan, models, heights)
   return plan._replace(notes=list(_notes(plan, wanted, heights)))
@@ -160,7 +170,7 @@ def _result(
 
 
 def _count(wanted: Tokenizer, tokens: Tokens, height: int) -> int:
-  """Returns the number of rows: of the source's table, unless tokens are more."""
+  """Returns the number of rows: the source's, unless there are more tokens."""
   rows = max(height, max(tokens) + 1)
   return -(-rows // wanted.multiple) * wanted.multiple
 

@@ -12,6 +12,8 @@ from jlora.loras import Lora, dense
 from jlora.merging.adapters import common_spaces, concatenation
 from jlora.merging.arrays import (
   averages,
+  fusion,
+  overlaps,
   pruning,
   singular_vectors,
   sparsifiers,
@@ -189,11 +191,125 @@ def test_breadcrumbs_keeps_the_middle():
   close(found, (3, 0, 0, 2, -4))
 
 
-def test_breadcrumbs_of_few_entries():
-  """mergekit erases what has no outlier; that is an option here."""
+@pytest.mark.parametrize(
+  ("gamma", "wanted"),
+  [
+    (0.0, (3, -5, 0, 0, -4)),
+    (0.01, (3, -5, 0, 0, -4)),  # less than an entry
+    (0.2, (3, 0, 0, 2, -4)),
+    (0.4, (3, 0, 1, 2, 0)),
+    (0.9, (3, 0, 1, 2, 0)),  # more than the density leaves
+  ],
+)
+def test_breadcrumbs_keeps_its_share_for_any_gamma(gamma, wanted):
+  """What mergekit 0.1.5 keeps too."""
   delta = jnp.array([3.0, -5, 1, 2, -4])
-  close(sparsifiers.keep_middle(delta, 0.6), (3, -5, 0, 0, -4))
-  close(sparsifiers.keep_middle(delta, 0.6, erases_small=True), np.zeros(5))
+  close(sparsifiers.keep_middle(delta, 0.6, gamma=gamma), wanted)
+
+
+def test_settings_of_each_model():
+  base = jnp.zeros(5)
+  stack = jnp.stack([jnp.array([3.0, -5, 1, 2, -4])] * 2)
+  found = pruning.breadcrumbs(
+    stack, [1.0, 10.0], base, density=0.6, gamma=[0.0, 0.4]
+  )
+  close(found, (33, -5, 10, 20, -4))
+  loose, tight = jnp.float32([0.0, 0.3])
+  both = pruning.della(
+    stack, [1.0, 0.0], base, density=0.7, epsilon=[loose, tight]
+  )
+  close(
+    both, pruning.della(stack, [1.0, 0.0], base, density=0.7, epsilon=loose)
+  )
+  with pytest.raises(ValueError, match=r"must lie in \[0.4, 0.6\]"):
+    pruning.della(stack, ONES, base, density=0.7, epsilon=[0.1, 0.4])
+
+
+def test_rescaling_what_trims_keep():
+  """mergekit's `rescale` of methods whose papers have none."""
+  given = CHANGES[:1], [1.0], NONE
+  close(task_vectors.ties(*given, density=0.5), (2, -1, 0, 0))
+  close(
+    task_vectors.ties(*given, density=0.5, rescale=rescalings.match_l1),
+    np.array([2, -1, 0, 0]) * 3.5 / 3,
+  )
+  close(
+    pruning.breadcrumbs(
+      *given, density=0.5, gamma=0.25, rescale=rescalings.match_l1
+    ),
+    np.array([0, -1, 0.5, 0]) * 3.5 / 1.5,
+  )
+
+
+def test_a_mean_divides_by_the_weights_and_an_election_by_their_size():
+  """Without an election a weighted mean; with one it keeps the elected sign."""
+  deltas, weights = CHANGES[:, :2], jnp.float32([1.0, -0.5])
+  weighted = weights[:, None] * deltas  # (2, -1), (-0.5, -1.5)
+  plain = consensus.combine(deltas, weights, normalize=True)
+  close(plain, weighted.sum(0) / 0.5)
+  elected = consensus.combine(
+    deltas, weights, elect=consensus.by_mass, normalize=True
+  )
+  close(elected, (2 / 1, -2.5 / 1.5))
+
+
+def test_sce_selects_as_many_entries_as_it_says():
+  """Compiled: the spread is then computed again beside its threshold."""
+  merge = jax.jit(functools.partial(task_vectors.sce, density=0.4))
+  for seed in range(10):
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal((64, 64), np.float32)
+    change = rng.standard_normal((3, 64, 64), np.float32)
+    found = merge(base + np.float32(0.1) * change, np.ones(3, np.float32), base)
+    assert int((np.asarray(found) != base).sum()) == int(0.4 * 64 * 64)
+
+
+def test_ram():
+  """In float64, as its paper has it."""
+  rng = np.random.default_rng(0)
+  acts = rng.random((3, 8, 6)) < 0.4
+  deltas = np.where(acts, rng.standard_normal((3, 8, 6)), 0)
+  base = rng.standard_normal((8, 6))
+  counts = acts.sum(0)
+  shared, alone = acts & (counts > 1), acts & (counts == 1)
+  mean = (shared * deltas).sum(0) / np.maximum(counts, 1)
+  rho = shared.sum((1, 2)) / alone.sum((1, 2))
+  for strength, bound in ((0.0, 0.2), (0.5, 9.0), (0.5, 0.1)):
+    lift = 1 + strength * np.clip(rho, 0, bound)
+    wanted = base + mean + (lift[:, None, None] * alone * deltas).sum(0)
+    found = overlaps.ram(
+      np.float32(base + deltas),
+      np.ones(3),
+      np.float32(base),
+      strength=strength,
+      bound=bound,
+    )
+    close(found, wanted, atol=1e-5)
+
+
+def softmax(x):
+  powers = np.exp(x - x.max(-1, keepdims=True))
+  return powers / powers.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [2.0, 0.7, 1e-4])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 4, 7), (40,), (1,)])
+def test_arcee_fusion(shape, size):
+  """In float64; of these shapes mergekit 0.1.5 takes the same entries."""
+  rng = np.random.default_rng(1)
+  base = rng.standard_normal(shape, np.float32).astype(float)
+  model = np.float32(base + size * rng.standard_normal(shape)).astype(float)
+  p, q = softmax(model), softmax(base)
+  score = np.abs(model - base) * (p * np.log(p / q)).sum(-1, keepdims=True)
+  ordered = np.sort(score, axis=None)
+  low, middle, high = (ordered[(score.size - 1) * k // 4] for k in (1, 2, 3))
+  wanted = np.where(score > middle + 1.5 * (high - low), model, base)
+  for method in (fusion.arcee_fusion, jax.jit(fusion.arcee_fusion)):
+    found = method(np.float32(model)[None], np.float32([1]), np.float32(base))
+    close(found, wanted)
+  assert 0 < (wanted != base).sum() < base.size or score.size == 1
+  same = np.float32(base + 0.5)  # no entry matters more than others
+  close(fusion.arcee_fusion(same[None], [1.0], np.float32(base)), base)
 
 
 def loras(seed=0, ranks=(2, 3), shape=(7, 5)):

@@ -133,6 +133,12 @@ METHODS = {
     jlora.merging.sce, density=0.3, then={"leaves_out": False}
   ),
   "model_stock": row(jlora.merging.model_stock),
+  "ram": row(jlora.merging.ram, then={"scales": False}),
+  "ramplus_tl": row(jlora.merging.ram, strength=0.1, then={"scales": False}),
+  "arcee_fusion": row(
+    jlora.merging.arcee_fusion,
+    then={"models": 1, "whole": False, "scales": False},
+  ),
   "tsv": row(jlora.merging.tsv, then={"whole": False}),
   "iso_c": row(jlora.merging.iso_c, then={"whole": False}),
 }

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 import yaml
 
-from jlora.merging.checkpoints.mergekit import FORMS, read_recipe
-from jlora.merging.checkpoints.recipes import first_setting, setting_at
-from jlora.pairing.match import common_rows, same_rows
+from jlora.merging.arrays.sparsifiers import match_l1, unscaled
+from jlora.merging.checkpoints.mergekit import read_recipe, read_recipes
+from jlora.merging.checkpoints.mergekit_forms import FORMS, IDLE, KNOWN
+from jlora.merging.checkpoints.mergekit_tokenizers import CHAT_TEMPLATES
+from jlora.merging.checkpoints.recipes import (
+  Tokenizer,
+  TokenSource,
+  first_setting,
+  setting_at,
+)
+from jlora.pairing.match import same_rows
 
 TWO = [
   {"model": "a", "parameters": {"weight": 0.7}},
@@ -54,8 +62,45 @@ def test_the_dtype_of_the_result(read):
   assert read({**LINEAR, **both}).dtype == "float16"
 
 
-def test_the_tokenizer_of_the_base_takes_common_rows(read):
-  assert read({**TIES, "tokenizer_source": "base"}).vocabulary is common_rows
+TOKENIZERS = {
+  "tokenizer_source: base": Tokenizer("base"),
+  "tokenizer_source: union": Tokenizer("union"),
+  "tokenizer_source: a": Tokenizer("a"),
+  "tokenizer: {}": Tokenizer("union"),
+  "tokenizer: {source: b, pad_to_multiple_of: 8}": Tokenizer("b", {}, 8),
+  "tokenizer: {source: base, pad_to_multiple_of: null}": Tokenizer("base"),
+  "tokenizer: {tokens: {<x>: {}}}": Tokenizer("union", {"<x>": None}),
+  "tokenizer: {tokens: {<x>: {source: a}}}": Tokenizer(
+    "union", {"<x>": TokenSource("a")}
+  ),
+  "tokenizer: {tokens: {<x>: {source: a, force: true}}}": Tokenizer(
+    "union", {"<x>": TokenSource("a", force=True)}
+  ),
+  "tokenizer: {tokens: {<x>: {source: {kind: zero}}}}": Tokenizer(
+    "union", {"<x>": TokenSource()}
+  ),
+  "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: a, "
+  "token: <y>}}}}": Tokenizer("union", {"<x>": TokenSource("a", "<y>")}),
+  "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: a, "
+  "token_id: 3}}}}": Tokenizer("union", {"<x>": TokenSource("a", None, 3)}),
+}
+
+
+@pytest.mark.parametrize("text", TOKENIZERS)
+def test_tokenizers(read, text):
+  recipe = read(f"{yaml.dump(LINEAR)}{text}\n")
+  assert recipe.tokenizer == TOKENIZERS[text]
+  assert recipe.vocabulary is same_rows
+  assert read(LINEAR).tokenizer is None
+
+
+def test_chat_templates(read):
+  own = "{{ messages[0]['content'] }}"
+  assert read(LINEAR).chat_template is None
+  for given in ("auto", own):
+    assert read({**LINEAR, "chat_template": given}).chat_template == given
+  for name in CHAT_TEMPLATES:
+    assert "{%" in read({**LINEAR, "chat_template": name}).chat_template
 
 
 def test_slices_and_ranges_of_layers(read):
@@ -102,8 +147,9 @@ def test_settings_have_our_names(read):
     ),
     ("karcher", {"max_iter": 3, "tol": 1e-4}, {"steps": 3, "tol": 1e-4}),
     ("model_stock", {"filter_wise": True}, {"axis": -1}),
-    ("breadcrumbs", {"gamma": 0.1}, {"gamma": 0.1, "erases_small": True}),
-    ("della", {"epsilon": 0.1}, {"epsilon": 0.1}),
+    ("ties", {"rescale": True}, {"rescale": match_l1}),
+    ("breadcrumbs", {"rescale": True}, {"rescale": match_l1}),
+    ("dare_ties", {"rescale": False}, {"rescale": unscaled}),
   ],
 )
 def test_what_cannot_vary_is_an_option(read, method, parameters, options):
@@ -120,51 +166,242 @@ def test_what_cannot_vary_is_an_option(read, method, parameters, options):
   assert options.items() <= found.items()
 
 
-def test_an_option_of_each_model_must_be_the_same(read):
-  def recipe(left, right):
-    models = [
-      {"model": name, "parameters": {"weight": 1, "gamma": gamma}}
-      for name, gamma in (("a", left), ("b", right))
+def test_an_option_is_one_for_all_slices(read):
+  def recipe(*given):
+    slices = [
+      {"sources": [{"model": "a", "layer_range": [0, 1]}], "parameters": one}
+      for one in given
     ]
-    return {"merge_method": "breadcrumbs", "base_model": "o", "models": models}
+    return {**LINEAR, "slices": slices, "models": None} | {
+      "parameters": {"weight": 1}
+    }
 
-  assert read(recipe(0.1, 0.1)).method.keywords["gamma"] == 0.1
-  with pytest.raises(ValueError, match=r"gamma is 0.1 and 0.2"):
-    read(recipe(0.1, 0.2))
+  both = recipe({"normalize": False}, {"normalize": False})
+  assert read(both).method.keywords == {"normalize": False}
+  with pytest.raises(ValueError, match="normalize is False, None in slices"):
+    read(recipe({"normalize": False}, {}))
+
+
+def test_numbers_of_each_model(read):
+  """What mergekit has for each model: gamma and epsilon too."""
+  for method, key in (("breadcrumbs", "gamma"), ("della_linear", "epsilon")):
+    models = [
+      {"model": name, "parameters": {"weight": 1, key: value}}
+      for name, value in (("a", 0.1), ("b", 0.2))
+    ]
+    recipe = read({"merge_method": method, "base_model": "o", "models": models})
+    inputs = recipe.slices[0].inputs
+    assert [one.settings[key] for one in inputs] == [0.1, 0.2]
+    assert key in recipe.of_inputs
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_method_is_read(read, name):
   form = FORMS[name]
   given = dict.fromkeys(form.numbers, 0.5)
-  wide = {k: v for k, v in given.items() if k in ("weight", "density")}
-  rest = {k: v for k, v in given.items() if k not in wide}
+  own = {k: v for k, v in given.items() if k in form.by_model}
+  rest = {k: v for k, v in given.items() if k not in own}
   recipe = read({
     "merge_method": name,
     "base_model": "o",
-    "models": [{"model": "a", "parameters": wide}],
+    "models": [{"model": "a", "parameters": own}],
     "parameters": rest,
   })  # fmt: skip
   assert callable(recipe.method)
+  assert recipe.notes == ()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_a_method_does_not_have_is_left_out_and_said(name, read):
+  """As mergekit leaves it out, without a word."""
+  form = FORMS[name]
+  others = sorted(KNOWN - IDLE - {*form.numbers, *form.constants})
+  needed = {key: 1 for key in form.required}
+  recipe = {
+    "merge_method": name,
+    "base_model": "o",
+    "models": [{"model": "a"}],
+    "parameters": {**needed, **dict.fromkeys(others, 1)},
+  }
+  notes = read(recipe).notes
+  assert sorted(note.split(":")[0] for note in notes) == others
+  assert all(f"{name} has no such parameter" in note for note in notes)
+  wide = sorted(set(form.numbers) - set(form.by_model) - set(form.required))
+  model = {"model": "a", "parameters": dict.fromkeys(wide, 1)}
+  notes = read(recipe | {"models": [model], "parameters": needed}).notes
+  assert len(notes) == len(wide)
+  assert all("of a single model: left out" in note for note in notes)
+
+
+def test_negative_weights_under_normalize_are_said(read):
+  """Where signs are elected; without an election the mean is mergekit's."""
+  models = [
+    {"model": "a", "parameters": {"weight": 1}},
+    {"model": "b", "parameters": {"weight": [{"value": [0.5, -0.5]}]}},
+  ]
+  for method, is_said in (
+    ("ties", True), ("della", True), ("task_arithmetic", False),
+    ("dare_ties", False), ("sce", False),
+  ):  # fmt: skip
+    recipe = {"merge_method": method, "base_model": "o", "models": models}
+    notes = [n for n in read(recipe).notes if "negative weights" in n]
+    assert bool(notes) == is_said
+    recipe["parameters"] = {"normalize": method == "dare_ties"}
+    notes = [n for n in read(recipe).notes if "negative weights" in n]
+    assert bool(notes) == (method == "dare_ties")
+
+
+def test_numbers_that_yaml_reads_as_words(read):
+  text = yaml.dump(LINEAR).replace("0.7", "7e-1").replace("0.3", "[1e0, .5e-3]")
+  inputs = read(text).slices[0].inputs
+  assert [one.settings["weight"] for one in inputs] == [0.7, [1.0, 0.0005]]
+  text = "merge_method: karcher\nmodels: [model: a]\nparameters: {tol: 1e-10}\n"
+  assert read(text).method.keywords == {"tol": 1e-10}
+
+
+def test_one_condition_without_a_list(read):
+  models = [
+    {"model": "a", "parameters": {"weight": {"filter": "q", "value": 1}}}
+  ]
+  recipe = read({**LINEAR, "models": models})
+  assert recipe.slices[0].inputs[0].settings == {
+    "weight": [{"filter": "q", "value": 1}]
+  }
+
+
+def test_a_base_of_a_slice(read):
+  def recipe(method, *bases):
+    slices = [
+      {
+        "sources": [
+          {"model": name, "layer_range": [0, 1], "parameters": {"weight": 1}}
+          for name in "ab"
+        ],
+        "base_model": base,
+      }
+      for base in bases
+    ]
+    raw = {"merge_method": method, "slices": slices, "base_model": "a"}
+    return read({**raw, "parameters": {"t": 0.5}})
+
+  found = recipe("slerp", "b", None)
+  firsts = [part.inputs[0].model for part in found.slices]
+  assert firsts == ["b", "a"]
+  found = recipe("task_arithmetic", "o", None)
+  assert [part.base for part in found.slices] == ["o", None]
+  assert found.models == ["a", "o", "b"]
+
+
+def test_karcher_averages_the_base_too(read):
+  for models, expected in ((["a", "b"], ["a", "b", "o"]), (["o", "a"],) * 2):
+    recipe = read({
+      "merge_method": "karcher",
+      "base_model": "o",
+      "models": [{"model": name} for name in models],
+    })  # fmt: skip
+    assert [one.model for one in recipe.slices[0].inputs] == expected
+    assert (recipe.base, recipe.reference) == (None, "o")
+
+
+def test_modules_of_one_kind(read):
+  inner = {"models": TWO}
+  for name in ("default", "text_decoder"):
+    recipe = read({"merge_method": "linear", "modules": {name: inner}})
+    assert recipe == read(LINEAR)
+  with pytest.raises(
+    ValueError, match="modules are vision_tower; known is one"
+  ):
+    read({"merge_method": "linear", "modules": {"vision_tower": inner}})
+
+
+def test_models_in_the_long_form(read):
+  models = [
+    {"model": {"model": {"path": "a"}, "lora": {"path": "l"}}},
+    {"model": {"path": "b"}},
+  ]
+  assert read({"merge_method": "karcher", "models": models}).models == [
+    "a+l",
+    "b",
+  ]
+  with pytest.raises(ValueError, match="a model has revision, which is not"):
+    read({**LINEAR, "models": [{"model": {"path": "a", "revision": "x"}}]})
+
+
+SEVERAL = """
+merge_method: slerp
+base_model: one
+models: [{model: two}]
+parameters: {t: 0.5}
+---
+name: two
+merge_method: passthrough
+models: [{model: one}]
+---
+name: one
+merge_method: passthrough
+models: [{model: a}]
+"""
+
+
+def test_several_recipes_in_a_file(read, tmp_path):
+  file = tmp_path / "recipes.yml"
+  file.write_text(SEVERAL)
+  with pytest.raises(ValueError, match="holds 3 recipes; read them with"):
+    read_recipe(file)
+  found = read_recipes(file, "mid")
+  assert [place and place.as_posix() for place, _ in found] == [
+    "mid/one", "mid/two", None
+  ]  # fmt: skip
+  assert found[-1][1].models == ["mid/one", "mid/two"]
+  for change, said in (
+    (("models: [{model: a}]", "models: [{model: two}]"), "build on each other"),
+    (("name: one", "name: two"), "two recipes have the name two"),
+    (("name: one", ""), "two recipes have no name"),
+    (("name: one", "name: ../one"), "is no name of a folder"),
+  ):
+    file.write_text(SEVERAL.replace(*change))
+    with pytest.raises(ValueError, match=said):
+      read_recipes(file, "mid")
 
 
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    ({"merge_method": "arcee_fusion"}, "'arcee_fusion' is none of linear"),
+    ({"merge_method": "mean"}, "'mean' is none of linear"),
     ({"merge_method": None}, "None is none of"),
-    ({"chat_template": "auto"}, "chat_template, which is not known"),
-    ({"tokenizer_source": "union"}, "'union': only `base`"),
+    ({"chat_template": "chatlm"}, "'chatlm' is none of auto, chatml"),
+    (
+      {"tokenizer_source": "base", "tokenizer": {}},
+      "Give `tokenizer` or `tokenizer_source`",
+    ),
+    ({"tokenizer": {"sauce": "base"}}, "tokenizer has sauce, which is not"),
+    ({"tokenizer": {"pad_to_multiple_of": -1}}, "is -1; give 1 or more"),
+    (
+      {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "one"}}}}},
+      "source of token <x> is {'kind': 'one'}; give {kind: zero}",
+    ),
+    (
+      {"tokenizer": {"tokens": {"<x>": {"force": 1}}}},
+      "force of token <x> is 1",
+    ),
     ({"dtype": "int8"}, "dtype 'int8' is none of"),
     ({"out_dtype": "x"}, "out_dtype 'x' is none of"),
-    ({"slices": []}, "one of the two"),
+    ({"slices": []}, "`models`, `slices` or `modules`, one of them"),
+    ({"slices": [], "models": None}, "no slices to merge"),
     ({"models": []}, "no models to merge"),
     ({"models": ["a"]}, "a model is no mapping: 'a'"),
     ({"models": [{"modle": "a"}]}, "modle, which is not known"),
     ({"models": [{"parameters": {"weight": 1}}]}, "has no `model`"),
     ({"models": [{"model": "a"}]}, "weight is not given for a"),
-    ({"models": [{"model": 1}]}, "model of a model is 1, no str"),
-    ({"parameters": {"densty": 1}}, "parameters densty are not known"),
+    ({"models": [{"model": 1}]}, "1 is no path of a model"),
+    (
+      {"parameters": {"densty": 1}},
+      "parameters densty are not known; is density meant?",
+    ),
+    (
+      {"parameters": {"xyz": 1}},
+      "xyz are not known. linear has normalize, weight",
+    ),
     ({"parameters": {"weight": "much"}}, "weight: 'much' is no number"),
     ({"parameters": {"weight": [[1, 2]]}}, "is no number"),
     ({"parameters": {"weight": [{"filter": "x"}]}}, "weight: None"),
@@ -180,11 +417,6 @@ def test_what_is_not_known_is_said_by_name(read, change, said):
 def test_more_that_is_refused(read):
   with pytest.raises(ValueError, match="ties needs a base_model"):
     read({**TIES, "base_model": None})
-  with pytest.raises(ValueError, match=r"rescale: True .* only False"):
-    read({**TIES, "parameters": {"rescale": True}})
-  models = [{"model": "a", "parameters": {"weight": 1, "lambda": 1}}]
-  with pytest.raises(ValueError, match="lambda of a: one for all models"):
-    read({**TIES, "models": models})
   slices = [{"sources": [{"model": "a", "layer_range": [1]}]}]
   with pytest.raises(ValueError, match=r"layer_range \[1\] of a"):
     read({"merge_method": "passthrough", "slices": slices})
