@@ -88,9 +88,9 @@ def test_the_result_has_the_rows_of_the_reference(name, tmp_path):
 
 
 def test_changes_of_rows_that_a_finetune_lacks_are_none(tmp_path):
-  """Of task vectors too: the base's row less the base's row."""
+  """Of task vectors too: the base's row less the base's row; by token."""
   base = write(tmp_path / "base", list("abcd"), 0)
-  tuned = write(tmp_path / "tuned", list("abc"), 10)
+  tuned = write(tmp_path / "tuned", list("bac"), 10)
   file = tmp_path / "recipe.yml"
   file.write_text(json.dumps({
     "merge_method": "task_arithmetic", "base_model": base,
@@ -98,7 +98,7 @@ def test_changes_of_rows_that_a_finetune_lacks_are_none(tmp_path):
     "tokenizer_source": "base",
   }))  # fmt: skip
   found, _ = merged(tmp_path / "out", read_recipe(file))
-  assert found == [5.0, 6.0, 7.0, 3.0]
+  assert found == [5.5, 5.5, 7.0, 3.0]
 
 
 def test_other_tokens_of_the_same_rows_are_named(tmp_path):
