@@ -9,7 +9,7 @@ GPU := .venv/gpu
 FOREIGN := .venv/foreign
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  test-gpu bench-gpu test-families test-foreign \
+  test-gpu bench-gpu test-families test-foreign test-merges \
   bench-scoring bench-sweep clean
 
 demo: .venv/.demo
@@ -33,6 +33,10 @@ unit: .venv/.test
 # Every model type of the installed transformers; an hour or two on two cores.
 test-families: .venv/.test
 	$(BIN)/python -m tests.families $(ARGS)
+
+# Recipes over all families against float64, and layers in other orders.
+test-merges: .venv/.test
+	$(BIN)/python -m tests.merges $(ARGS)
 
 test-foreign: $(FOREIGN)/.done
 	$(FOREIGN)/bin/python -m tests.foreign $(ARGS)

@@ -117,7 +117,7 @@ def walk(is_old, part=1):
 def test_model_types_follow_or_are_refused(is_old):
   """As transformers writes it now; and as before it wrote lists by layer.
 
-  A sample; `python -m tests.recipes` takes them all.
+  A sample; `python -m tests.merges` takes them all.
   """
   faults, right, refused = walk(is_old, 5)
   assert not faults

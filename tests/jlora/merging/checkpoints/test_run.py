@@ -170,6 +170,33 @@ def test_the_folder_is_a_checkpoint(models, tmp_path):
   assert again == report
 
 
+STEMS = ("diffusion_pytorch_model", "model", "model.fp16")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_files_keep_the_references_names(stem, is_cut, tmp_path):
+  """By which libraries find them: diffusers' components have a name of theirs."""
+  tensors = {name: np.ones(8, np.float32) for name in "vw"}
+  for name in "ab":
+    (tmp_path / name).mkdir()
+    file = tmp_path / name / f"{stem}.safetensors"
+    write_safetensors(file, tensors)
+    (tmp_path / name / "config.json").write_text('{"_class_name": "UNet"}')
+  models = [str(tmp_path / name) for name in "ab"]
+  out = tmp_path / "out"
+  limit = {"max_shard_bytes": 32 if is_cut else 2**20}
+  run(Recipe(jlora.merging.linear, whole(*models)), out, **limit)
+  written = sorted(contents(out).keys() - {"config.json", MERGE})
+  cut = [f"{stem}-0000{at}-of-00002.safetensors" for at in (1, 2)]
+  cut.append(f"{stem}.safetensors.index.json")
+  assert written == (cut if is_cut else [f"{stem}.safetensors"])
+  again = whole(str(out), models[1])  # and so do the results of a result
+  run(Recipe(jlora.merging.linear, again), tmp_path / "again", **limit)
+  assert sorted(contents(tmp_path / "again")) == sorted(contents(out))
+  np.testing.assert_array_equal(open_checkpoint(out)["w"], tensors["w"])
+
+
 def test_an_adapter_on_a_base_is_a_model(models, tmp_path):
   name = "model.layers.1.mlp.up_proj.weight"
   base = open_checkpoint(models[0])

@@ -154,6 +154,95 @@ def test_slices_have_a_base_of_their_own_layers(three, tmp_path):
   assert [found[f"layers.{at}.q_proj"] for at in range(3)] == [1.5, 1.5, 1.0]
 
 
+ONE_LAYER = """
+merge_method: linear
+slices:
+  - sources: [{{model: {b}, layer_range: [0, 2]}}]
+  - sources:
+      - model: {c}
+        layer_range: [2, 3]
+        parameters: {{weight: [0.1, 0.9]}}
+  - sources:
+      - model: {c}
+        layer_range: [1, 3]
+        parameters:
+          weight:
+            - {{filter: layers.2., value: 5}}
+            - {{filter: layers.4., value: 7}}
+            - value: 3
+parameters: {{normalize: false, weight: 1}}
+"""
+
+
+def test_one_layer_and_filters_by_number(three, tmp_path):
+  """The numbers that mergekit 0.1.5 has: the gradient's end, and input names."""
+  _, b, c = three
+  (tmp_path / "recipe.yml").write_text(ONE_LAYER.format(b=b, c=c))
+  report = run(read_recipe(tmp_path / "recipe.yml"), tmp_path / "out")
+  found = corners(tmp_path / "out")
+  layers = [found[f"layers.{at}.q_proj"] for at in range(5)]
+  np.testing.assert_allclose(layers, [1, 1, 1.8, 6, 10], rtol=1e-6)
+  assert report.notes == [
+    "layers [2, 3]: a gradient over one layer is at its end, as in mergekit",
+    *(
+      f"weight, filter layers.{n}.: layers are counted as in the model that "
+      "they come from, as in mergekit"
+      for n in (2, 4)
+    ),
+  ]
+
+
+def test_filters_of_the_whole_merge_see_the_results_numbers(three, tmp_path):
+  a, b, _ = three
+  rule = [{"filter": "layers.2.", "value": 2.0}, {"value": 1.0}]
+  parts = [Slice((Input(b, (0, 2)),)), Slice((Input(b, (1, 3)),))]
+  method = jlora.merging.task_arithmetic
+  recipe = Recipe(method, tuple(parts), {"scale": rule}, base=a)
+  run(recipe, tmp_path / "out")
+  found = corners(tmp_path / "out")
+  assert [found[f"layers.{at}.q_proj"] for at in range(4)] == [1, 1, 2, 1]
+
+
+def test_a_gradient_runs_along_every_stack_of_layers(tmp_path):
+  """Of an encoder and a decoder, of which no configuration tells one."""
+  names = [f"encoder.block.{at}.w" for at in range(3)]
+  names += [f"decoder.block.{at}.w" for at in range(2)] + ["one.layer.0.w"]
+  names += ["shared.weight"]
+  file = tmp_path / "m.safetensors"
+  tensors = {name: np.ones(2, np.float32) for name in names}
+  jlora.checkpoints.write_safetensors(file, tensors)
+  inputs = (Slice((Input(str(file)),)),)
+  recipe = Recipe(jlora.merging.passthrough, inputs, {"weight": [1.0, 3.0]})
+  run(recipe, tmp_path / "out")
+  found = open_checkpoint(tmp_path / "out")
+  assert [float(found[name][0]) for name in names] == [1, 2, 3, 1, 3, 3, 1]
+
+
+def test_slices_with_bases_of_their_own(three, tmp_path):
+  a, b, c = three
+  parts = (
+    Slice((Input(c, (0, 1)),), {}, a),
+    Slice((Input(c, (1, 2)),), {}, b),
+    Slice((Input(c, (2, 3)),)),
+  )
+  recipe = Recipe(jlora.merging.task_arithmetic, parts, {"scale": 3.0}, base=b)
+  run(recipe, tmp_path / "out")
+  found = corners(tmp_path / "out")
+  assert [found[f"layers.{at}.q_proj"] for at in range(3)] == [6, 4, 4]
+
+
+def test_an_order_that_a_configuration_cannot_say(three, tmp_path):
+  """Is refused before anything is written."""
+  _, b, _ = three
+  config = f"{b}/config.json"
+  with open(config, "w") as stream:
+    json.dump({"num_hidden_layers": 5, "first_k_dense_replace": 1}, stream)
+  parts = (Slice((Input(b, (0, 2)),)), Slice((Input(b, (0, 2)),)))
+  with pytest.raises(ValueError, match="first_k_dense_replace 1, which cannot"):
+    run(Recipe(jlora.merging.passthrough, parts), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
 def test_layers_that_are_not_there(three, tmp_path):
   a, b, _ = three
   for parts, said in (
