@@ -360,7 +360,8 @@ def _is_unknown(key: str, value: Any) -> bool:
       and bool(value)
       and all(str(one).isdigit() for one in value)
     )
-  is_number = type(value) is int and value != 0
-  is_list = isinstance(value, list) and bool(value)
-  is_list = is_list and all(type(one) is int for one in value)
-  return (is_number or is_list) and bool(_BY_NUMBER.fullmatch(key))
+  if not isinstance(value, list):
+    is_numbers = type(value) is int and value != 0
+  else:
+    is_numbers = bool(value) and all(type(one) is int for one in value)
+  return is_numbers and bool(_BY_NUMBER.fullmatch(key))

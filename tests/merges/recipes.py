@@ -218,12 +218,16 @@ CASES = {
     of(TRIM, "ab", SHARES, "o", density=0.5),
   ),
   "karcher": Case(
-    "llama", "merge_method: karcher\n" + BETWEEN, of(reference.karcher, "ab")
+    "llama",
+    "merge_method: karcher\n" + BETWEEN,
+    of(reference.karcher, "ab"),
+    1e-5,  # a step of which it stops
   ),
   "karcher with its base": Case(
     "llama",
     "merge_method: karcher\nbase_model: $/o\n" + BETWEEN,
     of(reference.karcher, "abo"),
+    1e-5,
   ),
   "sce": Case(
     "llama",

@@ -63,11 +63,11 @@ def multislerp(models, weights, base):
   return under + shares @ norms * mean / np.linalg.norm(mean)
 
 
-def karcher(models, weights, base, steps=10):
+def karcher(models, weights, base):
   units, shares, norms = _polar(models, 0, weights)
   mean = np.tensordot(shares, units, 1)
   mean /= np.linalg.norm(mean)
-  for _ in range(steps):
+  for _ in range(100):  # until nothing moves
     logs = []
     for unit in units:
       cosine = np.clip((unit * mean).sum(), -1, 1)
@@ -75,7 +75,7 @@ def karcher(models, weights, base, steps=10):
       logs.append((unit - cosine * mean) * (angle / np.sin(angle)))
     tangent = np.tensordot(shares, np.stack(logs), 1)
     size = np.linalg.norm(tangent)
-    if size < 1e-5:
+    if size < 1e-14:
       break
     mean = np.cos(size) * mean + np.sin(size) * tangent / size
   return shares @ norms * mean

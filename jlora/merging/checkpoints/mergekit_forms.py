@@ -58,8 +58,8 @@ _RESCALE = {"rescale": ("rescale", {True: match_l1, False: unscaled})}
 _THINNED = {"weight": "weight", "density": "density", "lambda": "scale"}
 _WEIGHT = ("weight",)
 # Options of our methods.
-_ELECTED = {"elect": by_mass_or_plus}
-_L1 = {"rescale": match_l1}
+_ELECTED: dict[str, Any] = {"elect": by_mass_or_plus}
+_L1: dict[str, Any] = {"rescale": match_l1}
 
 
 def _thinned(

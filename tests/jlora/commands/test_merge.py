@@ -55,6 +55,41 @@ def test_a_bad_merge_is_one_message(run, recipe, tmp_path):
   assert line.startswith("error: model.embed_tokens.weight: vocabulary")
 
 
+def test_several_recipes_build_on_each_other(run, tmp_path):
+  path, out = str(tmp_path / "a.safetensors"), tmp_path / "out"
+  write_safetensors(path, {"w": np.ones(2, np.float32)})
+  models = lambda one: [{"model": one, "parameters": {"scale": 3}}]  # noqa: E731
+  half = {"name": "thrice", "models": models(path)}
+  last = {"models": models("thrice")}
+  both = [{"merge_method": "passthrough", **one} for one in (last, half)]
+  file = tmp_path / "recipes.yml"
+  file.write_text(yaml.dump_all(both))
+  flags = [f"--config={file}", f"--out={out}"]
+  code, said = run(*flags)
+  assert code == 1
+  assert "--intermediates=DIR" in said.err
+  flags.append(f"--intermediates={tmp_path / 'mid'}")
+  for again in ([], ["--overwrite"]):  # what is finished is taken as it is
+    code, said = run(*flags, *again)
+    assert code == 0
+    assert jlora.open_checkpoint(out)["w"].tolist() == [9, 9]
+  assert jlora.open_checkpoint(tmp_path / "mid/thrice")["w"].tolist() == [3, 3]
+  file.write_text(yaml.dump_all([both[1]]))
+  code, said = run(*flags)
+  assert "every recipe" in said.err
+
+
+def test_a_tokenizer_leaves_no_policy_to_choose(run, recipe, tmp_path):
+  raw = yaml.safe_load(pathlib.Path(recipe).read_text())
+  pathlib.Path(recipe).write_text(
+    yaml.dump({**raw, "tokenizer_source": "base"})
+  )
+  flags = [f"--config={recipe}", f"--out={tmp_path / 'out'}"]
+  code, said = run(*flags, "--vocabulary=common")
+  assert code == 1
+  assert "leave --vocabulary out" in said.err
+
+
 def test_models_trimmed_as_wholes(run, tmp_path):
   paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
   for path, values in zip(

@@ -152,14 +152,14 @@ TWO = {"num_hidden_layers": 4}
       {"interleave_moe_layer_step": 1, "moe_layers": [1, 2]},
     ),
     ({"attn_layer_period": 2}, [0, 1, 0, 1, 2], {"attn_layer_period": 2}),
-    ({"moe_layer_freq": [0, 1, 1, 1]}, [0, 0, 1], {"moe_layer_freq": [0, 0, 1]}),
+    ({"moe_layer_freq": [0, 1, 1, 1]}, [0, 1], {"moe_layer_freq": [0, 1]}),
     ({"moe_layer_end_index": 3}, [0, 1, 1], {"moe_layer_end_index": 3}),
     (
       {"per_layer_config": {"01": {"heads": 2}}},
       [1, 0, 1],
       {"per_layer_config": {"00": {"heads": 2}, "02": {"heads": 2}}},
     ),
-    ({"id2label": {"0": "a", "1": "b"}}, [1], {"id2label": {"0": "a", "1": "b"}}),
+    ({"id2label": {"0": "a"}}, [1], {"id2label": {"0": "a"}}),
     (
       {"max_window_layers": 9, "use_sliding_window": False},
       [3, 0],

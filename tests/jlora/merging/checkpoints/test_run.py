@@ -176,7 +176,7 @@ STEMS = ("diffusion_pytorch_model", "model", "model.fp16")
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("is_cut", [False, True])
 def test_files_keep_the_references_names(stem, is_cut, tmp_path):
-  """By which libraries find them: diffusers' components have a name of theirs."""
+  """By which libraries find them; diffusers has a name of its own."""
   tensors = {name: np.ones(8, np.float32) for name in "vw"}
   for name in "ab":
     (tmp_path / name).mkdir()

@@ -175,7 +175,7 @@ parameters: {{normalize: false, weight: 1}}
 
 
 def test_one_layer_and_filters_by_number(three, tmp_path):
-  """The numbers that mergekit 0.1.5 has: the gradient's end, and input names."""
+  """As mergekit 0.1.5: a gradient's end, and the names in the inputs."""
   _, b, c = three
   (tmp_path / "recipe.yml").write_text(ONE_LAYER.format(b=b, c=c))
   report = run(read_recipe(tmp_path / "recipe.yml"), tmp_path / "out")
