@@ -148,6 +148,31 @@ def configure(
   return config
 
 
+def stem_of(model: Any) -> str:
+  """Returns what the names of a folder's files of weights begin with.
+
+  Args:
+    model: an open checkpoint; of a file or anything but a folder of
+      safetensors files the answer is `model`.
+
+  Example:
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   file = f"{tmp}/diffusion_pytorch_model.safetensors"
+    ...   write_safetensors(file, {"w": np.ones(1)})
+    ...   stem_of(open_checkpoint(tmp)), stem_of(open_checkpoint(file))
+    ('diffusion_pytorch_model', 'model')
+  """
+  own = getattr(model, "base", model)
+  if not Path(own.path).is_dir():
+    return "model"
+  files = {one.file for one in own.spec.values()} - {None}
+  stems = {re.sub(r"-\d+-of-\d+", "", file.stem) for file in files}
+  return stems.pop() if len(stems) == 1 else "model"
+
+
 def _folder(path: Any) -> Path:
   """Returns the folder that a checkpoint's small files lie in."""
   path = Path(path)

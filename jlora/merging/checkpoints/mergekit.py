@@ -170,6 +170,8 @@ _MODULES = ("default", "text_decoder")
 
 def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
   """Translates a parsed YAML document into a Recipe."""
+  notes: dict[str, None] = {}
+  raw = _without_stray("the recipe", raw, _TOP, notes)
   _check_keys("the recipe", raw, _TOP)
   raw = {key: value for key, value in raw.items() if value is not None}
   name = raw.get("merge_method")
@@ -181,13 +183,14 @@ def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
   slices = raw["slices"] if "slices" in raw else [{"sources": raw["models"]}]
   if not slices:
     raise ValueError("There are no slices to merge; list at least one.")
-  notes: dict[str, None] = {}
   parts = tuple(
     _slice(name, part, "slices" in raw, places, notes) for part in slices
   )
   needs_base = form.base in ("subtracted", "first") and base is None
   if needs_base and not all(part.base for part in parts):
     raise ValueError(f"{name} needs a base_model.")
+  if form.base == "averaged" and base is not None:
+    notes[f"base_model {base}: {name} averages it too, as in mergekit"] = None
   if form.base in ("first", "averaged"):
     parts = tuple(_with_base(part, part.base or base, form) for part in parts)
   settings = _numbers(name, raw.get("parameters", {}), False, notes)
@@ -261,14 +264,15 @@ def _slice(
   notes: dict[str, None],
 ) -> Slice:
   """Translates one slice and its sources."""
-  _check_keys(
-    "a slice", raw, {"sources": list, "parameters": dict, "base_model": object}
-  )
+  known = {"sources": list, "parameters": dict, "base_model": object}
+  raw = _without_stray("a slice", raw, known, notes)
+  _check_keys("a slice", raw, known)
   keys = {"model": object, "parameters": dict}
   if is_sliced:
     keys["layer_range"] = list
   inputs = []
   for source in raw.get("sources") or []:
+    source = _without_stray("a model", source, keys, notes)
     _check_keys("a model", source, keys)
     if "model" not in source:
       raise ValueError(f"A source has no `model`: {source}.")
@@ -449,6 +453,21 @@ def _differences(
       "divided by the sum of their |weights|; mergekit divides by the sum of "
       "their weights, which turns the change around where it is negative"
     )
+
+
+def _without_stray(
+  what: str, raw: Any, known: Mapping[str, type], notes: dict[str, None]
+) -> Any:
+  """Returns a mapping without parameters that stand outside of `parameters`."""
+  if not isinstance(raw, dict):
+    return raw
+  stray = [key for key in raw if key in KNOWN and key not in known]
+  for key in stray:
+    if key not in IDLE:
+      notes[
+        f"{key} of {what}: left out, as by mergekit; it goes to `parameters`"
+      ] = None
+  return {key: value for key, value in raw.items() if key not in stray}
 
 
 def _all_numbers(setting: Any) -> Iterator[float]:

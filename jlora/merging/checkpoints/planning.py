@@ -7,7 +7,6 @@ tensor of the result is made of, slice by slice.
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,11 @@ from jlora.merging.checkpoints.catalogues import (
   list_catalogues,
   tensors_left_out,
 )
-from jlora.merging.checkpoints.companions import Companions, list_companions
+from jlora.merging.checkpoints.companions import (
+  Companions,
+  list_companions,
+  stem_of,
+)
 from jlora.merging.checkpoints.recipes import (
   Recipe,
   Settings,
@@ -108,30 +111,6 @@ class MergePlan(NamedTuple):
   def stem(self) -> str:
     """What the names of the result's files begin with: as the reference's."""
     return stem_of(self.models[self.reference])
-
-
-def stem_of(model: Any) -> str:
-  """Returns what the names of a folder's files of weights begin with.
-
-  Args:
-    model: an open checkpoint; of a file or anything but a folder of
-      safetensors files the answer is `model`.
-
-  Example:
-    >>> import tempfile
-    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
-    >>> with tempfile.TemporaryDirectory() as tmp:
-    ...   file = f"{tmp}/diffusion_pytorch_model.safetensors"
-    ...   write_safetensors(file, {"w": np.ones(1)})
-    ...   stem_of(open_checkpoint(tmp)), stem_of(open_checkpoint(file))
-    ('diffusion_pytorch_model', 'model')
-  """
-  own = getattr(model, "base", model)
-  if not Path(own.path).is_dir():
-    return "model"
-  files = {one.file for one in own.spec.values()} - {None}
-  stems = {re.sub(r"-\d+-of-\d+", "", file.stem) for file in files}
-  return stems.pop() if len(stems) == 1 else "model"
 
 
 def plan_merge(recipe: Recipe) -> MergePlan:

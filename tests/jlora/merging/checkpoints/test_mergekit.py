@@ -208,7 +208,7 @@ def test_every_method_is_read(read, name):
     "parameters": rest,
   })  # fmt: skip
   assert callable(recipe.method)
-  assert recipe.notes == ()
+  assert len(recipe.notes) == (form.base == "averaged")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -220,17 +220,33 @@ def test_what_a_method_does_not_have_is_left_out_and_said(name, read):
   recipe = {
     "merge_method": name,
     "base_model": "o",
-    "models": [{"model": "a"}],
+    "models": [{"model": "a"}, {"model": "o"}],
     "parameters": {**needed, **dict.fromkeys(others, 1)},
   }
-  notes = read(recipe).notes
+  said = lambda notes: [n for n in notes if "left out" in n]  # noqa: E731
+  notes = said(read(recipe).notes)
   assert sorted(note.split(":")[0] for note in notes) == others
   assert all(f"{name} has no such parameter" in note for note in notes)
   wide = sorted(set(form.numbers) - set(form.by_model) - set(form.required))
   model = {"model": "a", "parameters": dict.fromkeys(wide, 1)}
-  notes = read(recipe | {"models": [model], "parameters": needed}).notes
+  notes = said(read(recipe | {"models": [model], "parameters": needed}).notes)
   assert len(notes) == len(wide)
   assert all("of a single model: left out" in note for note in notes)
+
+
+def test_parameters_outside_of_parameters_are_left_out_and_said(read):
+  """As mergekit leaves them out; a number that is needed is then missed."""
+  models = [{**one, "density": 0.5} for one in TWO]
+  recipe = read({**TIES, "models": models, "normalize": False})
+  assert recipe.notes == (
+    *(
+      f"{what}: left out, as by mergekit; it goes to `parameters`"
+      for what in ("normalize of the recipe", "density of a model")
+    ),
+  )
+  assert "normalize" not in recipe.method.keywords
+  with pytest.raises(ValueError, match="weight is not given for a"):
+    read({**LINEAR, "models": [{"model": "a", "weight": 1}]})
 
 
 def test_negative_weights_under_normalize_are_said(read):
@@ -301,6 +317,9 @@ def test_karcher_averages_the_base_too(read):
     })  # fmt: skip
     assert [one.model for one in recipe.slices[0].inputs] == expected
     assert (recipe.base, recipe.reference) == (None, "o")
+    assert recipe.notes == (
+      "base_model o: karcher averages it too, as in mergekit",
+    )
 
 
 def test_modules_of_one_kind(read):
