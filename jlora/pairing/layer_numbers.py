@@ -234,17 +234,7 @@ def _renumbered(
   kind = str(config.get("model_type"))
   implied = IMPLIED.get(kind, {})
   found = _with_lists({**implied, **config}, count)
-  lacking = [
-    name
-    for name, types in MADE_UP.items()
-    if kind in types and not found.get(name)
-  ]
-  if lacking:
-    raise ValueError(
-      f"config.json of {kind} lacks {name_some(lacking)}, so which layers are "
-      "of what kind hangs on their numbers. Save it anew with transformers, "
-      "which writes that down."
-    )
+  _check_lists(kind, found)
   unknown, wrong = [], []
   for key, value in list(found.items()):
     if key in INDICES and isinstance(value, list):
@@ -266,6 +256,31 @@ def _renumbered(
         wrong.append(_said(key, value))
     elif _is_unknown(key, value):
       unknown.append(_said(key, value))
+  _check_keys(unknown, wrong, taken)
+  return {
+    key: value
+    for key, value in found.items()
+    if key in config or key not in implied
+  }
+
+
+def _check_lists(kind: str, config: Mapping[str, Any]) -> None:
+  """Raises if a model type makes up lists by layer that are not there."""
+  lacking = [
+    name
+    for name, types in MADE_UP.items()
+    if kind in types and not config.get(name)
+  ]
+  if lacking:
+    raise ValueError(
+      f"config.json of {kind} lacks {name_some(lacking)}, so which layers are "
+      "of what kind hangs on their numbers. Save it anew with transformers, "
+      "which writes that down."
+    )
+
+
+def _check_keys(unknown: list[str], wrong: list[str], taken: list[int]) -> None:
+  """Raises if keys are not known, or cannot be said of the new order."""
   if unknown:
     raise ValueError(
       f"config.json has {name_some(unknown)}, which may speak of layers by "
@@ -278,8 +293,6 @@ def _renumbered(
       f"{name_some(map(str, taken))} in this order. Take layers in an order in "
       "which each stays of its kind."
     )
-  is_new = lambda key: key in config or key not in implied  # noqa: E731
-  return {key: value for key, value in found.items() if is_new(key)}
 
 
 def _with_lists(config: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -181,18 +181,10 @@ def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
   raw = _without_modules(raw)
   base = _model(raw["base_model"], places) if "base_model" in raw else None
   slices = raw["slices"] if "slices" in raw else [{"sources": raw["models"]}]
-  if not slices:
-    raise ValueError("There are no slices to merge; list at least one.")
   parts = tuple(
     _slice(name, part, "slices" in raw, places, notes) for part in slices
   )
-  needs_base = form.base in ("subtracted", "first") and base is None
-  if needs_base and not all(part.base for part in parts):
-    raise ValueError(f"{name} needs a base_model.")
-  if form.base == "averaged" and base is not None:
-    notes[f"base_model {base}: {name} averages it too, as in mergekit"] = None
-  if form.base in ("first", "averaged"):
-    parts = tuple(_with_base(part, part.base or base, form) for part in parts)
+  parts = _with_bases(name, parts, base, notes)
   settings = _numbers(name, raw.get("parameters", {}), False, notes)
   _check_required(form, parts, settings, base)
   options = _constants(form, raw, slices)
@@ -290,6 +282,23 @@ def _slice(
     _numbers(name, raw.get("parameters") or {}, False, notes),
     None if base is None else _model(base, places),
   )
+
+
+def _with_bases(
+  name: str, parts: tuple[Slice, ...], base: str | None, notes: dict[str, None]
+) -> tuple[Slice, ...]:
+  """Makes the base what it is to a method; raises if it is lacking."""
+  form = FORMS[name]
+  if not parts:
+    raise ValueError("There are no slices to merge; list at least one.")
+  needs_base = form.base in ("subtracted", "first") and base is None
+  if needs_base and not all(part.base for part in parts):
+    raise ValueError(f"{name} needs a base_model.")
+  if form.base == "averaged" and base is not None:
+    notes[f"base_model {base}: {name} averages it too, as in mergekit"] = None
+  if form.base not in ("first", "averaged"):
+    return parts
+  return tuple(_with_base(part, part.base or base, form) for part in parts)
 
 
 def _is_range(layers: list[Any]) -> bool:

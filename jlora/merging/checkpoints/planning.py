@@ -368,18 +368,15 @@ class Planner:
     notes = dict.fromkeys(
       f"{one.model}: {pair.note}" for one, pair in merged if pair.note
     )
-    own = self._catalogues[self._reference].get(names[0], pairs[0])
-    if any(pair.whole for pair in pairs):
-      sources = (InputTensor(self._reference, own.finetuned),)
-      settings = None
-    else:
+    sources, settings = self._copied(names[0], pairs)
+    if not sources:
       sources = tuple(
         self._by_token(InputTensor(one.model, p.finetuned), name)
         for one, p in merged
       )
       inputs = [
-        (own_name, one)
-        for own_name, one in zip(names, part.inputs, strict=True)
+        (own, one)
+        for own, one in zip(names, part.inputs, strict=True)
         if one.model != own_base
       ]
       settings = self._settings(part, inputs, name, place)
@@ -392,6 +389,13 @@ class Planner:
       settings=settings,
       note="; ".join(notes),
     )
+
+  def _copied(self, name: str, pairs: list[Pair]):
+    """Returns the reference's tensor if it is to be copied, and no settings."""
+    if not any(pair.whole for pair in pairs):
+      return (), None
+    own = self._catalogues[self._reference].get(name, pairs[0])
+    return (InputTensor(self._reference, own.finetuned),), None
 
   def _dtype(
     self, name: str, source: InputTensor, shape: tuple[int, ...]

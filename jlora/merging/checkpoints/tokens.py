@@ -118,7 +118,7 @@ def plan_tokens(recipe: Recipe, models: Mapping[str, Any]) -> TokenPlan | None:
     )
     for name in models
   }
-  base = recipe.reference or recipe.base
+  base, before = recipe.reference or recipe.base, known[reference]
   fills = {
     name: {
       row: _fill(row, tokens, wanted, numbers, own, base)
@@ -127,17 +127,8 @@ def plan_tokens(recipe: Recipe, models: Mapping[str, Any]) -> TokenPlan | None:
     }
     for name in models
   }
-  plan = TokenPlan(
-    tokens,
-    rows,
-    own,
-    fills,
-    added,
-    source,
-    known[reference],
-    heights[reference],
-    [],
-  )
+  height = heights[reference]
+  plan = TokenPlan(tokens, rows, own, fills, added, source, before, height, [])
   _check_tables(plan, models, heights)
   return plan._replace(notes=list(_notes(plan, wanted, heights)))
 
