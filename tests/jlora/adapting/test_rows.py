@@ -209,6 +209,26 @@ def test_rows_lie_where_the_axes_say(name):
     )
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("axes", [[0, 1], (0, 1), [-2, -1], [0, {"y": 1}]])
+def test_results_in_lists_and_tuples(kind, axes):
+  if kind is list and type(axes) is tuple:
+    pytest.skip("as jax.vmap, a tuple of axes is for a tuple")
+  tree = isinstance(axes[1], dict)
+
+  def fn(p, x):
+    y = x @ p["w"]
+    return kind([y, {"y": y.T} if tree else y.T])
+
+  found = adapt_rows(fn, out_axes=axes)({"w": W}, BANK, IDS, X)
+  assert type(found) is kind
+  first, second = found
+  second = second["y"] if tree else second
+  np.testing.assert_array_equal(first, second.T)
+  wanted = adapt_rows(lambda p, x: x @ p["w"])({"w": W}, BANK, IDS, X)
+  np.testing.assert_array_equal(first, wanted)
+
+
 def test_keywords_and_keys():
   def run(p, x, key, *, power, scale=None, flag):
     noise = jax.random.normal(key, (1, 4))
