@@ -4,6 +4,7 @@
 y_i = fn(params + Σ_s weight_is adapter_(ids_is), x_i)
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def adapt_rows(
     of the shape of ids. The whole batch is one program, which fetches each
     row's adapters or masks those of other rows, whichever is less work. Rows of
     id -1 equal the base's. Other ids, weights and adapters of the same shapes
-    do not recompile. Traces fn twice where an argument is shared.
+    do not recompile. Traces fn twice where an argument is shared. Warns where
+    JAX cannot map fn (`ragged_dot`): its rows run one after the other, each of
+    which reads all weights.
 
   Raises:
     ValueError: from the returned function: ids that are no integers, or out of
@@ -118,13 +121,27 @@ def adapt_rows(
     ]
     if any(is_shared) or None in _leaves(out_axes):
       out = _axes_out(fn, params, bank, leaves, axes, whole, out_axes)
-    # Rows come first, then go where out_axes says, whatever holds the results.
-    first = [None if axis is None else 0 for axis in out] or 0
-    mapped = jax.vmap(row, (0, 0, [*at.values()]), first)
-    found = mapped(ids, weights, [leaves[i] for i in at])
+    parts = [jnp.moveaxis(leaves[i], axis, 0) for i, axis in at.items()]
+    found = _each(row, (ids, weights, parts), [axis is None for axis in out])
     return _laid_out(found, *places)
 
   return run
+
+
+def _each(row: Callable[..., list[jax.Array]], given, is_shared) -> Any:
+  """Runs a function of one row on all; first axes are rows."""
+  # Rows go where out_axes says later, whatever holds the results.
+  first = [None if is_one else 0 for is_one in is_shared] or 0
+  try:
+    return jax.vmap(row, 0, first)(*given)
+  except NotImplementedError as error:  # such as products of ragged groups
+    warnings.warn(
+      f"JAX has no program for all rows at once ({error}); they are computed "
+      "one after the other.", stacklevel=3,
+    )  # fmt: skip
+  found = lax.map(lambda parts: row(*parts), given)
+  each = is_shared or [False] * len(found)
+  return [x[0] if one else x for x, one in zip(found, each, strict=True)]
 
 
 def _laid_out(rows: Sequence[jax.Array], tree: Any, axes) -> Any:

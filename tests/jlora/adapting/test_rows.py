@@ -348,3 +348,49 @@ def test_ids_and_weights_of_other_shapes_are_refused():
     rows({"w": W}, BANK, jnp.int32(0), X)
   with pytest.raises(ValueError, match=r"weights are \(4,\); ids \(4, 1\)"):
     rows({"w": W}, BANK, IDS[:, None], X, weights=jnp.ones(4))
+
+
+def experts(p, x):
+  """A layer of experts, (batch, time, 3) -> (batch, time, 4), in groups."""
+  rows = x.reshape(-1, 3)
+  which = (rows[:, :2] > 0).sum(1)
+  order = jnp.argsort(which)
+  counts = jnp.bincount(which, length=3).astype(jnp.int32)
+  y = lax.ragged_dot(rows[order], p["w"], counts)
+  return {"y": y[jnp.argsort(order)].reshape(*x.shape[:2], 4)}
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit])
+def test_what_jax_cannot_map_runs_row_by_row(transform):
+  keys = jax.random.split(KEY, 4)
+  stack = jax.random.normal(keys[0], (3, 3, 4))
+  bank = {
+    "w": Lora(
+      jax.random.normal(keys[1], (COUNT, 3, 2, 3)),
+      jax.random.normal(keys[2], (COUNT, 3, 2, 4)),
+      jnp.ones((COUNT, 3)),
+    )
+  }
+  x = jax.random.normal(keys[3], (5, 4, 3))  # time first
+  run = adapt_rows(experts, in_axes=1, out_axes={"y": 1}, strict=True)
+
+  def loss(bank):
+    return (run({"w": stack}, bank, IDS, x)["y"] ** 2).sum()
+
+  def alone(bank):
+    each = [
+      experts({"w": stack}, x[:, row : row + 1])["y"]
+      if at < 0
+      else experts(
+        apply({"w": stack}, jax.tree.map(lambda x, at=at: x[at], bank)),
+        x[:, row : row + 1],
+      )["y"]
+      for row, at in enumerate(IDS.tolist())
+    ]
+    return sum((y**2).sum() for y in each)
+
+  with pytest.warns(UserWarning, match="one after the other"):
+    found, gradient = transform(jax.value_and_grad(loss))(bank)
+  wanted, right = jax.value_and_grad(alone)(bank)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  chex.assert_trees_all_close(gradient, right, rtol=1e-4, atol=1e-4)
