@@ -218,8 +218,8 @@ class _Reader:
     writes = kept - rows - {*source.along}
     writes |= {i for i, size in enumerate(shape) if size == 1} - rows
     batch = {*range(len(shape))} - rows - writes
-    axes = (tuple(sorted(some)) for some in (batch, rows, writes))
-    return Use("gather", *axes)
+    axes = [tuple(sorted(some)) for some in (batch, rows, writes)]
+    return Use("gather", axes[0], axes[1], axes[2])
 
   def note(self, source: Source, use: Use) -> None:
     """Adds a use, once."""
