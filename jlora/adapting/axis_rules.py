@@ -177,7 +177,7 @@ def _dynamic_slice(operands, params):
   """Slices an Adapted with traced starts."""
   value, *starts = operands
   sizes, rows = params["slice_sizes"], value.rows
-  if sizes[0] == value.shape[0]:
+  if sizes[:1] == value.shape[:1]:
     rows = None  # none is chosen
   if any(map(is_adapted, starts)) or (
     rows is not None and (1, *rows.shape[1:]) != sizes
