@@ -122,7 +122,7 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     _layer(recipe, adapters, stem, tuple(own.get(stem) for own in stems))
     for stem in dict.fromkeys(stem for own in stems for stem in own)
   ]
-  names = find_layers([layer.first.name for layer in layers])
+  names = _layers(recipe, [layer.first.name for layer in layers])
   notes = [*_lacking(recipe, stems), *_other_bases(recipe, adapters)]
   _check_whole(recipe, adapters)
   config = _configure(recipe, adapters, layers)
@@ -232,6 +232,17 @@ def _layer(recipe: Recipe, adapters, stem: str, inputs) -> Layer:
   return Layer(
     first, inputs, (*lead, rank, rows), (*lead, rank, columns), dtype, kernel
   )
+
+
+def _layers(recipe: Recipe, names: Sequence[str]) -> LayerNames:
+  """Finds the layers that settings vary along; without such there are none."""
+  part = recipe.slices[0]
+  levels = [recipe.settings, part.settings]
+  levels += [one.settings for one in part.inputs]
+  varies = any(
+    isinstance(value, Sequence) for own in levels for value in own.values()
+  )
+  return find_layers(names) if varies else LayerNames("", 0)
 
 
 def _lacking(recipe: Recipe, stems: Sequence[Mapping[str, Any]]) -> list[str]:

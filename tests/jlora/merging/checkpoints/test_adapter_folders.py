@@ -253,15 +253,27 @@ models:
   assert config["base_model_name_or_path"] == "some/model"
 
 
-def scaled(folder, by, dtype):
-  """An adapter of one module, its first factor times a number."""
+def test_layers_of_several_kinds_matter_only_to_gradients(tmp_path):
+  given = [
+    scaled(
+      tmp_path / f"a{i}", 1.0 + i, "f4", ("v.layers.0.up", "t.layers.0.up")
+    )
+    for i in range(2)
+  ]
+  run(task_arithmetic, given, tmp_path / "out")
+  assert len(load_peft(tmp_path / "out").loras) == 2
+  with pytest.raises(ValueError, match="Layers of several kinds"):
+    run(task_arithmetic, given, tmp_path / "other", [[0.0, 1.0], [1.0, 0.0]])
+
+
+def scaled(folder, by, dtype, modules=("up",)):
+  """An adapter whose first factors are times a number."""
   folder.mkdir()
-  stem = "base_model.model.up."
   tensors = {
-    f"{stem}lora_A.weight": by * np.ones((2, 5)),
-    f"{stem}lora_B.weight": np.ones((6, 2)),
+    f"base_model.model.{module}.lora_{factor}.weight": x.astype(dtype)
+    for module in modules
+    for factor, x in (("A", by * np.ones((2, 5))), ("B", np.ones((6, 2))))
   }
-  tensors = {name: x.astype(dtype) for name, x in tensors.items()}
   write_safetensors(folder / "adapter_model.safetensors", tensors)
   config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
   config["target_modules"] = ["up"]
