@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.documents import (
+  COUNT,
+  Kind,
+  check_fields,
+  list_of,
+  parse_json,
+)
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora
 from jlora.messages import name_some
@@ -187,7 +194,8 @@ def bits_within(
 
 
 _PARTS = ("bits", "steps", "codes")
-_SHAPES = "jlora_packed_shapes"
+# Key of the shapes in the metadata of a file.
+SHAPES = "jlora_packed_shapes"
 
 
 def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
@@ -218,7 +226,7 @@ def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
     for part in _PARTS
   }
   shapes = {name: module.shape for name, module in packed.items()}
-  write_safetensors(path, tensors, {_SHAPES: json.dumps(shapes)})
+  write_safetensors(path, tensors, {SHAPES: json.dumps(shapes)})
 
 
 def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
@@ -243,10 +251,7 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
     ValueError: /nowhere.safetensors does not exist
   """
   checkpoint = open_checkpoint(path)
-  text = checkpoint.metadata.get(_SHAPES)
-  if text is None:
-    raise ValueError(f"{path} holds no packed Loras: {_SHAPES} is missing.")
-  shapes = {name: tuple(shape) for name, shape in json.loads(text).items()}
+  shapes = packed_shapes(checkpoint)
   expected = {f"{name}.{part}" for name in shapes for part in _PARTS}
   if odd := sorted(expected ^ set(checkpoint)):
     raise ValueError(f"{path}: missing or left over: {name_some(odd)}.")
@@ -260,6 +265,43 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
       "shape; the file is damaged."
     )
   return found
+
+
+_SIDES = Kind(
+  "[in, out] of integers, at least 1",
+  lambda value: list_of(COUNT).fits(value) and len(value) == 2,
+)
+
+
+def packed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+  """Reads the shapes of the matrices whose packed Loras a file holds.
+
+  Args:
+    checkpoint: the file, open.
+
+  Returns:
+    {path: (in, out)}.
+
+  Raises:
+    ValueError: it holds none, or they are damaged.
+
+  Example:
+    >>> import tempfile
+    >>> lora = Lora(np.ones((1, 3)), np.ones((1, 2)), np.float32(1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_packed(f"{folder}/x.safetensors", {"w": pack(lora, 2)})
+    ...   packed_shapes(open_checkpoint(f"{folder}/x.safetensors"))
+    {'w': (3, 2)}
+  """
+  text = checkpoint.metadata.get(SHAPES)
+  place = f"{checkpoint.path}: {SHAPES}"
+  if text is None:
+    raise ValueError(
+      f"{checkpoint.path} holds no packed Loras: {SHAPES} is missing."
+    )
+  found = check_fields(parse_json(text, place), {}, place)
+  check_fields(found, dict.fromkeys(found, _SIDES), place)
+  return {name: (n_in, n_out) for name, (n_in, n_out) in found.items()}
 
 
 def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:

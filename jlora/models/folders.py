@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jlora.checkpoints import documents
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.messages import name_some
@@ -36,7 +37,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
     A dict.
 
   Raises:
-    ValueError: if the folder has no such file.
+    ValueError: if the folder has no such file, or it is damaged.
 
   Example:
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +47,9 @@ def read_config(folder: Folder) -> dict[str, Any]:
     {'model_type': 'llama'}
   """
   path = pathlib.Path(folder) / "config.json"
-  if not path.is_file():
+  if not path.exists():
     raise ValueError(f"{path} is missing: not a Hugging Face model folder")
-  return json.loads(path.read_text())
+  return documents.read_config(path)
 
 
 def load(

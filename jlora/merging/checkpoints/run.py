@@ -18,6 +18,17 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.checkpoints.documents import (
+  NULL,
+  OBJECT,
+  SIZE,
+  TEXT,
+  check_fields,
+  either,
+  list_of,
+  read_object,
+  record_of,
+)
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
@@ -130,7 +141,7 @@ def merge_checkpoints(
   if resume or overwrite:
     remove_closed(out)
   if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
-    report = MergeReport(**json.loads((out / MERGE).read_text()))
+    report = read_merge(out / MERGE)
     check_fingerprint(out / MERGE, report.settings, settings)
     return report
   plan = plan_merge(recipe)
@@ -155,6 +166,44 @@ def merge_checkpoints(
   _finish(plan, recipe, out, max_shard_bytes, report)
   journal.close()
   return report
+
+
+_INPUT = record_of({"model": TEXT})
+_SLICE = record_of({"inputs": list_of(_INPUT)})
+_FIELDS = {
+  "settings": OBJECT,
+  "tensors": SIZE,
+  "nbytes": SIZE,
+  "notes": list_of(TEXT),
+}
+_SETTINGS = {
+  "base": either(TEXT, NULL),
+  "method": TEXT,
+  "slices": list_of(_SLICE),
+}
+
+
+def read_merge(path: str | os.PathLike) -> MergeReport:
+  """Reads the report of a merge.
+
+  Args:
+    path: a `merge.json`.
+
+  Returns:
+    MergeReport.
+
+  Raises:
+    ValueError: no such file, or it is no report of a merge.
+
+  Example:
+    >>> read_merge("/nowhere/merge.json")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere/merge.json cannot be read: No such file or directory
+  """
+  found = read_object(path, _FIELDS, required=[*_FIELDS])
+  check_fields(found["settings"], _SETTINGS, f"{path}: settings")
+  return MergeReport(**{name: found[name] for name in _FIELDS})
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:
