@@ -258,7 +258,7 @@ def check_fields(
     Traceback (most recent call last):
     ...
     ValueError: adapter_config.json: r is '8', needed is an integer, at least 1;
-    it
+    mend it
   """
   if not isinstance(found, dict):
     raise ValueError(f"{place} holds no object but {shortened(found)}; mend it")

@@ -26,6 +26,7 @@ from jlora.checkpoints.documents import (
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora
 from jlora.messages import name_some
+from jlora.numerics.finite import is_finite, not_finite
 
 #: Squared error of the best uniform quantiser of a standard normal variable by
 #: bits, and its step (Max, 1960, table II; checked by a test).
@@ -78,7 +79,8 @@ def pack(lora: Lora, bits: Any = 4) -> Packed:
     each unit's energy. O(r (in + out)) on the host.
 
   Raises:
-    ValueError: bits outside 0..8, not one width per unit, or a stacked Lora.
+    ValueError: bits outside 0..8, not one width per unit, a stacked Lora, or
+      one that is not finite.
 
   Example:
     >>> a, b = np.ones((2, 3)), np.array([[1.0, -1.0], [0.5, 0.5]])
@@ -311,8 +313,12 @@ def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
       f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
       "pack the members of a stack one by one."
     )
-  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
+  with np.errstate(over="ignore", invalid="ignore"):
+    a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
   b = np.asarray(lora.b, np.float32)
+  for side, factor in (("a, times the scale,", a), ("b", b)):
+    if not is_finite(factor):
+      raise not_finite(side, factor, np.float32)
   widths = np.asarray(bits)
   if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
     raise ValueError(

@@ -38,8 +38,10 @@ from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
 from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
+from jlora.messages import name_some
 from jlora.numerics.backends import words_of
 from jlora.pairing.layers import configure_layers
+from jlora.pairing.pairs import names_of
 from jlora.runs.fingerprints import digest, name_of, replace_text
 from jlora.runs.journal import (
   FOLDER,
@@ -85,9 +87,9 @@ def merge_checkpoints(
       out[name] = round(method([model[name], ...], weights, base[name]))
 
   Merges are computed in float32 and rounded once, whatever the models are
-  stored in. The folder holds safetensors files (with an index if there are
-  several), the reference's config.json, adapted to the result's layers and
-  dtype, its tokenizer, and `merge.json`.
+  stored in; that a model is float64 is a note. The folder holds safetensors
+  files (with an index if there are several), the reference's config.json,
+  adapted to the result's layers and dtype, its tokenizer, and `merge.json`.
 
   Args:
     recipe: what to merge; `read_recipe` reads one.
@@ -113,8 +115,10 @@ def merge_checkpoints(
 
   Raises:
     ValueError: models that cannot be read or do not belong together, layers
-      that do not exist, settings that the method refuses, a folder that is not
-      empty, or a journal of another run.
+      that do not exist, settings that the method refuses, NaN or infinity in
+      a parameter, a result larger than its dtype holds, a tensor that is an
+      integer in one model and not in another, a folder that is not empty, or a
+      journal of another run.
 
   Example:
     >>> import io, tempfile
@@ -161,7 +165,9 @@ def merge_checkpoints(
     settings,
     len(plan.jobs),
     sum(_size(job) for job in plan.jobs),
-    plan.notes + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+    plan.notes
+    + _note_wide(plan, merger)
+    + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
   )
   _finish(plan, recipe, out, max_shard_bytes, report)
   journal.close()
@@ -328,6 +334,20 @@ def _make(merger, job, piece, measured) -> np.ndarray:
   """Merges a piece, given the sums over all pieces."""
   # The pool has begun all of them before, so this wait cannot deadlock.
   return merger(job, piece, [future.result() for future in measured])
+
+
+def _note_wide(plan: MergePlan, merger: Merger) -> list[str]:
+  """Describes tensors that are float64 and merged in float32."""
+  wide = [
+    job.name
+    for job in plan.jobs
+    if not merger.is_copied(job)
+    and any(
+      plan.models[one.model].spec[names_of(one.side)[0]].dtype == np.float64
+      for one in job.sources
+    )
+  ]
+  return [f"{name_some(wide)}: float64, merged in float32"] if wide else []
 
 
 def _size(job: Job) -> int:
