@@ -10,6 +10,7 @@ field; the files that read a document have the tables of its fields.
 
 import collections
 import json
+import numbers
 import os
 import reprlib
 import stat
@@ -148,12 +149,15 @@ class Kind(NamedTuple):
 
 def _is_integer(value: Any) -> bool:
   """Returns whether a value is an integer that 64 bits hold; flags are none."""
-  return type(value) is int and -(2**63) <= value < 2**63
+  is_plain = type(value) is int or (
+    isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  )
+  return is_plain and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any, most: float = 3.4e38) -> bool:
   """Returns whether a value is a number that float32 holds; flags are none."""
-  is_real = isinstance(value, int | float) and not isinstance(value, bool)
+  is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
   return is_real and -most <= value <= most
 
 
@@ -168,6 +172,18 @@ REAL = Kind("a finite number", lambda value: _is_number(value, _LARGEST_REAL))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 NULL = Kind("null", lambda value: value is None)
+
+
+def count_to(most: int) -> Kind:
+  """Returns the kind of integers from 1 to a bound.
+
+  Example:
+    >>> count_to(9).fits(10)
+    False
+  """
+  return Kind(
+    f"an integer, 1 to {most}", lambda x: _is_integer(x) and 1 <= x <= most
+  )
 
 
 def list_of(kind: Kind) -> Kind:

@@ -177,7 +177,8 @@ def changed(name, base, loras, views, biases, full) -> np.ndarray:
   Arguments as for `check_changes`.
 
   Example:
-    >>> changed("b", {"b": np.ones(2)}, {}, {}, {"b": np.ones(2)}, {})
+    >>> base = {"b": np.ones(2, np.float32)}
+    >>> changed("b", base, {}, {}, {"b": np.ones(2)}, {})
     array([2., 2.], dtype=float32)
   """
   array = np.asarray(full[name]) if name in full else base[name]

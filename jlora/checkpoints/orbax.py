@@ -107,6 +107,7 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
     (2, 3)
   """
   folder = Path(folder).absolute()
+  _check_files(folder)
   try:
     found = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
   except Exception as error:  # damaged metadata fails in many ways
@@ -193,6 +194,24 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
       tree = _nested(tree)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, tree)
+
+
+def _check_files(folder: Path) -> None:
+  """Raises if anything in a folder is no file: reading a pipe would not end."""
+  folders = [folder]
+  while folders:
+    try:
+      with os.scandir(folders.pop()) as inside:
+        for entry in inside:
+          if entry.is_dir():
+            # Links could lead round and round.
+            folders += [] if entry.is_symlink() else [Path(entry.path)]
+          elif not entry.is_file():
+            raise ValueError(f"{entry.path} is no regular file; give one")
+    except OSError as error:
+      raise ValueError(
+        f"{error.filename} cannot be read: {error.strerror}"
+      ) from error
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,11 @@ def load(
   if apply.shape.tied and (head := sources.pop("head/kernel", None)):
     _check_tied(head, sources, checkpoint, folder)
   shapes = {path: source.shape for path, source in sources.items()}
+  if apply.shape.layers > len(shapes):  # to lay them out would take long
+    raise ValueError(
+      f"{folder}: config.json asks for {apply.shape.layers} layers, and there "
+      f"are {len(shapes)} weights; fetch the folder again"
+    )
   _check_shapes(shapes, _expected(apply), folder)
   rules = rules_for(shapes) if rules is RULES else rules
   # Auto axes: the networks do not specify shardings of their products.

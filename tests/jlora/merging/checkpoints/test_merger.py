@@ -186,9 +186,7 @@ def test_dare_by_options_that_need_a_whole_tensor_is_not_cut(merger_of):
 
 
 @pytest.mark.parametrize("name", [*SLERPS, "linear", "task_arithmetic", "dare"])
-def test_nan_of_a_model_is_an_error_in_pieces_and_in_the_whole(
-  name, merger_of
-):
+def test_nan_of_a_model_is_an_error_in_pieces_and_in_the_whole(name, merger_of):
   merger, job = merger_of(name, nan=True)
   for make in (merger, lambda job: in_pieces(merger, job)):
     with pytest.raises(ValueError, match="^w of a: 1 of .* are NaN or infini"):
