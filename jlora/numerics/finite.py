@@ -58,7 +58,7 @@ def rounded(name: str, x: Any, dtype: Any) -> np.ndarray:
     65504; store it in bfloat16 or float32
   """
   x = np.asarray(x)
-  with np.errstate(over="ignore"):  # told below
+  with np.errstate(over="ignore", invalid="ignore"):  # told below
     out = x.astype(dtype, copy=False)
   if not is_finite(out):
     raise not_finite(name, x, out.dtype)
@@ -78,7 +78,8 @@ def not_finite(name: str, x: np.ndarray, dtype: Any) -> ValueError:
     w: 1 of 2 values are NaN or infinite; a checkpoint is damaged or training
     diverged
   """
-  wide = x.astype(np.float64)
+  with np.errstate(invalid="ignore"):
+    wide = x.astype(np.float64)
   lost = int(np.count_nonzero(~np.isfinite(wide)))
   if lost:
     return ValueError(

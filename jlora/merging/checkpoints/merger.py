@@ -29,6 +29,7 @@ from jlora.merging.checkpoints.reading import (
 )
 from jlora.messages import name_some
 from jlora.numerics.finite import is_finite, not_finite, rounded
+from jlora.pairing.comparison import stored_dtype
 from jlora.paths import key_for
 from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
@@ -152,12 +153,11 @@ class Merger:
       they lie if the tensor is only copied.
 
     Raises:
-      ValueError: as the method; tensors that are not floating and differ, or
-        of which only some are floating; NaN or infinity in a parameter; or a
-        result that its dtype does not hold. Names the tensor.
+      ValueError: as the method; tensors that are not floating and differ; NaN
+        or infinity in a parameter; or a result that its dtype does not hold.
+        Names the tensor.
     """
     leaves = self._open(job)
-    _check_kinds(job, leaves)
     if self.is_copied(job):
       return _copied(job, leaves[0][() if piece is None else piece.index])
     if not is_floating(job.dtype):
@@ -234,6 +234,28 @@ class Merger:
     except ValueError as error:
       raise ValueError(f"{job.name}: {error}") from error
 
+  def check_kinds(self, job: Job) -> None:
+    """Raises unless all inputs of a tensor are floating as it is, or none is.
+
+    Args:
+      job: what a tensor is made of; headers are looked at.
+
+    Raises:
+      ValueError: names the tensor, and each model with its dtype.
+    """
+    given = [*job.sources, *([] if job.base is None else [job.base])]
+    dtypes = {
+      one.model: stored_dtype(self._models[one.model], one.side)
+      for one in given
+    }
+    if len({is_floating(x) for x in (job.dtype, *dtypes.values())}) > 1:
+      said = name_some(f"{name} {dtype}" for name, dtype in dtypes.items())
+      raise ValueError(
+        f"{job.name} is {job.dtype} in the result and of several kinds in the "
+        f"models: {said}. Integers are not merged with floats; dequantise them "
+        "first."
+      )
+
   def _is_told(self, job: Job, setting: str) -> bool:
     """Returns whether an argument of the method is already set."""
     return setting in self._defaults or setting in dict(job.settings or ())
@@ -269,20 +291,6 @@ def _numbers(job: Job) -> dict[str, Any]:
 def _layout(piece: Piece) -> tuple[int, int]:
   """Returns the padded shape of a piece, one of two to compile few programs."""
   return (_SMALL if piece.size <= _SMALL else _PIECE) // _ROW, _ROW
-
-
-def _check_kinds(job: Job, leaves: Sequence[Any]) -> None:
-  """Raises unless all inputs of a tensor are floating as it is, or none is."""
-  models = [one.model for one in job.sources]
-  models += [job.base.model] if job.base else []
-  said = [f"{m} {x.dtype}" for m, x in zip(models, leaves, strict=True)]
-  dtypes = [job.dtype, *(leaf.dtype for leaf in leaves)]
-  if len({is_floating(dtype) for dtype in dtypes}) > 1:
-    raise ValueError(
-      f"{job.name} is {job.dtype} in the result and of several kinds in the "
-      f"models: {name_some(said)}. Integers are not merged with floats; "
-      "dequantise them first."
-    )
 
 
 def _why_not_finite(job: Job, leaves, dtype: np.dtype) -> ValueError:

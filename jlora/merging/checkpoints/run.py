@@ -152,6 +152,8 @@ def merge_checkpoints(
   merger = Merger(recipe.method, plan.models, key)
   for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
     merger.check(job)
+  for job in plan.jobs:
+    merger.check_kinds(job)
   check_folder(out, MERGE, resume=resume, overwrite=overwrite)
   inputs = {
     f"model {name}": [digest(file) for file in files_of(model)]
