@@ -94,9 +94,11 @@ def _shapes(file: pathlib.Path) -> tuple[Spec, None]:
     dtype = jnp.dtype(said)
   except TypeError as error:
     raise ValueError(f"{file}: dtype {said!r} is not known.") from error
-  made = jax.eval_shape(
-    lambda key: init(config, key, dtype=dtype)[1], jax.random.key(0)
-  )
+  make = lambda key: init(config, key, dtype=dtype)[1]  # noqa: E731
+  try:
+    made = jax.eval_shape(make, jax.random.key(0))
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}") from error
   leaves = flatten(made)
   return {p: (leaf.shape, dtype.itemsize) for p, leaf in leaves.items()}, None
 

@@ -461,8 +461,8 @@ def rounding_line(report: Report) -> str:
   """
   totals = report.totals
   learnt, parts = totals.get("learnt_norm"), []
-  if learnt is not None:
-    told = [r for r in report.modules if r["learnt_norm"] is not None]
+  if learnt is not None and totals.get("rounding_share") is not None:
+    told = [r for r in report.modules if r.get("learnt_norm") is not None]
     stored = sum(row["norm"] ** 2 for row in told) ** 0.5
     parts.append(
       f"learnt {learnt:.4g} (norm, estimated), stored {stored:.4g}; "

@@ -33,15 +33,15 @@ _ROW = {
   "relative_change": _MAYBE,
   "optimality": _MAYBE,
   "stable_rank": REAL,
-  "effective_rank": REAL,
   "noise_floor_rank": SIZE,
-  "learnt_norm": _MAYBE,
-  "rounding_share": _MAYBE,
-  "unchanged": _MAYBE,
   "singular_values": list_of(REAL),
   "bytes": SIZE,
   "parameter_bytes": SIZE,
 }
+# What rounding did, which older reports do not tell.
+_ROUNDING = dict.fromkeys(
+  ("learnt_norm", "rounding_share", "unchanged"), either(REAL, NULL)
+)
 _LEDGER_ROW = {
   "base": list_of(TEXT),
   "finetuned": list_of(TEXT),
@@ -53,15 +53,11 @@ _TOTALS = {
   "modules": SIZE,
   "relative_error": REAL,
   "energy": REAL,
-  "learnt_norm": _MAYBE,
-  "rounding_share": _MAYBE,
-  "not_identifiable": SIZE,
-  "unchanged": _MAYBE,
   "adapter_bytes": SIZE,
   "parameter_bytes": SIZE,
   "ledger": table_of(SIZE),
 }
-_MORE_TOTALS = {"floating_bytes": _OF_BOTH, "unmatched_bytes": _OF_BOTH}
+_UNMATCHED = {"floating_bytes": _OF_BOTH, "unmatched_bytes": _OF_BOTH}
 _SETTINGS = {"base": TEXT, "finetuned": TEXT, "profile": TEXT}
 _VERIFIED = record_of(
   {"by": TEXT, "version": TEXT, "modules": SIZE, "worst_difference": _MAYBE}
@@ -104,10 +100,13 @@ def check_report(found: Any, place: str, version: int) -> dict[str, Any]:
   if other := found.keys() - _FIELDS.keys():
     raise ValueError(f"{place}: {sorted(other)[0]!r} is no field of a report.")
   check_fields(found["settings"], _SETTINGS, f"{place}: settings")
-  totals, said = {**_TOTALS, **_MORE_TOTALS}, f"{place}: totals"
-  check_fields(found["totals"], totals, said, required=[*_TOTALS])
+  totals, said = found["totals"], f"{place}: totals"
+  both = _UNMATCHED if _UNMATCHED.keys() & totals else {}
+  fields = {**_TOTALS, **_ROUNDING, "not_identifiable": SIZE, **both}
+  check_fields(totals, fields, said, required=[*_TOTALS, *both])
   for at, row in enumerate(found["modules"]):
-    check_fields(row, _ROW, f"{place}: modules, {at}", required=[*_ROW])
+    here = f"{place}: modules, {at}"
+    check_fields(row, {**_ROW, **_ROUNDING}, here, required=[*_ROW])
   for at, row in enumerate(found["ledger"]):
     here = f"{place}: ledger, {at}"
     check_fields(row, _LEDGER_ROW, here, required=[*_LEDGER_ROW])

@@ -100,9 +100,10 @@ def load(
     >>> bool((loaded["norm"]["scale"] == params["norm"]["scale"]).all())
     True
   """
-  apply = networks.build(read_config(folder), dtype=dtype)
+  config = read_config(folder)
   checkpoint = open_checkpoint(folder)
   try:
+    apply = networks.build(config, dtype=dtype)
     sources = names.find_sources(
       {name: spec.shape for name, spec in checkpoint.spec.items()}
     )
