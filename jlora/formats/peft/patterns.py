@@ -322,6 +322,7 @@ def _one_of(letters: _Letters) -> _Part:
   """Returns the part for one letter of a set."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     name.count()
     here = letters(name)
     return (bits >> 1) & here if backwards else (bits & here) << 1
@@ -333,6 +334,7 @@ def _run_of(letters: _Letters, one: _Part, low: int) -> _Part:
   """Returns the part for as many letters of a set as one likes."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     name.count()
     bits = one(name, bits, backwards) if low else bits
     here = letters(name)
@@ -352,6 +354,7 @@ def _in_turn(parts: Sequence[_Part]) -> _Part:
   """Returns the part for parts one after the other."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     for one in reversed(parts) if backwards else parts:
       if not bits:
         return 0
@@ -365,6 +368,7 @@ def _any_of(ways: Sequence[_Part]) -> _Part:
   """Returns the part for any of several parts."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     found = 0
     for one in ways:
       found |= one(name, bits, backwards)
@@ -377,6 +381,7 @@ def _repeat(one: _Part, low: int, high: int | None) -> _Part:
   """Returns the part for `low` to `high` times another."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     for _ in range(low):
       name.count()
       bits = one(name, bits, backwards)
@@ -399,6 +404,7 @@ def _look(is_ahead: bool, is_wanted: bool, inner: _Part) -> _Part:
   """Returns the part for a look ahead or behind, which moves nothing."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     del backwards
     there = inner(name, name.all, is_ahead)
     return bits & (there if is_wanted else ~there)
@@ -426,6 +432,7 @@ def _at_word(is_wanted: bool) -> _Part:
   """Returns the part for a place where a word begins or ends, or for others."""
 
   def part(name: _Name, bits: int, backwards: bool) -> int:
+    """Maps positions to positions."""
     word = _bits_of_set(_WORD, name)
     edge = word ^ word << 1
     return bits & (edge if is_wanted else ~edge)
