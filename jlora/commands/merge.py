@@ -5,9 +5,12 @@
 
 Writes a checkpoint folder that transformers loads, with `merge.json`: the
 recipe, and what is not as usual. Models are safetensors files, Hugging Face
-folders or orbax directories, or `base+adapter` with a PEFT folder.
+folders or orbax directories, or `base+adapter` with a PEFT folder. Of PEFT
+folders alone it makes a PEFT folder: their changes are added exactly, whatever
+their factors are, or merged by ties, dare, della, breadcrumbs or sce.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from absl import flags
 from jlora.commands import entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.merging.adapters.common_spaces import core_space, knots
 from jlora.merging.checkpoints.mergekit import read_recipe
 from jlora.merging.checkpoints.run import merge_checkpoints
 from jlora.merging.checkpoints.trimming import trim_models
@@ -46,6 +50,22 @@ _WHOLE = flags.DEFINE_float(
   "Of ties: trim each model as a whole, as the paper does, to this share of "
   "its changes, instead of each tensor by the recipe's density. Reads the "
   "models twice more.",
+  flag_values=_FLAGS,
+)
+_RANK = flags.DEFINE_integer(
+  "rank",
+  None,
+  "Of merged adapters: the largest rank of a module; by default the sum of the "
+  "adapters' ranks, with which sums are exact.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_SPACE = flags.DEFINE_enum(
+  "space",
+  "entries",
+  ["entries", "core", "knots"],
+  "Of merged adapters: where ties and others that are no sums work: on the "
+  "entries of the changes, or in a small space that all changes span.",
   flag_values=_FLAGS,
 )
 _SEED = flags.DEFINE_integer(
@@ -83,6 +103,8 @@ _VOCABULARIES = {
   "whole": keep_whole,
 }
 
+_SPACES = {"entries": None, "core": core_space, "knots": knots}
+
 
 def main(words: Sequence[str]) -> None:
   """Runs the merge and prints what is not as usual.
@@ -101,6 +123,10 @@ def main(words: Sequence[str]) -> None:
     recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
   if _WHOLE.value is not None:
     recipe = trim_models(recipe, _WHOLE.value)
+  if _SPACES[_SPACE.value] is not None:
+    within = functools.partial(_SPACES[_SPACE.value], method=recipe.method)
+    recipe = recipe._replace(method=within)
+  recipe = recipe._replace(rank=_RANK.value)
   report = merge_checkpoints(
     recipe,
     _OUT.value,
@@ -125,12 +151,18 @@ COMMAND = Command(
   required=("config", "out"),
   groups={
     "Input": {"config": "FILE", "vocabulary": ""},
-    "Method": {"whole_model_density": "X", "seed": "N"},
+    "Method": {
+      "whole_model_density": "X",
+      "seed": "N",
+      "rank": "N",
+      "space": "",
+    },
     "Output": {"out": "DIR", "shard_mib": "X", "json": ""},
     "Run": {"resume": "", "overwrite": "", "cache": "DIR"},
   },
   more="Models are safetensors files, Hugging Face folders, Hub ids that were "
-  "downloaded, or orbax directories, or `base+adapter` with a PEFT folder.",
+  "downloaded, or orbax directories, or `base+adapter` with a PEFT folder. If "
+  "all are PEFT folders alone, the result is one, too.",
 )
 
 if __name__ == "__main__":

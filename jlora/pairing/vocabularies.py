@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.checkpoints.documents import (
+  LARGEST,
   NULL,
   OBJECT,
   SIZE,
@@ -94,7 +95,8 @@ def _are_same(first: Path, second: Path) -> bool:
   """Returns whether two files that stand alone hold the same bytes."""
   if first.name != "tokenizer.json" or second.name != first.name:
     return False
-  if first.stat().st_size != second.stat().st_size:
+  size = first.stat().st_size
+  if size != second.stat().st_size or size > LARGEST:
     return False
   return first.samefile(second) or first.read_bytes() == second.read_bytes()
 

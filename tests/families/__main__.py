@@ -77,6 +77,7 @@ def main(words: list[str] | None = None) -> int:
       print(as_json(row), file=file, flush=True)
       print(f"{done}/{len(todo)} {table.line(row)}", flush=True)
   if asked.out:
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(table.page(list(rows.values())), encoding="utf-8")
   faults = table.faults(list(rows.values()))
   print("\n".join(faults) or "all is well")

@@ -35,6 +35,8 @@ def main(words: list[str] | None = None) -> int:
   parser.add_argument("--only", default=".*", help="A regex of whole names.")
   parser.add_argument("--out", type=Path, help="A page of Markdown to write.")
   asked = parser.parse_args(words)
+  if asked.out:
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
   cells, broken = [], []
   for model in MODELS:
     if not re.fullmatch(asked.only, model.name):

@@ -38,7 +38,7 @@ from jlora.formats.peft.parts import (
 )
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
-from jlora.numerics.finite import rounded
+from jlora.numerics.finite import is_finite, not_finite, rounded
 from jlora.pairing.buffers import why_no_parameter
 from jlora.views import MatrixView
 
@@ -416,7 +416,11 @@ def arrays_of(
       bias = rounded(f"the bias of {part.module}", bias, part.dtype)
       yield f"{PREFIX}{part.stem}.{BIAS}", bias
   for name, path in kept.items():
-    yield PREFIX + name, np.asarray(full[path])
+    array = np.asarray(full[path])
+    # Masks may hold infinities, parameters may not.
+    if not why_no_parameter(path, array.shape) and not is_finite(array):
+      raise not_finite(name, array, array.dtype)
+    yield PREFIX + name, array
 
 
 def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:

@@ -20,7 +20,8 @@ class Input(NamedTuple):
 
   Attributes:
     model: path of a checkpoint, or `base+adapter` with the folder of an adapter
-      that `load_peft` reads.
+      that `load_peft` reads; or, for all inputs alike, the adapter's folder
+      alone.
     layers: range of its layers, end exclusive; None is all.
     settings: settings of its tensors alone.
   """
@@ -60,6 +61,8 @@ class Recipe(NamedTuple):
       reference's. `same_rows`: an error. `common_rows`: rows that a model lacks
       are the reference's, so the smallest model as the reference crops all
       tables. `keep_whole`: the reference's table, not merged.
+    rank: of merged adapters: the largest of a module's result. None is the sum
+      of the adapters' ranks, so that sums of changes are exact.
   """
 
   method: Callable[..., Any]
@@ -69,6 +72,7 @@ class Recipe(NamedTuple):
   reference: str | None = None
   dtype: str | None = None
   vocabulary: Vocabulary = same_rows
+  rank: int | None = None
 
   @property
   def models(self) -> list[str]:
