@@ -57,7 +57,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     "largest": _largest(checkpoint.spec),
   }
   merge = checkpoint.path / MERGE
-  if merge.is_file():
+  if merge.exists():
     found["merge"] = read_merge(merge)._asdict()
   return found
 

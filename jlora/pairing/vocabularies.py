@@ -88,12 +88,14 @@ def _find(path: str | os.PathLike) -> Path | None:
   folder = Path(path)
   folder = folder if folder.is_dir() else folder.parent
   files = (folder / name for name in _READERS)
-  return next((file for file in files if file.is_file()), None)
+  return next((file for file in files if file.exists()), None)
 
 
 def _are_same(first: Path, second: Path) -> bool:
   """Returns whether two files that stand alone hold the same bytes."""
   if first.name != "tokenizer.json" or second.name != first.name:
+    return False
+  if not (first.is_file() and second.is_file()):  # who reads them tells
     return False
   size = first.stat().st_size
   if size != second.stat().st_size or size > LARGEST:
