@@ -149,9 +149,9 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
     ...   read_leaf(leaf, (range(1, 3), range(1)))
     array([[2.], [4.]])
   """
-  out = np.empty([len(indices) for indices in region], leaf.dtype)
-  if out.size == 0:
-    return out
+  shape = [len(indices) for indices in region]
+  if 0 in shape:
+    return np.empty(shape, leaf.dtype)
   store = ts.open(leaf.store, open=True, read=True).result()
   if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
     raise ValueError(
@@ -159,6 +159,7 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
       f" but the metadata says {leaf.dtype} {leaf.shape}"
     )
   slices = tuple(slice(r.start, r.stop, r.step) for r in region)
+  out = np.empty(shape, leaf.dtype)  # the metadata alone could say anything
   out[...] = store[slices].read().result()
   return out
 

@@ -218,6 +218,21 @@ def _enter_adapter(folder):
   jlora.load_peft(folder / "adapter", like=base.spec, config=base.config)
 
 
+def _build_adapters(folder):
+  _build_adapter(folder)
+  files = [*(folder / "base").iterdir()]
+  for file in files:
+    file.unlink()
+  (folder / "base").rmdir()
+  (folder / "adapter").rename(folder / "one")
+  (folder / "two").mkdir()
+  for file in (folder / "one").iterdir():
+    (folder / "two" / file.name).write_bytes(file.read_bytes())
+  models = [{"model": x, "parameters": {"weight": 0.5}} for x in ("one", "two")]
+  recipe = {"merge_method": "linear", "models": models}
+  (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+
+
 def _build_pair(folder):
   config = {k: v for k, v in LLAMA.items() if k != "text_config"}
   _write_model(folder / "one", _llama(), config, _tokenizer())
@@ -350,6 +365,7 @@ DOORS = {
     _build_merge("linear"), lambda folder: plan_merge(_recipe_in(folder)), 6
   ),
   "merge_checkpoints": Door(_build_merge("passthrough"), _enter_merge, 3),
+  "merge adapters": Door(_build_adapters, _enter_merge, 3),
   "show": Door(_build_shown, _enter_shown, 6),
   "show an adapter": Door(
     _build_adapter, lambda folder: _show(folder / "adapter"), 2
