@@ -8,11 +8,10 @@ each of its method names and parameters into a method of ours and its options.
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from jlora.checkpoints.documents import NUMBER, shortened
+from jlora.checkpoints.yaml_documents import read_yaml
 from jlora.merging.arrays.averages import (
   linear,
   model_stock,
@@ -146,21 +145,20 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     ValueError: the file is no YAML, or holds anything unknown, which is named.
 
   Example:
-    >>> import tempfile
+    >>> import pathlib, tempfile
     >>> text = "merge_method: slerp\nbase_model: a\nmodels: [model: b]\n"
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...   file = Path(folder, "recipe.yml")
+    ...   file = pathlib.Path(folder, "recipe.yml")
     ...   _ = file.write_text(text + "parameters: {t: [0, 0.5]}")
     ...   recipe = read_recipe(file)
     >>> recipe.models, recipe.settings, recipe.method.__name__
     (['a', 'b'], {'t': [0, 0.5]}, 'slerp')
   """
+  raw = read_yaml(path)
+  if len(raw) != 1:
+    raise ValueError(f"{path} holds {len(raw)} documents; a recipe is one.")
   try:
-    raw = yaml.safe_load(Path(path).read_text())
-  except (yaml.YAMLError, OSError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from error
-  try:
-    return _recipe(raw)
+    return _recipe(raw[0])
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
@@ -183,13 +181,17 @@ def _recipe(raw: Any) -> Recipe:
   _check_keys("the recipe", raw, _TOP)
   name = raw.get("merge_method")
   if name not in FORMS:
-    raise ValueError(f"merge_method {name!r} is none of {', '.join(FORMS)}.")
+    raise ValueError(
+      f"merge_method {shortened(name)} is none of {', '.join(FORMS)}."
+    )
   form, base = FORMS[name], raw.get("base_model")
   if form.base and base is None:
     raise ValueError(f"{name} needs a base_model.")
   if ("models" in raw) == ("slices" in raw):
     raise ValueError("Give `models` or `slices`, one of the two.")
-  slices = raw.get("slices") or [{"sources": raw["models"]}]
+  slices = raw["slices"] if "slices" in raw else [{"sources": raw["models"]}]
+  if not slices:
+    raise ValueError("There are no models to merge; list at least one.")
   keys = {"model": str, "parameters": dict}
   if "slices" in raw:
     keys["layer_range"] = list
@@ -228,8 +230,8 @@ def _slice(form: Form, raw: Any, keys: Mapping[str, type]) -> Slice:
   inputs = []
   for source in raw.get("sources") or []:
     _check_keys("a model", source, keys)
-    if "model" not in source:
-      raise ValueError(f"A source has no `model`: {source}.")
+    if source.get("model") is None:
+      raise ValueError(f"A source has no `model`: {shortened(source)}.")
     given = source.get("parameters") or {}
     wide = [
       key for key in given if form.numbers.get(key, "weight") not in _OF_INPUTS
@@ -280,7 +282,7 @@ def _numbers(form: Form, given: Mapping[str, Any]) -> dict[str, Any]:
   known = {*form.numbers, *form.constants, *_IDLE}
   if form.base and "density" not in form.numbers:
     known.add("density")  # mergekit accepts it here and ignores it
-  unknown = sorted(set(given) - known)
+  unknown = sorted(map(str, set(given) - known))
   if unknown:
     raise ValueError(
       f"parameters {name_some(unknown)} are not known for this method, which "
@@ -298,7 +300,7 @@ def _numbers(form: Form, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_setting(key: str, value: Any) -> None:
   """Raises unless a value is a number, a gradient or conditions."""
-  if isinstance(value, int | float) and not isinstance(value, bool):
+  if NUMBER.fits(value):
     return
   if isinstance(value, list) and value:
     if all(isinstance(one, dict) for one in value):
@@ -313,8 +315,8 @@ def _check_setting(key: str, value: Any) -> None:
         _check_setting(key, one)
       return
   raise ValueError(
-    f"{key}: {value!r} is no number, list of numbers, or list of conditions "
-    "{filter, value}."
+    f"{key}: {shortened(value)} is no number of float32, list of them, or list "
+    "of conditions {filter, value}."
   )
 
 
@@ -326,13 +328,15 @@ def _constants(form: Form, raw: Mapping[str, Any]) -> dict[str, Any]:
       continue
     table = form.constants[key][1]
     is_known = (
-      (type(value) in (int, float) if table is None else value in table)
+      (NUMBER.fits(value) if table is None else value in table)
       if isinstance(value, int | float)
       else False
     )
     if not is_known:
       wanted = "a number" if table is None else name_some(map(str, table))
-      raise ValueError(f"{key}: {value!r} is not known here, only {wanted}.")
+      raise ValueError(
+        f"{key}: {shortened(value)} is not known here, only {wanted}."
+      )
     if found.setdefault(key, value) != value:
       raise ValueError(
         f"{key} is {found[key]} and {value}; it must be one for the merge."
@@ -375,13 +379,15 @@ def _check_required(form: Form, parts: tuple[Slice, ...], raw: Any) -> None:
 def _check_keys(what: str, raw: Any, known: Mapping[str, type | None]) -> None:
   """Raises unless a mapping has only known keys of the right types."""
   if not isinstance(raw, dict):
-    raise ValueError(f"{what} is no mapping: {raw!r}.")
-  if unknown := sorted(set(raw) - set(known)):
+    raise ValueError(f"{what} is no mapping: {shortened(raw)}.")
+  if unknown := sorted(map(str, set(raw) - set(known))):
     raise ValueError(
-      f"{what} has {name_some(map(str, unknown))}, which is not known; known "
+      f"{what} has {name_some(unknown)}, which is not known; known "
       f"are {', '.join(known)}."
     )
   for key, kind in known.items():
     value = raw.get(key)
     if value is not None and kind is not None and not isinstance(value, kind):
-      raise ValueError(f"{key} of {what} is {value!r}, no {kind.__name__}.")
+      raise ValueError(
+        f"{key} of {what} is {shortened(value)}, no {kind.__name__}."
+      )
