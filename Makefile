@@ -9,7 +9,7 @@ GPU := .venv/gpu
 FOREIGN := .venv/foreign
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  test-gpu bench-gpu test-families test-foreign test-merges \
+  test-gpu bench-gpu test-families test-foreign test-merges fuzz \
   bench-scoring bench-sweep clean
 
 demo: .venv/.demo
@@ -40,6 +40,10 @@ test-merges: .venv/.test
 
 test-foreign: $(FOREIGN)/.done
 	$(FOREIGN)/bin/python -m tests.foreign $(ARGS)
+
+# Damaged files through every door; ten thousand take some minutes.
+fuzz: .venv/.test
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: .venv/.demo
 	$(BIN)/python -m experiments.bench.extract $(ARGS)

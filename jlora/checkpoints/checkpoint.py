@@ -9,7 +9,6 @@ scales, and weights of MXFP4 or bitsandbytes dequantised. Writers put a file in
 its place only when it is complete.
 """
 
-import json
 import math
 import operator
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints import byte_ranges, huggingface, orbax
+from jlora.checkpoints.documents import read_config
 from jlora.checkpoints.float8 import (
   FLOAT8,
   dequantise,
@@ -127,15 +127,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
   @property
   def config(self) -> dict[str, Any]:
-    """Returns what the folder's config.json says, {} if it has none."""
+    """Returns what the folder's config.json says, {} if it has none.
+
+    Raises a ValueError if it is no regular file or no such configuration.
+    """
     file = self.path / "config.json"
     if not file.exists():
       return {}
-    try:
-      config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-      raise ValueError(f"{file} is no JSON: {error}; mend it") from error
-    return config if isinstance(config, dict) else {}
+    return read_config(file)
 
   @property
   def bytes_read(self) -> int:

@@ -5,7 +5,6 @@ What was downloaded lies in the Hub's own cache, as
 `models--org--name/snapshots/<commit>`; nothing here goes to the network.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -13,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jlora.checkpoints.documents import read_object, read_text
 from jlora.messages import name_some
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _ID = re.compile(rf"(?:{_PART}/)?{_PART}")
 _SNAPSHOTS = "snapshots"
+_LONGEST = 2**12  # bytes of a file that names a commit
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -41,8 +42,11 @@ def locate(path: str | os.PathLike) -> Path:
     ValueError: /nowhere does not exist
   """
   text, given = os.fspath(path), Path(path)
-  if given.exists():
-    return given
+  try:
+    if given.exists():
+      return given
+  except OSError as error:  # too long, or in a folder that may not be read
+    raise ValueError(f"{text} cannot be read: {error.strerror}") from error
   if not _ID.fullmatch(text) or text.endswith((".safetensors", ".json")):
     raise ValueError(f"{text} does not exist")
   if snapshot := _cached(text):
@@ -125,8 +129,8 @@ def model_name(path: str | os.PathLike) -> str:
   if "/" in name or not config.is_file():
     return name
   try:
-    stored = json.loads(config.read_text(encoding="utf-8"))["_name_or_path"]
-  except (ValueError, KeyError, TypeError):
+    stored = read_object(config).get("_name_or_path")
+  except ValueError:  # who reads the checkpoint tells
     return name
   return stored if isinstance(stored, str) and is_hub_id(stored) else name
 
@@ -172,7 +176,7 @@ def _cached(name: str) -> Path | None:
   folder = _cache() / f"models--{name.replace('/', '--')}"
   main = folder / "refs" / "main"
   if main.is_file():
-    snapshot = folder / _SNAPSHOTS / main.read_text().strip()
+    snapshot = folder / _SNAPSHOTS / read_text(main, _LONGEST).strip()
     if snapshot.is_dir():
       return snapshot
   found = sorted((folder / _SNAPSHOTS).glob("*"))

@@ -8,7 +8,6 @@ A shard may be a symbolic link that leads out of the folder, because the
 download cache stores every file that way. A name that leads out is refused.
 """
 
-import collections
 import json
 import math
 import os
@@ -16,17 +15,18 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jlora.checkpoints.byte_ranges import place_arrays
+from jlora.checkpoints.documents import read_json, shortened
 from jlora.checkpoints.safetensors import Shapes, lay_out_file
 from jlora.messages import name_file, name_some
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _NUMBERED = r"-\d+-of-\d+$"
+_LONGEST = 255  # letters of a file's name
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -228,12 +228,7 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
   """Reads an index: each shard, and the names of the tensors it must hold."""
-  try:
-    found = json.loads(index.read_bytes(), object_pairs_hook=_unique)
-  except OSError as error:
-    raise ValueError(f"{index} cannot be read: {error.strerror}") from error
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{index} is no valid JSON: {error}") from error
+  found = read_json(index, is_unique=True)
   weight_map = found.get("weight_map") if isinstance(found, dict) else None
   if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(f"{index} has no weight_map from tensors to files")
@@ -241,10 +236,11 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
   names: dict[str, set[str]] = {}
   for tensor, name in weight_map.items():
     # A bare name cannot climb out, whichever separator the system uses.
-    if not isinstance(name, str) or set("/\\:\0") & set(name):
+    is_text = isinstance(name, str) and len(name) <= _LONGEST
+    if not is_text or set("/\\:\0") & set(name):
       raise ValueError(
-        f"{index}: tensor {tensor!r} lies in {name!r}, which is not the name"
-        " of a file beside the index"
+        f"{index}: tensor {tensor!r} lies in {shortened(name)}, which is not"
+        " the name of a file beside the index"
       )
     names.setdefault(name, set()).add(tensor)
   for name, tensors in sorted(names.items()):
@@ -255,15 +251,6 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
       )
     shards[index.parent / name] = tensors
   return shards
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Makes a dict of a JSON object's pairs; raises if a name occurs twice."""
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    names = collections.Counter(name for name, _ in pairs)
-    raise ValueError(f"{names.most_common(1)[0][0]!r} is given twice")
-  return found
 
 
 def _names(paths: list[Path]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -18,6 +17,9 @@ from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
+from jlora.numerics.backends import wide_dtype
+from jlora.numerics.finite import is_finite, not_finite, rounded
+from jlora.selection import is_floating
 from jlora.tree_views import table_for
 from jlora.views import as_parameter, views_of
 
@@ -58,11 +60,14 @@ def save_merged(
       file of its own.
 
   Raises:
-    ValueError: the folder exists, or a path or shape is not the base's. Nothing
-      is then written.
+    ValueError: the folder exists, a path or shape is not the base's, a change
+      is for integers, or a changed tensor is not finite or not in the dtype it
+      is stored in; of others, entries that this dtype does not hold. Nothing is
+      then written.
 
   Example:
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> from jlora.checkpoints import open_checkpoint
     >>> from jlora.checkpoints import write_safetensors
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(2))
@@ -96,7 +101,7 @@ def save_merged(
     for name, stored in base.spec.items()
   }
   arrays = (
-    (name, changed(name, base, loras, views, biases, full).astype(kind))
+    (name, _stored(name, base, loras, views, biases, full, kind))
     for name, (_, kind) in spec.items()
   )
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +141,18 @@ def check_changes(base, loras, views, biases, full) -> None:
       f"{len(unknown)} changes are for parameters that the base does not have:"
       f" {name_some(unknown)}."
     )
+  whole = [
+    f"{path}: {base.spec[path].dtype}"
+    for path in (*loras, *biases, *full)
+    if not is_floating(base.spec[path].dtype)
+    and (path not in full or full[path].dtype != base.spec[path].dtype)
+  ]
+  if whole:
+    raise ValueError(
+      f"{len(whole)} changes are for parameters that are not floating, where "
+      f"they would be cut off: {name_some(whole)}. Give the base that they are "
+      "of, or leave them out."
+    )
   wrong = [
     f"{path}: {value.shape}, base {base.spec[path].shape}"
     for path, value in biases.items()
@@ -153,22 +170,43 @@ def check_changes(base, loras, views, biases, full) -> None:
 
 
 def changed(name, base, loras, views, biases, full) -> np.ndarray:
-  """Returns one tensor of the base with its changes, in float32 if it has any.
+  """Returns one tensor of the base with its changes.
+
+  If it has any, it is float32, or float64 where the base is.
 
   Arguments as for `check_changes`.
 
   Example:
-    >>> changed("b", {"b": np.ones(2)}, {}, {}, {"b": np.ones(2)}, {})
+    >>> base = {"b": np.ones(2, np.float32)}
+    >>> changed("b", base, {}, {}, {"b": np.ones(2)}, {})
     array([2., 2.], dtype=float32)
   """
   array = np.asarray(full[name]) if name in full else base[name]
-  if name in biases:
-    array = array.astype(np.float32) + np.asarray(biases[name], np.float32)
-  if name in loras:
-    change = np.asarray(dense(loras[name]))
-    change = as_parameter(change, views[name], array.shape)
-    array = array.astype(np.float32) + change
+  wide = wide_dtype(array)
+  # What is not finite is told by who stores the sum.
+  with np.errstate(over="ignore", invalid="ignore"):
+    if name in biases:
+      array = array.astype(wide) + np.asarray(biases[name], wide)
+    if name in loras:
+      change = np.asarray(dense(loras[name]), wide)
+      change = as_parameter(change, views[name], array.shape)
+      array = array.astype(wide) + change
   return array
+
+
+def _stored(name, base, loras, views, biases, full, dtype) -> np.ndarray:
+  """Returns one tensor with its changes as it is stored."""
+  array = changed(name, base, loras, views, biases, full)
+  if not is_floating(array.dtype):
+    return array.astype(dtype)
+  if name in loras or name in biases or name in full:
+    return rounded(name, array, dtype)
+  with np.errstate(over="ignore"):
+    out = array.astype(dtype, copy=False)
+  # Infinities of the base, in masks say, stay; none are added.
+  if out.dtype != array.dtype and not is_finite(out) and is_finite(array):
+    raise not_finite(name, array, dtype)
+  return out
 
 
 def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
@@ -180,7 +218,7 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
     >>> merged_dtype(np.dtype(np.int8), np.float32)
     dtype('int8')
   """
-  if not jnp.issubdtype(stored, jnp.floating):
+  if not is_floating(stored):
     return stored
   if dtype is not None:
     return np.dtype(dtype)

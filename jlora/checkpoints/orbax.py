@@ -107,6 +107,7 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
     (2, 3)
   """
   folder = Path(folder).absolute()
+  _check_files(folder)
   try:
     found = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder))
   except Exception as error:  # damaged metadata fails in many ways
@@ -148,9 +149,9 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
     ...   read_leaf(leaf, (range(1, 3), range(1)))
     array([[2.], [4.]])
   """
-  out = np.empty([len(indices) for indices in region], leaf.dtype)
-  if out.size == 0:
-    return out
+  shape = [len(indices) for indices in region]
+  if 0 in shape:
+    return np.empty(shape, leaf.dtype)
   store = ts.open(leaf.store, open=True, read=True).result()
   if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
     raise ValueError(
@@ -158,6 +159,7 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
       f" but the metadata says {leaf.dtype} {leaf.shape}"
     )
   slices = tuple(slice(r.start, r.stop, r.step) for r in region)
+  out = np.empty(shape, leaf.dtype)  # the metadata alone could say anything
   out[...] = store[slices].read().result()
   return out
 
@@ -193,6 +195,24 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
       tree = _nested(tree)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, tree)
+
+
+def _check_files(folder: Path) -> None:
+  """Raises if anything in a folder is no file: reading a pipe would not end."""
+  folders = [folder]
+  while folders:
+    try:
+      with os.scandir(folders.pop()) as inside:
+        for entry in inside:
+          if entry.is_dir():
+            # Links could lead round and round.
+            folders += [] if entry.is_symlink() else [Path(entry.path)]
+          elif not entry.is_file():
+            raise ValueError(f"{entry.path} is no regular file; give one")
+    except OSError as error:
+      raise ValueError(
+        f"{error.filename} cannot be read: {error.strerror}"
+      ) from error
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

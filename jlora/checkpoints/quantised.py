@@ -14,17 +14,25 @@ References:
 """
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from jlora.checkpoints.documents import (
+  NUMBER,
+  SIZE,
+  Kind,
+  check_fields,
+  list_of,
+  parse_json,
+)
 from jlora.checkpoints.safetensors import TensorSpec
 from jlora.messages import name_some
+from jlora.selection import is_floating
 
 # A stored tensor's name and region -> the array.
 Read = Callable[[str, Sequence[range]], np.ndarray]
@@ -214,20 +222,11 @@ class _State(NamedTuple):
 
 def _four_bits(stored, weight: str, name: str, read: Read) -> PackedWeight:
   """Describes a weight of bitsandbytes in four bits."""
-  try:
-    text = read(name, _whole(stored[name])).tobytes().decode()
-    said = json.loads(text)
-    kind, dtype = str(said["quant_type"]), _FLOATS[said["dtype"]]
-    shape = tuple(int(n) for n in said["shape"])
-    block, values = int(said["blocksize"]), VALUES[kind]
-    inner = ("nested_blocksize", "nested_offset")
-    nested = tuple(said[k] for k in inner) if inner[0] in said else None
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{weight!r} is quantised by bitsandbytes, but {name!r} is damaged and "
-      f"does not say how: {type(error).__name__} {error}. Save the model "
-      "again, or dequantise it first by model.dequantize() of transformers"
-    ) from error
+  said = _read_state(stored, weight, name, read)
+  kind, dtype = said["quant_type"], _FLOATS[said["dtype"]]
+  shape, block = tuple(said["shape"]), said["blocksize"]
+  inner, values = ("nested_blocksize", "nested_offset"), VALUES[kind]
+  nested = tuple(said[k] for k in inner) if inner[0] in said else None
   absmax, more = f"{weight}.absmax", []
   if nested:
     more = [f"{weight}.nested_absmax", f"{weight}.nested_quant_map"]
@@ -244,25 +243,68 @@ def _four_bits(stored, weight: str, name: str, read: Read) -> PackedWeight:
       f"{weight!r} is quantised by bitsandbytes in blocks of {block} to the "
       f"shape {shape}, which {stored[weight].nbytes} bytes do not hold"
     )
-  if math.prod(stored[absmax].shape) != blocks:
-    raise ValueError(
-      f"{absmax!r} of shape {stored[absmax].shape} has not one scale for each "
-      f"of {blocks} blocks"
-    )
+  _check_scales(stored, absmax, blocks, np.uint8 if nested else None)
+  own = None
+  if nested:
+    own = (more[0], more[1], nested[0], nested[1])
+    _check_scales(stored, more[0], -(-blocks // nested[0]))
+    _check_scales(stored, more[1], 256)
   for part in maps:
-    table = read(part, _whole(stored[part])).reshape(-1)
-    if table.shape != values.shape or abs(table - values).max() > 1e-3:
+    is_table = math.prod(stored[part].shape) == len(values)
+    table = read(part, _whole(stored[part])).reshape(-1) if is_table else values
+    if not is_table or not abs(table - values).max() <= 1e-3:
       raise ValueError(
         f"{weight!r} is quantised by bitsandbytes, but {part!r} is not the "
         f"table of {kind}"
       )
-  own = None
-  if nested:
-    own = (more[0], more[1], int(nested[0]), float(nested[1]))
   state = _State(weight, absmax, shape, values, block, own)
   spec = _spec_of(stored, parts, weight, shape, dtype)
   reader = functools.partial(_read_four_bits, stored, state, dtype)
   return PackedWeight(spec, parts, reader)
+
+
+# What bitsandbytes writes beside a weight; blocks of nested scales are of 256.
+_BLOCK = Kind(
+  "an even integer, 2 to 65536",
+  lambda n: type(n) is int and n in range(2, 65537, 2),
+)
+_DESCRIPTION = {
+  "quant_type": Kind(" or ".join(VALUES), lambda name: name in [*VALUES]),
+  "dtype": Kind(" or ".join(_FLOATS), lambda name: name in [*_FLOATS]),
+  "shape": list_of(SIZE),
+  "blocksize": _BLOCK,
+}
+_NESTED = {"nested_blocksize": _BLOCK, "nested_offset": NUMBER}
+_LARGEST = 2**16  # bytes of such a description
+
+
+def _read_state(stored, weight: str, name: str, read: Read) -> dict[str, Any]:
+  """Reads how bitsandbytes quantised a weight to four bits."""
+  try:
+    if stored[name].nbytes > _LARGEST:
+      raise ValueError(f"it has {stored[name].nbytes} bytes")
+    text = read(name, _whole(stored[name])).tobytes().decode()
+    said = check_fields(parse_json(text, name), {}, name)
+    fields = _DESCRIPTION | (_NESTED if _NESTED.keys() & said else {})
+    return check_fields(said, fields, name, required=fields)
+  except ValueError as error:
+    raise ValueError(
+      f"{weight!r} is quantised by bitsandbytes, but {name!r} is damaged and "
+      f"does not say how: {error}. Save the model again, or dequantise it "
+      "first by model.dequantize() of transformers"
+    ) from error
+
+
+def _check_scales(stored, name: str, count: int, dtype: Any = None) -> None:
+  """Raises unless a tensor has so many numbers, floats if no dtype is given."""
+  spec = stored[name]
+  is_kind = is_floating(spec.dtype) if dtype is None else spec.dtype == dtype
+  if math.prod(spec.shape) != count or not is_kind:
+    raise ValueError(
+      f"{name!r} of shape {spec.shape} has not one scale for each of {count} "
+      f"blocks, or not {np.dtype(dtype).name if dtype else 'floats'} but "
+      f"{spec.dtype}"
+    )
 
 
 def _read_four_bits(
@@ -322,12 +364,16 @@ def _eight_bits(stored, weight: str, scb: str, read: Read) -> PackedWeight:
   """Describes a weight of LLM.int8(), a scale for each row."""
   spec, layout = stored[weight], f"{weight}_format"
   parts = (weight, scb, *((layout,) if layout in stored else ()))
-  if math.prod(stored[scb].shape) != spec.shape[0]:
+  rows = spec.shape[0] if spec.shape else 0
+  if math.prod(stored[scb].shape) != rows or not is_floating(stored[scb].dtype):
     raise ValueError(
       f"{scb!r} of shape {stored[scb].shape} has not one scale for each row of "
       f"{weight!r} of shape {spec.shape}"
     )
-  if layout in stored and read(layout, _whole(stored[layout])).any():
+  if layout in stored and (
+    math.prod(stored[layout].shape) != 1
+    or read(layout, _whole(stored[layout])).any()
+  ):
     raise ValueError(
       f"{weight!r} is quantised by bitsandbytes in the tiles of a card, which "
       f"{layout!r} says; save it with bitsandbytes 0.45 or newer"

@@ -54,6 +54,7 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_AXES = 64  # NumPy's limit
+_LONGEST, _DEEPEST = 2**12, 2**6  # letters and slashes of a name
 
 Shapes = Mapping[str, tuple]  # name -> (shape, dtype), or a TensorSpec
 
@@ -288,6 +289,11 @@ def _stored(
 ) -> TensorSpec:
   """Returns the spec of a stored tensor; raises unless NumPy can hold it."""
   where = f"{path}: tensor {name!r}"
+  if len(name) > _LONGEST or name.count("/") > _DEEPEST:
+    raise ValueError(
+      f"{path}: a tensor's name has {len(name)} letters and {name.count('/')} "
+      f"slashes, {name[:60]!r}...; at most {_LONGEST} and {_DEEPEST} are read"
+    )
   if code not in DTYPES:
     raise ValueError(
       f"{where} has the dtype {code!r}; known are {', '.join(DTYPES)}"

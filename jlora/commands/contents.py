@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies at a path, from headers and small files: no tensor is read."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,12 +10,13 @@ from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.hub import locate
 from jlora.checkpoints.safetensors import TensorSpec
 from jlora.extraction.report import REPORT, read_report
+from jlora.formats.packed import SHAPES, packed_shapes
+from jlora.formats.peft.config import read_adapter_config
 from jlora.formats.peft.layouts import CONFIG, TENSORS, VLLM
-from jlora.merging.checkpoints.run import MERGE
+from jlora.merging.checkpoints.run import MERGE, read_merge
 from jlora.messages import name_some
 
 _LARGEST = 5
-_PACKED = "jlora_packed_shapes"
 
 
 def contents_of(path: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def contents_of(path: str) -> dict[str, Any]:
   if place.is_dir() and (place / REPORT).exists():
     return _describe_report(place / REPORT)
   checkpoint = open_checkpoint(place)
-  if _PACKED in checkpoint.metadata:
+  if SHAPES in checkpoint.metadata:
     return _describe_packed(checkpoint)
   return _describe_checkpoint(checkpoint)
 
@@ -57,17 +57,21 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     "largest": _largest(checkpoint.spec),
   }
   merge = checkpoint.path / MERGE
-  if merge.is_file():
-    found["merge"] = _read_json(merge)
+  if merge.exists():
+    found["merge"] = read_merge(merge)._asdict()
   return found
 
 
 def _describe_packed(checkpoint: Checkpoint) -> dict[str, Any]:
   """Loras in few bits; bits are told on the average, by the bytes of codes."""
-  shapes = json.loads(checkpoint.metadata[_PACKED])
+  shapes = packed_shapes(checkpoint)
   spec, modules = checkpoint.spec, []
   for name, shape in shapes.items():
-    lacking = [p for p in ("bits", "codes") if f"{name}.{p}" not in spec]
+    lacking = [
+      part
+      for part in ("bits", "codes")
+      if len(getattr(spec.get(f"{name}.{part}"), "shape", ())) != 1
+    ]
     if lacking:
       raise ValueError(
         f"{checkpoint.path}: {name} lacks {name_some(lacking)}; the file is "
@@ -92,7 +96,7 @@ def _describe_packed(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
-  config = _read_json(folder / CONFIG)
+  config = read_adapter_config(folder / CONFIG)
   checkpoint = open_checkpoint(folder / TENSORS)
   ranks = sorted(
     {config.get("r", 0), *dict(config.get("rank_pattern") or {}).values()}
@@ -134,7 +138,11 @@ def _not_for_vllm(
 
 def _describe_report(file: Path) -> dict[str, Any]:
   if file.name == MERGE and file.exists():
-    return {"kind": "merge", "path": str(file), "merge": _read_json(file)}
+    return {
+      "kind": "merge",
+      "path": str(file),
+      "merge": read_merge(file)._asdict(),
+    }
   if file.name != REPORT:
     raise ValueError(
       f"{file} is no {REPORT} or {MERGE}; give one, or a checkpoint or adapter"
@@ -178,13 +186,3 @@ def _largest(spec: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
     }
     for name in names[:_LARGEST]
   ]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-  try:
-    found = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{file} is no JSON: {error}; mend it") from error
-  if not isinstance(found, dict):
-    raise ValueError(f"{file} is no JSON object; mend it")
-  return found

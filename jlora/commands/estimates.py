@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans of extractions: what a model's matrices cost on a machine, added up."""
 
-import json
 import math
 import pathlib
 import re
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.documents import read_config
 from jlora.commands.costs import (
   Bound,
   Cost,
@@ -88,14 +88,17 @@ Spec = dict[str, tuple[tuple[int, ...], int]]
 
 def _shapes(file: pathlib.Path) -> tuple[Spec, None]:
   """Returns the parameters that a config.json asks for, none of them made."""
+  config = read_config(file)
+  said = config.get("torch_dtype") or config.get("dtype") or "float32"
   try:
-    config = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{file} is no config.json: {error}.") from error
-  dtype = jnp.dtype(config.get("torch_dtype") or config.get("dtype", "float32"))
-  made = jax.eval_shape(
-    lambda key: init(config, key, dtype=dtype)[1], jax.random.key(0)
-  )
+    dtype = jnp.dtype(said)
+  except TypeError as error:
+    raise ValueError(f"{file}: dtype {said!r} is not known.") from error
+  make = lambda key: init(config, key, dtype=dtype)[1]  # noqa: E731
+  try:
+    made = jax.eval_shape(make, jax.random.key(0))
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}") from error
   leaves = flatten(made)
   return {p: (leaf.shape, dtype.itemsize) for p, leaf in leaves.items()}, None
 

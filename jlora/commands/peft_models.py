@@ -15,7 +15,6 @@ References:
 import collections
 import contextlib
 import copy
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import conversion_mapping, core_model_loading
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.formats.peft.config import check_config
+from jlora.formats.peft.config import check_config, read_adapter_config
 from jlora.formats.peft.layouts import CONFIG, TENSORS
 
 #: Who checks, for the report.
@@ -85,7 +84,7 @@ class Adapted:
 
   def __init__(self, adapter: Path, base: Path):
     file = adapter / CONFIG
-    check_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+    check_config(read_adapter_config(file), str(file))
     with _silence():
       config = peft.PeftConfig.from_pretrained(str(adapter))
       # One stays as it is; PEFT takes the other to pieces.

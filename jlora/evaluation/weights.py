@@ -98,7 +98,8 @@ def compare(
     `singular_values`, and the ranks and the bound computed from them, are those
     of the delta within the row space of b. Figures by rank take the units in
     their stored order. A trained Lora's units are not sorted by strength, so
-    sort them first (`recompress`) if ranks below the nominal one matter. Every
+    sort them first (`recompress`) if ranks below the nominal one matter.
+    Changes of float64 are formed in float64 and rounded once to float32. Every
     parameter is read once, one at a time. A Lora costs four to five products of
     `2 in out rank` operations and 32 reads of the delta. NumPy arrays are
     processed on the host, JAX arrays on their devices.

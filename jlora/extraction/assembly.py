@@ -22,6 +22,7 @@ from jlora.extraction.report import (
   total_up,
   write_report,
 )
+from jlora.factoring.deltas import difference
 from jlora.factoring.figures import row_of
 from jlora.formats.peft.conversions import Lazy, together
 from jlora.formats.peft.layouts import Profile
@@ -135,7 +136,7 @@ def write_adapter(
 
   def change(path: str) -> np.ndarray:
     left, right = read_pair(pairs[path], plan.base, plan.finetuned)
-    return right.astype(np.float32) - left.astype(np.float32)
+    return difference(left, right)
 
   def whole(path: str) -> np.ndarray:
     if path not in pairs:  # a buffer

@@ -18,6 +18,7 @@ from jlora.extraction.report import (
   verified_line,
   worst_table,
 )
+from jlora.formats.peft.config import read_adapter_config
 from jlora.formats.peft.layouts import CONFIG, VLLM
 from jlora.runs.fingerprints import replace_text
 
@@ -49,7 +50,7 @@ def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
   paths = {role: report.settings[role] for role in ("base", "finetuned")}
   paths["out"] = os.fspath(folder)
   file = Path(folder) / CONFIG
-  config = json.loads(file.read_text()) if file.exists() else {}
+  config = read_adapter_config(file) if file.exists() else {}
   base = config.get("base_model_name_or_path") or model_name(paths["base"])
   names = name_apart(paths)
   profile, rank = report.settings.get("profile"), config.get("r", 1)

@@ -18,7 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jlora.extraction.parameters import factor_change, words_for
+from jlora.extraction.parameters import (
+  check_factors,
+  factor_change,
+  words_for,
+)
 from jlora.extraction.planning import ModuleJob
 from jlora.factoring.certificates import certificate
 from jlora.factoring.deltas import survey
@@ -26,7 +30,7 @@ from jlora.factoring.factorisers import Factoriser
 from jlora.factoring.figures import Measured, summarise
 from jlora.factoring.rounding import ulp_histogram
 from jlora.loras import exchange
-from jlora.numerics.backends import library_of, words_of
+from jlora.numerics.backends import library_of, wide_dtype, words_of
 from jlora.pairing.comparison import (
   check_finite,
   is_equal,
@@ -56,6 +60,7 @@ class Outcome(NamedTuple):
 
 
 _EQUAL = "equal in value, not in bytes"
+_TOO_SMALL = "the change is smaller than any number of float32"
 # glibc maps and unmaps every block larger than the largest it saw freed, up to
 # 32 MiB: half of a run's page faults. Freeing one such block stops that.
 _MAPPED = 2**25 - 2**13
@@ -131,7 +136,8 @@ class Extractor:
       Outcome.
 
     Raises:
-      ValueError: NaN or infinity in either tensor.
+      ValueError: NaN or infinity in either tensor, or factors larger than
+        their dtype holds.
     """
     rooms = None
     if self._on_host:
@@ -188,6 +194,7 @@ class Extractor:
         f"{pair.path}: the change is larger than float32 holds; the checkpoint "
         "is damaged or training diverged."
       )
+    check_factors(pair.path, measured.lora, self._dtype)
     figures = summarise(
       jax.tree.map(np.asarray, measured.certificate),
       np.asarray(measured.sigma),
@@ -198,6 +205,9 @@ class Extractor:
       ulps=np.asarray(measured.ulps),
     )
     if figures["norm"] == 0:
+      is_small = wide_dtype(left, right) is np.float64
+      if is_small and not is_equal(np.asarray(left), np.asarray(right)):
+        return Outcome("not representable", _TOO_SMALL)
       return Outcome("unchanged", _EQUAL)
     arrays = {
       "a": np.asarray(measured.lora.a),
@@ -215,7 +225,9 @@ class Extractor:
       "stored": stored,
     }
     is_split = isinstance(left, jax.Array)
-    if self._on_host and not is_split:
+    # JAX would round float64 to float32 before the difference is taken.
+    is_wide = wide_dtype(left, right) is np.float64
+    if (self._on_host or is_wide) and not is_split:
       words = words_for(self._key, path)
       room = self._room("delta", left.size, np.float32)
       return measure_parameter(left, right, words, **options, room=room)
@@ -295,7 +307,8 @@ def measure_parameter(
   one = factor_change(
     delta, found, key, view=view, rank=rank, factor=factor, dtype=dtype
   )
-  certified = certificate(one.delta, one.lora, key, **one.sums)
+  with np.errstate(over="ignore", invalid="ignore"):  # told by the caller
+    certified = certificate(one.delta, one.lora, key, **one.sums)
   norm = library_of(delta).where(found.is_finite, certified.norm, np.nan)
   return Measured(
     lora=exchange(one.lora) if one.is_exchanged else one.lora,

@@ -21,6 +21,7 @@ from jlora.factoring.deltas import Survey, difference, survey
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.loras import Factors, Lora, exchange, from_factors
 from jlora.numerics.backends import library_of, words_of
+from jlora.numerics.finite import is_finite
 from jlora.numerics.meshes import constrain, run_automatic, sharding_of
 from jlora.views import MatrixView, in_stored_order
 
@@ -80,8 +81,37 @@ def factor_change(
   known = {"sums": found.sums} if delta.ndim == 2 else {}
   given = known if _takes(factor, "sums") else {}
   factors = Factors(*map(xp.asarray, factor(delta, rank, key, **given)))
-  lora = from_factors(factors, dtype)
+  with np.errstate(over="ignore"):  # told by `check_factors`
+    lora = from_factors(factors, dtype)
   return Factored(lora, delta, factors.s, known, is_exchanged)
+
+
+def check_factors(path: str, lora: Lora, dtype: Any) -> None:
+  """Raises if factors of a finite change are not finite as they are stored.
+
+  Args:
+    path: the module.
+    lora: a and b as stored, of NumPy or of JAX.
+    dtype: what they were rounded to.
+
+  Raises:
+    ValueError: with the dtypes that hold them.
+
+  Example:
+    >>> a = np.full((1, 2), np.inf, np.float16)
+    >>> check_factors("q", Lora(a, a, np.float32(1)), np.float16)
+    Traceback (most recent call last):
+    ...
+    ValueError: q: the factors are larger than float16 holds, 65504; store them
+    in bfloat16 or float32.
+  """
+  if not all(is_finite(np.asarray(x)) for x in (lora.a, lora.b)):
+    most = float(jnp.finfo(dtype).max)
+    others = "bfloat16 or float32" if most < 1e6 else "float32"
+    raise ValueError(
+      f"{path}: the factors are larger than {jnp.dtype(dtype).name} holds, "
+      f"{most:.6g}; store them in {others}."
+    )
 
 
 def is_on_host(*arrays: Any) -> bool:
@@ -92,12 +122,18 @@ def is_on_host(*arrays: Any) -> bool:
 
   Returns:
     True for eager arrays on one CPU without a mesh, and for NumPy arrays if
-    JAX's default device is a CPU.
+    JAX's default device is a CPU, or if one is of float64, which JAX would
+    round.
 
   Example:
     >>> is_on_host(np.ones(2), jnp.ones(2)), jax.jit(is_on_host)(jnp.ones(2))
     (True, Array(False, dtype=bool))
   """
+  is_cpu = jax.default_backend() == "cpu"
+  is_wide = any(
+    isinstance(array, np.ndarray) and array.dtype == np.float64
+    for array in arrays
+  )
 
   def is_near(array: Any) -> bool:
     if array is None:
@@ -106,8 +142,9 @@ def is_on_host(*arrays: Any) -> bool:
       return False
     if isinstance(array, jax.Array):
       devices = array.devices()
-      return len(devices) == 1 and all(d.platform == "cpu" for d in devices)
-    return isinstance(array, np.ndarray) and jax.default_backend() == "cpu"
+      is_here = all(d.platform == "cpu" for d in devices)
+      return len(devices) == 1 and (is_here or is_wide)
+    return isinstance(array, np.ndarray) and (is_wide or is_cpu)
 
   return all(map(is_near, arrays))
 
@@ -140,6 +177,9 @@ def extract_on_host(
     if BLAS uses one thread, as it does there; scale NaN if the change is not
     finite. Several threads may call this.
 
+  Raises:
+    ValueError: factors larger than `dtype` holds.
+
   Example:
     >>> w = jnp.zeros((3, 5), jnp.bfloat16)
     >>> extract_on_host(w, w + 1, None, "w", view=MatrixView(), rank=1,
@@ -154,7 +194,9 @@ def extract_on_host(
     dtype=dtype,
   )  # fmt: skip
   lora = exchange(one.lora) if one.is_exchanged else one.lora
-  if not found.is_finite:
+  if found.is_finite:
+    check_factors(path, lora, dtype)
+  else:
     unknown: Any = np.full_like(lora.scale, np.nan)
     lora = Lora(lora.a, lora.b, unknown)
   return lora
@@ -215,7 +257,7 @@ def extract_parameter(
 
   Returns:
     Lora with a (..., r, in), b (..., r, out), scale 1; scale NaN if either
-    parameter is not finite.
+    parameter is not finite, or the factors are larger than `dtype` holds.
 
   Example:
     >>> w = jnp.zeros((3, 5), jnp.bfloat16)
@@ -227,10 +269,12 @@ def extract_parameter(
   def step(base, finetuned, key):
     """Factors the change; gives a scale of NaN if it is not finite."""
     delta, is_exchanged = in_stored_order(difference(base, finetuned), view)
-    is_finite = jnp.isfinite(delta).all()
-    delta = jnp.where(is_finite, delta, 0.0)  # LAPACK may not return from NaN
+    is_whole = jnp.isfinite(delta).all()
+    delta = jnp.where(is_whole, delta, 0.0)  # LAPACK may not return from NaN
     lora = from_factors(factor(delta, rank, key), dtype)
-    scale = jnp.where(is_finite, lora.scale, jnp.nan)
+    if jnp.dtype(dtype).itemsize < 4:
+      is_whole &= jnp.isfinite(lora.a).all() & jnp.isfinite(lora.b).all()
+    scale = jnp.where(is_whole, lora.scale, jnp.nan)
     lora = Lora(lora.a, lora.b, scale)
     return exchange(lora) if is_exchanged else lora
 

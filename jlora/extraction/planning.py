@@ -194,6 +194,7 @@ def _are_whole(base: Checkpoint, finetuned: Checkpoint, pair: Pair) -> bool:
     isinstance(side, TensorPart)
     and not (side.index or side.swap)
     and is_floating(checkpoint.spec[side.name].dtype)
+    and checkpoint.spec[side.name].dtype != np.float64  # JAX would round it
     and checkpoint.spec[side.name].shape == pair.shape
     for checkpoint, side in ((base, pair.base), (finetuned, pair.finetuned))
   )

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.checkpoints.documents import read_json
+from jlora.extraction.report_fields import check_report
 from jlora.formats.peft.layouts import REPLACES
 from jlora.messages import name_some
 from jlora.runs.fingerprints import replace_text
 
 SCHEMA_VERSION = 1
 REPORT = "report.json"
+_LARGEST = 2**30  # bytes: curves by rank of every module of the largest models
 
 
 class Report(NamedTuple):
@@ -60,7 +63,7 @@ def write_report(folder: str | os.PathLike, report: Report) -> None:
   Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...   write_report(folder, Report({"rank": 1}, [], {}, []))
+    ...   write_report(folder, Report({"rank": 1}, [], total_up([], []), []))
     ...   read_report(folder).settings
     {'rank': 1}
   """
@@ -90,16 +93,8 @@ def read_report(folder: str | os.PathLike) -> Report:
   path = Path(folder) / REPORT
   if not path.exists():
     raise ValueError(f"{folder} holds no {REPORT}; the run did not finish.")
-  try:
-    data = dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is no report: {error}. Run again.") from error
-  version = data.pop("schema_version", None)
-  if version != SCHEMA_VERSION:
-    raise ValueError(
-      f"{path} has schema version {version}, this jlora reads {SCHEMA_VERSION}."
-    )
-  return Report(**data)
+  found = read_json(path, largest=_LARGEST)
+  return Report(**check_report(found, str(path), SCHEMA_VERSION))
 
 
 _STATUSES = ("extracted", "unchanged", "kept whole", "not representable")
@@ -466,8 +461,8 @@ def rounding_line(report: Report) -> str:
   """
   totals = report.totals
   learnt, parts = totals.get("learnt_norm"), []
-  if learnt is not None:
-    told = [r for r in report.modules if r["learnt_norm"] is not None]
+  if learnt is not None and totals.get("rounding_share") is not None:
+    told = [r for r in report.modules if r.get("learnt_norm") is not None]
     stored = sum(row["norm"] ** 2 for row in told) ** 0.5
     parts.append(
       f"learnt {learnt:.4g} (norm, estimated), stored {stored:.4g}; "

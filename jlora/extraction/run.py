@@ -128,14 +128,15 @@ def extract_checkpoint(
     from random rows draws other rows for them, so they differ by its tolerance.
     Memory: the tensors of up to three modules and their float32 copies, within
     512 MiB or two modules of the usual size, never the whole model. Disk: the
-    adapter twice while it is written.
+    adapter twice while it is written. Changes are formed in float64 where a
+    checkpoint is float64, and rounded once to float32.
 
   Raises:
     ValueError: inputs that cannot be read, are packed in a way that jlora does
       not read, or do not belong together, most of them unmatched, NaN or
-      infinity in a tensor, a folder that is not empty, a journal of another
-      run, nothing to extract, or processes that differ in versions, options or
-      what they see. All processes raise it.
+      infinity in a tensor, factors larger than `dtype` holds, a folder that is
+      not empty, a journal of another run, nothing to extract, or processes
+      that differ in versions, options or what they see. All processes raise it.
     LostProcess: another process ended or was killed. Finished modules stay in
       the journal for `resume`.
 

@@ -76,7 +76,8 @@ def shift_of(base: Any, finetuned: Any, dtype: Any) -> Shift:
   """
   if is_on_host(base, finetuned):
     delta = difference(np.asarray(base), np.asarray(finetuned))
-    return Shift(put_beside(delta.astype(dtype), base, finetuned))
+    with np.errstate(over="ignore"):  # it is infinite then, as under jit
+      return Shift(put_beside(delta.astype(dtype), base, finetuned))
   return Shift(jnp.asarray(difference(base, finetuned)).astype(dtype))
 
 

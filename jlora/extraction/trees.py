@@ -100,7 +100,10 @@ def extract(
     {path: Lora}, a (..., r, in), b (..., r, out), scale (...) ones; with
     `shifts` then {path: Shift}. Modules that did not change give zero factors:
     the structure never depends on values, so the call can be jitted. A change
-    that is not finite gives a scale of NaN. Eager arrays on one CPU are
+    that is not finite gives a scale of NaN. The change of float64 arrays of
+    NumPy is formed in float64 and rounded once, so one below a weight's step in
+    float32 is a change; traced, or placed on a mesh, they are what JAX makes of
+    them: float32 unless x64 is enabled. Eager arrays on one CPU are
     factored by NumPy and LAPACK, with the bits of `extract_checkpoint`: nothing
     is compiled. Of open checkpoints, a few pairs of tensors are in memory at a
     time, and tensors without a partner or of another shape are left out with a
@@ -117,8 +120,10 @@ def extract(
   Raises:
     ValueError: structures or shapes that differ, a parameter that can be read
       as different matrices (`jlora.views.views_of`), a rank below 1 or for a
-      path that does not exist, a selection that leaves nothing, or rules
-      without a mesh or that do not fit it (`jlora.sharding.assign`).
+      path that does not exist, a selection that leaves nothing, factors of
+      eager arrays that are larger than `dtype` holds (traced ones get a scale
+      of NaN), or rules without a mesh or that do not fit it
+      (`jlora.sharding.assign`).
 
   Warns:
     UserWarning: changes left out because they are no matrices, with their share

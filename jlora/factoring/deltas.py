@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.numerics.backends import library_of
+from jlora.numerics.backends import library_of, wide_dtype
 from jlora.numerics.sums import BLOCK, Sums, added, sum_of_squares, sums_of
 
 # The bits of a float32's exponent: alone they are 2^⌊log2 |w|⌋, 0 for zero.
@@ -34,16 +34,17 @@ class Survey(NamedTuple):
 
 
 def difference(base: Any, finetuned: Any) -> Any:
-  """Computes `finetuned - base` in float32.
+  """Computes `finetuned - base`, rounded once to float32.
 
   Args:
     base: any shape, any floating dtype, of NumPy or of JAX.
     finetuned: the same shape, its own dtype.
 
   Returns:
-    float32 of that shape, NumPy's if both are; exact to float32 rounding. (A
-    subtraction in bfloat16 loses whatever is under 1/256 of the change.)
-    Elementwise: keeps its inputs' sharding.
+    float32 of that shape, NumPy's if both are; exact to float32 rounding, also
+    where a side is float64: a change below the weights' step in float32 is
+    kept. (A subtraction in bfloat16 loses whatever is under 1/256 of the
+    change.) Elementwise: keeps its inputs' sharding.
 
   Raises:
     ValueError: the shapes differ.
@@ -54,7 +55,10 @@ def difference(base: Any, finetuned: Any) -> Any:
   """
   _check_shapes(base, finetuned)
   xp = np if library_of(base) is library_of(finetuned) is np else jnp
-  return xp.asarray(finetuned, np.float32) - xp.asarray(base, np.float32)
+  wide = wide_dtype(base, finetuned)
+  delta = xp.asarray(finetuned, wide) - xp.asarray(base, wide)
+  with np.errstate(over="ignore"):  # who reads it tells of infinities
+    return xp.asarray(delta, np.float32)
 
 
 def survey(
@@ -95,10 +99,12 @@ def survey(
   ulp_of_one = np.float32(2.0 ** -jnp.finfo(dtype).nmant)
 
   if xp is jnp:
+    wide = wide_dtype(base, finetuned)
+    equal = _count(base.astype(wide) == finetuned.astype(wide))
     left, right = base.astype(np.float32), finetuned.astype(np.float32)
     steps = (right.view(np.uint32) & _EXPONENT).view(np.float32)
-    found = sum_of_squares(left), sum_of_squares(steps), _count(left == right)
-    delta = right - left
+    found = sum_of_squares(left), sum_of_squares(steps), equal
+    delta = difference(base, finetuned)
     is_finite = xp.isfinite(delta).all()
     delta = xp.where(is_finite, delta, 0.0)
     change = sums_of(jnp.atleast_1d(delta))
@@ -134,14 +140,20 @@ def _by_block(base, finetuned, room):
   left, right, out = (x.reshape(-1) for x in (base, finetuned, delta))
   total, changes = np.zeros(3), []
   scratch = np.empty((3, min(BLOCK, out.size)), np.float32)
+  is_wide = wide_dtype(base, finetuned) is np.float64
   # The caller reports the infinities of a damaged file.
   with np.errstate(invalid="ignore", over="ignore"):
     for start in range(0, out.size, BLOCK):
       part = slice(start, start + BLOCK)
       one, two = map(_as_float32, (left[part], right[part]), scratch)
       change, steps = out[part], scratch[2, : one.size]
-      np.subtract(two, one, out=change)
+      if is_wide:
+        change[...] = difference(left[part], right[part])
+      else:
+        np.subtract(two, one, out=change)
       np.bitwise_and(two.view(np.uint32), _EXPONENT, out=steps.view(np.uint32))
+      if is_wide:
+        one, two = (x[part].astype(np.float64) for x in (left, right))
       equal = np.count_nonzero(one == two)
       total += np.vdot(one, one), np.vdot(steps, steps), equal
       changes.append(sums_of(change))

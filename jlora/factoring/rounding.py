@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.factoring.deltas import difference
 from jlora.numerics.backends import library_of
 
 # Bins: one for each of the 31 largest exponents, and one for all below.
@@ -68,13 +69,14 @@ def ulp_histogram(base: Any, finetuned: Any, dtype: Any) -> Any:
   """
   nmant = jnp.finfo(dtype).nmant
   if library_of(base) is jnp or library_of(finetuned) is jnp:
+    one, two = jnp.asarray(base), jnp.asarray(finetuned)
     return _compiled_histogram(
-      jnp.asarray(base, jnp.float32), jnp.asarray(finetuned, jnp.float32), nmant
+      one.astype(jnp.float32), jnp.square(difference(one, two)), nmant
     )
-  left, right = (_sample(x) for x in (base, finetuned))
-  exponents = _exponents(left)
+  sampled = [_sample(x) for x in (base, finetuned)]
   with np.errstate(invalid="ignore", over="ignore"):  # the caller reports them
-    changed = np.square(right - left)
+    exponents = _exponents(sampled[0].astype(np.float32))
+    changed = np.square(difference(*sampled))
   counts = np.bincount(exponents, minlength=256)
   sums = np.bincount(exponents, changed, minlength=256)
   top = np.max(np.flatnonzero(counts), initial=1)
@@ -168,7 +170,7 @@ def _sample(x: np.ndarray) -> np.ndarray:
       step += 1
     runs = flat.size // step
     flat = flat[: runs * step].reshape(runs, step)[:, :_RUN].reshape(-1)
-  return flat.astype(np.float32)
+  return flat
 
 
 def _exponents(x: Any) -> Any:
@@ -186,10 +188,12 @@ def _total(x: Any) -> Any:
   return jnp.sum(jnp.sum(x, axis=-1) if x.ndim else x)
 
 
-def _compiled_histogram(base: Any, finetuned: Any, nmant: int) -> Any:
-  """Computes the histogram in JAX by masked sums; only scalars are gathered."""
+def _compiled_histogram(base: Any, changed: Any, nmant: int) -> Any:
+  """Computes the histogram in JAX by masked sums; only scalars are gathered.
+
+  Of a base in float32 and the squares of its changes.
+  """
   exponents = _exponents(base).astype(jnp.int32)
-  changed = jnp.square(finetuned - base)
   top = jnp.maximum(jnp.max(exponents), 1)
   columns = top - jnp.arange(_BINS - 1)
 

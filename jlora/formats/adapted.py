@@ -13,13 +13,15 @@ from jlora.checkpoints.merged import changed, check_changes
 from jlora.checkpoints.safetensors import TensorSpec
 from jlora.formats.peft.parts import describe_base, kind_of
 from jlora.formats.peft.reading import load_peft
+from jlora.numerics.backends import wide_dtype
 
 
 class AdaptedCheckpoint(Mapping[str, np.ndarray]):
   """A base and an adapter folder as one lazy mapping, name -> tensor.
 
-  A tensor that the adapter changes is computed on access, in float32, not
-  rounded to the base's dtype. The adapter is held in memory.
+  A tensor that the adapter changes is computed on access, in float32, or
+  float64 where the base has that; it is not rounded to the base's dtype. The
+  adapter is held in memory.
 
   Args:
     base: an open checkpoint.
@@ -48,8 +50,9 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
     self.spec = dict(base.spec)
     for name in {*found.loras, *found.biases, *found.full}:
       shape = tuple(found.full.get(name, base.spec[name]).shape)
-      nbytes = 4 * int(np.prod(shape))
-      self.spec[name] = TensorSpec(shape, np.dtype(np.float32), nbytes)
+      dtype = np.dtype(wide_dtype(base.spec[name]))
+      nbytes = dtype.itemsize * int(np.prod(shape))
+      self.spec[name] = TensorSpec(shape, dtype, nbytes)
 
   def __getitem__(self, name: str) -> np.ndarray:
     array = changed(name, self.base, *self._changes)

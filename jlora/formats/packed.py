@@ -15,10 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.documents import (
+  COUNT,
+  Kind,
+  check_fields,
+  list_of,
+  parse_json,
+)
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.loras import Lora
 from jlora.messages import name_some
+from jlora.numerics.finite import is_finite, not_finite
 
 #: Squared error of the best uniform quantiser of a standard normal variable by
 #: bits, and its step (Max, 1960, table II; checked by a test).
@@ -71,7 +79,8 @@ def pack(lora: Lora, bits: Any = 4) -> Packed:
     each unit's energy. O(r (in + out)) on the host.
 
   Raises:
-    ValueError: bits outside 0..8, not one width per unit, or a stacked Lora.
+    ValueError: bits outside 0..8, not one width per unit, a stacked Lora, or
+      one that is not finite.
 
   Example:
     >>> a, b = np.ones((2, 3)), np.array([[1.0, -1.0], [0.5, 0.5]])
@@ -187,7 +196,8 @@ def bits_within(
 
 
 _PARTS = ("bits", "steps", "codes")
-_SHAPES = "jlora_packed_shapes"
+# Key of the shapes in the metadata of a file.
+SHAPES = "jlora_packed_shapes"
 
 
 def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
@@ -218,7 +228,7 @@ def save_packed(path: str | os.PathLike, packed: Mapping[str, Packed]) -> None:
     for part in _PARTS
   }
   shapes = {name: module.shape for name, module in packed.items()}
-  write_safetensors(path, tensors, {_SHAPES: json.dumps(shapes)})
+  write_safetensors(path, tensors, {SHAPES: json.dumps(shapes)})
 
 
 def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
@@ -243,10 +253,7 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
     ValueError: /nowhere.safetensors does not exist
   """
   checkpoint = open_checkpoint(path)
-  text = checkpoint.metadata.get(_SHAPES)
-  if text is None:
-    raise ValueError(f"{path} holds no packed Loras: {_SHAPES} is missing.")
-  shapes = {name: tuple(shape) for name, shape in json.loads(text).items()}
+  shapes = packed_shapes(checkpoint)
   expected = {f"{name}.{part}" for name in shapes for part in _PARTS}
   if odd := sorted(expected ^ set(checkpoint)):
     raise ValueError(f"{path}: missing or left over: {name_some(odd)}.")
@@ -262,6 +269,43 @@ def load_packed(path: str | os.PathLike) -> dict[str, Packed]:
   return found
 
 
+_SIDES = Kind(
+  "[in, out] of integers, at least 1",
+  lambda value: list_of(COUNT).fits(value) and len(value) == 2,
+)
+
+
+def packed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+  """Reads the shapes of the matrices whose packed Loras a file holds.
+
+  Args:
+    checkpoint: the file, open.
+
+  Returns:
+    {path: (in, out)}.
+
+  Raises:
+    ValueError: it holds none, or they are damaged.
+
+  Example:
+    >>> import tempfile
+    >>> lora = Lora(np.ones((1, 3)), np.ones((1, 2)), np.float32(1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save_packed(f"{folder}/x.safetensors", {"w": pack(lora, 2)})
+    ...   packed_shapes(open_checkpoint(f"{folder}/x.safetensors"))
+    {'w': (3, 2)}
+  """
+  text = checkpoint.metadata.get(SHAPES)
+  place = f"{checkpoint.path}: {SHAPES}"
+  if text is None:
+    raise ValueError(
+      f"{checkpoint.path} holds no packed Loras: {SHAPES} is missing."
+    )
+  found = check_fields(parse_json(text, place), {}, place)
+  check_fields(found, dict.fromkeys(found, _SIDES), place)
+  return {name: (n_in, n_out) for name, (n_in, n_out) in found.items()}
+
+
 def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
   """Returns scale times a, b and the widths, without units of 0 bits."""
   if lora.a.ndim != 2 or lora.b.ndim != 2:
@@ -269,8 +313,12 @@ def _checked(lora: Lora, bits: Any) -> tuple[np.ndarray, ...]:
       f"pack takes one matrix's Lora, got a {lora.a.shape}, b {lora.b.shape}; "
       "pack the members of a stack one by one."
     )
-  a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
+  with np.errstate(over="ignore", invalid="ignore"):
+    a = np.asarray(lora.a, np.float32) * np.float32(lora.scale)
   b = np.asarray(lora.b, np.float32)
+  for side, factor in (("a, times the scale,", a), ("b", b)):
+    if not is_finite(factor):
+      raise not_finite(side, factor, np.float32)
   widths = np.asarray(bits)
   if widths.shape not in ((), (len(a),)) or widths.dtype.kind not in "iu":
     raise ValueError(

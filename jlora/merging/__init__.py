@@ -14,6 +14,10 @@ from jlora.merging.adapters.concatenation import concat as concat
 from jlora.merging.adapters.concatenation import fill_missing as fill_missing
 from jlora.merging.adapters.concatenation import svd_merge as svd_merge
 from jlora.merging.adapters.concatenation import truncate as truncate
+from jlora.merging.adapters.lego import given_units as given_units
+from jlora.merging.adapters.lego import lego as lego
+from jlora.merging.adapters.lego import prune as prune
+from jlora.merging.adapters.lego import singular_units as singular_units
 from jlora.merging.arrays.averages import linear as linear
 from jlora.merging.arrays.averages import model_stock as model_stock
 from jlora.merging.arrays.averages import nearswap as nearswap
@@ -66,9 +70,11 @@ __all__ = [
   "dare",
   "della",
   "fill_missing",
+  "given_units",
   "iso_c",
   "karcher",
   "knots",
+  "lego",
   "linear",
   "magnitude_thresholds",
   "match_l1",
@@ -80,11 +86,13 @@ __all__ = [
   "nearswap",
   "nuslerp",
   "passthrough",
+  "prune",
   "ram",
   "read_inputs",
   "read_recipe",
   "read_recipes",
   "sce",
+  "singular_units",
   "slerp",
   "svd_merge",
   "task_arithmetic",

@@ -3,12 +3,23 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.checkpoints.documents import (
+  FLAG,
+  NULL,
+  OBJECT,
+  REAL,
+  TEXT,
+  Kind,
+  check_fields,
+  count_to,
+  either,
+)
 from jlora.messages import name_some
 
 
@@ -37,21 +48,47 @@ FAMILIES = {
   "qwen3": Family(qk_norm=True),
 }
 
+# Larger ones would take longer to lay out than anybody waits.
+WIDTH, LAYERS = count_to(2**24), count_to(2**9)
+_SWITCH = either(FLAG, NULL)
+POSITIVE = Kind("a number above 0", lambda x: REAL.fits(x) and x > 0)
 #: Keys without a default.
-REQUIRED = (
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
+REQUIRED = {
+  "vocab_size": WIDTH,
+  "hidden_size": WIDTH,
+  "intermediate_size": WIDTH,
+  "num_hidden_layers": LAYERS,
+  "num_attention_heads": WIDTH,
+}
+MIXTURE = {"num_local_experts": LAYERS, "num_experts_per_tok": LAYERS}
+LLAMA3 = dict.fromkeys(
+  (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+  ),
+  POSITIVE,
 )
-MIXTURE = ("num_local_experts", "num_experts_per_tok")
-LLAMA3 = (
-  "factor",
-  "low_freq_factor",
-  "high_freq_factor",
-  "original_max_position_embeddings",
-)
+_OTHERS = {
+  "attention_bias": _SWITCH,
+  "head_dim": either(count_to(2**16), NULL),
+  "mlp_bias": _SWITCH,
+  "num_key_value_heads": either(WIDTH, NULL),
+  "partial_rotary_factor": either(REAL, NULL),
+  "rms_norm_eps": REAL,
+  "rope_parameters": either(OBJECT, NULL),
+  "rope_scaling": either(OBJECT, NULL),
+  "rope_theta": POSITIVE,
+  "sliding_window": either(WIDTH, NULL),
+  "tie_word_embeddings": _SWITCH,
+}
+_ROPE = {
+  "partial_rotary_factor": REAL,
+  "rope_theta": POSITIVE,
+  "rope_type": TEXT,
+  "type": TEXT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +146,9 @@ def read_frequencies(config: Mapping, head_dim: int) -> tuple[float, ...]:
     >>> read_frequencies({"rope_theta": 100.0}, 4)
     (1.0, 0.1)
   """
+  check_fields(dict(config), _OTHERS, "config.json")
   rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  check_fields(rope, _ROPE, "rope of config.json")
   kind = rope.get("rope_type", rope.get("type", "default"))
   partial = rope.get(
     "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
@@ -152,16 +191,25 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     4
   """
   name = config.get("model_type")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise ValueError(f"model_type {name!r} is not one of {', '.join(FAMILIES)}")
   family = FAMILIES[name]
   if config.get("hidden_act", "silu") != "silu":
     raise ValueError(f"hidden_act {config['hidden_act']!r} is not 'silu'")
   if config.get("use_sliding_window"):
     raise ValueError("use_sliding_window is not supported; set it to false")
-  require(config, REQUIRED + MIXTURE * family.mixture)
+  require(config, REQUIRED | (MIXTURE if family.mixture else {}))
+  check_fields(dict(config), _OTHERS, "config.json")
   heads = config["num_attention_heads"]
   head_dim = config.get("head_dim") or config["hidden_size"] // heads
+  groups = config.get("num_key_value_heads") or heads
+  chosen = config["num_experts_per_tok"] if family.mixture else 0
+  experts = config["num_local_experts"] if family.mixture else 0
+  if heads % groups or head_dim < 2 or head_dim % 2 or chosen > experts:
+    raise ValueError(
+      f"{heads} heads of {head_dim} channels in {groups} groups, {chosen} of "
+      f"{experts} experts: heads must divide into groups, channels be even"
+    )
   has_bias = bool(config.get("attention_bias"))
   return Shape(
     vocab=config["vocab_size"],
@@ -169,7 +217,7 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     mlp=config["intermediate_size"],
     layers=config["num_hidden_layers"],
     heads=heads,
-    kv_heads=config.get("num_key_value_heads") or heads,
+    kv_heads=groups,
     head_dim=head_dim,
     eps=config.get("rms_norm_eps", 1e-6),
     qkv_bias=family.qkv_bias or has_bias,
@@ -179,23 +227,24 @@ def read_shape(config: Mapping, dtype: Any = jnp.float32) -> Shape:
     window=config.get("sliding_window") if family.windowed else None,
     tied=bool(config.get("tie_word_embeddings")),
     frequencies=read_frequencies(config, head_dim),
-    experts=config["num_local_experts"] if family.mixture else 0,
-    chosen=config["num_experts_per_tok"] if family.mixture else 0,
+    experts=experts,
+    chosen=chosen,
     dtype=dtype,
   )
 
 
-def require(config: Mapping, keys: Sequence[str]) -> None:
-  """Raises unless a config has all required keys.
+def require(config: Mapping, fields: Mapping[str, Kind]) -> None:
+  """Raises unless a config has all required keys, and what they should hold.
 
   Raises:
     ValueError: names up to three missing keys.
 
   Example:
-    >>> require({"a": 1}, ["a", "b"])
+    >>> require({"a": 1}, {"a": WIDTH, "b": WIDTH})
     Traceback (most recent call last):
     ...
     ValueError: config.json lacks b
   """
-  if missing := [key for key in keys if key not in config]:
+  if missing := [key for key in fields if key not in config]:
     raise ValueError(f"config.json lacks {name_some(missing)}")
+  check_fields(dict(config), fields, "config.json")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jlora.checkpoints import documents
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.messages import name_some
@@ -36,7 +37,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
     A dict.
 
   Raises:
-    ValueError: if the folder has no such file.
+    ValueError: if the folder has no such file, or it is damaged.
 
   Example:
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +47,9 @@ def read_config(folder: Folder) -> dict[str, Any]:
     {'model_type': 'llama'}
   """
   path = pathlib.Path(folder) / "config.json"
-  if not path.is_file():
+  if not path.exists():
     raise ValueError(f"{path} is missing: not a Hugging Face model folder")
-  return json.loads(path.read_text())
+  return documents.read_config(path)
 
 
 def load(
@@ -99,9 +100,10 @@ def load(
     >>> bool((loaded["norm"]["scale"] == params["norm"]["scale"]).all())
     True
   """
-  apply = networks.build(read_config(folder), dtype=dtype)
+  config = read_config(folder)
   checkpoint = open_checkpoint(folder)
   try:
+    apply = networks.build(config, dtype=dtype)
     sources = names.find_sources(
       {name: spec.shape for name, spec in checkpoint.spec.items()}
     )
@@ -110,6 +112,11 @@ def load(
   if apply.shape.tied and (head := sources.pop("head/kernel", None)):
     _check_tied(head, sources, checkpoint, folder)
   shapes = {path: source.shape for path, source in sources.items()}
+  if apply.shape.layers > len(shapes):  # to lay them out would take long
+    raise ValueError(
+      f"{folder}: config.json asks for {apply.shape.layers} layers, and there "
+      f"are {len(shapes)} weights; fetch the folder again"
+    )
   _check_shapes(shapes, _expected(apply), folder)
   rules = rules_for(shapes) if rules is RULES else rules
   # Auto axes: the networks do not specify shardings of their products.

@@ -13,8 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jlora.checkpoints.documents import (
+  FLAG,
+  NULL,
+  REAL,
+  check_fields,
+  either,
+)
 from jlora.models.attention import WHOLE, Span, attend, remember
-from jlora.models.config import require
+from jlora.models.config import LAYERS, WIDTH, require
 from jlora.models.layers import linear_layer
 
 #: key of config.json -> the supported values, its default first.
@@ -25,7 +32,18 @@ COVERED = {
   "scale_attn_weights": (True,),
 }
 #: Keys without a default.
-GPT2_REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+GPT2_REQUIRED = {
+  "vocab_size": WIDTH,
+  "n_embd": WIDTH,
+  "n_layer": LAYERS,
+  "n_head": WIDTH,
+  "n_positions": WIDTH,
+}
+_OTHERS = {
+  "layer_norm_epsilon": REAL,
+  "n_inner": either(WIDTH, NULL),
+  "tie_word_embeddings": either(FLAG, NULL),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +92,11 @@ def read_gpt2(config: Mapping, dtype: Any = jnp.float32) -> Gpt2Shape:
         f"{key} {config[key]!r} is not supported; {covered[0]!r} is"
       )
   require(config, GPT2_REQUIRED)
+  check_fields(dict(config), _OTHERS, "config.json")
+  if config["n_embd"] % config["n_head"]:
+    raise ValueError(
+      f"{config['n_head']} heads do not divide {config['n_embd']} channels"
+    )
   return Gpt2Shape(
     vocab=config["vocab_size"],
     hidden=config["n_embd"],

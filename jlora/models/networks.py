@@ -108,7 +108,7 @@ def build(config: Mapping, *, dtype: Any = jnp.float32) -> Model:
     True
   """
   family = config.get("model_type")
-  if family not in NETWORKS:
+  if not isinstance(family, str) or family not in NETWORKS:
     raise ValueError(
       f"model_type {family!r} is not one of {', '.join(NETWORKS)}"
     )

@@ -33,6 +33,20 @@ def library_of(x: Any) -> Any:
   return np if isinstance(x, np.ndarray | np.generic) else jnp
 
 
+def wide_dtype(*arrays: Any) -> Any:
+  """Returns the dtype in which arrays are subtracted: float64 if any has it.
+
+  Args:
+    arrays: of any floating dtypes.
+
+  Example:
+    >>> wide_dtype(np.ones(2, np.float16), np.ones(2)).__name__
+    'float64'
+  """
+  is_wide = any(x.dtype == np.float64 for x in arrays)
+  return np.float64 if is_wide else np.float32
+
+
 def branch(which: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
   """Calls `yes` or `no`, as `which` is true or false; `lax.cond` for JAX.
 

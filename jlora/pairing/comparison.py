@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.numerics.backends import library_of
+from jlora.numerics.backends import library_of, wide_dtype
 from jlora.pairing.pairs import (
   Pair,
   Rows,
@@ -129,7 +129,8 @@ def is_equal(left: np.ndarray, right: np.ndarray) -> bool:
     >>> is_equal(np.ones(2, np.float16), np.ones(2, np.float32))
     True
   """
-  return np.array_equal(left.astype(np.float32), right.astype(np.float32))
+  wide = wide_dtype(left, right)
+  return np.array_equal(left.astype(wide), right.astype(wide))
 
 
 def stored_dtype(checkpoint: Mapping[str, Any], side: Side) -> np.dtype:
@@ -155,7 +156,8 @@ def check_finite(path: str, *arrays: Any) -> None:
   for side, array in zip(
     ("base", "finetuned")[-len(arrays) :], arrays, strict=True
   ):
-    is_finite = library_of(array).isfinite(array.astype(np.float32))
+    values = array.astype(wide_dtype(array))
+    is_finite = library_of(array).isfinite(values)
     bad = array.size - int(is_finite.sum())
     if bad:
       raise ValueError(

@@ -5,11 +5,26 @@ Rows are compared and added by their number. That is right only where a number
 means the same token in all models: shapes cannot tell, but tokenizers can.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jlora.checkpoints.documents import (
+  LARGEST,
+  NULL,
+  OBJECT,
+  SIZE,
+  TEXT,
+  Kind,
+  check_fields,
+  either,
+  list_of,
+  read_object,
+  read_text,
+  record_of,
+  table_of,
+)
 
 Tokens = dict[int, str]
 
@@ -26,7 +41,8 @@ def read_tokens(path: str | os.PathLike) -> Tokens | None:
     has another form (a SentencePiece `tokenizer.model` alone cannot be read).
 
   Raises:
-    ValueError: a file that is not JSON.
+    ValueError: a file that is no JSON, or whose tokens are not numbered as
+      those of tokenizers are.
 
   Example:
     >>> import tempfile
@@ -36,12 +52,8 @@ def read_tokens(path: str | os.PathLike) -> Tokens | None:
     ...   read_tokens(folder)
     {0: 'a', 1: 'b'}
   """
-  if (file := _find(path)) is None:
-    return None
-  try:
-    return _READERS[file.name](file)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{file} is no JSON: {error}") from error
+  file = _find(path)
+  return None if file is None else _READERS[file.name](file)
 
 
 def read_both_tokens(
@@ -76,45 +88,71 @@ def _find(path: str | os.PathLike) -> Path | None:
   folder = Path(path)
   folder = folder if folder.is_dir() else folder.parent
   files = (folder / name for name in _READERS)
-  return next((file for file in files if file.is_file()), None)
+  return next((file for file in files if file.exists()), None)
 
 
 def _are_same(first: Path, second: Path) -> bool:
   """Returns whether two files that stand alone hold the same bytes."""
   if first.name != "tokenizer.json" or second.name != first.name:
     return False
-  if first.stat().st_size != second.stat().st_size:
+  if not (first.is_file() and second.is_file()):  # who reads them tells
+    return False
+  size = first.stat().st_size
+  if size != second.stat().st_size or size > LARGEST:
     return False
   return first.samefile(second) or first.read_bytes() == second.read_bytes()
 
 
+# Of BPE and the like token -> number; of Unigram [token, score] by number.
+_NUMBERED = table_of(SIZE)
+_SCORED = Kind(
+  "a list, each entry [token, score]",
+  lambda value: (
+    isinstance(value, list)
+    and all(
+      isinstance(one, list) and one and TEXT.fits(one[0]) for one in value
+    )
+  ),
+)
+_TOKENIZER = {
+  "model": either(OBJECT, NULL),
+  "added_tokens": either(
+    list_of(record_of({"id": SIZE, "content": TEXT})), NULL
+  ),
+}
+
+
 def _of_tokenizer(file: Path) -> Tokens | None:
   """Reads a tokenizer.json; None if its vocabulary has another form."""
-  raw = json.loads(file.read_text("utf-8"))
-  model = raw.get("model") if isinstance(raw, Mapping) else None
-  vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-  if isinstance(vocabulary, Mapping):
-    found = {number: token for token, number in vocabulary.items()}
-  elif isinstance(vocabulary, list):  # Unigram: (token, score) by number
-    found = {number: pair[0] for number, pair in enumerate(vocabulary)}
-  else:
+  raw = read_object(file, _TOKENIZER)
+  model = raw.get("model") or {}
+  vocabulary = model.get("vocab")
+  if not isinstance(vocabulary, dict | list):
     return None
+  kind = _NUMBERED if isinstance(vocabulary, dict) else _SCORED
+  check_fields(model, {"vocab": kind}, f"{file}: model")
+  if isinstance(vocabulary, dict):
+    found = {number: token for token, number in vocabulary.items()}
+  else:
+    found = {number: pair[0] for number, pair in enumerate(vocabulary)}
   added = raw.get("added_tokens") or []
   return {**found, **{one["id"]: one["content"] for one in added}}
 
 
 def _of_vocabulary(file: Path) -> Tokens:
   """Reads a vocab.json, and the added_tokens.json beside it."""
-  found = json.loads(file.read_text("utf-8"))
   more = file.with_name("added_tokens.json")
-  if more.is_file():
-    found = {**found, **json.loads(more.read_text("utf-8"))}
+  files = [file, *([more] if more.exists() else [])]
+  found: dict[str, int] = {}
+  for one in files:
+    own = read_object(one)
+    found |= check_fields(own, dict.fromkeys(own, SIZE), str(one))
   return {number: token for token, number in found.items()}
 
 
 def _of_lines(file: Path) -> Tokens:
   """Reads a vocab.txt, a token on each line."""
-  return dict(enumerate(file.read_text("utf-8").splitlines()))
+  return dict(enumerate(read_text(file).splitlines()))
 
 
 _READERS: dict[str, Any] = {

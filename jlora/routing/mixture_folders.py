@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.documents import COUNT, check_fields
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.checkpoints.merged import copy_companions
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
+from jlora.numerics.backends import wide_dtype
+from jlora.numerics.finite import rounded
 from jlora.routing.mixtures import check_chosen
+from jlora.selection import is_floating
 from jlora.views import LINEAR, as_parameter
 
 Expert = Checkpoint | Mapping[str, Lora]
@@ -62,7 +66,8 @@ def save_mixture(
 
   Raises:
     ValueError: before anything is written, if the folder exists, the base is of
-      another family, shapes differ, or routers or `chosen` do not fit.
+      another family or its MLPs are not floating, shapes differ, or routers or
+      `chosen` do not fit; or an expert is not finite in the base's dtype.
 
   Warns:
     UserWarning: an adapter changes modules other than MLPs, which are left out.
@@ -122,14 +127,24 @@ def _check_base(base: Checkpoint, config: Mapping[str, Any]) -> list[int]:
       f"{base.path} is of type {kind}; a Mixtral is made of a {_FAMILIES[0]} "
       f"or {_FAMILIES[1]}."
     )
-  layers = list(range(int(config["num_hidden_layers"])))
+  sizes = {"num_hidden_layers": COUNT, "hidden_size": COUNT}
+  check_fields(config, sizes, f"{base.path}: config.json", required=sizes)
+  count = min(config["num_hidden_layers"], len(base))
+  layers = list(range(count))
   needed = [_MLP.format(i, part) for i in layers for part in _PARTS]
   missing = [name for name in needed if name not in base]
+  missing += [f"layer {count}"] * (count < config["num_hidden_layers"])
   biases = [name for name in base if name.endswith("_proj.bias")]
   if missing or biases:
     raise ValueError(
       f"{base.path} does not fit a Mixtral: missing are "
       f"{name_some(missing) or 'none'}, biases {name_some(biases) or 'none'}."
+    )
+  kinds = {name: base.spec[name].dtype for name in needed}
+  whole = [f"{n}: {kind}" for n, kind in kinds.items() if not is_floating(kind)]
+  if whole:
+    raise ValueError(
+      f"{base.path}: MLPs must be floating, not {name_some(whole)}."
     )
   return layers
 
@@ -230,10 +245,12 @@ def _arrays_of(base, experts, rows, layers) -> Iterator[tuple[str, np.ndarray]]:
       continue
     layer, part = places[name]
     for i, expert in enumerate(experts):
-      array = _tensor_of(expert, base, name).astype(stored.dtype)
-      yield _EXPERT.format(layer, i, _PARTS[part]), array
+      target = _EXPERT.format(layer, i, _PARTS[part])
+      array = _tensor_of(expert, base, name)
+      yield target, rounded(target, array, stored.dtype)
     if part == "gate_proj":
-      yield _ROUTER.format(layer), rows[layer].astype(stored.dtype)
+      target = _ROUTER.format(layer)
+      yield target, rounded(target, rows[layer], stored.dtype)
 
 
 def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
@@ -242,9 +259,11 @@ def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
     return expert[name]
   if name not in expert:
     return base[name]
-  array = base[name].astype(np.float32)
-  change = np.asarray(dense(expert[name]))
-  return array + as_parameter(change, LINEAR, array.shape)
+  wide = wide_dtype(base.spec[name])
+  array = base[name].astype(wide)
+  change = np.asarray(dense(expert[name]), wide)
+  with np.errstate(over="ignore", invalid="ignore"):  # told when rounded
+    return array + as_parameter(change, LINEAR, array.shape)
 
 
 def _mixed(config, experts: int, chosen: int) -> dict[str, Any]:

@@ -11,11 +11,27 @@ References:
 """
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from jlora.checkpoints.documents import (
+  COUNT,
+  FLAG,
+  NULL,
+  NUMBER,
+  OBJECT,
+  TEXT,
+  Kind,
+  check_fields,
+  either,
+  list_of,
+  read_object,
+  table_of,
+)
 from jlora.formats.peft.layouts import PARAMETER_ORDER, PREFIX
+from jlora.formats.peft.patterns import is_end, is_inside, is_whole
 
 # Configuration entries with which a module is not base + scale * B @ A, or only
 # for another base. Any value but None, False and empty is refused.
@@ -35,12 +51,31 @@ REFUSED = {
 }
 # Initialisations that move part of the base's weight into the adapter.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
-_READ = {
-  "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules",
-  "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias",
-  "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
-  "target_parameters", "use_rslora",
-}  # fmt: skip
+# Entries that are read, and what they hold. All but the last may be null.
+_NAMES = list_of(TEXT)
+_OR_NULL = {
+  "alpha_pattern": table_of(NUMBER),
+  "bias": TEXT,
+  "ensure_weight_tying": FLAG,
+  "exclude_modules": either(TEXT, _NAMES),
+  "fan_in_fan_out": FLAG,
+  "init_lora_weights": either(FLAG, TEXT, OBJECT),
+  "lora_bias": FLAG,
+  "modules_to_save": _NAMES,
+  "rank_pattern": table_of(COUNT),
+  "target_modules": either(TEXT, _NAMES),
+  "target_parameters": _NAMES,
+  "use_rslora": FLAG,
+}
+_READ: dict[str, Kind] = {
+  **{name: either(kind, NULL) for name, kind in _OR_NULL.items()},
+  "lora_alpha": NUMBER,
+  "peft_type": either(TEXT, NULL),
+  "r": COUNT,
+}
+# Entries whose strings, or the names of whose values, are regexes.
+_REGEXES = ("alpha_pattern", "modules_to_save", "rank_pattern")
+_MAYBE_REGEXES = ("exclude_modules", "target_modules")
 # Entries about how the adapter was trained or made, which change nothing here.
 _HARMLESS = {
   "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode",
@@ -48,6 +83,41 @@ _HARMLESS = {
   "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
   "revision", "runtime_config", "task_type",
 }  # fmt: skip
+
+
+def read_adapter_config(path: str | os.PathLike) -> dict[str, Any]:
+  """Reads an `adapter_config.json`, whatever its method.
+
+  Args:
+    path: the file.
+
+  Returns:
+    Its contents; what LoRAs have is of its kind.
+
+  Raises:
+    ValueError: no regular file or no JSON, an entry of another kind than PEFT
+      writes, or a pattern that is no regex.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   file = pathlib.Path(folder, "adapter_config.json")
+    ...   _ = file.write_text('{"r": 4, "target_modules": ["q"]}')
+    ...   read_adapter_config(file)["r"]
+    4
+  """
+  named = {"base_model_name_or_path": either(TEXT, NULL)}
+  config = read_object(path, {**_READ, **named})
+  regexes = [x for key in _REGEXES for x in config.get(key) or ()]
+  for key in _MAYBE_REGEXES:
+    if isinstance(config.get(key), str):
+      regexes.append(config[key])
+  for regex in dict.fromkeys(regexes):
+    try:
+      is_whole(regex, "")
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+  return config
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
@@ -86,17 +156,14 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
       f"{place}: bias is {config['bias']!r}; only 'none' and lora_bias are"
       " read."
     )
-  known = _READ | _HARMLESS | REFUSED.keys()
+  known = _READ.keys() | _HARMLESS | REFUSED.keys()
   unknown = sorted(key for key in config if config[key] and key not in known)
   if unknown:
     raise ValueError(
       f"{place}: unknown entries {', '.join(unknown[:3])} ({len(unknown)} in"
       " all); they may change what the tensors mean."
     )
-  if not isinstance(config.get("r"), int) or config["r"] < 1:
-    raise ValueError(
-      f"{place}: r is {config.get('r')!r}; at least 1 is needed."
-    )
+  check_fields(config, _READ, place, required=("r",))
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any):
@@ -115,7 +182,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any):
     4
   """
   for pattern, value in (patterns or {}).items():
-    if re.match(rf"(.*\.)?({pattern})$", name):
+    if is_end(pattern, name):
       return value
   return default
 
@@ -160,7 +227,7 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
     True
   """
   saved = config.get("modules_to_save") or ()
-  if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+  if any(is_inside(name, module) for name in saved):
     return False
   if _matches(config.get("exclude_modules") or (), module):
     return False
@@ -257,6 +324,6 @@ def shortest_targets(
 def _matches(targets: Collection[str] | str, name: str) -> bool:
   """Matches as PEFT does: a regex for the name, or a list of name endings."""
   if isinstance(targets, str):
-    return re.fullmatch(targets, name) is not None
+    return is_whole(targets, name)
   parts = name.split(".")
   return any(".".join(parts[i:]) in targets for i in range(len(parts)))

@@ -38,6 +38,7 @@ from jlora.formats.peft.parts import (
 )
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
+from jlora.numerics.finite import is_finite, not_finite, rounded
 from jlora.pairing.buffers import why_no_parameter
 from jlora.views import MatrixView
 
@@ -402,15 +403,24 @@ def arrays_of(
     factors = None if path is None else _folded(loras[path])
     for part in group:
       a, b = _factors(part, factors)
-      yield from _stored(part, a.astype(part.dtype), b.astype(part.dtype))
+      stored = (
+        rounded(f"{side} of {part.name}", x, part.dtype)
+        for side, x in (("a", a), ("b, times its scale,", b))
+      )
+      yield from _stored(part, *stored)
       if not carried:
         continue
       bias = np.zeros(part.b[-1:])
       if part.module in carried:
         bias = np.asarray(biases[carried[part.module]])
-      yield f"{PREFIX}{part.stem}.{BIAS}", bias.astype(part.dtype)
+      bias = rounded(f"the bias of {part.module}", bias, part.dtype)
+      yield f"{PREFIX}{part.stem}.{BIAS}", bias
   for name, path in kept.items():
-    yield PREFIX + name, np.asarray(full[path])
+    array = np.asarray(full[path])
+    # Masks may hold infinities, parameters may not.
+    if not why_no_parameter(path, array.shape) and not is_finite(array):
+      raise not_finite(name, array, array.dtype)
+    yield PREFIX + name, array
 
 
 def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:
@@ -495,7 +505,8 @@ def _folded(lora: Lora) -> tuple[np.ndarray, np.ndarray]:
   scale = np.asarray(lora.scale, np.float32)[..., None, None]
   b = np.asarray(lora.b)
   if (scale != 1).any():
-    b = b.astype(np.float32) * scale
+    with np.errstate(over="ignore", invalid="ignore"):  # told when rounded
+      b = b.astype(np.float32) * scale
   return np.asarray(lora.a), b
 
 

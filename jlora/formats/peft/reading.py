@@ -6,7 +6,7 @@ Here both are errors.
 """
 
 import collections
-import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,7 @@ from jlora.formats.peft.config import (
   is_saved,
   is_targeted,
   rank_and_scale,
+  read_adapter_config,
   wrapped_parameters,
 )
 from jlora.formats.peft.conversions import (
@@ -47,6 +48,7 @@ from jlora.formats.peft.layouts import (
 from jlora.formats.peft.parts import HEAD, Base, describe_base, ties_of
 from jlora.loras import Lora
 from jlora.messages import name_some
+from jlora.selection import is_floating
 from jlora.views import view_of
 
 # A key without its prefix: the module, nested wrappers, and the tensor's role.
@@ -144,7 +146,7 @@ def load_peft(
       or with the configuration, or anything that does not fit `like`.
 
   Example:
-    >>> import tempfile
+    >>> import json, tempfile
     >>> from pathlib import Path
     >>> from jlora.checkpoints import write_safetensors
     >>> tensors = {"base_model.model.q.lora_A.weight": np.ones((1, 3), "f4"),
@@ -244,7 +246,7 @@ def _open(folder: str | os.PathLike) -> tuple[dict[str, Any], Checkpoint]:
   for name in (CONFIG, TENSORS):
     if not (folder / name).is_file():
       raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
-  entries = json.loads((folder / CONFIG).read_text())
+  entries = read_adapter_config(folder / CONFIG)
   check_config(entries, str(folder / CONFIG))
   if isinstance(entries.get("target_modules"), list):
     entries["target_modules"] = frozenset(entries["target_modules"])
@@ -288,11 +290,12 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any], order):
     if match := _KEY.fullmatch(name):
       module, role = match["module"], match["role"]
       roles = found.setdefault((module, match["nest"].count(".")), {})
-      roles[_ROLES[role]] = key
+      is_first = roles.setdefault(_ROLES[role], key) == key
       explained = is_targeted(config, module) or wrapped_parameters(
         config, module, order(module)
       )
       explained = explained and (role != BIAS or config.get("lora_bias"))
+      explained = explained and is_first
     else:
       module, _, leaf = name.rpartition(".")
       plain = module.removesuffix(".base_layer")
@@ -332,9 +335,13 @@ def _wrappers(found, file: Checkpoint, config, order) -> list[StoredLora]:
     a, b = file.spec[keys["a"]].shape, file.spec[keys["b"]].shape
     name = f"{module}.{parameters[-1 - nest]}" if parameters else module
     rank, scale = rank_and_scale(config, name)
+    kinds = [file.spec[keys[role]].dtype for role in ("a", "b")]
+    if not all(map(is_floating, kinds)):
+      wrong.append(f"{name}: A {kinds[0]}, B {kinds[1]}, needed are floats")
+      continue
     layout = _layout(keys["a"], a, parameters)
-    units = a[0] % rank + rank if layout is EXPERTS else a[0]
-    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or units != rank:
+    bias = file.spec[keys["bias"]].shape if "bias" in keys else b[:1]
+    if not _is_pair(a, b, rank, layout) or bias != b[:1]:
       wrong.append(f"{name}: A {a}, B {b}, configured rank {rank}")
       continue
     name = name if parameters else f"{module}.weight"
@@ -345,6 +352,16 @@ def _wrappers(found, file: Checkpoint, config, order) -> list[StoredLora]:
       f" {name_some(wrong)}."
     )
   return wrappers
+
+
+def _is_pair(a, b, rank: int, layout: FileLayout) -> bool:
+  """Returns whether two tensors' shapes are those of A and B of a rank."""
+  axes = len(b) if layout is CONVOLUTION else 2
+  if len(a) < 2 or len(b) != axes or a[0] != b[1] or math.prod(b[2:]) != 1:
+    return False
+  if layout is EXPERTS:
+    return a[0] > 0 and a[0] % rank == 0 and len(a) == 2
+  return a[0] == rank
 
 
 def _layout(

@@ -40,7 +40,9 @@ from jlora.merging.checkpoints.piecewise import unbind
 from jlora.merging.checkpoints.recipes import Recipe, first_setting
 from jlora.merging.trees import merge
 from jlora.messages import name_some
+from jlora.numerics.finite import is_finite, rounded
 from jlora.pairing.layers import LayerNames, find_layers
+from jlora.selection import is_floating
 
 _METHODS = (*ADDING, *BY_ENTRY, *OF_LORAS)
 
@@ -379,15 +381,10 @@ def _loras(plan: AdapterPlan, layer: Layer) -> list[Lora | None]:
   found: list[Lora | None] = []
   for model, own, one in zip(inputs, plan.adapters, layer.inputs, strict=True):
     lora = None if one is None else read_stored(one, own.file)
-    if not all(map(_is_finite, jax.tree.leaves(lora))):
+    if not all(map(is_finite, map(np.asarray, jax.tree.leaves(lora)))):
       raise ValueError(f"{model.model}: {layer.first.name} is not finite.")
     found.append(lora)
   return found
-
-
-def _is_finite(x: np.ndarray) -> bool:
-  """Returns whether an array of any floating dtype is finite."""
-  return bool(np.isfinite(np.asarray(x, np.float32)).all())
 
 
 def _stored(layer: Layer, a, b) -> Iterator[tuple[str, np.ndarray]]:
@@ -410,10 +407,7 @@ def _arrays(
     lora = merged.lora
     b = np.asarray(lora.b) * np.asarray(lora.scale)[..., None, None]
     factors = [_filled(np.asarray(lora.a), layer.a), _filled(b, layer.b)]
-    with np.errstate(over="ignore"):  # told by name in the next lines
-      factors = [x.astype(layer.dtype) for x in factors]
-    if not all(map(_is_finite, factors)):
-      raise ValueError(f"{name}: too large for {layer.dtype}.")
+    factors = [rounded(name, x, layer.dtype) for x in factors]
     yield from _stored(layer, *factors)
     if plan.config.get("lora_bias"):
       yield _bias_key(layer), _bias(plan, layer, options, key)
@@ -447,7 +441,7 @@ def _bias(plan: AdapterPlan, layer: Layer, options, key) -> np.ndarray:
     settings=options,
     key=key,
   )
-  return np.asarray(merged[name]).astype(layer.dtype)
+  return rounded(name, merged[name], layer.dtype)
 
 
 def _whole(plan: AdapterPlan) -> dict[str, np.ndarray]:
@@ -472,7 +466,12 @@ def _whole(plan: AdapterPlan) -> dict[str, np.ndarray]:
       w * np.asarray(x, np.float32)
       for w, x in zip(weights, arrays, strict=True)
     )
-    found[key] = np.asarray(mean).astype(arrays[0].dtype)
+    if not is_floating(arrays[0].dtype):
+      raise ValueError(
+        f"{name} is stored whole as {arrays[0].dtype} and differs: integers "
+        "have no mean."
+      )
+    found[key] = rounded(name, mean, arrays[0].dtype)
   return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.checkpoints.documents import read_object, read_text
 from jlora.checkpoints.hub import locate, without_paths
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.merging.checkpoints.tokens import TokenPlan
@@ -200,15 +201,7 @@ def _as_json(value: Any) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
   """Reads a file of JSON; an empty mapping where there is none."""
-  if not file.is_file():
-    return {}
-  try:
-    found = json.loads(file.read_text("utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{file} is no JSON: {error}") from error
-  if not isinstance(found, dict):
-    raise ValueError(f"{file} holds no mapping.")
-  return found
+  return read_object(file) if file.exists() else {}
 
 
 def _levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -354,7 +347,7 @@ def _own_template(model: Any) -> str | None:
   """Reads a model's chat template; None if it has none."""
   folder = _folder(model.path)
   if (folder / _TEMPLATE).is_file():
-    return (folder / _TEMPLATE).read_text("utf-8")
+    return read_text(folder / _TEMPLATE)
   given = _read(folder / _SETTINGS).get("chat_template")
   if isinstance(given, list):  # several, by name
     named = {one.get("name"): one.get("template") for one in given}

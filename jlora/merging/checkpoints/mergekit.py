@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from jlora.checkpoints.documents import NUMBER, shortened
+from jlora.checkpoints.yaml_documents import read_yaml
 from jlora.merging.checkpoints.mergekit_forms import FORMS, IDLE, KNOWN, Form
 from jlora.merging.checkpoints.mergekit_tokenizers import (
   read_chat_template,
@@ -52,16 +52,18 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
       which is named.
 
   Example:
-    >>> import tempfile
+    >>> import pathlib, tempfile
     >>> text = "merge_method: slerp\nbase_model: a\nmodels: [model: b]\n"
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...   file = Path(folder, "recipe.yml")
+    ...   file = pathlib.Path(folder, "recipe.yml")
     ...   _ = file.write_text(text + "parameters: {t: [0, 0.5]}")
     ...   recipe = read_recipe(file)
     >>> recipe.models, recipe.settings, recipe.method.__name__
     (['a', 'b'], {'t': [0, 0.5]}, 'slerp')
   """
-  found = _documents(path)
+  found = read_yaml(path)
+  if not found:
+    raise ValueError(f"{path} holds no recipe.")
   if len(found) > 1:
     raise ValueError(
       f"{path} holds {len(found)} recipes; read them with read_recipes, or in "
@@ -103,7 +105,7 @@ def read_recipes(
     [('mid/half', ['a']), ('None', ['mid/half'])]
   """
   raws = {}
-  for raw in _documents(path):
+  for raw in read_yaml(path):
     name = raw.get("name") if isinstance(raw, dict) else None
     if name in raws:
       said = "no name" if name is None else f"the name {name}"
@@ -139,15 +141,6 @@ def _needed(recipe: Recipe) -> set[str]:
   return {*recipe.models, source}
 
 
-def _documents(path: str | os.PathLike) -> list[Any]:
-  """Reads the recipes in a file."""
-  try:
-    found = list(yaml.safe_load_all(Path(path).read_text()))
-  except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from error
-  return [raw for raw in found if raw is not None] or [None]
-
-
 _TOP = {
   "name": str,
   "merge_method": str,
@@ -176,7 +169,9 @@ def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
   raw = {key: value for key, value in raw.items() if value is not None}
   name = raw.get("merge_method")
   if name not in FORMS:
-    raise ValueError(f"merge_method {name!r} is none of {', '.join(FORMS)}.")
+    raise ValueError(
+      f"merge_method {shortened(name)} is none of {', '.join(FORMS)}."
+    )
   form, places = FORMS[name], places or {}
   raw = _without_modules(raw)
   base = _model(raw["base_model"], places) if "base_model" in raw else None
@@ -245,7 +240,7 @@ def _model(given: Any, places: Mapping[str, str]) -> str:
     base, adapter = (part.get("path") for part in parts)
     if base:
       return places.get(base, base) + (f"+{adapter}" if adapter else "")
-  raise ValueError(f"{given!r} is no path of a model.")
+  raise ValueError(f"{shortened(given)} is no path of a model.")
 
 
 def _slice(
@@ -266,8 +261,8 @@ def _slice(
   for source in raw.get("sources") or []:
     source = _without_stray("a model", source, keys, notes)
     _check_keys("a model", source, keys)
-    if "model" not in source:
-      raise ValueError(f"A source has no `model`: {source}.")
+    if source.get("model") is None:
+      raise ValueError(f"A source has no `model`: {shortened(source)}.")
     model, layers = _model(source["model"], places), source.get("layer_range")
     if layers is not None and not _is_range(layers):
       raise ValueError(f"layer_range {layers} of {model} is no [start, end].")
@@ -359,7 +354,7 @@ def _plain(value: Any) -> Any:
 def _setting(key: str, value: Any) -> Any:
   """Returns a number, a gradient or conditions; raises for anything else."""
   value = _plain(value)
-  if isinstance(value, int | float) and not isinstance(value, bool):
+  if NUMBER.fits(value):
     return value
   if isinstance(value, dict):
     value = [value]
@@ -375,8 +370,8 @@ def _setting(key: str, value: Any) -> Any:
     if not any(isinstance(one, dict | list) for one in value):
       return [_setting(key, one) for one in value]
   raise ValueError(
-    f"{key}: {value!r} is no number, list of numbers, or list of conditions "
-    "{filter, value}."
+    f"{key}: {shortened(value)} is no number of float32, list of them, or list "
+    "of conditions {filter, value}."
   )
 
 
@@ -413,10 +408,12 @@ def _constants(
 def _check_constant(key: str, value: Any, table: Mapping[Any, Any] | None):
   """Raises unless an option has one of its values."""
   is_number = isinstance(value, int | float)
-  is_known = type(value) is not bool if table is None else value in table
+  is_known = NUMBER.fits(value) if table is None else value in table
   if not (is_number and is_known):
     wanted = "a number" if table is None else name_some(map(str, table))
-    raise ValueError(f"{key}: {value!r} is not known here, only {wanted}.")
+    raise ValueError(
+      f"{key}: {shortened(value)} is not known here, only {wanted}."
+    )
 
 
 def _check_required(

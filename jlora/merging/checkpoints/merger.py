@@ -27,6 +27,9 @@ from jlora.merging.checkpoints.reading import (
   open_input,
   pieces_of,
 )
+from jlora.messages import name_some
+from jlora.numerics.finite import is_finite, not_finite, rounded
+from jlora.pairing.comparison import stored_dtype
 from jlora.paths import key_for
 from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
@@ -84,10 +87,22 @@ class Merger:
     """
     given = [*job.sources, *([] if job.base is None else [job.base])]
     stored = [find_stored(self._models, job, one) for one in given]
-    is_cut = self._is_kept(job) or is_piecewise(self._method)
+    is_cut = self.is_copied(job) or is_piecewise(self._method)
     if is_cut and all(one and is_floating(one.dtype) for one in stored):
       return pieces_of(job.shape, _PIECE)
     return [None]
+
+  def is_copied(self, job: Job) -> bool:
+    """Returns whether the only source is the result, up to its dtype.
+
+    Args:
+      job: what a tensor is made of.
+
+    Returns:
+      bool.
+    """
+    is_one = self._method is passthrough and job.settings == _ONE
+    return is_one or job.settings is None
 
   def is_measured(self, job: Job) -> bool:
     """Returns whether pieces need the sums that `measure` computes.
@@ -98,7 +113,7 @@ class Merger:
     Returns:
       bool.
     """
-    if self._sums is None or self._is_kept(job):
+    if self._sums is None or self.is_copied(job):
       return False
     return not self._is_told(job, self._sums.setting)
 
@@ -138,25 +153,27 @@ class Merger:
       they lie if the tensor is only copied.
 
     Raises:
-      ValueError: as the method, or tensors that are not floating and differ;
-        names the tensor.
+      ValueError: as the method; tensors that are not floating and differ; NaN
+        or infinity in a parameter; or a result that its dtype does not hold.
+        Names the tensor.
     """
     leaves = self._open(job)
-    if self._is_kept(job):
-      kept = leaves[0][() if piece is None else piece.index]
-      return kept.astype(job.dtype, copy=False)
-    if not is_floating(leaves[0].dtype):
+    if self.is_copied(job):
+      return _copied(job, leaves[0][() if piece is None else piece.index])
+    if not is_floating(job.dtype):
       return _same(job, [leaf[()] for leaf in leaves[: len(job.sources)]])
     numbers = _numbers(job)
     if measured and self._sums is not None:
       total = np.sum(measured, axis=0, dtype=np.float64)
       numbers[self._sums.setting] = total.astype(np.float32)
-    try:
-      fixed = (self._method, job.dtype)
-      merged = self._called(fixed, job, leaves, numbers, piece)
-    except ValueError as error:
-      raise ValueError(f"{job.name}: {error}") from error
-    return merged if piece is None else merged.reshape(-1)[: piece.size]
+    # Without x64 there is no float64 in JAX.
+    narrow = np.dtype(np.float32) if job.dtype.itemsize > 4 else job.dtype
+    merged = self._called((self._method, narrow), job, leaves, numbers, piece)
+    if piece is not None:
+      merged = merged.reshape(-1)[: piece.size]
+    if not is_finite(merged):
+      raise _why_not_finite(job, leaves, narrow)
+    return merged.astype(job.dtype, copy=False)
 
   def _open(self, job: Job) -> list[Any]:
     """Opens a tensor's inputs, and last its base if it has one."""
@@ -179,9 +196,17 @@ class Merger:
         if some
       )
       base = base[0][0] if base else None
+      # In pieces each entry is made of the same of the inputs, unless dropped.
+      if piece is None or is_drawn:
+        every = [*stack, *([] if base is None else [base])]
+        if not all(map(is_finite, every)):
+          raise _why_not_finite(job, leaves, stack.dtype)
       if base is not None and self._is_told_first(job):
         numbers |= self._told_first(stack, base, numbers)
-      return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
+      try:
+        return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
+      except ValueError as error:
+        raise ValueError(f"{job.name}: {error}") from error
 
   def check(self, job: Job) -> None:
     """Raises unless the method accepts a job's settings; compiles nothing.
@@ -209,6 +234,28 @@ class Merger:
     except ValueError as error:
       raise ValueError(f"{job.name}: {error}") from error
 
+  def check_kinds(self, job: Job) -> None:
+    """Raises unless all inputs of a tensor are floating as it is, or none is.
+
+    Args:
+      job: what a tensor is made of; headers are looked at.
+
+    Raises:
+      ValueError: names the tensor, and each model with its dtype.
+    """
+    given = [*job.sources, *([] if job.base is None else [job.base])]
+    dtypes = {
+      one.model: stored_dtype(self._models[one.model], one.side)
+      for one in given
+    }
+    if len({is_floating(x) for x in (job.dtype, *dtypes.values())}) > 1:
+      said = name_some(f"{name} {dtype}" for name, dtype in dtypes.items())
+      raise ValueError(
+        f"{job.name} is {job.dtype} in the result and of several kinds in the "
+        f"models: {said}. Integers are not merged with floats; dequantise them "
+        "first."
+      )
+
   def _is_told(self, job: Job, setting: str) -> bool:
     """Returns whether an argument of the method is already set."""
     return setting in self._defaults or setting in dict(job.settings or ())
@@ -224,11 +271,6 @@ class Merger:
     told: Any = self._told
     given = numbers.pop(told.instead_of, told.default)
     return {told.setting: told.of(stack, base, given)}
-
-  def _is_kept(self, job: Job) -> bool:
-    """Returns whether the only source is the result, up to its dtype."""
-    is_one = self._method is passthrough and job.settings == _ONE
-    return is_one or job.settings is None
 
   def _run(self, function, fixed, *given):
     """Runs a function compiled; compiles it on the first call."""
@@ -249,6 +291,34 @@ def _numbers(job: Job) -> dict[str, Any]:
 def _layout(piece: Piece) -> tuple[int, int]:
   """Returns the padded shape of a piece, one of two to compile few programs."""
   return (_SMALL if piece.size <= _SMALL else _PIECE) // _ROW, _ROW
+
+
+def _why_not_finite(job: Job, leaves, dtype: np.dtype) -> ValueError:
+  """Returns the error for a tensor that is not finite; names the model."""
+  given = [*job.sources, *([job.base] if job.base else [])]
+  for one, leaf in zip(given, leaves, strict=True):
+    if not is_finite(array := leaf[()]):
+      return not_finite(f"{job.name} of {one.model}", array, array.dtype)
+  return ValueError(
+    f"{job.name}: merged it has values that {dtype.name} does not hold, over "
+    f"{float(jnp.finfo(dtype).max):.6g}; give another `dtype` or weights."
+  )
+
+
+def _copied(job: Job, array: np.ndarray) -> np.ndarray:
+  """Returns a tensor that is copied, in the job's dtype.
+
+  Parameters must be finite. What is no parameter, a mask say, stays as it is,
+  but what was finite must be in the dtype, too.
+  """
+  if not is_floating(job.dtype):
+    return array.astype(job.dtype, copy=False)
+  if job.settings is not None:
+    return rounded(f"{job.name} of {job.sources[0].model}", array, job.dtype)
+  if array.dtype == job.dtype or not is_finite(array):
+    with np.errstate(over="ignore"):
+      return array.astype(job.dtype, copy=False)
+  return rounded(job.name, array, job.dtype)
 
 
 def _same(job: Job, arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -171,7 +171,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
 
 def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
   """Finds the reference's layers; none is an error only if they are needed."""
-  wanted = config.get("text_config", config).get("num_hidden_layers")
+  wanted = (config.get("text_config") or config).get("num_hidden_layers")
   try:
     return find_layers(first.spec, wanted)
   except ValueError:

@@ -242,10 +242,11 @@ def _fill(
   out: np.ndarray, one: Stored | np.ndarray, piece: Piece | None
 ) -> None:
   """Reads an input, or a piece of it, into an array."""
-  if piece is None:
-    for part in pieces_of(one.shape, _READ):
-      out[part.index] = one[part.index]
-    return
-  flat = out.reshape(-1)
-  flat[: piece.size] = one[piece.index].reshape(-1)
-  flat[piece.size :] = 0
+  with np.errstate(over="ignore"):  # of float64; the merger tells
+    if piece is None:
+      for part in pieces_of(one.shape, _READ):
+        out[part.index] = one[part.index]
+      return
+    flat = out.reshape(-1)
+    flat[: piece.size] = one[piece.index].reshape(-1)
+    flat[piece.size :] = 0

@@ -19,6 +19,17 @@ import jax
 import numpy as np
 
 from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.documents import (
+  NULL,
+  OBJECT,
+  SIZE,
+  TEXT,
+  check_fields,
+  either,
+  list_of,
+  read_object,
+  record_of,
+)
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
 from jlora.checkpoints.safetensors import stream_safetensors
@@ -34,7 +45,9 @@ from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
 from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
+from jlora.messages import name_some
 from jlora.numerics.backends import words_of
+from jlora.pairing.pairs import names_of
 from jlora.runs.fingerprints import digest, name_of, replace_text
 from jlora.runs.journal import (
   FOLDER,
@@ -80,9 +93,9 @@ def merge_checkpoints(
       out[name] = round(method([model[name], ...], weights, base[name]))
 
   Merges are computed in float32 and rounded once, whatever the models are
-  stored in. The folder holds safetensors files (with an index if there are
-  several), the reference's config.json, adapted to the result's layers and
-  dtype, its tokenizer, and `merge.json`.
+  stored in; that a model is float64 is a note. The folder holds safetensors
+  files (with an index if there are several), the reference's config.json,
+  adapted to the result's layers and dtype, its tokenizer, and `merge.json`.
 
   Args:
     recipe: what to merge; `read_recipe` reads one.
@@ -108,8 +121,10 @@ def merge_checkpoints(
 
   Raises:
     ValueError: models that cannot be read or do not belong together, layers
-      that do not exist, settings that the method refuses, a folder that is not
-      empty, or a journal of another run.
+      that do not exist, settings that the method refuses, NaN or infinity in
+      a parameter, a result larger than its dtype holds, a tensor that is an
+      integer in one model and not in another, a folder that is not empty, or a
+      journal of another run.
 
   Example:
     >>> import io, tempfile
@@ -138,13 +153,15 @@ def merge_checkpoints(
   if resume or overwrite:
     remove_closed(out)
   if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
-    report = MergeReport(**json.loads((out / MERGE).read_text()))
+    report = read_merge(out / MERGE)
     check_fingerprint(out / MERGE, report.settings, settings)
     return report
   plan = plan_merge(recipe)
   merger = Merger(recipe.method, plan.models, key)
   for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
     merger.check(job)
+  for job in plan.jobs:
+    merger.check_kinds(job)
   check_folder(out, MERGE, resume=resume, overwrite=overwrite)
   inputs = {
     f"model {name}": [digest(file) for file in files_of(model)]
@@ -158,11 +175,51 @@ def merge_checkpoints(
     settings,
     len(plan.jobs),
     sum(_size(job) for job in plan.jobs),
-    plan.notes + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+    plan.notes
+    + _note_wide(plan, merger)
+    + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
   )
   _finish(plan, out, max_shard_bytes, report)
   journal.close()
   return report
+
+
+_INPUT = record_of({"model": TEXT})
+_SLICE = record_of({"inputs": list_of(_INPUT)})
+_FIELDS = {
+  "settings": OBJECT,
+  "tensors": SIZE,
+  "nbytes": SIZE,
+  "notes": list_of(TEXT),
+}
+_SETTINGS = {
+  "base": either(TEXT, NULL),
+  "method": TEXT,
+  "slices": list_of(_SLICE),
+}
+
+
+def read_merge(path: str | os.PathLike) -> MergeReport:
+  """Reads the report of a merge.
+
+  Args:
+    path: a `merge.json`.
+
+  Returns:
+    MergeReport.
+
+  Raises:
+    ValueError: no such file, or it is no report of a merge.
+
+  Example:
+    >>> read_merge("/nowhere/merge.json")
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere/merge.json cannot be read: No such file or directory
+  """
+  found = read_object(path, _FIELDS, required=[*_FIELDS])
+  check_fields(found["settings"], _SETTINGS, f"{path}: settings")
+  return MergeReport(**{name: found[name] for name in _FIELDS})
 
 
 def _merge_adapters(recipe, out: Path, key, settings, overwrite) -> MergeReport:
@@ -300,6 +357,20 @@ def _make(merger, job, piece, measured) -> np.ndarray:
   """Merges a piece, given the sums over all pieces."""
   # The pool has begun all of them before, so this wait cannot deadlock.
   return merger(job, piece, [future.result() for future in measured])
+
+
+def _note_wide(plan: MergePlan, merger: Merger) -> list[str]:
+  """Describes tensors that are float64 and merged in float32."""
+  wide = [
+    job.name
+    for job in plan.jobs
+    if not merger.is_copied(job)
+    and any(
+      plan.models[one.model].spec[names_of(one.side)[0]].dtype == np.float64
+      for one in job.sources
+    )
+  ]
+  return [f"{name_some(wide)}: float64, merged in float32"] if wide else []
 
 
 def _size(job: Job) -> int:

@@ -2,6 +2,7 @@
 """Merged checkpoints: one rounding, the rest unchanged, whole or not there."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -149,3 +150,85 @@ def test_nothing_is_left_of_a_merge_that_failed(base, tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["base"]
   with pytest.raises(ValueError, match="exists"):
     save_merged(base[1], open_checkpoint(base[1]), {})
+
+
+K = "h.q.weight"
+ONE = Lora(jnp.ones((1, 4)), jnp.ones((1, 4)), jnp.float32(1))
+
+
+def scaled(scale):
+  return Lora(ONE.a, ONE.b, jnp.float32(scale))
+
+
+@pytest.mark.parametrize(
+  ("base", "change", "options", "said"),
+  [
+    (
+      np.full((4, 4), 6e4, "f2"),
+      scaled(1e4),
+      {},
+      "16 of 16 values, up to 7e+04",
+    ),
+    (np.ones((4, 4), "f4"), scaled(np.nan), {}, "16 of 16 values are NaN"),
+    (
+      np.ones((4, 4), "f4"),
+      scaled(1e5),
+      {"dtype": "float16"},
+      "more than float16",
+    ),
+    (np.full((4, 4), 3e38, BF16), scaled(3e38), {}, "are NaN or infinite"),
+    (np.full((4, 4), np.nan, "f4"), ONE, {}, "16 of 16 values are NaN"),
+    (np.full((4, 4), 100, "i1"), scaled(100), {}, f"{K}: int8"),
+    (np.ones((4, 4), "u1"), scaled(0.5), {}, f"{K}: uint8"),
+    (np.ones((4, 4), "?"), ONE, {}, f"{K}: bool"),
+  ],
+)
+def test_nothing_is_written_that_is_not_finite_or_wraps_around(
+  base, change, options, said, tmp_path
+):
+  write_safetensors(tmp_path / "b.safetensors", {K: base})
+  opened = open_checkpoint(tmp_path / "b.safetensors")
+  with pytest.raises(ValueError, match=re.escape(said)) as told:
+    save_merged(tmp_path / "m", opened, {K: change}, **options)
+  assert K in str(told.value)
+  assert [file.name for file in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_other_values_of_integers_are_refused_and_integers_taken(tmp_path):
+  write_safetensors(
+    tmp_path / "b.safetensors", {"n": np.arange(3), K: np.eye(4)}
+  )
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  with pytest.raises(ValueError, match="n: int64"):
+    save_merged(tmp_path / "m", base, {}, full={"n": np.ones(3)})
+  with pytest.raises(ValueError, match="n: int64"):
+    save_merged(tmp_path / "m", base, {}, biases={"n": np.ones(3)})
+  save_merged(tmp_path / "m", base, {}, full={"n": np.arange(3) + 4})
+  assert open_checkpoint(tmp_path / "m")["n"].tolist() == [4, 5, 6]
+
+
+def test_infinities_of_the_base_stay_and_none_are_added(tmp_path):
+  mask = np.triu(np.full((3, 3), -np.inf, np.float32), 1)
+  tensors = {"h.mask": mask, K: np.eye(4, dtype="f4")}
+  write_safetensors(tmp_path / "b.safetensors", tensors)
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  save_merged(tmp_path / "m", base, {K: ONE}, dtype="float16")
+  merged = open_checkpoint(tmp_path / "m")["h.mask"]
+  np.testing.assert_array_equal(merged, mask.astype("f2"))
+  write_safetensors(
+    tmp_path / "b.safetensors", {**tensors, "w": mask[:1, :1] + 1e5}
+  )
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  with pytest.raises(ValueError, match="w: 1 of 1 values, up to 1e\\+05"):
+    save_merged(tmp_path / "n", base, {K: ONE}, dtype="float16")
+
+
+def test_a_sum_of_float64_is_float64(tmp_path):
+  w = np.full((4, 4), 1 + 1e-12)
+  write_safetensors(tmp_path / "b.safetensors", {K: w, "b": w[0]})
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  bias = {"b": np.full(4, 2**-60)}
+  save_merged(tmp_path / "m", base, {K: scaled(2**-40)}, biases=bias)
+  merged = open_checkpoint(tmp_path / "m")
+  np.testing.assert_array_equal(merged[K], w + 2**-40)
+  np.testing.assert_array_equal(merged["b"], w[0] + 2**-60)

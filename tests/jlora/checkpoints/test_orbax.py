@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees written by orbax itself, in the ways that people write them."""
 
+import os
 import shutil
 import threading
 
@@ -14,7 +15,12 @@ import pytest
 from orbax.checkpoint import v1
 
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.checkpoints.orbax import save_orbax
+from jlora.checkpoints.orbax import (
+  find_item,
+  list_leaves,
+  read_leaf,
+  save_orbax,
+)
 from jlora.checkpoints.safetensors import write_safetensors
 
 
@@ -235,3 +241,27 @@ def test_damage_is_a_value_error(tmp_path, damage):
       file.write_bytes(file.read_bytes()[:-40])
   with pytest.raises(ValueError, match="c"):
     dict(open_checkpoint(path))
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "loop"])
+def test_what_is_no_file_in_a_folder_is_not_waited_for(what, tmp_path):
+  save_orbax(tmp_path / "c", {"w": np.ones(3)})
+  odd = next(file for file in (tmp_path / "c").rglob("*") if file.is_file())
+  odd.unlink()
+  {
+    "pipe": lambda: os.mkfifo(odd),
+    "device": lambda: odd.symlink_to("/dev/zero"),
+    "loop": lambda: odd.symlink_to(odd.name),
+  }[what]()
+  if odd.name == "_METADATA":
+    assert find_item(tmp_path / "c") is None
+    return
+  with pytest.raises(ValueError, match="is no regular file|cannot be read"):
+    dict(open_checkpoint(tmp_path / "c"))
+
+
+def test_a_shape_that_only_the_metadata_has_takes_no_memory(tmp_path):
+  save_orbax(tmp_path / "c", {"w": np.ones((3, 2))})
+  leaf = list_leaves(tmp_path / "c")["w"]._replace(shape=(2**40, 2))
+  with pytest.raises(ValueError, match="is stored, but the metadata says"):
+    read_leaf(leaf, (range(2**40), range(2)))

@@ -2,6 +2,7 @@
 """How commands begin and end: the list, helps, flags, one line for mistakes."""
 
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -197,7 +198,9 @@ def test_what_is_raised_is_told(probe, capsys, error, says):
 )
 def test_a_reader_that_has_enough_is_told_nothing(tmp_path, words):
   """As in `jlora show DIR | head`."""
-  (tmp_path / "merge.json").write_text("{}")
+  settings = {"base": None, "method": "linear", "slices": []}
+  report = {"settings": settings, "tensors": 1, "nbytes": 4, "notes": []}
+  (tmp_path / "merge.json").write_text(json.dumps(report))
   code = (
     "import os; from jlora.commands.__main__ import main; "
     "read, write = os.pipe(); os.close(read); os.dup2(write, 1); main()"

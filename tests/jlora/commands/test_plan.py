@@ -155,7 +155,7 @@ def test_the_command(folder, capsys):
 @pytest.mark.parametrize(
   ("words", "says"),
   [
-    (["--model=nowhere.json"], "is no config.json"),
+    (["--model=nowhere.json"], "nowhere.json cannot be read: No such file"),
     (["--model=nowhere"], "does not exist"),
     ([], "--model is needed"),
     (["more"], "only flags are taken, got more"),

@@ -99,7 +99,52 @@ def test_another_schema_is_refused(tmp_path, version):
 @pytest.mark.parametrize("text", ["", '{"schema_version": 1, "setti', "[1]"])
 def test_a_broken_report_is_named(tmp_path, text):
   (tmp_path / REPORT).write_text(text)
-  with pytest.raises(ValueError, match=f"{REPORT} is no report"):
+  with pytest.raises(ValueError, match=f"{REPORT} (is no JSON|holds no obj)"):
+    read_report(tmp_path)
+
+
+ODD = {
+  "settings": [],
+  "modules": {},
+  "totals": None,
+  "ledger": [3],
+  "verified": {"by": "PEFT"},
+  "more": 1,
+}
+ODD_ROWS = {
+  "path": 3,
+  "shape": [4],
+  "norm": 1e200,
+  "energy": float("nan"),
+  "rank": -1,
+  "singular_values": ["1"],
+  "learnt_norm": "much",
+  "bytes": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_report_of_other_fields_is_named(name, tmp_path):
+  write_report(tmp_path, report())
+  data = json.loads((tmp_path / REPORT).read_text()) | {name: ODD[name]}
+  (tmp_path / REPORT).write_text(json.dumps(data))
+  with pytest.raises(ValueError, match=f"{REPORT}: .*{name}"):
+    read_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_a_row_of_other_fields_is_named(name, tmp_path):
+  write_report(tmp_path, report())
+  data = json.loads((tmp_path / REPORT).read_text())
+  data["modules"][1][name] = ODD_ROWS[name]
+  (tmp_path / REPORT).write_text(json.dumps(data))
+  with pytest.raises(ValueError, match=f"{REPORT}: modules, 1: {name} is"):
+    read_report(tmp_path)
+  if name in ("learnt_norm",):
+    return  # older reports have none
+  del data["modules"][1][name]
+  (tmp_path / REPORT).write_text(json.dumps(data))
+  with pytest.raises(ValueError, match=f"modules, 1: {name} is missing"):
     read_report(tmp_path)
 
 

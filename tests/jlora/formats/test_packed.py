@@ -173,6 +173,14 @@ def test_other_refusals():
     bits_within({"q": [1.0]}, {"q": (2, 2), "k": (2, 2)}, 10)
   with pytest.raises(ValueError, match="at least 1"):
     bits_within({"q": [1.0]}, {"q": (2, 2)}, 0)
+  a, b = np.ones((1, 3), np.float32), np.ones((1, 2), np.float32)
+  for odd in (
+    Lora(a, b, np.float32("nan")),
+    Lora(a, b * np.float32("inf"), np.float32(1)),
+    Lora(a * np.float32(3e38), b, np.float32(9)),
+  ):
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+      pack(odd, 4)
 
 
 def test_nothing_packs_to_nothing():

@@ -277,7 +277,26 @@ def test_tokens_of_both_are_read_where_they_differ(tmp_path):
   assert read_both_tokens(one, same) is None
 
 
-@pytest.mark.parametrize("text", ["[]", '{"model": []}', '"x"', "3"])
+@pytest.mark.parametrize("text", ["{}", '{"model": {"type": "x"}}'])
 def test_tokenizers_of_other_forms_have_no_tokens(text, tmp_path):
   (tmp_path / "tokenizer.json").write_text(text)
   assert read_tokens(tmp_path) is None
+
+
+ODD = {
+  "[]": "holds no object",
+  "3": "holds no object",
+  '{"model": []}': r"model is \[\], needed is an object",
+  '{"model": {"vocab": {"a": "0"}}}': "vocab is",
+  '{"model": {"vocab": {"a": -1}}}': "vocab is",
+  '{"model": {"vocab": [["a", 0.5], []]}}': r"each entry \[token, score\]",
+  '{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}': "added_tokens is",
+}
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_tokens_that_are_not_numbered_are_told_with_the_file(text, tmp_path):
+  file = tmp_path / "tokenizer.json"
+  file.write_text(text)
+  with pytest.raises(ValueError, match=f"tokenizer.json.*{ODD[text]}"):
+    read_tokens(tmp_path)

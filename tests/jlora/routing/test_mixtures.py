@@ -205,6 +205,14 @@ def test_what_does_not_fit_leaves_nothing(family, tmp_path):
   other = open_checkpoint(tmp_path / "gpt2")
   with pytest.raises(ValueError, match="of type gpt2"):
     save_mixture(tmp_path / "moe", other, [other], rows, chosen=1)
+  name = "model.layers.0.mlp.gate_proj.weight"
+  n_out, n_in = base.spec[name].shape
+  a, b = (jnp.full((1, n), 1e30, jnp.float32) for n in (n_in, n_out))
+  large = {name: Lora(a, b, jnp.float32(1))}
+  with pytest.raises(
+    ValueError, match="experts.0.w1.weight: .* are NaN or inf"
+  ):
+    save_mixture(tmp_path / "moe", base, [large], rows, chosen=1)
   save_mixture(tmp_path / "moe", base, [law], rows, chosen=1)
   with pytest.raises(ValueError, match="exists"):
     save_mixture(tmp_path / "moe", base, [law], rows, chosen=1)

@@ -628,6 +628,26 @@ def test_what_does_not_fit_together_is_not_loaded(changes, message, tmp_path):
     load_peft(folder, like=LIKE)
 
 
+@pytest.mark.parametrize(
+  ("lora", "said"),
+  [
+    (Lora(np.ones((1, 4), "f4"), np.ones((1, 6), "f4"), np.float32(1e5)),
+     "b, times its scale, of h.q.weight: 6 of 6 values, up to 1e\\+05"),
+    (Lora(np.full((1, 4), 7e4, "f4"), np.ones((1, 6), "f4"), np.float32(1)),
+     "a of h.q.weight: 4 of 4 values, up to 7e\\+04"),
+    (Lora(np.ones((1, 4), "f2"), np.ones((1, 6), "f2"), np.float32("nan")),
+     "b, times its scale, of h.q.weight: 6 of 6 values are NaN"),
+  ],
+)  # fmt: skip
+def test_factors_that_are_not_finite_as_stored_are_not_written(
+  lora, said, tmp_path
+):
+  like = {"h.q.weight": np.zeros((6, 4), "f4")}
+  with pytest.raises(ValueError, match=said):
+    save_peft(tmp_path / "x", {"h.q.weight": lora}, like=like, dtype="float16")
+  assert not list((tmp_path / "x").glob("*"))
+
+
 def test_a_head_that_left_its_embedding_does_not_fit_a_tied_base(tmp_path):
   model = build(llama(tied=True))
   save_peft(tmp_path, random_loras(model), like=like_of(model))

@@ -66,6 +66,8 @@ METHODS = {
     ),
     **DRAWN,
   ),
+  "lego": Row(functools.partial(jlora.merging.lego, rank=4), whole=False),
+  "lego of all units": Row(functools.partial(jlora.merging.lego, rank=7)),
 }
 every = pytest.mark.parametrize("name", METHODS)
 WEIGHTS = np.float32([1, 0.5, 0.8])
