@@ -178,10 +178,11 @@ def _through(change: Change, x, shape, names, params):
     for other in steps[i + 1 :]:
       later |= {rank, *axes_with(getattr(change, other), ndim)}
     kept = [n for n in dict.fromkeys([*labels, rank, *axes]) if n in later]
+    own = _of_gates(dtype) if name == "gate" else dtype
     found = jnp.einsum(
-      found.astype(dtype),
+      found.astype(own),
       labels,
-      factor.reshape(sizes).astype(dtype),
+      factor.reshape(sizes).astype(own),
       [rank, *axes],
       kept,
       precision=params.get("precision"),
@@ -189,6 +190,11 @@ def _through(change: Change, x, shape, names, params):
     )
     labels = kept
   return _laid_out(found, labels, names.out)
+
+
+def _of_gates(dtype):
+  """Returns what gates are multiplied in: scales may be over float16's."""
+  return jnp.float32 if dtype == jnp.float16 else dtype
 
 
 def _laid_out(found, labels, out):
@@ -251,7 +257,9 @@ def _conv(operands, params):
     inner = jnp.moveaxis(inner, feature, -1)
     inner = inner.reshape(*inner.shape[:-1], groups, rank)
     gate = change.gate.reshape(*(1,) * (inner.ndim - 1), -1)
-    inner = inner * gate.astype(inner.dtype)
+    own = _of_gates(inner.dtype)
+    gated = inner.astype(own) * gate.astype(own)
+    inner = gated.astype(inner.dtype)
     wide = jnp.broadcast_to(
       writes.reshape(rank, -1), (rank, value.shape[out_axis])
     )

@@ -149,16 +149,18 @@ class Kind(NamedTuple):
 
 def _is_integer(value: Any) -> bool:
   """Returns whether a value is an integer that 64 bits hold; flags are none."""
-  is_plain = type(value) is int or (
+  is_whole = type(value) is int or (
     isinstance(value, numbers.Integral) and not isinstance(value, bool)
   )
-  return is_plain and -(2**63) <= value < 2**63
+  number: Any = value
+  return is_whole and bool(-(2**63) <= number < 2**63)
 
 
 def _is_number(value: Any, most: float = 3.4e38) -> bool:
   """Returns whether a value is a number that float32 holds; flags are none."""
   is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  return is_real and -most <= value <= most
+  number: Any = value
+  return is_real and bool(-most <= number <= most)
 
 
 ANYTHING = Kind("anything", lambda value: True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.checkpoints.documents import read_config
+from jlora.checkpoints.documents import read_config, shortened
 from jlora.commands.costs import (
   Bound,
   Cost,
@@ -92,8 +92,10 @@ def _shapes(file: pathlib.Path) -> tuple[Spec, None]:
   said = config.get("torch_dtype") or config.get("dtype") or "float32"
   try:
     dtype = jnp.dtype(said)
-  except TypeError as error:
-    raise ValueError(f"{file}: dtype {said!r} is not known.") from error
+  except (TypeError, SyntaxError, ValueError) as error:  # NumPy's, of texts
+    raise ValueError(
+      f"{file}: dtype {shortened(said)} is not known."
+    ) from error
   make = lambda key: init(config, key, dtype=dtype)[1]  # noqa: E731
   try:
     made = jax.eval_shape(make, jax.random.key(0))

@@ -512,13 +512,14 @@ def _total_rounding(
   modules: Sequence[Mapping[str, Any]],
 ) -> dict[str, float | int | None]:
   """Sums up what was learnt and rounded, over the rows that know it."""
-  told = [row for row in modules if row.get("learnt_norm") is not None]
+  both = ("learnt_norm", "rounding_share")
+  told = [row for row in modules if None not in map(row.get, both)]
   learnt2 = [row["learnt_norm"] ** 2 for row in told]
   lost2 = sum(
     row["rounding_share"] * square
     for row, square in zip(told, learnt2, strict=True)
   )
-  has_zeros = all("unchanged" in row for row in modules)
+  has_zeros = all(row.get("unchanged") is not None for row in modules)
   sizes = [math.prod(row["shape"]) for row in modules] if has_zeros else []
   equal = sum(
     row["unchanged"] * size for row, size in zip(modules, sizes, strict=False)

@@ -61,7 +61,7 @@ REQUIRED = {
   "num_attention_heads": WIDTH,
 }
 MIXTURE = {"num_local_experts": LAYERS, "num_experts_per_tok": LAYERS}
-LLAMA3 = dict.fromkeys(
+LLAMA3: dict[str, Kind] = dict.fromkeys(
   (
     "factor",
     "low_freq_factor",

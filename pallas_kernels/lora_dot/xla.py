@@ -4,6 +4,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lora_dot.partitioning import is_local
@@ -34,8 +35,10 @@ def xla_dot(
   u = _times(rows, _cast(a, dtype), 1)
   if gate is not None:
     places = range(u.ndim - gate.ndim, u.ndim)
-    gate = lax.broadcast_in_dim(_cast(gate, dtype), u.shape, [*places])
-    u = lax.mul(u, gate)
+    # A scale may be over float16's range where what it scales is not.
+    wide = jnp.float32 if dtype == jnp.float16 else dtype
+    gate = lax.broadcast_in_dim(_cast(gate, wide), u.shape, [*places])
+    u = _cast(lax.mul(_cast(u, wide), gate), dtype)
   more = _times(u, _cast(b, dtype), 0)
   more = lax.reshape(more, (*lead, b.shape[1])) if joins else more
   return lax.add(times_base(x, w, transpose_w), more)

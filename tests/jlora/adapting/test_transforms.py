@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import lax
 
+import jlora
 from jlora.adapting.transforms import apply
 from jlora.loras import Lora
 from jlora.views import EXPERTS_IN_OUT_VIEWS
@@ -201,3 +203,24 @@ def test_malformed_loras_are_refused():
   broken = Lora(jnp.ones((2, 4)), jnp.ones((3, 6)), jnp.float32(1))
   with pytest.raises(ValueError, match="1 malformed Lora: w: a"):
     apply({"w": jnp.zeros((4, 6))}, {"w": broken})
+
+
+def test_scales_over_float16_s_range():
+  """What they scale is small: nothing on the way is infinite."""
+  half, scale = jnp.float16, jnp.float32(1e5)
+  lora = Lora(jnp.full((1, 8), 1e-3, half), jnp.full((1, 8), 1e-3, half), scale)
+  params, x = {"w": jnp.zeros((8, 8), half)}, jnp.ones((2, 8), half)
+  change = jlora.bind(params, {"w": lora})
+  run = lambda p, x: x @ p["w"]  # noqa: E731
+  bank = jlora.make_bank([{"w": lora}] * 2)
+  for y in (
+    jlora.adapt(run)(change, x),
+    jlora.adapt(lambda p, x: jnp.einsum("bi,io->ob", x, p["w"]))(change, x),
+    jlora.adapt_rows(run)(params, bank, jnp.array([0, 1]), x),
+  ):
+    np.testing.assert_allclose(np.float32(y), 0.8, rtol=5e-3)
+  kernel = {"conv.weight": jnp.zeros((8, 8, 1, 1), half)}
+  convolved = jlora.adapt(
+    lambda p, x: lax.conv(x, p["conv.weight"], (1, 1), "SAME")
+  )(jlora.bind(kernel, {"conv.weight": lora}), jnp.ones((1, 8, 2, 2), half))
+  np.testing.assert_allclose(np.float32(convolved), 0.8, rtol=5e-3)
