@@ -107,11 +107,12 @@ def read_recipes(
   raws = {}
   for raw in read_yaml(path):
     name = raw.get("name") if isinstance(raw, dict) else None
+    is_name = isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}", name)
+    if name is not None and not is_name:
+      raise ValueError(f"{path}: {shortened(name)} is no name of a folder.")
     if name in raws:
       said = "no name" if name is None else f"the name {name}"
       raise ValueError(f"{path}: two recipes have {said}; name them apart.")
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", str(name)):
-      raise ValueError(f"{path}: {name!r} is no name of a folder.")
     raws[name] = raw
   places = {name: Path(intermediates, name) for name in raws if name}
   known = {name: str(place) for name, place in places.items()}
@@ -221,6 +222,7 @@ def _without_modules(raw: Mapping[str, Any]) -> dict[str, Any]:
     )
   inner = next(iter(modules.values()))
   _check_keys("the module", inner, {"slices": list, "models": list})
+  inner = {key: value for key, value in inner.items() if value is not None}
   if len(inner) != 1:
     raise ValueError("Give `models` or `slices` of the module.")
   return {key: raw[key] for key in raw if key != "modules"} | inner
@@ -237,7 +239,7 @@ def _model(given: Any, places: Mapping[str, str]) -> str:
       _check_keys("a model", given, {"model": dict, "lora": dict})
     for part in parts:
       _check_keys("a model", part or {}, {"path": str})
-    base, adapter = (part.get("path") for part in parts)
+    base, adapter = ((part or {}).get("path") for part in parts)
     if base:
       return places.get(base, base) + (f"+{adapter}" if adapter else "")
   raise ValueError(f"{shortened(given)} is no path of a model.")
@@ -408,7 +410,7 @@ def _constants(
 def _check_constant(key: str, value: Any, table: Mapping[Any, Any] | None):
   """Raises unless an option has one of its values."""
   is_number = isinstance(value, int | float)
-  is_known = NUMBER.fits(value) if table is None else value in table
+  is_known = NUMBER.fits(value) if table is None else value in list(table)
   if not (is_number and is_known):
     wanted = "a number" if table is None else name_some(map(str, table))
     raise ValueError(

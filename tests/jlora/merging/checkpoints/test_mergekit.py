@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: every key of mergekit's that is known, and every other by name."""
 
+import contextlib
+import copy
 import re
 
 import numpy as np
@@ -443,6 +445,58 @@ def test_more_that_is_refused(read):
     read("a: [")
   with pytest.raises(ValueError, match="the recipe is no mapping"):
     read("just words")
+
+
+def places_in(value, path=()):
+  """Every place in a recipe."""
+  yield path
+  pairs = value.items() if isinstance(value, dict) else ()
+  pairs = enumerate(value) if isinstance(value, list) else pairs
+  for key, one in pairs:
+    yield from places_in(one, (*path, key))
+
+
+RICH = """
+name: x
+merge_method: ties
+base_model: o
+slices:
+- sources:
+  - model: {model: {path: a}, lora: {path: l}}
+    layer_range: [0, 2]
+    parameters: {weight: [{filter: q, value: [0, 1]}, {value: 1}], density: 0.5}
+  parameters: {weight: {filter: m, value: 2}}
+  base_model: b
+parameters: {weight: 1, normalize: true, rescale: false, lambda: 1.0}
+tokenizer:
+  source: union
+  tokens:
+    <x>: {source: {kind: model_token, model: a, token_id: 3}, force: true}
+  pad_to_multiple_of: 8
+chat_template: chatml
+"""
+ODD = (None, 1, -1, 0.5, True, "x", "", [], {}, [1], {"a": 1}, [None], {1: 2})
+ODD += (float("nan"), 10**400, [{}], [{"value": None}], "{{")
+
+
+def test_anything_anywhere_is_read_or_a_valueerror(tmp_path):
+  file, count = tmp_path / "r.yml", 0
+  other = {"merge_method": "linear", "modules": {"default": {"models": TWO}}}
+  for raw in (yaml.safe_load(RICH), other):
+    for path in places_in(raw):
+      for value in ODD:
+        changed = copy.deepcopy(raw) if path else value
+        inner = changed
+        for key in path[:-1]:
+          inner = inner[key]
+        if path:
+          inner[path[-1]] = value
+        file.write_text(yaml.dump(changed))
+        for reads in (read_recipe, lambda file: read_recipes(file, "mid")):
+          count += 1
+          with contextlib.suppress(ValueError):
+            reads(file)
+  assert count > 1000
 
 
 def test_gradients_and_filters_as_mergekit_has_them():
