@@ -20,8 +20,8 @@ import numpy as np
 
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
-from jlora.checkpoints.merged import copy_companions
 from jlora.checkpoints.safetensors import stream_safetensors
+from jlora.checkpoints.sources import copy_files, list_companions
 from jlora.formats.adapted import files_of
 from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
@@ -290,7 +290,7 @@ def _finish(
   plan: MergePlan, recipe: Recipe, out: Path, limit: int, report: MergeReport
 ) -> None:
   """Moves all files into place; `merge.json` last, which marks the end."""
-  source = plan.models[plan.reference].path
+  first = plan.models[plan.reference]
   for file in out.glob("*.safetensors.index.json"):
     file.unlink()
   folder = out / FOLDER / _SHARDS
@@ -303,7 +303,7 @@ def _finish(
     write_index(out, shards)
   for file in set(out.glob("*.safetensors")) - set(shards):
     file.unlink()
-  copy_companions(source, out)
+  copy_files(list_companions(getattr(first, "base", first)), out)
   if plan.config:
     text = json.dumps(_configure(plan, recipe), indent=2, sort_keys=True)
     replace_text(out / "config.json", text + "\n")
