@@ -62,7 +62,7 @@ def check_apart(out: str | os.PathLike, sources: Iterable[Any]) -> None:
   held, parts = [], []
   for path, folders in map(_places_of, sources):
     places = [path, *folders]
-    held += [place for place in places if own and own in _lineage(place)]
+    held += [p for p in places if own and own in _lineage(p)][:1]
     if _is_part(out, path, folders):
       parts.append(path)
   if held:

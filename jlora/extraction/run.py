@@ -7,6 +7,8 @@ Several `jax.distributed` processes share the journal; the first one writes the
 folder.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Sequence
 from importlib import metadata
@@ -18,12 +20,25 @@ import jax.numpy as jnp
 
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.hub import model_name
+from jlora.checkpoints.new_files import noted
 from jlora.checkpoints.packed_formats import check_dequantised
-from jlora.extraction.assembly import Policy, choose_ranks, write_adapter
+from jlora.checkpoints.sources import check_apart
+from jlora.extraction.assembly import (
+  Policy,
+  check_policy,
+  choose_ranks,
+  list_unlisted,
+  write_adapter,
+)
 from jlora.extraction.coverage import check_coverage
 from jlora.extraction.module import Extractor
-from jlora.extraction.planning import Plan, fingerprint, plan_jobs
-from jlora.extraction.report import REPORT, Report, read_report
+from jlora.extraction.planning import (
+  Plan,
+  fingerprint,
+  plan_jobs,
+  without_paths,
+)
+from jlora.extraction.report import REPORT, Report, read_report, write_report
 from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
@@ -32,13 +47,21 @@ from jlora.formats.peft.writing import check_consumer
 from jlora.pairing.match import Vocabulary, is_table, keep_whole, pair_up
 from jlora.pairing.vocabularies import read_both_tokens
 from jlora.runs import processes
-from jlora.runs.fingerprints import name_of
+from jlora.runs.fingerprints import (
+  check_unchanged,
+  hash_lines,
+  identify,
+  name_of,
+  stamp_inputs,
+)
+from jlora.runs.finished import check_run, describe_run
 from jlora.runs.journal import (
   FOLDER,
   Journal,
   check_fingerprint,
-  remove_closed,
+  remove_leftovers,
 )
+from jlora.runs.lock import hold_folder
 from jlora.runs.shared_journal import (
   complete_journal,
   share_journal,
@@ -185,56 +208,83 @@ def extract_checkpoint(
   }
   _check_options(settings, named)
 
-  if processes.from_first(
-    lambda: _is_finished(out, settings, resume=resume, overwrite=overwrite)
-  ):
-    return processes.everywhere(lambda: read_report(out))
-
   # Open, pair, plan: headers alone, on every process.
   plan = processes.everywhere(
     lambda: _plan(
       base, finetuned, vocabulary, select, rank, rename, whole,
-      allow_unmatched, profile,
+      allow_unmatched, profile, out,
     )
   )  # fmt: skip
-  marks = fingerprint(plan, key, options)
-  processes.check_same_facts(marks)
-  journal, watch = share_journal(
-    out, REPORT, marks, resume=resume, overwrite=overwrite
-  )
-  with watch:
-    # Factor: each process its share, into the journal.
-    factor_missing(
-      plan,
-      journal,
-      _missing(plan, journal),
-      Extractor(factor, dtype, key),
-      split_bytes=split_bytes,
-      watch=watch,
-      log=log,
-    )
-    if processes.process_index():
-      watch.done()
-      watch.wait()
-      return wait_for_files(lambda: read_report(out))
-    watch.wait()
-    complete_journal(journal, (job.pair.path for job in plan.jobs))
+  inputs = {"base": plan.base, "finetuned": plan.finetuned}
+  stamps = stamp_inputs(inputs)
+  marks = fingerprint(plan, key, options | {"factor code": identify(factor)})
+  processes.check_same_facts(without_paths(marks))
+  base_model = model_name(base) if base_model is None else base_model
+  all_marks = marks | {
+    "base_model": base_model,
+    "names": hash_lines(_names(plan)),
+    "split": hash_lines(_split(plan, split_bytes)),
+    "task_type": task_type,
+  }
+  itemsize = jnp.dtype(dtype).itemsize
 
-    # Choose ranks, write: the first process alone.
-    ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
-    report = write_adapter(
-      plan,
-      journal,
-      ranks,
-      out,
-      profile=profile,
-      base_model=model_name(base) if base_model is None else base_model,
-      settings=settings,
-      task_type=task_type,
-      rename=rename,
+  with contextlib.ExitStack() as held:
+
+    def begin() -> bool:
+      """Keeps other runs out; returns whether the result is already there."""
+      held.enter_context(hold_folder(out))
+      if resume or overwrite:
+        remove_leftovers(out)
+      if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
+        return False
+      _check_finished(out, settings, all_marks, policy, itemsize)
+      return True
+
+    if processes.from_first(begin):
+      return processes.everywhere(lambda: read_report(out))
+    journal, watch = share_journal(
+      out, REPORT, marks, resume=resume, overwrite=overwrite
     )
-    watch.done()
-  journal.close()
+    with watch:
+      # Factor: each process its share, into the journal.
+      factor_missing(
+        plan,
+        journal,
+        _missing(plan, journal),
+        Extractor(factor, dtype, key),
+        split_bytes=split_bytes,
+        watch=watch,
+        log=log,
+      )
+      check_unchanged(inputs, stamps)
+      if processes.process_index():
+        watch.done()
+        watch.wait()
+        return wait_for_files(lambda: read_report(out))
+      watch.wait()
+      complete_journal(journal, (job.pair.path for job in plan.jobs))
+
+      # Choose ranks, write: the first process alone.
+      ranks = choose_ranks(journal, policy, itemsize)
+      with noted() as files:
+        report = write_adapter(
+          plan,
+          journal,
+          ranks,
+          out,
+          profile=profile,
+          base_model=base_model,
+          settings=settings,
+          task_type=task_type,
+          rename=rename,
+        )
+      check_unchanged(inputs, stamps)
+      unlisted = list_unlisted(report, journal, ranks)
+      made = describe_run(out, all_marks, files, _told(report, unlisted))
+      report = report._replace(run=made | {"unlisted": unlisted})
+      write_report(out, report)
+      watch.done()
+    journal.close()
   return report
 
 
@@ -248,9 +298,11 @@ def _plan(
   whole,
   allow_unmatched,
   profile,
+  out,
 ) -> Plan:
   """Opens both checkpoints, pairs their tensors and plans what is done."""
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
+  check_apart(out, [left, right])
   check_dequantised(left)
   check_dequantised(right)
   has_table = any(is_table(name) for name in left.spec)
@@ -284,20 +336,38 @@ def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
       raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def _is_finished(
-  out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
-) -> bool:
-  """Returns whether a finished run of the same settings is in the folder."""
-  if resume or overwrite:
-    _remove_leftovers(out)
-  if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
-    return False
-  check_fingerprint(out / REPORT, read_report(out).settings, settings)
-  return True
+def _check_finished(
+  out: Path,
+  settings: dict[str, Any],
+  marks: dict[str, Any],
+  policy: Policy | None,
+  itemsize: int,
+) -> None:
+  """Raises unless the finished run in a folder is the one that is asked for."""
+  report, file = read_report(out), out / REPORT
+  check_fingerprint(file, report.settings, settings)
+  made = report.run if isinstance(report.run, dict) else {}
+  unlisted = made.get("unlisted")
+  check_run(file, made, marks, _told(report, unlisted))
+  check_policy(report, unlisted or {}, policy, itemsize)
 
 
-def _remove_leftovers(out: Path) -> None:
-  """Removes what a killed run left half written or half removed."""
-  remove_closed(out)
-  for file in out.glob(".*adapter_*.tmp"):
-    file.unlink()
+def _told(report: Report, unlisted: Any) -> dict[str, Any]:
+  """Returns what a report tells of a run, without what comes later."""
+  told = report._asdict() | {"unlisted": unlisted}
+  return {k: v for k, v in told.items() if k not in ("verified", "run")}
+
+
+def _names(plan: Plan) -> list[str]:
+  """Lists what the modules are called in the adapter, whoever renames them."""
+  rename = plan.about.rename if plan.about is not None else str
+  return [f"{job.pair.path} {rename(job.pair.path)}" for job in plan.jobs]
+
+
+def _split(plan: Plan, split_bytes: int) -> list[str]:
+  """Lists the tensors that several devices would factor together."""
+  return [
+    job.pair.path
+    for job in plan.jobs
+    if job.can_be_split and 4 * math.prod(job.pair.shape) > split_bytes
+  ]

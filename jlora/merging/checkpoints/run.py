@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +18,19 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.checksums import checksum_of
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
+from jlora.checkpoints.new_files import (
+  move,
+  noted,
+  remove_temporaries,
+  replace_text,
+  sync_folder,
+)
 from jlora.checkpoints.safetensors import stream_safetensors
-from jlora.checkpoints.sources import copy_files, list_companions
+from jlora.checkpoints.sources import check_apart, copy_files, list_companions
 from jlora.formats.adapted import files_of
 from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
@@ -29,14 +38,25 @@ from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.numerics.backends import words_of
 from jlora.pairing.layers import configure_layers
-from jlora.runs.fingerprints import digest, name_of, replace_text
+from jlora.runs.fingerprints import (
+  check_unchanged,
+  describe_input,
+  describe_versions,
+  identify,
+  name_of,
+  stamp_inputs,
+)
+from jlora.runs.finished import check_run, describe_run
 from jlora.runs.journal import (
   FOLDER,
+  Journal,
   check_fingerprint,
   check_folder,
+  check_no_link,
   open_journal,
-  remove_closed,
+  remove_leftovers,
 )
+from jlora.runs.lock import hold_folder
 from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.runs.progress import Progress
 
@@ -51,12 +71,15 @@ class MergeReport(NamedTuple):
     tensors: how many were written.
     nbytes: their bytes.
     notes: what was unusual, by name of the tensor or model.
+    run: what made it, as hashes, and checksums of the files beside it: by these
+      a resumed run knows it again.
   """
 
   settings: dict[str, Any]
   tensors: int
   nbytes: int
   notes: list[str]
+  run: dict[str, Any] | None = None
 
 
 def merge_checkpoints(
@@ -127,34 +150,83 @@ def merge_checkpoints(
     "key": words_of(key).tolist(),
     "max_shard_bytes": max_shard_bytes,
   }
-  if resume or overwrite:
-    remove_closed(out)
-  if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
-    report = MergeReport(**json.loads((out / MERGE).read_text()))
-    check_fingerprint(out / MERGE, report.settings, settings)
-    return report
   plan = plan_merge(recipe)
+  inputs = _inputs_of(plan)
+  check_apart(out, inputs.values())
+  small = _companions_of(plan)
   merger = Merger(recipe.method, plan.models, key)
   for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
     merger.check(job)
-  check_folder(out, MERGE, resume=resume, overwrite=overwrite)
-  inputs = {
-    f"model {name}": [digest(file) for file in files_of(model)]
-    for name, model in plan.models.items()
-  }
-  journal = open_journal(
-    out, {**settings, **inputs, "jax": jax.__version__}, resume=resume
-  )
-  _write_shards(plan, merger, out, max_shard_bytes, log)
-  report = MergeReport(
-    settings,
-    len(plan.jobs),
-    sum(_size(job) for job in plan.jobs),
-    plan.notes + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
-  )
-  _finish(plan, recipe, out, max_shard_bytes, report)
-  journal.close()
+  shards = plan_shards(out, _spec_of(plan), max_shard_bytes)
+  stamps = stamp_inputs(inputs)
+  marks = {**settings, **describe_versions()}
+  marks["method code"] = identify(recipe.method)
+  for name, checkpoint in inputs.items():
+    marks |= describe_input(name, checkpoint)
+  with hold_folder(out):
+    if resume or overwrite:
+      remove_leftovers(out)
+    if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
+      return _finished(out / MERGE, settings, marks)
+    check_folder(out, MERGE, resume=resume, overwrite=overwrite)
+    journal = open_journal(out, marks, resume=resume)
+    _write_shards(plan, merger, journal, shards, log)
+    files = _place(plan, recipe, out, journal, shards, small)
+    check_unchanged(inputs, stamps)
+    report = MergeReport(
+      settings,
+      len(plan.jobs),
+      sum(_size(job) for job in plan.jobs),
+      plan.notes + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+    )
+    made = describe_run(out, marks, files, _results(report))
+    report = report._replace(run=made)
+    replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+    journal.close()
   return report
+
+
+def _inputs_of(plan: MergePlan) -> dict[str, Checkpoint]:
+  """Returns the checkpoints that models are read from, by what they are."""
+  parts = ("", " adapter")
+  return {
+    f"model {name}{part}": file
+    for name, model in plan.models.items()
+    for part, file in zip(parts, files_of(model), strict=False)
+  }
+
+
+def _companions_of(plan: MergePlan) -> list[Path]:
+  """Lists the reference's small files that go along as they are."""
+  first = plan.models[plan.reference]
+  made = {MERGE, "config.json"} if plan.config else {MERGE}
+  found = list_companions(getattr(first, "base", first))
+  return [file for file in found if file.name not in made]
+
+
+def _finished(
+  file: Path, settings: dict[str, Any], marks: dict[str, Any]
+) -> MergeReport:
+  """Returns the report of a finished merge if it is the one asked for."""
+  try:
+    report = MergeReport(**json.loads(file.read_text(encoding="utf-8")))
+    check_fingerprint(file, dict(report.settings), settings)
+  except (TypeError, RecursionError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"{file} is no report of a merge ({error}). Use overwrite=True."
+    ) from error
+  check_run(file, report.run, marks, _results(report))
+  return report
+
+
+def _results(report: MergeReport) -> dict[str, Any]:
+  """Returns what a report tells, without what made it."""
+  return {k: v for k, v in report._asdict().items() if k != "run"}
+
+
+def _spec_of(plan: MergePlan) -> dict[str, tuple]:
+  """Returns name -> (shape, dtype) of the result."""
+  return {job.name: (job.shape, job.dtype) for job in plan.jobs}
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:
@@ -181,27 +253,51 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
 _SHARDS = "shards"
 
 
-def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
+def _write_shards(
+  plan: MergePlan, merger: Merger, journal: Journal, shards, log
+) -> None:
   """Writes the missing files of the result into the journal's folder."""
-  folder = out / FOLDER / _SHARDS
+  folder = journal.folder / _SHARDS
+  check_no_link(folder)
   folder.mkdir(exist_ok=True)
-  for file in folder.glob(".*.tmp"):
-    file.unlink()
+  remove_temporaries(folder)
   jobs = {job.name: job for job in plan.jobs}
-  spec = {name: (job.shape, job.dtype) for name, job in jobs.items()}
   total = sum(_size(job) for job in plan.jobs)
   with (
     Progress(total, log, errors=False) as progress,
     open_pool() as pool,
   ):
-    for path, shard in plan_shards(folder, spec, limit).items():
+    for path, shard in shards.items():
       todo = [jobs[name] for name in shard]
-      if path.exists():
+      if _is_made(path, journal):
         for job in todo:
           progress.update(_size(job), job.name)
         continue
       arrays = merge_all(merger, todo, pool, progress)
-      stream_safetensors(path, shard, arrays, {"format": "pt"})
+      with noted() as made:
+        place = folder / path.name
+        stream_safetensors(place, shard, arrays, {"format": "pt"})
+      journal.put(path.name, {}, {"checksum": made[place]})
+
+
+def _is_made(path: Path, journal: Journal) -> bool:
+  """Returns whether a file of the result lies in the journal, or in place."""
+  if path.name not in journal:
+    return False
+  checksum = _checksum(path, journal)
+  place = journal.folder / _SHARDS / path.name
+  if place.is_file():
+    if checksum_of(place) != checksum:
+      raise ValueError(
+        f"{place} was changed since it was written. Remove it to make it again."
+      )
+    return True
+  return path.is_file() and checksum_of(path) == checksum
+
+
+def _checksum(path: Path, journal: Journal) -> str:
+  """Returns what the journal knows of a file of the result."""
+  return str(journal[path.name].get("checksum"))
 
 
 def merge_all(
@@ -286,28 +382,32 @@ def _size(job: Job) -> int:
   return int(np.prod(job.shape)) * job.dtype.itemsize
 
 
-def _finish(
-  plan: MergePlan, recipe: Recipe, out: Path, limit: int, report: MergeReport
-) -> None:
-  """Moves all files into place; `merge.json` last, which marks the end."""
-  first = plan.models[plan.reference]
+def _place(
+  plan: MergePlan,
+  recipe: Recipe,
+  out: Path,
+  journal: Journal,
+  shards: Mapping[Path, Any],
+  small: Sequence[Path],
+) -> dict[Path, str]:
+  """Moves all files into place; returns them with their checksums."""
   for file in out.glob("*.safetensors.index.json"):
     file.unlink()
-  folder = out / FOLDER / _SHARDS
-  spec = {job.name: (job.shape, job.dtype) for job in plan.jobs}
-  shards = plan_shards(out, spec, limit)
-  for path in shards:
-    if (folder / path.name).exists():
-      os.replace(folder / path.name, path)
-  if len(shards) > 1:
-    write_index(out, shards)
   for file in set(out.glob("*.safetensors")) - set(shards):
     file.unlink()
-  copy_files(list_companions(getattr(first, "base", first)), out)
-  if plan.config:
-    text = json.dumps(_configure(plan, recipe), indent=2, sort_keys=True)
-    replace_text(out / "config.json", text + "\n")
-  replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+  for path in shards:
+    if (journal.folder / _SHARDS / path.name).exists():
+      move(journal.folder / _SHARDS / path.name, path)
+  sync_folder(out)
+  with noted() as files:
+    if len(shards) > 1:
+      write_index(out, shards)
+    copy_files(small, out)
+    if plan.config:
+      text = json.dumps(_configure(plan, recipe), indent=2, sort_keys=True)
+      replace_text(out / "config.json", text + "\n")
+  sync_folder(out)
+  return files | {path: _checksum(path, journal) for path in shards}
 
 
 def _configure(plan: MergePlan, recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 import pytest
 
-from jlora.runs import processes
+from jlora.runs import fingerprints, processes
 
 AGAIN = "It went well on "
 
@@ -66,9 +66,13 @@ def test_only_the_first_does_what_the_first_must(pretend):
 
 
 def test_versions_change_with_a_file(monkeypatch, tmp_path):
+  """Of any package of the library."""
+  (tmp_path / "some").mkdir()
+  file = tmp_path / "some" / "package.py"
+  file.write_text("one")
+  monkeypatch.setattr(fingerprints, "__file__", str(tmp_path / "runs" / "x.py"))
   before = processes.versions()
-  (tmp_path / "hosts.py").write_text("other")
-  monkeypatch.setattr(processes, "__file__", str(tmp_path / "hosts.py"))
+  file.write_text("other")
   after = processes.versions()
   assert {name for name in before if before[name] != after[name]} == {
     "jlora files"
