@@ -133,11 +133,17 @@ def describe_versions() -> dict[str, str]:
     >>> sorted(describe_versions())
     ['jax', 'jaxlib', 'jlora', 'jlora files', 'numpy']
   """
-  packages = {name: metadata.version(name) for name in _PACKAGES}
-  root, whole = Path(__file__).parents[1], hashlib.sha256()
+  return dict(_versions(Path(__file__).parents[1]))
+
+
+@functools.cache
+def _versions(root: Path) -> dict[str, str]:
+  """Returns versions and a hash of the sources below a folder, read once."""
+  whole = hashlib.sha256()
   for file in sorted(root.rglob("*.py")):
     whole.update(file.relative_to(root).as_posix().encode() + b"\0")
     whole.update(file.read_bytes())
+  packages = {name: metadata.version(name) for name in _PACKAGES}
   return {**packages, "jlora files": whole.hexdigest()[:16]}
 
 

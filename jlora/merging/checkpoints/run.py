@@ -210,11 +210,12 @@ def _finished(
   """Returns the report of a finished merge if it is the one asked for."""
   try:
     report = MergeReport(**json.loads(file.read_text(encoding="utf-8")))
-    check_fingerprint(file, dict(report.settings), settings)
-  except (TypeError, RecursionError, UnicodeDecodeError) as error:
+    found = dict(report.settings)
+  except (TypeError, ValueError, RecursionError) as error:
     raise ValueError(
       f"{file} is no report of a merge ({error}). Use overwrite=True."
     ) from error
+  check_fingerprint(file, found, settings)
   check_run(file, report.run, marks, _results(report))
   return report
 

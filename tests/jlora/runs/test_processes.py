@@ -67,13 +67,14 @@ def test_only_the_first_does_what_the_first_must(pretend):
 
 def test_versions_change_with_a_file(monkeypatch, tmp_path):
   """Of any package of the library."""
-  (tmp_path / "some").mkdir()
-  file = tmp_path / "some" / "package.py"
-  file.write_text("one")
-  monkeypatch.setattr(fingerprints, "__file__", str(tmp_path / "runs" / "x.py"))
-  before = processes.versions()
-  file.write_text("other")
-  after = processes.versions()
+  found = []
+  for text in ("one", "other"):
+    (tmp_path / text / "some").mkdir(parents=True)
+    (tmp_path / text / "some" / "package.py").write_text(text)
+    file = tmp_path / text / "runs" / "x.py"
+    monkeypatch.setattr(fingerprints, "__file__", str(file))
+    found.append(processes.versions())
+  before, after = found
   assert {name for name in before if before[name] != after[name]} == {
     "jlora files"
   }
