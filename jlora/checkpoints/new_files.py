@@ -24,8 +24,9 @@ from jlora.checkpoints.checksums import as_text
 from jlora.messages import name_file
 
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}\.tmp", re.DOTALL)
-# Letters of the final name in the temporary's: a system has a limit.
-_LETTERS = 40
+# The most bytes of a final name that a temporary's repeats, since a system has
+# a limit for the whole; of a longer one so many letters.
+_BYTES, _LETTERS = 200, 40
 # Systems of files that cannot sync a folder say one of these.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
@@ -47,7 +48,9 @@ def name_temporary(path: Path) -> Path:
     >>> len(name_temporary(Path("out/x")).name)
     19
   """
-  return path.with_name(f".{path.name[:_LETTERS]}.{secrets.token_hex(6)}.tmp")
+  name, drawn = path.name, secrets.token_hex(6)
+  name = name if len(os.fsencode(name)) <= _BYTES else name[:_LETTERS]
+  return path.with_name(f".{name}.{drawn}.tmp")
 
 
 def open_new(path: Path) -> BinaryIO:

@@ -222,7 +222,7 @@ def test_an_unchanged_tensor_is_unchanged_when_split(four):
     ),
     ("another rank", "rank is 3 on processes 0, 2 and 3, 32 on process 1"),
     ("another version", "0.1 on process 3. Start all with the same command"),
-    ("another finetune", "differ: finetuned is "),
+    ("another finetune", "differ: finetuned times is "),
     ("another folder", "z is not the folder that process 0 writes to"),
     ("a full folder", "full is not empty (notes)"),
     ("damage", "16 * 16 values"),
