@@ -259,6 +259,19 @@ def check_new(path: Path) -> None:
     raise ValueError(f"{path} exists; remove it or give a new name.")
 
 
+def is_temporary(path: Path) -> bool:
+  """Returns whether a name is one that `name_temporary` gives.
+
+  Args:
+    path: of anything; only its name is looked at.
+
+  Example:
+    >>> is_temporary(name_temporary(Path("x"))), is_temporary(Path("x.tmp"))
+    (True, False)
+  """
+  return bool(_TEMPORARY.fullmatch(path.name))
+
+
 def remove_temporaries(folder: Path) -> None:
   """Removes the temporaries that killed runs have left in a folder.
 
@@ -274,7 +287,7 @@ def remove_temporaries(folder: Path) -> None:
     []
   """
   for found in list(folder.iterdir()):
-    if not _TEMPORARY.fullmatch(found.name):
+    if not is_temporary(found):
       continue
     if found.is_dir() and not found.is_symlink():
       shutil.rmtree(found, ignore_errors=True)

@@ -22,6 +22,7 @@ from etils import epath, epy
 
 from jlora.checkpoints.new_files import (
   check_new,
+  is_temporary,
   move,
   name_temporary,
   sync_folder,
@@ -75,7 +76,7 @@ def find_item(path: str | os.PathLike) -> Path | None:
     'run/20/params'
   """
   path = Path(path)
-  if _TEMPORARY in path.name:
+  if _TEMPORARY in path.name or is_temporary(path):
     raise ValueError(f"{path} was never finished; open a finished step")
   if (path / _TREE).is_file():
     return path
@@ -256,7 +257,8 @@ def _finished(path: Path) -> list[Path]:
   return [
     child
     for child in sorted(path.iterdir())
-    if child.is_dir() and ocp.utils.is_checkpoint_finalized(child)
+    if child.is_dir() and not is_temporary(child)
+    if ocp.utils.is_checkpoint_finalized(child)
   ]
 
 

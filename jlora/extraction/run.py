@@ -112,7 +112,8 @@ def extract_checkpoint(
   Args:
     base: a checkpoint that `open_checkpoint` opens.
     finetuned: the finetune; names may differ as `pair_up` says.
-    out: output folder, new or empty.
+    out: output folder, new or empty; neither an input nor a folder that holds
+      one. One run at a time writes to it.
     rank: rank of every module, and the most that a policy may give.
     policy: from all Spectra to {path: rank}; None keeps `rank` everywhere.
     factor: the factoriser.
@@ -134,7 +135,9 @@ def extract_checkpoint(
       give all of a module: what the ledger leaves out for that reason is
       carried with `jlora.extraction.whole_of(report)`.
     resume: go on with an unfinished run of the same inputs and options in
-      `out`, or return the report of a finished one with the same settings.
+      `out`, or return the report of a finished one, if all that made it is the
+      same and all that it wrote is as it was. `policy` and `select` count by
+      what they choose; `factor` by its code and options.
     overwrite: allow a folder that is not empty; an adapter, report or journal
       in it is replaced, other files stay.
     split_bytes: a matrix that takes more bytes in float32 is factored on all
@@ -155,10 +158,11 @@ def extract_checkpoint(
 
   Raises:
     ValueError: inputs that cannot be read, are packed in a way that jlora does
-      not read, or do not belong together, most of them unmatched, NaN or
-      infinity in a tensor, a folder that is not empty, a journal of another
-      run, nothing to extract, or processes that differ in versions, options or
-      what they see. All processes raise it.
+      not read, do not belong together, or change meanwhile, most of them
+      unmatched, NaN or infinity in a tensor, a folder that is not empty, in use
+      by another run, or an input's, a journal or result of another run or that
+      is damaged, nothing to extract, or processes that differ in versions,
+      options or what they see. All processes raise it.
     LostProcess: another process ended or was killed. Finished modules stay in
       the journal for `resume`.
 
@@ -223,6 +227,7 @@ def extract_checkpoint(
   all_marks = marks | {
     "base_model": base_model,
     "names": hash_lines(_names(plan)),
+    "profile": identify(profile),
     "split": hash_lines(_split(plan, split_bytes)),
     "task_type": task_type,
   }

@@ -76,7 +76,7 @@ def write_state(file: str, state: dict[str, Any], flags: int = 0) -> None:
   while len(line := json.dumps(state).encode()) > _SIZE:
     text = text[: len(text) // 2]
     state = {**state, "text": text + "..."}
-  handle = os.open(file, os.O_WRONLY | flags, 0o644)
+  handle = os.open(file, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o644)
   try:
     os.pwrite(handle, line.ljust(_SIZE), 0)
   finally:

@@ -103,12 +103,14 @@ def merge_checkpoints(
 
   Args:
     recipe: what to merge; `read_recipe` reads one.
-    out: output folder, new or empty.
+    out: output folder, new or empty; neither a model nor a folder that holds
+      one. One run at a time writes to it.
     key: PRNG key; each tensor uses `key_for(key, name)`.
     max_shard_bytes: largest size of a file. A killed run keeps its finished
       files.
     resume: go on with an unfinished run of the same inputs and recipe in `out`,
-      or return the report of a finished one.
+      or return the report of a finished one, if all that made it is the same
+      and all that it wrote is as it was.
     overwrite: allow a folder that is not empty; a checkpoint in it is replaced,
       other files stay.
     log: where progress goes; None is standard error.
@@ -124,9 +126,11 @@ def merge_checkpoints(
     at most 3 and 4.7 times; for others at most 3. Disk: the result once.
 
   Raises:
-    ValueError: models that cannot be read or do not belong together, layers
-      that do not exist, settings that the method refuses, a folder that is not
-      empty, or a journal of another run.
+    ValueError: models that cannot be read, do not belong together or change
+      meanwhile, layers that do not exist, settings that the method refuses,
+      small files of the reference that are links to elsewhere, a folder that is
+      not empty, in use by another run, or a model's, or a journal or result of
+      another run or that is damaged.
 
   Example:
     >>> import io, tempfile

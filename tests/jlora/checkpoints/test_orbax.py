@@ -326,6 +326,14 @@ def test_a_checkpoint_gets_its_name_when_it_is_complete(tmp_path, monkeypatch):
     save_orbax(tmp_path / "c", {"w": np.ones(2)})
   monkeypatch.undo()
   assert not list(tmp_path.iterdir())
+  save_orbax(tmp_path / "run" / "1", {"w": np.ones(2)})
+  left = tmp_path / "run" / ".2.0123456789ab.tmp"  # as SIGKILL leaves it
+  save_orbax(left, {"w": np.zeros(2)})
+  assert open_checkpoint(tmp_path / "run")["w"][0] == 1
+  shutil.rmtree(tmp_path / "run" / "1")
+  for path in (tmp_path / "run", left):
+    with pytest.raises(ValueError, match="neither|was never finished"):
+      open_checkpoint(path)
   (tmp_path / "link").symlink_to(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="link exists"):
     save_orbax(tmp_path / "link", {"w": np.ones(2)})

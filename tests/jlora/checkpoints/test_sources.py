@@ -18,6 +18,8 @@ from jlora.checkpoints.sources import (
 )
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
+from tests.helpers.kills import Killed, count_operations, killed_at
+from tests.helpers.small_pairs import files_of
 
 NAME = "h.0.q.weight"
 TENSORS = {NAME: np.ones((3, 2), np.float32)}
@@ -130,6 +132,25 @@ def test_every_writer_asks(root, write, read, out):
   with pytest.raises(ValueError, match="what is read"):
     WRITERS[write](root / out, base)
   assert before == {f: f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def test_a_merged_folder_is_whole_or_not_there_wherever_it_was_killed(root):
+  (root / "models/folder/config.json").write_text('{"vocab_size": 3}')
+  base = open_checkpoint(root / "models/folder")
+  count = count_operations(
+    lambda: save_merged(root / "whole", base, {NAME: LORA})
+  )
+  expected = files_of(root / "whole")
+  assert expected.keys() == {"config.json", "model.safetensors"}
+  for at in range(count):
+    for after in (False, True):
+      out = root / f"out{at}{after}"
+      with pytest.raises(Killed), killed_at(at, after=after):
+        save_merged(out, base, {NAME: LORA})
+      assert not out.exists() or files_of(out) == expected
+      if not out.exists():
+        save_merged(out, base, {NAME: LORA})
+      assert files_of(out) == expected
 
 
 def give(folder, name, target):

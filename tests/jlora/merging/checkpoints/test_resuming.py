@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges taken up again, and kept apart from what they read."""
 
-import io
 import json
 import os
 
@@ -11,50 +10,20 @@ import pytest
 
 import jlora
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
 from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints import trimming
-from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
-from jlora.merging.checkpoints.run import MERGE, merge_checkpoints
+from jlora.merging.checkpoints.recipes import Recipe
+from jlora.merging.checkpoints.run import MERGE
 from jlora.runs.journal import FOLDER
+from tests.helpers.small_merges import Q, linear, run, whole, write_models
 from tests.helpers.small_pairs import draw, files_of
-
-Q = "model.layers.{}.self_attn.q_proj.weight"
-CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "dtype": "float32"}
-SHARD = 800  # bytes: two files
-
-
-def write(folder, seed):
-  """A model of four tensors, in a folder."""
-  tensors = {Q.format(at): draw(12, 8, seed=seed + at) for at in range(2)}
-  tensors |= {"model.norm.weight": draw(8, seed=seed + 2)}
-  tensors |= {"lm_head.weight": draw(11, 8, seed=seed + 3)}
-  spec = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-  stream_checkpoint(folder, spec, tensors.items())
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  (folder / "tokenizer.json").write_text(json.dumps({"of": folder.name}))
-  return str(folder)
 
 
 @pytest.fixture
 def models(tmp_path):
-  """Paths of a base and of two finetunes."""
-  return [write(tmp_path / name, 10 * at) for at, name in enumerate("abc")]
-
-
-def run(recipe, out, **options):
-  options = {"max_shard_bytes": SHARD} | options
-  return merge_checkpoints(recipe, out, log=io.StringIO(), **options)
-
-
-def whole(*paths):
-  return (Slice(tuple(Input(path) for path in paths)),)
-
-
-def linear(models):
-  return Recipe(jlora.merging.linear, whole(*models[1:]))
+  return write_models(tmp_path)
 
 
 def trimmed(models):
