@@ -18,7 +18,7 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.hub import model_name
 from jlora.checkpoints.new_files import noted
 from jlora.checkpoints.packed_formats import check_dequantised
@@ -213,15 +213,14 @@ def extract_checkpoint(
   _check_options(settings, named)
 
   # Open, pair, plan: headers alone, on every process.
-  plan = processes.everywhere(
+  plan, stamps = processes.everywhere(
     lambda: _plan(
       base, finetuned, vocabulary, select, rank, rename, whole,
       allow_unmatched, profile, out,
     )
   )  # fmt: skip
-  inputs = {"base": plan.base, "finetuned": plan.finetuned}
-  stamps = stamp_inputs(inputs)
-  marks = fingerprint(plan, key, options | {"factor code": identify(factor)})
+  coded = options | {"factor code": identify(factor)}
+  marks = processes.everywhere(lambda: fingerprint(plan, key, coded))
   processes.check_same_facts(without_paths(marks))
   base_model = model_name(base) if base_model is None else base_model
   all_marks = marks | {
@@ -261,7 +260,7 @@ def extract_checkpoint(
         watch=watch,
         log=log,
       )
-      check_unchanged(inputs, stamps)
+      check_unchanged(_inputs(plan), stamps)
       if processes.process_index():
         watch.done()
         watch.wait()
@@ -283,10 +282,8 @@ def extract_checkpoint(
           task_type=task_type,
           rename=rename,
         )
-      check_unchanged(inputs, stamps)
-      unlisted = list_unlisted(report, journal, ranks)
-      made = describe_run(out, all_marks, files, _told(report, unlisted))
-      report = report._replace(run=made | {"unlisted": unlisted})
+      check_unchanged(_inputs(plan), stamps)
+      report = _describe(report, journal, ranks, out, all_marks, files)
       write_report(out, report)
       watch.done()
     journal.close()
@@ -304,9 +301,13 @@ def _plan(
   allow_unmatched,
   profile,
   out,
-) -> Plan:
-  """Opens both checkpoints, pairs their tensors and plans what is done."""
+) -> tuple[Plan, dict[str, Any]]:
+  """Opens both checkpoints, pairs their tensors and plans what is done.
+
+  Returns the plan, and stamps of the inputs from before it was made.
+  """
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
+  stamps = stamp_inputs({"base": left, "finetuned": right})
   check_apart(out, [left, right])
   check_dequantised(left)
   check_dequantised(right)
@@ -318,7 +319,12 @@ def _plan(
     check_consumer(plan.about, profile)
   if not allow_unmatched:
     check_coverage(left, right, pairing)
-  return plan
+  return plan, stamps
+
+
+def _inputs(plan: Plan) -> dict[str, Checkpoint]:
+  """Returns both checkpoints by the names of their arguments."""
+  return {"base": plan.base, "finetuned": plan.finetuned}
 
 
 def _missing(plan: Plan, journal: Journal) -> list[int]:
@@ -355,6 +361,13 @@ def _check_finished(
   unlisted = made.get("unlisted")
   check_run(file, made, marks, _told(report, unlisted))
   check_policy(report, unlisted or {}, policy, itemsize)
+
+
+def _describe(report, journal, ranks, out, marks, files) -> Report:
+  """Returns a report that says what made it and what lies beside it."""
+  unlisted = list_unlisted(report, journal, ranks)
+  made = describe_run(out, marks, files, _told(report, unlisted))
+  return report._replace(run=made | {"unlisted": unlisted})
 
 
 def _told(report: Report, unlisted: Any) -> dict[str, Any]:
