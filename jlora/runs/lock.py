@@ -48,39 +48,32 @@ def hold_folder(folder: Path) -> Iterator[None]:
     ...
     ValueError: ... is being written by another run (process ... on ...)...
   """
-  made = _make(folder)
-  handle = None
+  if os.path.lexists(folder) and not folder.is_dir():
+    raise ValueError(f"{folder} is a file; give a folder.")
+  made = [each for each in (folder, *folder.parents) if not each.exists()]
+  handle = _take(folder)
   try:
-    handle = _take(folder)
     yield
   finally:
     try:
-      if handle is not None:
-        (folder / LOCK).unlink(missing_ok=True)
+      (folder / LOCK).unlink(missing_ok=True)
     finally:
-      if handle is not None:
-        os.close(handle)
+      os.close(handle)
     for each in made:
       with contextlib.suppress(OSError):  # it is not empty
         each.rmdir()
 
 
-def _make(folder: Path) -> list[Path]:
-  """Makes a folder and those above it; returns those made, the last first."""
-  if os.path.lexists(folder) and not folder.is_dir():
-    raise ValueError(f"{folder} is a file; give a folder.")
-  made = [each for each in (folder, *folder.parents) if not each.exists()]
-  folder.mkdir(parents=True, exist_ok=True)
-  return made
-
-
 def _take(folder: Path) -> int:
-  """Returns the open, locked file of a folder; raises if another run has it."""
+  """Makes a folder and returns its open, locked file, unless another has it."""
   path = folder / LOCK
   flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
   for _ in range(_TRIES):
     try:
+      folder.mkdir(parents=True, exist_ok=True)
       handle = os.open(path, flags, 0o666)
+    except FileNotFoundError:  # another run that made the folder removed it
+      continue
     except OSError as error:
       if error.errno == errno.ELOOP:
         raise ValueError(f"{path} is a link; remove it.") from error
