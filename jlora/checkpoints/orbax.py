@@ -202,8 +202,7 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
   """
   path = Path(path).absolute()
   check_new(path)
-  if hasattr(tree, "places"):
-    check_apart(path, [tree])
+  check_apart(path, [tree])
   if isinstance(tree, Mapping):
     tree = dict(tree)
     if all(isinstance(name, str) for name in tree):

@@ -174,8 +174,7 @@ def write_safetensors(
     ...   open_checkpoint(f"{folder}/a.safetensors")["w"]
     array([1., 1.])
   """
-  if hasattr(tensors, "places"):
-    check_apart(path, [tensors])
+  check_apart(path, [tensors])
   arrays = {name: np.asarray(array) for name, array in tensors.items()}
   spec = {name: (array.shape, array.dtype) for name, array in arrays.items()}
   stream_safetensors(path, spec, arrays.items(), metadata)

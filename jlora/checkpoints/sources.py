@@ -60,7 +60,7 @@ def check_apart(out: str | os.PathLike, sources: Iterable[Any]) -> None:
   out = Path(out)
   own = _identity(out)
   held, parts = [], []
-  for path, folders in map(_places_of, sources):
+  for path, folders in filter(None, map(_places_of, sources)):
     places = [path, *folders]
     held += [p for p in places if own and own in _lineage(p)][:1]
     if _is_part(out, path, folders):
@@ -152,10 +152,12 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
       replace_file(folder / file.name, parts)
 
 
-def _places_of(source: Any) -> tuple[Path, tuple[Path, ...]]:
-  """Returns what was opened and where its arrays lie, of any source."""
+def _places_of(source: Any) -> tuple[Path, tuple[Path, ...]] | None:
+  """Returns what was opened and where its arrays lie, of what has a place."""
   if isinstance(source, Path):
     return source, ()
+  if not hasattr(source, "places"):
+    return None
   return source.path, tuple(source.places)
 
 

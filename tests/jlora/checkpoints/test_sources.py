@@ -97,6 +97,10 @@ def test_other_places_are_free(root, read, out):
   check_apart(root / out, [open_checkpoint(root / read)])
 
 
+def test_what_lies_in_memory_is_passed_over(root):
+  check_apart(root, [TENSORS, None, 3])
+
+
 def test_several_are_named(root):
   files = [root / "file.safetensors", root / "models" / "folder"]
   with pytest.raises(ValueError, match=r"file.safetensors, .*folder\. Give"):
