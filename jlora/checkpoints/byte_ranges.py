@@ -10,13 +10,20 @@ no file is mapped into memory.
 import contextlib
 import math
 import os
-import secrets
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from jlora.checkpoints.checksums import join_checksums
+from jlora.checkpoints.new_files import (
+  is_noted,
+  move,
+  name_temporary,
+  open_new,
+)
 from jlora.messages import name_file, name_some
 
 _CHUNK_BYTES = 2**22  # the buffer behind a slice of inner axes
@@ -140,15 +147,19 @@ def place_arrays(
           f"{name_some(sorted(shared))}: announced for two files"
         )
       places |= {name: (temporary, slot) for name, slot in announced.items()}
-    _place(places, arrays)
+    checksums = _place(places, arrays)
     for temporary in temporaries.values():
-      with _opened(temporary, os.O_RDWR) as file, name_file(temporary):
+      with (
+        _opened(temporary, os.O_RDWR | os.O_NOFOLLOW) as file,
+        name_file(temporary),
+      ):
         os.fsync(file)
     for path, temporary in temporaries.items():
-      os.replace(temporary, path)
-  finally:
+      move(temporary, path, _checksum(*files[path], checksums))
+  except BaseException:
     for temporary in temporaries.values():
       temporary.unlink(missing_ok=True)
+    raise
 
 
 def _reserve(
@@ -157,12 +168,12 @@ def _reserve(
   """Makes a temporary file beside `path`: `head`, and room for the arrays."""
   if not path.parent.is_dir():
     raise ValueError(f"{path.parent} is not a folder; create it first")
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+  temporary = name_temporary(path)
   size = len(head) + sum(
     math.prod(slot.shape) * slot.dtype.itemsize for slot in announced.values()
   )
   try:
-    with name_file(temporary), open(temporary, "xb") as stream:
+    with open_new(temporary) as stream, name_file(temporary):
       stream.write(head)
       stream.truncate(size)
   except BaseException:
@@ -174,17 +185,20 @@ def _reserve(
 def _place(
   places: Mapping[str, tuple[Path, StoredArray]],
   arrays: Iterable[tuple[str, np.ndarray | Iterator[np.ndarray]]],
-) -> None:
-  """Writes arrays to their places; raises unless each comes exactly once."""
-  missing = dict(places)
+) -> dict[str, int]:
+  """Writes arrays to their places; raises unless each comes exactly once.
+
+  Returns checksums by name, of nothing where nobody wants them.
+  """
+  missing, checksums, is_summed = dict(places), {}, is_noted()
   for name, given in arrays:
     if name not in missing:
       problem = "given twice" if name in places else "was not announced"
       raise ValueError(f"array {name!r} {problem}")
     path, slot = missing.pop(name)
     is_whole = not isinstance(given, Iterator)
-    done, size = 0, math.prod(slot.shape)
-    with _opened(path, os.O_WRONLY) as file:
+    done, size, checksum = 0, math.prod(slot.shape), 0
+    with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as file:
       for part in [given] if is_whole else given:
         part = np.asarray(part)
         fits = (
@@ -195,21 +209,42 @@ def _place(
             f"array {name!r} was announced as {slot.dtype} {slot.shape}, but"
             f" {part.dtype} {part.shape} came after {done} entries of it"
           )
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
         with name_file(path):
-          _write(file, part, (slot.start or 0) + done * slot.dtype.itemsize)
+          _write(file, data, (slot.start or 0) + done * slot.dtype.itemsize)
+        if is_summed:
+          checksum = zlib.crc32(data, checksum)
         done += part.size
     if done < size:
       raise ValueError(f"array {name!r} ended after {done} of {size} entries")
+    checksums[name] = checksum
   if missing:
     raise ValueError(
       f"{len(missing)} of {len(places)} announced arrays never came:"
       f" {name_some(sorted(missing))}"
     )
+  return checksums
 
 
-def _write(file: int, array: np.ndarray, start: int) -> None:
-  """Writes an array's bytes at an offset."""
-  view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def _checksum(
+  head: bytes,
+  announced: Mapping[str, StoredArray],
+  checksums: Mapping[str, int],
+) -> int | None:
+  """Returns the CRC-32 of a file from those of its arrays, if it is wanted."""
+  if not is_noted():
+    return None
+  order = sorted(announced, key=lambda name: announced[name].start or 0)
+  sizes = (
+    math.prod(announced[name].shape) * announced[name].dtype.itemsize
+    for name in order
+  )
+  arrays = zip((checksums[name] for name in order), sizes, strict=True)
+  return join_checksums([(zlib.crc32(head), len(head)), *arrays])
+
+
+def _write(file: int, view: memoryview, start: int) -> None:
+  """Writes bytes at an offset."""
   done = 0
   while done < len(view):
     done += os.pwrite(file, view[done:], start + done)

@@ -54,6 +54,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
   Attributes:
     path: what was opened.
     format: "safetensors", "huggingface" or "orbax".
+    places: the files, or the one folder of orbax, that hold its arrays.
     spec: name -> TensorSpec, with the stored dtype; known without reading. Of
       a weight of MXFP4 or bitsandbytes it has the dtype as read.
     companions: name of a scale, or of another tensor beside a quantised weight
@@ -77,10 +78,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
     stored: Mapping[str, TensorSpec],
     read: _Read,
     *,
+    places: Sequence[Path] = (),
     metadata: Mapping[str, str] | None = None,
     bytes_read: int = 0,
   ):
     self.path = path
+    self.places = tuple(places)
     self.format = format
     self.metadata = dict(metadata or {})
     self._stored = stored
@@ -281,7 +284,13 @@ def _open_files(
       raise ValueError(f"tensor {name!r}: {error}") from error
 
   return Checkpoint(
-    path, format, stored, read, metadata=metadata, bytes_read=count
+    path,
+    format,
+    stored,
+    read,
+    places=list(shards),
+    metadata=metadata,
+    bytes_read=count,
   )
 
 
@@ -302,7 +311,7 @@ def _open_orbax(path: Path, folder: Path) -> Checkpoint:
       raise ValueError(f"{folder}: tensor {name!r}: {error}") from error
     return array, array.nbytes
 
-  return Checkpoint(path, "orbax", stored, read)
+  return Checkpoint(path, "orbax", stored, read, places=[folder])
 
 
 def _check_shard(file: Path, found: Iterable[str], expected: set[str]) -> None:

@@ -17,7 +17,7 @@ from jlora.messages import name_some
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _ID = re.compile(rf"(?:{_PART}/)?{_PART}")
-_SNAPSHOTS = "snapshots"
+_SNAPSHOTS, _MODELS = "snapshots", "models--"
 _LONGEST = 2**12  # bytes of a file that names a commit
 
 
@@ -75,11 +75,30 @@ def folder_name(path: str | os.PathLike) -> str:
   """
   if is_hub_id(path):
     return os.fspath(path)
+  if repository := repository_of(path):
+    return repository.name.removeprefix(_MODELS).replace("--", "/", 1)
+  return Path(os.path.abspath(path)).name or "model"
+
+
+def repository_of(path: str | os.PathLike) -> Path | None:
+  """Returns the folder of the Hub's cache that holds all of a model.
+
+  Args:
+    path: of a snapshot, or of something in it.
+
+  Returns:
+    The folder `models--org--name`; None if the path is not in such a cache.
+
+  Example:
+    >>> repository_of("/cache/models--org--name/snapshots/0123").name
+    'models--org--name'
+  """
   whole = Path(os.path.abspath(path))
-  for at, part in enumerate(whole.parts):
-    if part == _SNAPSHOTS and whole.parts[at - 1].startswith("models--"):
-      return whole.parts[at - 1].removeprefix("models--").replace("--", "/", 1)
-  return whole.name or "model"
+  for folder in (whole, *whole.parents):
+    above = folder.parent
+    if folder.name == _SNAPSHOTS and above.name.startswith(_MODELS):
+      return above
+  return None
 
 
 def name_apart(paths: Mapping[str, str | os.PathLike]) -> dict[str, str]:
@@ -173,7 +192,7 @@ def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cached(name: str) -> Path | None:
   """Returns the snapshot of a Hub id in the local cache, if there is one."""
-  folder = _cache() / f"models--{name.replace('/', '--')}"
+  folder = _cache() / f"{_MODELS}{name.replace('/', '--')}"
   main = folder / "refs" / "main"
   if main.is_file():
     snapshot = folder / _SNAPSHOTS / read_text(main, _LONGEST).strip()

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,8 +19,9 @@ import numpy as np
 
 from jlora.checkpoints.byte_ranges import place_arrays
 from jlora.checkpoints.documents import read_json, shortened
+from jlora.checkpoints.new_files import replace_text, sync_folder
 from jlora.checkpoints.safetensors import Shapes, lay_out_file
-from jlora.messages import name_file, name_some
+from jlora.messages import name_some
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -152,6 +152,7 @@ def stream_checkpoint(
       " or delete it first"
     )
   place_arrays(files, arrays)
+  sync_folder(folder)
   if len(plan) > 1:
     write_index(folder, plan)
 
@@ -215,15 +216,7 @@ def write_index(folder: Path, shards: Mapping[Path, Shapes]) -> None:
   }
   first = next(iter(shards)).stem
   name = f"{re.sub(_NUMBERED, '', first)}.safetensors.index.json"
-  temporary = folder / f".{name}.{secrets.token_hex(6)}.tmp"
-  try:
-    with name_file(temporary), open(temporary, "x", encoding="utf-8") as stream:
-      json.dump(index, stream, indent=2)
-      stream.flush()
-      os.fsync(stream.fileno())
-    os.replace(temporary, folder / name)
-  finally:
-    temporary.unlink(missing_ok=True)
+  replace_text(folder / name, json.dumps(index, indent=2))
 
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:

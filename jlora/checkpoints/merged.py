@@ -3,8 +3,6 @@
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import numpy as np
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
+from jlora.checkpoints.new_files import check_new, new_folder, replace_text
+from jlora.checkpoints.sources import check_apart, copy_files, list_companions
 from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
 from jlora.numerics.backends import wide_dtype
@@ -23,8 +23,6 @@ from jlora.selection import is_floating
 from jlora.tree_views import table_for
 from jlora.views import as_parameter, views_of
 
-# Files that a folder needs besides its weights: configuration, tokenizer, code.
-_COMPANIONS = {".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"}
 _CONFIG = "config.json"
 
 
@@ -60,9 +58,10 @@ def save_merged(
       file of its own.
 
   Raises:
-    ValueError: the folder exists, a path or shape is not the base's, a change
-      is for integers, or a changed tensor is not finite or not in the dtype it
-      is stored in; of others, entries that this dtype does not hold. Nothing is
+    ValueError: the folder exists or would be a part of the base, small files
+      are links to elsewhere, a path or shape is not the base's, a change is
+      for integers, or a changed tensor is not finite or not in the dtype it is
+      stored in; of others, entries that this dtype does not hold. Nothing is
       then written.
 
   Example:
@@ -81,8 +80,9 @@ def save_merged(
            [3., 3., 3.]], dtype=float32)
   """
   folder, biases, full = Path(folder), biases or {}, full or {}
-  if folder.exists():
-    raise ValueError(f"{folder} exists; give a new name.")
+  check_new(folder)
+  check_apart(folder, [base])
+  small = list_companions(base)
   config = base.config
   table = table_for(base.spec, model_type or config.get("model_type"))
   shapes = {path: base.spec[path].shape for path in loras if path in base}
@@ -104,19 +104,13 @@ def save_merged(
     (name, _stored(name, base, loras, views, biases, full, kind))
     for name, (_, kind) in spec.items()
   )
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-  try:
-    partial.mkdir()
-    copy_companions(base.path, partial)
+  with new_folder(folder) as partial:
+    copy_files(small, partial)
     if config:
       config = _merged_config(config, base, spec, dtype)
       text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-      (partial / _CONFIG).write_text(text)
+      replace_text(partial / _CONFIG, text)
     stream_checkpoint(partial, spec, arrays, max_shard_bytes=max_shard_bytes)
-    os.replace(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_changes(base, loras, views, biases, full) -> None:
@@ -223,19 +217,6 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
   if dtype is not None:
     return np.dtype(dtype)
   return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
-
-
-def copy_companions(source: Path, target: Path) -> None:
-  """Copies the small files of a checkpoint folder, without its indices.
-
-  Nothing is copied if `source` is a file. `target` is a folder that exists.
-  """
-  if not source.is_dir():
-    return
-  for file in sorted(source.iterdir()):
-    is_index = file.name.endswith(".index.json")
-    if file.is_file() and file.suffix in _COMPANIONS and not is_index:
-      shutil.copyfile(file, target / file.name)
 
 
 def _merged_config(config, base, spec, dtype) -> dict[str, Any]:

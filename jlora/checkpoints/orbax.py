@@ -11,6 +11,7 @@ References:
 
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,14 @@ import jax
 import numpy as np
 from etils import epath, epy
 
+from jlora.checkpoints.new_files import (
+  check_new,
+  is_temporary,
+  move,
+  name_temporary,
+  sync_folder,
+)
+from jlora.checkpoints.sources import check_apart
 from jlora.messages import name_some
 
 with epy.lazy_imports():  # they take a third of a second: only if needed
@@ -67,7 +76,7 @@ def find_item(path: str | os.PathLike) -> Path | None:
     'run/20/params'
   """
   path = Path(path)
-  if _TEMPORARY in path.name:
+  if _TEMPORARY in path.name or is_temporary(path):
     raise ValueError(f"{path} was never finished; open a finished step")
   if (path / _TREE).is_file():
     return path
@@ -96,7 +105,8 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
     strings, are left out.
 
   Raises:
-    ValueError: if the metadata is damaged, or two leaves have the same name.
+    ValueError: if the metadata is damaged, two leaves have the same name, or
+      one would lie outside the folder.
 
   Example:
     >>> import tempfile
@@ -119,6 +129,7 @@ def list_leaves(folder: Path) -> dict[str, Leaf]:
     name = jax.tree_util.keystr(keys, simple=True, separator="/")
     if name in leaves:
       raise ValueError(f"{folder}: two leaves are named {name}")
+    _check_inside(folder, value.name)
     store = _store(folder, value.name, found.use_zarr3)
     leaves[name] = Leaf(tuple(value.shape), np.dtype(value.dtype), store)
   return leaves
@@ -139,7 +150,8 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
     The array, of the ranges' lengths and the stored dtype.
 
   Raises:
-    ValueError: if the store is damaged or its arrays differ from the metadata.
+    ValueError: if the store is damaged, a chunk is missing, or its arrays
+      differ from the metadata.
 
   Example:
     >>> import tempfile
@@ -152,7 +164,9 @@ def read_leaf(leaf: Leaf, region: Sequence[range]) -> np.ndarray:
   shape = [len(indices) for indices in region]
   if 0 in shape:
     return np.empty(shape, leaf.dtype)
-  store = ts.open(leaf.store, open=True, read=True).result()
+  # orbax stores every chunk, also of zeros: one that is not there was lost.
+  spec = leaf.store | {"fill_missing_data_reads": False}
+  store = ts.open(spec, open=True, read=True).result()
   if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
     raise ValueError(
       f"{leaf.store['kvstore']}: {store.dtype.name} {store.shape} is stored,"
@@ -169,14 +183,16 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
 
   A mapping of arrays is nested at the slashes of its paths, so that other
   readers see the tree that the paths describe. Any other pytree is saved as it
-  is. The call returns when the checkpoint is complete.
+  is. The call returns when the checkpoint is complete and on the disk.
 
   Args:
-    path: the directory to make; orbax gives it this name only when complete.
+    path: the directory to make; it has this name only when complete. Several
+      `jax.distributed` processes all make the call.
     tree: a pytree of arrays, or {path: array}, which may be a Checkpoint.
 
   Raises:
-    ValueError: if the path exists, or one array's path lies within another's.
+    ValueError: if the path exists, it would be a part of the Checkpoint that is
+      saved, or one array's path lies within another's.
 
   Example:
     >>> import tempfile
@@ -187,14 +203,35 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     ['layer/kernel']
   """
   path = Path(path).absolute()
-  if path.exists():
-    raise ValueError(f"{path} exists; choose a new path or delete it first")
+  check_new(path)
+  check_apart(path, [tree])
   if isinstance(tree, Mapping):
     tree = dict(tree)
     if all(isinstance(name, str) for name in tree):
       tree = _nested(tree)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path, tree)
+  is_alone = jax.process_count() == 1
+  # Several processes must know the name; orbax has its own way to agree on one.
+  place = name_temporary(path) if is_alone else path
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(place, tree)
+    _sync(place)
+    if is_alone:
+      move(place, path)
+  except BaseException:
+    if is_alone:
+      shutil.rmtree(place, ignore_errors=True)
+    raise
+  sync_folder(path.parent)
+
+
+def _sync(folder: Path) -> None:
+  """Brings a folder onto the disk, with all that is in it."""
+  for place, _, names in os.walk(folder):
+    for name in names:
+      with open(Path(place, name), "rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(Path(place))
 
 
 def _check_files(folder: Path) -> None:
@@ -239,7 +276,8 @@ def _finished(path: Path) -> list[Path]:
   return [
     child
     for child in sorted(path.iterdir())
-    if child.is_dir() and ocp.utils.is_checkpoint_finalized(child)
+    if child.is_dir() and not is_temporary(child)
+    if ocp.utils.is_checkpoint_finalized(child)
   ]
 
 
@@ -262,6 +300,19 @@ def _steps(path: Path) -> dict[int, Path]:
 def _holds_tree(path: Path) -> bool:
   """Returns whether a folder is an item that holds arrays."""
   return (path / _TREE).is_file()
+
+
+def _check_inside(folder: Path, name: str) -> None:
+  """Raises unless an array of this name is stored inside the folder."""
+  place, within = folder / name, Path(os.path.realpath(folder))
+  is_plain = place.is_relative_to(folder) and ".." not in Path(name).parts
+  if "\0" in name or not (
+    is_plain and Path(os.path.realpath(place)).is_relative_to(within)
+  ):
+    raise ValueError(
+      f"{folder}: the metadata has an array {name!r}, which is not stored in "
+      "this folder; save or download the checkpoint again"
+    )
 
 
 def _store(folder: Path, name: str, zarr3: bool) -> dict[str, Any]:

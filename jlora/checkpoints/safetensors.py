@@ -34,6 +34,8 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jlora.checkpoints.byte_ranges import place_arrays
+from jlora.checkpoints.new_files import sync_folder
+from jlora.checkpoints.sources import check_apart
 
 DTYPES = {
   "BOOL": np.dtype(np.bool_),
@@ -158,11 +160,12 @@ def write_safetensors(
 
   Args:
     path: the file. An existing one is replaced once the new one is complete.
-    tensors: arrays by name, of any dtype the format has.
+    tensors: arrays by name, of any dtype the format has; may be a Checkpoint.
     metadata: strings to strings, stored in the header.
 
   Raises:
-    ValueError: for a dtype the format lacks, or metadata that is not strings.
+    ValueError: for a dtype the format lacks, metadata that is not strings, or a
+      file that is, or would be, a part of the Checkpoint that is written.
 
   Example:
     >>> import tempfile
@@ -172,6 +175,7 @@ def write_safetensors(
     ...   open_checkpoint(f"{folder}/a.safetensors")["w"]
     array([1., 1.])
   """
+  check_apart(path, [tensors])
   arrays = {name: np.asarray(array) for name, array in tensors.items()}
   spec = {name: (array.shape, array.dtype) for name, array in arrays.items()}
   stream_safetensors(path, spec, arrays.items(), metadata)
@@ -211,6 +215,7 @@ def stream_safetensors(
   """
   files = {Path(path): lay_out_file(path, spec, metadata)}
   place_arrays(files, arrays)
+  sync_folder(Path(path).parent)
 
 
 def lay_out_file(

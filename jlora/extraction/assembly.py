@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a complete journal into an adapter folder: ranks, tensors, report.
+"""Turns a complete journal into an adapter: ranks, tensors, and the report.
 
-journal ─► choose_ranks ─► write_adapter (tensors, ledger, report.json)
+journal ─► choose_ranks ─► write_adapter (tensors) ─► Report (modules, ledger)
 """
 
 import math
@@ -20,7 +20,6 @@ from jlora.extraction.report import (
   NO_PARAMETER,
   Report,
   total_up,
-  write_report,
 )
 from jlora.factoring.deltas import difference
 from jlora.factoring.figures import row_of
@@ -39,7 +38,7 @@ Policy = Callable[[Spectra], Mapping[str, int]]
 
 
 def choose_ranks(
-  journal: Journal, policy: Policy | None, itemsize: int
+  journal: Mapping[str, Any], policy: Policy | None, itemsize: int
 ) -> dict[str, int]:
   """Returns the rank of every extracted module, as the policy chooses it.
 
@@ -109,7 +108,7 @@ def write_adapter(
   task_type: str | None = "auto",
   rename: Rename | Sequence[tuple[str, str]] | None = None,
 ) -> Report:
-  """Writes the adapter folder of a run; returns the run's report.
+  """Writes the adapter of a run; returns the run's report.
 
   Args:
     plan: the run's plan.
@@ -123,7 +122,7 @@ def write_adapter(
     rename: of `save_peft`.
 
   Returns:
-    Report, also written as `report.json`. One module is in memory at a time.
+    Report, which is not written yet. One module is in memory at a time.
   """
   pairs = {pair.path: pair for pair in plan.pairing.pairs}
 
@@ -202,9 +201,83 @@ def write_adapter(
   ledger = keep_ledger(plan.pairing, outcomes, scales)
   totals = total_up(modules, ledger)
   totals |= count_unmatched(plan.base, plan.finetuned, plan.pairing)
-  report = Report(settings, modules, totals, ledger)
-  write_report(out, report)
-  return report
+  return Report(settings, modules, totals, ledger)
+
+
+# What a policy is told of a module.
+_FIGURES = ("shape", "singular_values", "norm", "noise_floor")
+
+
+def list_unlisted(
+  report: Report, journal: Mapping[str, Any], ranks: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+  """Returns what a policy was told of modules that are in no row of a report.
+
+  Args:
+    report: of the run.
+    journal: complete.
+    ranks: from `choose_ranks`.
+
+  Returns:
+    {path: {rank, shape, singular_values, norm, noise_floor}}.
+
+  Example:
+    >>> list_unlisted(Report({}, [{"path": "q"}], {}, []), {}, {"q": 4})
+    {}
+  """
+  listed = {row["path"] for row in report.modules}
+  return {
+    path: {"rank": rank}
+    | {name: journal[path]["figures"][name] for name in _FIGURES}
+    for path, rank in ranks.items()
+    if path not in listed
+  }
+
+
+def check_policy(
+  report: Report,
+  unlisted: Mapping[str, Mapping[str, Any]],
+  policy: Policy | None,
+  itemsize: int,
+) -> None:
+  """Raises unless a policy gives the ranks that a finished run was given.
+
+  Args:
+    report: of the finished run.
+    unlisted: of its other modules, as from `list_unlisted`.
+    policy: as for `choose_ranks`.
+    itemsize: as for `choose_ranks`.
+
+  Raises:
+    ValueError: names up to three modules with both ranks.
+
+  Example:
+    >>> row = {"path": "q", "rank": 2, "shape": [4, 4], "norm": 3.0,
+    ...        "noise_floor": 0.0, "singular_values": [2.0, 1.0]}
+    >>> report = Report({}, [row], {}, [])
+    >>> check_policy(report, {}, None, 4)
+    >>> check_policy(report, {}, lambda spectra: {"q": 1}, 4)
+    Traceback (most recent call last):
+    ...
+    ValueError: The policy gives other ranks than the finished run has: q 1
+    instead of 2. Use overwrite=True to make it anew, or another out.
+  """
+  rows = {row["path"]: row for row in report.modules} | dict(unlisted)
+  records = {
+    path: {"status": "extracted", "figures": row} for path, row in rows.items()
+  }
+  chosen = choose_ranks(records, policy, itemsize)
+  differing = [
+    f"{path} {rank} instead of {rows[path]['rank']}"
+    for path, rank in chosen.items()
+    if rank != rows[path]["rank"]
+  ]
+  if differing:
+    raise ValueError(
+      "The policy gives other ranks than the finished run has: "
+      f"{name_some(differing)}. Use overwrite=True to make it anew, or another "
+      "out."
+    )
 
 
 def keep_ledger(

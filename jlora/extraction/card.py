@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jlora.checkpoints.hub import model_name, name_apart
+from jlora.checkpoints.new_files import replace_text
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
   REPORT,
@@ -20,7 +21,6 @@ from jlora.extraction.report import (
 )
 from jlora.formats.peft.config import read_adapter_config
 from jlora.formats.peft.layouts import CONFIG, VLLM
-from jlora.runs.fingerprints import replace_text
 
 CARD = "README.md"
 

@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,11 @@ from jlora.messages import name_some
 from jlora.numerics.backends import words_of
 from jlora.pairing.pairs import Pair, Pairing, TensorPart, names_of
 from jlora.paths import matching
-from jlora.runs.fingerprints import digest, hash_lines
+from jlora.runs.fingerprints import (
+  describe_input,
+  describe_versions,
+  hash_lines,
+)
 from jlora.selection import Select, is_floating
 from jlora.views import MatrixView
 
@@ -212,16 +215,29 @@ def fingerprint(
 
   Returns:
     A dict; equal dicts mean equal results. Inputs count as the same if their
-    headers and their files' sizes and times are.
+    headers and small files are, and the sizes, times and paths of all files.
   """
   return {
     **options,
-    "jlora": metadata.version("jlora"),
-    "jax": jax.__version__,
+    **describe_versions(),
     "key": words_of(key).tolist(),
-    "base": digest(plan.base),
-    "finetuned": digest(plan.finetuned),
+    **describe_input("base", plan.base),
+    **describe_input("finetuned", plan.finetuned),
     "modules": hash_lines(repr((j.pair.path, j.view)) for j in plan.jobs),
     "refused": hash_lines(j.pair.path for j in plan.jobs if j.is_refused),
     "pairs": hash_lines(map(repr, plan.pairing.pairs)),
   }
+
+
+def without_paths(marks: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a fingerprint without where the inputs lie.
+
+  Processes on several machines may have files of one content elsewhere.
+
+  Args:
+    marks: of `fingerprint`.
+
+  Returns:
+    The rest.
+  """
+  return {k: v for k, v in marks.items() if not k.endswith(" paths")}

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.checkpoints.documents import read_json
+from jlora.checkpoints.new_files import replace_text
 from jlora.extraction.report_fields import check_report
 from jlora.formats.peft.layouts import REPLACES
 from jlora.messages import name_some
-from jlora.runs.fingerprints import replace_text
 
 SCHEMA_VERSION = 1
 REPORT = "report.json"
@@ -40,6 +40,8 @@ class Report(NamedTuple):
       checkpoints is in exactly one row.
     verified: {by, version, modules, worst_difference} of a check in the
       consumer itself that found nothing wrong; else None.
+    run: what made it, as hashes, checksums of the files beside it, and figures
+      of modules that are in no row: by these a resumed run knows it again.
 
   Example:
     >>> Report({}, [], {"modules": 0}, []).totals["modules"]
@@ -51,6 +53,7 @@ class Report(NamedTuple):
   totals: dict[str, Any]
   ledger: list[dict[str, Any]]
   verified: dict[str, Any] | None = None
+  run: dict[str, Any] | None = None
 
 
 def write_report(folder: str | os.PathLike, report: Report) -> None:

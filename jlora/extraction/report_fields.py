@@ -68,7 +68,9 @@ _FIELDS = {
   "totals": OBJECT,
   "ledger": list_of(OBJECT),
   "verified": either(_VERIFIED, NULL),
+  "run": either(OBJECT, NULL),
 }
+_OPTIONAL = {"verified", "run"}
 
 
 def check_report(found: Any, place: str, version: int) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def check_report(found: Any, place: str, version: int) -> dict[str, Any]:
     raise ValueError(
       f"{place} has schema version {said}, this jlora reads {version}."
     )
-  check_fields(found, _FIELDS, place, required=_FIELDS.keys() - {"verified"})
+  check_fields(found, _FIELDS, place, required=_FIELDS.keys() - _OPTIONAL)
   if other := found.keys() - _FIELDS.keys():
     raise ValueError(f"{place}: {sorted(other)[0]!r} is no field of a report.")
   check_fields(found["settings"], _SETTINGS, f"{place}: settings")

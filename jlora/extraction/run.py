@@ -7,6 +7,8 @@ Several `jax.distributed` processes share the journal; the first one writes the
 folder.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Sequence
 from importlib import metadata
@@ -16,14 +18,27 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.hub import model_name
+from jlora.checkpoints.new_files import noted
 from jlora.checkpoints.packed_formats import check_dequantised
-from jlora.extraction.assembly import Policy, choose_ranks, write_adapter
+from jlora.checkpoints.sources import check_apart
+from jlora.extraction.assembly import (
+  Policy,
+  check_policy,
+  choose_ranks,
+  list_unlisted,
+  write_adapter,
+)
 from jlora.extraction.coverage import check_coverage
 from jlora.extraction.module import Extractor
-from jlora.extraction.planning import Plan, fingerprint, plan_jobs
-from jlora.extraction.report import REPORT, Report, read_report
+from jlora.extraction.planning import (
+  Plan,
+  fingerprint,
+  plan_jobs,
+  without_paths,
+)
+from jlora.extraction.report import REPORT, Report, read_report, write_report
 from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.peft.layouts import PEFT, Profile
@@ -32,13 +47,21 @@ from jlora.formats.peft.writing import check_consumer
 from jlora.pairing.match import Vocabulary, is_table, keep_whole, pair_up
 from jlora.pairing.vocabularies import read_both_tokens
 from jlora.runs import processes
-from jlora.runs.fingerprints import name_of
+from jlora.runs.fingerprints import (
+  check_unchanged,
+  hash_lines,
+  identify,
+  name_of,
+  stamp_inputs,
+)
+from jlora.runs.finished import check_run, describe_run
 from jlora.runs.journal import (
   FOLDER,
   Journal,
   check_fingerprint,
-  remove_closed,
+  remove_leftovers,
 )
+from jlora.runs.lock import hold_folder
 from jlora.runs.shared_journal import (
   complete_journal,
   share_journal,
@@ -89,7 +112,8 @@ def extract_checkpoint(
   Args:
     base: a checkpoint that `open_checkpoint` opens.
     finetuned: the finetune; names may differ as `pair_up` says.
-    out: output folder, new or empty.
+    out: output folder, new or empty; neither an input nor a folder that holds
+      one. One run at a time writes to it.
     rank: rank of every module, and the most that a policy may give.
     policy: from all Spectra to {path: rank}; None keeps `rank` everywhere.
     factor: the factoriser.
@@ -111,7 +135,9 @@ def extract_checkpoint(
       give all of a module: what the ledger leaves out for that reason is
       carried with `jlora.extraction.whole_of(report)`.
     resume: go on with an unfinished run of the same inputs and options in
-      `out`, or return the report of a finished one with the same settings.
+      `out`, or return the report of a finished one, if all that made it is the
+      same and all that it wrote is as it was. `policy` and `select` count by
+      what they choose; `factor` by its code and options.
     overwrite: allow a folder that is not empty; an adapter, report or journal
       in it is replaced, other files stay.
     split_bytes: a matrix that takes more bytes in float32 is factored on all
@@ -133,10 +159,12 @@ def extract_checkpoint(
 
   Raises:
     ValueError: inputs that cannot be read, are packed in a way that jlora does
-      not read, or do not belong together, most of them unmatched, NaN or
-      infinity in a tensor, factors larger than `dtype` holds, a folder that is
-      not empty, a journal of another run, nothing to extract, or processes
-      that differ in versions, options or what they see. All processes raise it.
+      not read, do not belong together, or change meanwhile, most of them
+      unmatched, NaN or infinity in a tensor, factors larger than `dtype` holds,
+      a folder that is not empty, in use by another run, or an input's, a
+      journal or result of another run or that is damaged, nothing to extract,
+      or processes that differ in versions, options or what they see. All
+      processes raise it.
     LostProcess: another process ended or was killed. Finished modules stay in
       the journal for `resume`.
 
@@ -186,56 +214,81 @@ def extract_checkpoint(
   }
   _check_options(settings, named)
 
-  if processes.from_first(
-    lambda: _is_finished(out, settings, resume=resume, overwrite=overwrite)
-  ):
-    return processes.everywhere(lambda: read_report(out))
-
   # Open, pair, plan: headers alone, on every process.
-  plan = processes.everywhere(
+  plan, stamps = processes.everywhere(
     lambda: _plan(
       base, finetuned, vocabulary, select, rank, rename, whole,
-      allow_unmatched, profile,
+      allow_unmatched, profile, out,
     )
   )  # fmt: skip
-  marks = fingerprint(plan, key, options)
-  processes.check_same_facts(marks)
-  journal, watch = share_journal(
-    out, REPORT, marks, resume=resume, overwrite=overwrite
-  )
-  with watch:
-    # Factor: each process its share, into the journal.
-    factor_missing(
-      plan,
-      journal,
-      _missing(plan, journal),
-      Extractor(factor, dtype, key),
-      split_bytes=split_bytes,
-      watch=watch,
-      log=log,
-    )
-    if processes.process_index():
-      watch.done()
-      watch.wait()
-      return wait_for_files(lambda: read_report(out))
-    watch.wait()
-    complete_journal(journal, (job.pair.path for job in plan.jobs))
+  coded = options | {"factor code": identify(factor)}
+  marks = processes.everywhere(lambda: fingerprint(plan, key, coded))
+  processes.check_same_facts(without_paths(marks))
+  base_model = model_name(base) if base_model is None else base_model
+  all_marks = marks | {
+    "base_model": base_model,
+    "names": hash_lines(_names(plan)),
+    "profile": identify(profile),
+    "split": hash_lines(_split(plan, split_bytes)),
+    "task_type": task_type,
+  }
+  itemsize = jnp.dtype(dtype).itemsize
 
-    # Choose ranks, write: the first process alone.
-    ranks = choose_ranks(journal, policy, jnp.dtype(dtype).itemsize)
-    report = write_adapter(
-      plan,
-      journal,
-      ranks,
-      out,
-      profile=profile,
-      base_model=model_name(base) if base_model is None else base_model,
-      settings=settings,
-      task_type=task_type,
-      rename=rename,
+  with contextlib.ExitStack() as held:
+
+    def begin() -> bool:
+      """Keeps other runs out; returns whether the result is already there."""
+      held.enter_context(hold_folder(out))
+      if resume or overwrite:
+        remove_leftovers(out)
+      if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
+        return False
+      _check_finished(out, settings, all_marks, policy, itemsize)
+      return True
+
+    if processes.from_first(begin):
+      return processes.everywhere(lambda: read_report(out))
+    journal, watch = share_journal(
+      out, REPORT, marks, resume=resume, overwrite=overwrite
     )
-    watch.done()
-  journal.close()
+    with watch:
+      # Factor: each process its share, into the journal.
+      factor_missing(
+        plan,
+        journal,
+        _missing(plan, journal),
+        Extractor(factor, dtype, key),
+        split_bytes=split_bytes,
+        watch=watch,
+        log=log,
+      )
+      check_unchanged(_inputs(plan), stamps)
+      if processes.process_index():
+        watch.done()
+        watch.wait()
+        return wait_for_files(lambda: read_report(out))
+      watch.wait()
+      complete_journal(journal, (job.pair.path for job in plan.jobs))
+
+      # Choose ranks, write: the first process alone.
+      ranks = choose_ranks(journal, policy, itemsize)
+      with noted() as files:
+        report = write_adapter(
+          plan,
+          journal,
+          ranks,
+          out,
+          profile=profile,
+          base_model=base_model,
+          settings=settings,
+          task_type=task_type,
+          rename=rename,
+        )
+      check_unchanged(_inputs(plan), stamps)
+      report = _describe(report, journal, ranks, out, all_marks, files)
+      write_report(out, report)
+      watch.done()
+    journal.close()
   return report
 
 
@@ -249,9 +302,15 @@ def _plan(
   whole,
   allow_unmatched,
   profile,
-) -> Plan:
-  """Opens both checkpoints, pairs their tensors and plans what is done."""
+  out,
+) -> tuple[Plan, dict[str, Any]]:
+  """Opens both checkpoints, pairs their tensors and plans what is done.
+
+  Returns the plan, and stamps of the inputs from before it was made.
+  """
   left, right = open_checkpoint(base), open_checkpoint(finetuned)
+  stamps = stamp_inputs({"base": left, "finetuned": right})
+  check_apart(out, [left, right])
   check_dequantised(left)
   check_dequantised(right)
   has_table = any(is_table(name) for name in left.spec)
@@ -262,7 +321,12 @@ def _plan(
     check_consumer(plan.about, profile)
   if not allow_unmatched:
     check_coverage(left, right, pairing)
-  return plan
+  return plan, stamps
+
+
+def _inputs(plan: Plan) -> dict[str, Checkpoint]:
+  """Returns both checkpoints by the names of their arguments."""
+  return {"base": plan.base, "finetuned": plan.finetuned}
 
 
 def _missing(plan: Plan, journal: Journal) -> list[int]:
@@ -285,20 +349,45 @@ def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
       raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def _is_finished(
-  out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
-) -> bool:
-  """Returns whether a finished run of the same settings is in the folder."""
-  if resume or overwrite:
-    _remove_leftovers(out)
-  if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
-    return False
-  check_fingerprint(out / REPORT, read_report(out).settings, settings)
-  return True
+def _check_finished(
+  out: Path,
+  settings: dict[str, Any],
+  marks: dict[str, Any],
+  policy: Policy | None,
+  itemsize: int,
+) -> None:
+  """Raises unless the finished run in a folder is the one that is asked for."""
+  report, file = read_report(out), out / REPORT
+  check_fingerprint(file, report.settings, settings)
+  made = report.run if isinstance(report.run, dict) else {}
+  unlisted = made.get("unlisted")
+  check_run(file, made, marks, _told(report, unlisted))
+  check_policy(report, unlisted or {}, policy, itemsize)
 
 
-def _remove_leftovers(out: Path) -> None:
-  """Removes what a killed run left half written or half removed."""
-  remove_closed(out)
-  for file in out.glob(".*adapter_*.tmp"):
-    file.unlink()
+def _describe(report, journal, ranks, out, marks, files) -> Report:
+  """Returns a report that says what made it and what lies beside it."""
+  unlisted = list_unlisted(report, journal, ranks)
+  made = describe_run(out, marks, files, _told(report, unlisted))
+  return report._replace(run=made | {"unlisted": unlisted})
+
+
+def _told(report: Report, unlisted: Any) -> dict[str, Any]:
+  """Returns what a report tells of a run, without what comes later."""
+  told = report._asdict() | {"unlisted": unlisted}
+  return {k: v for k, v in told.items() if k not in ("verified", "run")}
+
+
+def _names(plan: Plan) -> list[str]:
+  """Lists what the modules are called in the adapter, whoever renames them."""
+  rename = plan.about.rename if plan.about is not None else str
+  return [f"{job.pair.path} {rename(job.pair.path)}" for job in plan.jobs]
+
+
+def _split(plan: Plan, split_bytes: int) -> list[str]:
+  """Lists the tensors that several devices would factor together."""
+  return [
+    job.pair.path
+    for job in plan.jobs
+    if job.can_be_split and 4 * math.prod(job.pair.shape) > split_bytes
+  ]

@@ -31,6 +31,7 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
     base: the base.
     spec: name -> TensorSpec.
     path: the base's, with config.json and tokenizer.
+    places: the base's.
     model_type: the base's.
     config: the base's.
   """
@@ -38,7 +39,7 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
   def __init__(self, base: Checkpoint, adapter: str | os.PathLike):
     model_type = base.model_type
     self.base, self.path, self.model_type = base, base.path, model_type
-    self.adapter = Path(adapter)
+    self.adapter, self.places = Path(adapter), base.places
     self.config = config = base.config
     found = load_peft(
       adapter, like=base.spec, model_type=model_type, config=config

@@ -4,8 +4,6 @@
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +14,7 @@ from flax import traverse_util
 
 from jlora.checkpoints import documents
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.new_files import new_folder, replace_file, replace_text
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.messages import name_some
 from jlora.models import names, networks
@@ -40,6 +39,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
     ValueError: if the folder has no such file, or it is damaged.
 
   Example:
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   text = '{"model_type": "llama"}'
     ...   _ = pathlib.Path(folder, "config.json").write_text(text)
@@ -94,6 +94,7 @@ def load(
     ...               intermediate_size=8, num_hidden_layers=1,
     ...               num_attention_heads=2)
     >>> _, params = networks.init(config, jax.random.key(0))
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   path = save(f"{folder}/model", params, config)
     ...   apply, loaded = load(path)
@@ -194,6 +195,7 @@ def save(
 
   Example:
     >>> params = {"norm": {"scale": jnp.ones(3)}}
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   written = save(f"{folder}/model", params, {"model_type": "llama"})
     ...   dict(open_checkpoint(written)), read_config(written)["dtype"]
@@ -232,28 +234,20 @@ def write_folder(
     ValueError: if the folder exists.
 
   Example:
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   new = write_folder(f"{folder}/new", {}, {"note.txt": "text"})
     ...   sorted(path.name for path in new.iterdir())
     ['model.safetensors', 'note.txt']
   """
   folder = pathlib.Path(folder)
-  if folder.exists():
-    raise ValueError(f"{folder} exists; remove it or choose another folder")
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-  try:
+  with new_folder(folder) as work:
     write_safetensors(
       work / "model.safetensors", tensors, metadata={"format": "pt"}
     )
     for name, content in files.items():
       if isinstance(content, str):
-        (work / name).write_text(content, encoding="utf-8")
+        replace_text(work / name, content)
       else:
-        shutil.copyfile(content, work / name)
-    work.chmod(0o755)  # mkdtemp makes private folders
-    work.rename(folder)
-  except BaseException:
-    shutil.rmtree(work)
-    raise
+        replace_file(work / name, [content.read_bytes()])
   return folder

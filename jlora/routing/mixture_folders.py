@@ -7,8 +7,6 @@ base's.
 
 import json
 import os
-import secrets
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,8 @@ from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.documents import COUNT, check_fields
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
-from jlora.checkpoints.merged import copy_companions
+from jlora.checkpoints.new_files import check_new, new_folder, replace_text
+from jlora.checkpoints.sources import check_apart, copy_files, list_companions
 from jlora.loras import Lora, dense
 from jlora.messages import name_some
 from jlora.numerics.backends import wide_dtype
@@ -65,9 +64,11 @@ def save_mixture(
     max_shard_bytes: a new file begins before this size would be exceeded.
 
   Raises:
-    ValueError: before anything is written, if the folder exists, the base is of
-      another family or its MLPs are not floating, shapes differ, or routers or
-      `chosen` do not fit; or an expert is not finite in the base's dtype.
+    ValueError: before anything is written, if the folder exists or would be a
+      part of what is read, the base is of another family, its MLPs are not
+      floating or its small files are links to elsewhere, shapes differ, or
+      routers or `chosen` do not fit; or an expert is not finite in the base's
+      dtype.
 
   Warns:
     UserWarning: an adapter changes modules other than MLPs, which are left out.
@@ -95,8 +96,10 @@ def save_mixture(
     Jiang et al. (2024), Mixtral of Experts; mergekit-moe.
   """
   folder = Path(folder)
-  if folder.exists():
-    raise ValueError(f"{folder} exists; give a new name.")
+  check_new(folder)
+  sources = [base, *(one for one in experts if isinstance(one, Checkpoint))]
+  check_apart(folder, sources)
+  small = list_companions(base)
   config = base.config
   layers = _check_base(base, config)
   _check_experts(base, experts, layers)
@@ -104,19 +107,13 @@ def save_mixture(
   check_chosen(chosen, len(experts))
   spec = _spec_of(base, layers, len(experts))
   arrays = _arrays_of(base, experts, rows, layers)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-  try:
-    partial.mkdir()
-    copy_companions(base.path, partial)
-    text = json.dumps(
-      _mixed(without_paths(config), len(experts), chosen), indent=2
-    )
-    (partial / "config.json").write_text(text + "\n")
+  text = json.dumps(
+    _mixed(without_paths(config), len(experts), chosen), indent=2
+  )
+  with new_folder(folder) as partial:
+    copy_files(small, partial)
+    replace_text(partial / "config.json", text + "\n")
     stream_checkpoint(partial, spec, arrays, max_shard_bytes=max_shard_bytes)
-    os.replace(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_base(base: Checkpoint, config: Mapping[str, Any]) -> list[int]:

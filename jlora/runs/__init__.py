@@ -5,10 +5,8 @@ A journal of what is finished, several processes that agree on what they do, and
 a watch that tells when one of them is lost.
 """
 
-from jlora.runs.fingerprints import replace_text as replace_text
 from jlora.runs.processes import LostProcess as LostProcess
 
 __all__ = [
   "LostProcess",
-  "replace_text",
 ]

@@ -1,36 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes what makes two runs the same, and writes files atomically."""
+"""What makes two runs the same: inputs, functions and versions, as short texts.
+
+Small files are told by their contents, large ones by headers, sizes, times and
+paths: to read them whole would take as long as the run.
+"""
 
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import (
+  Callable,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+  Set,
+)
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlora.checkpoints.checkpoint import Checkpoint
-from jlora.messages import name_file
+from jlora.checkpoints.sources import SMALL_FILES
+from jlora.messages import name_some
+
+# What a result depends on besides jlora itself.
+_PACKAGES = ("jax", "jaxlib", "jlora", "numpy")
 
 
-def digest(checkpoint: Checkpoint) -> str:
-  """Hashes a checkpoint's headers and its files' sizes and times.
+def describe_input(name: str, checkpoint: Checkpoint) -> dict[str, str]:
+  """Tells an open checkpoint from others, without reading its arrays.
 
   Args:
+    name: what the run calls it.
     checkpoint: an open checkpoint.
 
   Returns:
-    16 characters.
+    {name: of its headers, the sizes of its files and the contents of small
+    ones, "name times": when its files were written, "name paths": where they
+    lie}, each 16 characters.
+
+  Raises:
+    ValueError: a file is gone.
+
+  Example:
+    >>> import tempfile
+    >>> from jlora.checkpoints import open_checkpoint, write_safetensors
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   write_safetensors(f"{tmp}/m.safetensors", {"w": np.ones(2)})
+    ...   list(describe_input("base", open_checkpoint(tmp)))
+    ['base', 'base times', 'base paths']
   """
-  files = {spec.file for spec in checkpoint.spec.values() if spec.file}
-  # The specs of an orbax directory name no files: take all that it holds.
-  files = files or {f for f in checkpoint.path.rglob("*") if f.is_file()}
-  stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+  try:
+    files = _files_of(checkpoint)
+    stats = [file.stat() for file in files]
+    small = [
+      f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+      for file in _small_files(checkpoint.path)
+    ]
+  except OSError as error:
+    raise ValueError(
+      f"{error.filename} cannot be read: {error.strerror}"
+    ) from error
   entries = [
-    (name, spec.shape, spec.dtype.name, spec.start, spec.end)
-    for name, spec in checkpoint.spec.items()
+    repr((tensor, spec.shape, spec.dtype.name, spec.start, spec.end))
+    for tensor, spec in checkpoint.spec.items()
   ]
-  return hash_lines([repr(stats), *map(repr, entries)])
+  sizes = [repr([stat.st_size for stat in stats])]
+  paths = [checkpoint.path, *files]
+  return {
+    name: hash_lines([*entries, *sizes, *small]),
+    f"{name} times": hash_lines(str(stat.st_mtime_ns) for stat in stats),
+    f"{name} paths": hash_lines(os.path.realpath(path) for path in paths),
+  }
+
+
+def stamp_inputs(inputs: Mapping[str, Checkpoint]) -> dict[str, list[Any]]:
+  """Returns what changes when a file of an input is written anew.
+
+  Args:
+    inputs: open checkpoints by name.
+
+  Returns:
+    For each input what `check_unchanged` compares.
+
+  Example:
+    >>> stamp_inputs({})
+    {}
+  """
+  return {name: _stamp(checkpoint) for name, checkpoint in inputs.items()}
+
+
+def check_unchanged(
+  inputs: Mapping[str, Checkpoint], stamps: Mapping[str, list[Any]]
+) -> None:
+  """Raises if an input is not what it was: a result must not mix two of them.
+
+  Args:
+    inputs: open checkpoints by name.
+    stamps: theirs, from before they were read.
+
+  Raises:
+    ValueError: names up to three.
+
+  Example:
+    >>> check_unchanged({}, {})
+  """
+  changed = [
+    str(checkpoint.path)
+    for name, checkpoint in inputs.items()
+    if _stamp(checkpoint) != stamps[name]
+  ]
+  if changed:
+    raise ValueError(
+      f"{name_some(changed)} changed while it was read. Begin again with "
+      "overwrite=True, when nobody writes there."
+    )
+
+
+def describe_versions() -> dict[str, str]:
+  """Returns versions of what computes a result.
+
+  Returns:
+    By package, and a hash of jlora's own files: checkouts have one version for
+    a long time.
+
+  Example:
+    >>> sorted(describe_versions())
+    ['jax', 'jaxlib', 'jlora', 'jlora files', 'numpy']
+  """
+  return dict(_versions(Path(__file__).parents[1]))
+
+
+@functools.cache
+def _versions(root: Path) -> dict[str, str]:
+  """Returns versions and a hash of the sources below a folder, read once."""
+  whole = hashlib.sha256()
+  for file in sorted(root.rglob("*.py")):
+    whole.update(file.relative_to(root).as_posix().encode() + b"\0")
+    whole.update(file.read_bytes())
+  packages = {name: metadata.version(name) for name in _PACKAGES}
+  return {**packages, "jlora files": whole.hexdigest()[:16]}
 
 
 def hash_lines(lines: Iterable[str]) -> str:
@@ -42,7 +156,8 @@ def hash_lines(lines: Iterable[str]) -> str:
   Returns:
     16 characters.
   """
-  return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+  text = "\n".join(lines)
+  return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -62,29 +177,95 @@ def name_of(function: Callable[..., Any]) -> str:
     options = ", ".join(
       f"{k}={v}" for k, v in sorted(function.keywords.items())
     )
-    # Addresses in memory differ between processes.
-    options = re.sub(r" at 0x[0-9a-f]+", "", options)
-    return f"{name_of(function.func)}({options})"
+    return f"{name_of(function.func)}({_without_addresses(options)})"
   return getattr(function, "__name__", type(function).__name__)
 
 
-def replace_text(path: Path, text: str) -> None:
-  """Writes a text file atomically: readers see the old or the new one whole.
+def identify(value: Any) -> str:
+  """Hashes a function by its code, defaults and options, as far as they go.
+
+  Two functions of one name and another body are told apart; what a function
+  finds in globals is not looked at, and an object that is neither plain nor an
+  array counts as its text.
 
   Args:
-    path: the file.
-    text: its contents.
+    value: a callable, or a value that one is called with.
+
+  Returns:
+    16 characters, the same in every process.
 
   Example:
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   replace_text(Path(folder) / "x", "y")
-    ...   (Path(folder) / "x").read_text()
-    'y'
+    >>> identify(lambda x: x + 1) == identify(lambda x: x + 2)
+    False
+    >>> power = functools.partial(pow, 2)
+    >>> identify(power) == identify(functools.partial(pow, 2))
+    True
   """
-  partial = path.with_name(f".{path.name}.partial")
-  with name_file(partial), open(partial, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  return hash_lines(_parts_of(value))
+
+
+def _parts_of(value: Any) -> Iterator[str]:
+  """Yields texts that tell a value from others."""
+  if isinstance(value, functools.partial):
+    yield "partial"
+    for part in (value.func, value.args, value.keywords):
+      yield from _parts_of(part)
+  elif isinstance(value, types.FunctionType):
+    yield f"{value.__module__}.{value.__qualname__}"
+    held = [cell.cell_contents for cell in value.__closure__ or ()]
+    for part in (value.__code__, value.__defaults__, value.__kwdefaults__):
+      yield from _parts_of(part)
+    yield from _parts_of(held)
+  elif isinstance(value, types.CodeType):
+    yield f"{value.co_code.hex()} {value.co_names} {value.co_varnames}"
+    yield from _parts_of(value.co_consts)
+  elif isinstance(value, Set):  # its order differs between processes
+    yield f"{sorted(map(repr, value))}"
+  elif hasattr(value, "__wrapped__"):  # a function under jax.jit
+    yield from _parts_of(value.__wrapped__)
+  elif hasattr(value, "dtype") and hasattr(value, "shape"):
+    array = np.asarray(value)
+    yield f"{array.dtype} {array.shape} {array.tobytes().hex()}"
+  elif isinstance(value, Mapping):
+    yield f"{len(value)} pairs"
+    for key, each in value.items():
+      yield repr(key)
+      yield from _parts_of(each)
+  elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    yield f"{len(value)} values"
+    for each in value:
+      yield from _parts_of(each)
+  else:
+    yield _without_addresses(repr(value))
+
+
+def _without_addresses(text: str) -> str:
+  """Removes addresses in memory, which differ between processes."""
+  return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _stamp(checkpoint: Checkpoint) -> list[Any]:
+  """Returns names, sizes, times and inodes of all files of a checkpoint."""
+  files = [*_files_of(checkpoint), *_small_files(checkpoint.path)]
+  stats = [(file, os.stat(file)) for file in files if file.exists()]
+  return [
+    (str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    for file, stat in stats
+  ]
+
+
+def _files_of(checkpoint: Checkpoint) -> list[Path]:
+  """Lists the files that hold a checkpoint's arrays, of orbax all files."""
+  files = []
+  for place in checkpoint.places:
+    inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+    files += [file for file in inside if file.is_file()]
+  return files
+
+
+def _small_files(folder: Path) -> list[Path]:
+  """Lists configuration, tokenizer and the like of a checkpoint folder."""
+  found = sorted(folder.iterdir()) if folder.is_dir() else []
+  return [
+    file for file in found if file.suffix in SMALL_FILES and file.is_file()
+  ]

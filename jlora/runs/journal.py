@@ -2,31 +2,40 @@
 """Keeps a long run's finished modules on disk, so that it can be resumed.
 
 There is one file a module, put in place whole, with the module's arrays and, in
-its header, its record as JSON. A fingerprint of inputs and options makes sure
-that a resumed run is the same run.
+its header, its record as JSON and checksums of both. A fingerprint of inputs
+and options makes sure that a resumed run is the same run.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jlora.checkpoints.byte_ranges import place_arrays
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.checkpoints.safetensors import write_safetensors
-from jlora.messages import name_file, name_some
+from jlora.checkpoints.checksums import as_text
+from jlora.checkpoints.new_files import move, remove_temporaries, replace_text
+from jlora.checkpoints.safetensors import lay_out_file
+from jlora.messages import name_some
+from jlora.runs.lock import LOCK
 
 FOLDER = ".journal"
 _DONE = ".journal-done"
 _HEADER = "run.json"
+_MOST = 2**26  # bytes of a header that is read
 
 
 class Journal(Mapping[str, dict[str, Any]]):
   """The finished modules of a run, path -> record; arrays are read on demand.
+
+  An entry that was there before is read once, whole: what it says must fit its
+  checksums.
 
   Args:
     folder: where the entries lie.
@@ -35,6 +44,9 @@ class Journal(Mapping[str, dict[str, Any]]):
 
   Attributes:
     folder: where the entries lie.
+
+  Raises:
+    ValueError: a damaged entry.
 
   Example:
     >>> import tempfile
@@ -53,15 +65,24 @@ class Journal(Mapping[str, dict[str, Any]]):
       self._take(file)
 
   def _take(self, file: Path) -> None:
-    """Reads the record of one entry."""
+    """Reads an entry and keeps its record, if all of it is as it was put."""
     try:
-      entry = json.loads(open_checkpoint(file).metadata["entry"])
-      self._records[entry["path"]] = entry["record"]
-    except (ValueError, KeyError) as error:
+      stored = open_checkpoint(file)
+      text, said = stored.metadata["entry"], stored.metadata["checksum"]
+      if said != _checksum(text, stored):
+        raise ValueError("it was changed since it was written")
+      entry = json.loads(text)
+      path, record = entry["path"], entry["record"]
+      if not (isinstance(path, str) and isinstance(record, dict)):
+        raise ValueError("it holds no path and record")
+      if self._file(path) != file:
+        raise ValueError("it is another module's")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(
         f"{file} is no entry of a journal ({error}). Remove it to do its "
         "module again."
       ) from error
+    self._records[path] = record
 
   def __getitem__(self, path: str) -> dict[str, Any]:
     return self._records[path]
@@ -83,7 +104,13 @@ class Journal(Mapping[str, dict[str, Any]]):
       record: anything that JSON can hold.
     """
     entry = json.dumps({"path": path, "record": record}, sort_keys=True)
-    write_safetensors(self._file(path), arrays, {"entry": entry})
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    metadata = {"entry": entry, "checksum": _checksum(entry, arrays)}
+    spec = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    file = self._file(path)
+    # The folder is not synced each time: a name that is lost in a power failure
+    # is a module that is done again.
+    place_arrays({file: lay_out_file(file, spec, metadata)}, arrays.items())
     self._records[path] = record
 
   def find(self, path: str) -> bool:
@@ -113,7 +140,7 @@ class Journal(Mapping[str, dict[str, Any]]):
   def close(self) -> None:
     """Removes the journal once the run's results are in place."""
     done = self.folder.with_name(_DONE)
-    os.replace(self.folder, done)
+    move(self.folder, done)
     shutil.rmtree(done)
 
   def _file(self, path: str) -> Path:
@@ -170,6 +197,7 @@ def begin_journal(
   folder = Path(out) / FOLDER
   wanted = json.loads(json.dumps(fingerprint))
   header = folder / _HEADER
+  check_no_link(folder)
   if header.exists():
     if not resume:
       raise ValueError(
@@ -184,20 +212,41 @@ def begin_journal(
     )
   else:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = header.with_suffix(".partial")
-    with name_file(partial):
-      partial.write_text(json.dumps(wanted, sort_keys=True, indent=2))
-    os.replace(partial, header)
+    replace_text(header, json.dumps(wanted, sort_keys=True, indent=2))
   return folder
 
 
-def remove_closed(out: str | os.PathLike) -> None:
-  """Removes what is left of a journal whose `close` was killed.
+def remove_leftovers(out: Path) -> None:
+  """Removes what killed runs have left half written or half removed.
 
   Args:
-    out: the run's output folder; all results were in place by then.
+    out: the run's output folder, which is held by this run.
+
+  Raises:
+    ValueError: the journal is a link.
   """
-  shutil.rmtree(Path(out) / _DONE, ignore_errors=True)
+  for name in (FOLDER, _DONE):
+    check_no_link(out / name)
+  shutil.rmtree(out / _DONE, ignore_errors=True)
+  remove_temporaries(out)
+  if (out / FOLDER).is_dir():
+    remove_temporaries(out / FOLDER)
+
+
+def check_no_link(folder: Path) -> None:
+  """Raises if a folder of a run is a link: nothing is written through one.
+
+  Args:
+    folder: inside the run's output folder.
+
+  Raises:
+    ValueError: it is a link.
+
+  Example:
+    >>> check_no_link(Path("/nowhere"))
+  """
+  if folder.is_symlink():
+    raise ValueError(f"{folder} is a link to {os.readlink(folder)}; remove it.")
 
 
 def check_folder(
@@ -206,24 +255,22 @@ def check_folder(
   """Raises unless a run may write into a folder; removes one to overwrite.
 
   Args:
-    out: the folder.
+    out: the folder, held by this run.
     finished: the file that marks a finished run; it and the journal are removed
       to overwrite.
     resume: whether to go on with a run whose journal is there.
     overwrite: whether files may be replaced.
 
   Raises:
-    ValueError: a file, or a folder that is not empty.
+    ValueError: a folder that is not empty.
   """
-  if out.exists() and not out.is_dir():
-    raise ValueError(f"{out} is a file; give a folder.")
-  if not out.exists() or (resume and (out / FOLDER).exists()):
+  if resume and (out / FOLDER).exists():
     return
   if overwrite:
     (out / finished).unlink(missing_ok=True)
     shutil.rmtree(out / FOLDER, ignore_errors=True)
     return
-  found = sorted(file.name for file in out.iterdir())
+  found = sorted(file.name for file in out.iterdir() if file.name != LOCK)
   if found:
     way = "" if resume else "resume=True to continue, "
     lack = " and has no run to resume" if resume else ""
@@ -273,8 +320,25 @@ def _entries(folder: Path) -> list[Path]:
 def _read_header(header: Path) -> dict[str, Any]:
   """Reads the fingerprint of a journal."""
   try:
-    return json.loads(header.read_text())
-  except ValueError as error:
+    if not header.is_file() or header.stat().st_size > _MOST:
+      raise ValueError("it is no file, or too large for one")
+    found = json.loads(header.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+      raise ValueError("it holds no object")
+  except (ValueError, RecursionError) as error:
     raise ValueError(
-      f"{header} is no JSON: {error}. Remove {header.parent} and begin again."
+      f"{header} is no JSON of a run: {error}. Remove {header.parent} and "
+      "begin again."
     ) from error
+  return found
+
+
+def _checksum(entry: str, arrays: Mapping[str, np.ndarray]) -> str:
+  """Returns a checksum of an entry's record and of all its arrays."""
+  whole = zlib.crc32(entry.encode())
+  for name in sorted(arrays):
+    array = np.ascontiguousarray(arrays[name])
+    about = f"{name} {array.dtype} {array.shape}"
+    whole = zlib.crc32(about.encode(), whole)
+    whole = zlib.crc32(array.reshape(-1).view(np.uint8).data, whole)
+  return as_text(whole)

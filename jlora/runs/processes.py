@@ -5,12 +5,9 @@ Whoever calls this has initialised `jax.distributed`, or there is one process,
 for which nothing here asks JAX for anything.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -18,10 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jlora.messages import name_some
+from jlora.runs.fingerprints import describe_versions
 from jlora.runs.watchdog_process import HINT
 
 T = TypeVar("T")
-_PACKAGES = ("jax", "jaxlib", "jlora", "numpy")
 _BLOCK = 2**12  # bytes: texts of about one length share a compilation
 
 
@@ -280,18 +277,11 @@ def versions() -> dict[str, str]:
   """Returns what must be installed alike everywhere, for `check_same_facts`.
 
   Returns:
-    Versions by package, and a hash of jlora's own files: checkouts have one
-    version for a long time.
+    Versions by package, with a hash of jlora's own files, and of Python.
 
   Example:
     >>> sorted(versions())
     ['jax', 'jaxlib', 'jlora', 'jlora files', 'numpy', 'python']
   """
-  packages = {name: metadata.version(name) for name in _PACKAGES}
-  files = sorted(Path(__file__).parent.rglob("*.py"))
-  hashed = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-  return {
-    **packages,
-    "jlora files": hashed.hexdigest()[:16],
-    "python": ".".join(map(str, sys.version_info[:3])),
-  }
+  python = ".".join(map(str, sys.version_info[:3]))
+  return {**describe_versions(), "python": python}

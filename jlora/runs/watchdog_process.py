@@ -10,6 +10,10 @@ seconds it writes the state into a file of the shared folder and reads others':
 the first process those of all, all others that of the first, which shows them
 what it finds. That also goes to its standard output, as lines of JSON.
 
+A process that is stopped (SIGSTOP, Ctrl-Z) keeps its pipe open while it does
+nothing. Its guard goes on, asks the system, and after a while tells the others:
+they end with its name before JAX aborts them.
+
 Files are written in place: on network file systems a file is looked at anew
 when it is opened, while a name may be taken from a cache for a minute.
 """
@@ -27,6 +31,8 @@ TURN = 1.0  # seconds
 # So many turns of one's own without a sign of life: a file system that stops
 # for all stops these too, and nobody is called lost.
 _SILENT = 30
+# So many turns of a stopped process, before JAX's own patience ends.
+_STOPPED = 15
 _PATIENCE = 8  # turns in which a lost process's guard finds out why
 _SIZE = 4096  # bytes of a file: one write
 _WORKING, _DONE, _LEFT = "working", "done", "left"
@@ -70,7 +76,7 @@ def write_state(file: str, state: dict[str, Any], flags: int = 0) -> None:
   while len(line := json.dumps(state).encode()) > _SIZE:
     text = text[: len(text) // 2]
     state = {**state, "text": text + "..."}
-  handle = os.open(file, os.O_WRONLY | flags, 0o644)
+  handle = os.open(file, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o644)
   try:
     os.pwrite(handle, line.ljust(_SIZE), 0)
   finally:
@@ -149,7 +155,12 @@ class Lookout:
       if state == _FAILED:
         return {key: self._states[index][key] for key in ("text", "kind")}
     lost = [index for index in of if of[index] == _LOST]
-    return {"text": tell_lost(lost), "kind": _LOST} if lost else None
+    known = [at for at in lost if self._states[at].get("is") == _LOST]
+    if not lost:
+      return None
+    # One that is known to have ended is the cause of another's silence.
+    text = tell_lost(known) if known else tell_silent(lost)
+    return {"text": text, "kind": _LOST}
 
 
 def tell_lost(lost: list[int]) -> str:
@@ -166,13 +177,84 @@ def tell_lost(lost: list[int]) -> str:
     'process 2 ended or was killed before its share was done. Run the same \
 command with --resume (resume=True): what is finished is kept.'
   """
-  few = ", ".join(map(str, lost[:3])) + (", ..." if len(lost) > 3 else "")
-  who = f"process {few}" if len(lost) == 1 else f"processes {few}"
   whose = "its share was" if len(lost) == 1 else "their shares were"
   return (
-    f"{who} ended or {'was' if len(lost) == 1 else 'were'} killed before "
-    f"{whose} done. {HINT}: what is finished is kept."
+    f"{_name(lost)} ended or {'was' if len(lost) == 1 else 'were'} killed "
+    f"before {whose} done. {HINT}: what is finished is kept."
   )
+
+
+def tell_silent(lost: list[int]) -> str:
+  """Returns the sentence about processes whose guards say nothing any more.
+
+  Args:
+    lost: their indices, at least one.
+
+  Returns:
+    What happened and what to do.
+
+  Example:
+    >>> tell_silent([1, 2])[:44]
+    'processes 1, 2 gave no sign of life for 30 s'
+  """
+  whose = "its host is" if len(lost) == 1 else "their hosts are"
+  return (
+    f"{_name(lost)} gave no sign of life for {_SILENT * TURN:.0f} s: {whose} "
+    "gone, suspended or cut off from the shared folder. "
+    f"{HINT}: what is finished is kept."
+  )
+
+
+def tell_stopped(index: int, pid: int) -> str:
+  """Returns the sentence about a process that is stopped and still there.
+
+  Args:
+    index: of the process.
+    pid: its number on this machine.
+
+  Returns:
+    What happened and what to do.
+
+  Example:
+    >>> tell_stopped(2, 4711)[:48]
+    'process 2 is stopped (SIGSTOP or Ctrl-Z; not end'
+  """
+  return (
+    f"process {index} is stopped (SIGSTOP or Ctrl-Z; not ended: it is process "
+    f"{pid} on {os.uname().nodename}). End it, by `kill -KILL {pid}` there. "
+    f"{HINT}: what is finished is kept."
+  )
+
+
+def is_stopped(pid: int) -> bool:
+  """Returns whether a process is stopped, as the system says.
+
+  Args:
+    pid: its number.
+
+  Returns:
+    bool; False if there is no such process.
+
+  Example:
+    >>> is_stopped(os.getpid())
+    False
+  """
+  try:
+    if os.path.isdir("/proc/self"):
+      with open(f"/proc/{pid}/stat", "rb") as file:
+        state = file.read().rpartition(b")")[2].split()[0]
+    else:
+      with os.popen(f"ps -o state= -p {pid}") as said:
+        state = said.read().strip().encode()
+  except (OSError, IndexError):
+    return False
+  return state[:1] == b"T"
+
+
+def _name(indices: list[int]) -> str:
+  """Names processes, the first three."""
+  few = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
+  return f"process {few}" if len(indices) == 1 else f"processes {few}"
 
 
 def main(argv: list[str]) -> None:
@@ -182,7 +264,8 @@ def main(argv: list[str]) -> None:
     argv: index, count, folder and seconds of a turn.
   """
   index, count, folder, turn = int(argv[0]), int(argv[1]), argv[2], argv[3]
-  for number in (signal.SIGINT, signal.SIGTERM):  # the pipe tells the end
+  # The pipe tells the end, and a Ctrl-Z is for the process alone.
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP):
     signal.signal(number, signal.SIG_IGN)
   watched = range(1, count) if index == 0 else [0]
   try:
@@ -194,8 +277,11 @@ def main(argv: list[str]) -> None:
 def _guard(index: int, folder: str, lookout: Lookout, turn: float) -> None:
   """Shows the process's state and reads others', turn by turn until it ends."""
   file, state, beats, said = file_of(folder, index), {"is": _WORKING}, 0, None
+  pid, stopped = os.getppid(), 0
   while True:
     found = lookout.look()
+    if stopped < _STOPPED:  # what the others were told stays so
+      stopped = stopped + 1 if is_stopped(pid) else 0
     if found != said:
       said = found
       os.write(1, json.dumps(found).encode() + b"\n")
@@ -208,6 +294,9 @@ def _guard(index: int, folder: str, lookout: Lookout, turn: float) -> None:
     if index == 0 and state["is"] == _WORKING and found["error"]:
       # The others see this state alone, and it may be stuck in a collective.
       shown = {"is": _FAILED, **found["error"]}
+    elif state["is"] == _WORKING and stopped == _STOPPED:
+      told = {"text": tell_stopped(index, pid), "kind": _LOST}
+      shown = {"is": _FAILED, **told}
     write_state(file, {**shown, "beats": beats})
   # Over without a word: killed, or ended by JAX's runtime.
   if state["is"] == _WORKING:

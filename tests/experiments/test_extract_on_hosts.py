@@ -222,7 +222,7 @@ def test_an_unchanged_tensor_is_unchanged_when_split(four):
     ),
     ("another rank", "rank is 3 on processes 0, 2 and 3, 32 on process 1"),
     ("another version", "0.1 on process 3. Start all with the same command"),
-    ("another finetune", "differ: finetuned is "),
+    ("another finetune", "differ: finetuned times is "),
     ("another folder", "z is not the folder that process 0 writes to"),
     ("a full folder", "full is not empty (notes)"),
     ("damage", "16 * 16 values"),
@@ -270,7 +270,8 @@ def slow(self, job, *args):
   time.sleep(0.2)
   calls.append(job.pair.path)
   if index == victim and len(calls) >= count:
-    os.kill(os.getpid(), signal.SIGKILL)
+    stop = signal.SIGSTOP if where == "stopping" else signal.SIGKILL
+    os.kill(os.getpid(), stop)
   print("factored", job.pair.path, flush=True)
   return real(self, job, *args)
 module.Extractor.__call__ = slow
@@ -356,6 +357,28 @@ def test_a_process_killed_where_the_others_wait(pair, tmp_path, where, said):
   for _, _, err in ended[:2]:
     assert said in err
     assert "Fatal" not in err
+  # Before JAX would have ended them.
+  assert time.monotonic() - began < clusters._HEARTBEAT_SECONDS - 10
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_named_and_told_from_a_dead_one(
+  pair, tmp_path, victim
+):
+  began = time.monotonic()
+  both = launch(pair, tmp_path / "s", 2, victim, where="stopping")
+  stopped, other = both[victim], both[1 - victim]
+  try:
+    ((status, _, err),) = finish([other])
+    assert status != 0
+    assert f"error: process {victim} is stopped (SIGSTOP or Ctrl-Z; not" in err
+    assert f"`kill -KILL {stopped.pid}`" in err
+    assert "ended or was killed" not in err
+    assert "Fatal" not in err
+    assert stopped.poll() is None
+  finally:
+    stopped.kill()
+    stopped.communicate()
   # Before JAX would have ended them.
   assert time.monotonic() - began < clusters._HEARTBEAT_SECONDS - 10
 

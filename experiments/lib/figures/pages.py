@@ -21,8 +21,8 @@ from experiments.lib.figures import (
   summaries,
   tables,
 )
+from jlora.checkpoints import replace_text
 from jlora.extraction import REPORT, Report, read_report
-from jlora.runs import replace_text
 
 RESULTS = "results.json"
 PAGE = "report.html"

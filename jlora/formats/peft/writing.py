@@ -12,12 +12,18 @@ that knows the patterns and for one that only looks at the tensors.
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from jlora.checkpoints.new_files import (
+  move,
+  name_temporary,
+  replace_text,
+  sync_folder,
+)
 from jlora.checkpoints.safetensors import stream_safetensors
+from jlora.checkpoints.sources import check_apart
 from jlora.formats.peft.config import shortest_targets
 from jlora.formats.peft.conversions import (
   convert_base,
@@ -51,7 +57,7 @@ from jlora.formats.peft.plans import (
   spec_of,
 )
 from jlora.loras import Lora
-from jlora.messages import name_file, name_some
+from jlora.messages import name_some
 
 
 def save_peft(
@@ -112,9 +118,10 @@ def save_peft(
     format or the profile cannot hold, and for modules of rank 0.
 
   Raises:
-    ValueError: before anything is written, if the folder holds an adapter, a
-      Lora is malformed or does not fit `like`, a rank exceeds the profile's,
-      two parameters get one name, or no module is left to write.
+    ValueError: before anything is written, if the folder holds an adapter or
+      a file that `like` was read from, a Lora is malformed or does not fit
+      `like`, a rank exceeds the profile's, two parameters get one name, or no
+      module is left to write.
 
   Example:
     >>> import tempfile
@@ -134,6 +141,8 @@ def save_peft(
   present = [name for name in (CONFIG, TENSORS) if (folder / name).exists()]
   if present and not overwrite:
     raise ValueError(f"{folder} already holds an adapter; use overwrite=True.")
+  files = {file for x in like.values() if (file := getattr(x, "file", None))}
+  check_apart(folder, files)
   base = describe_base(like, model_type, task_type, rename, config)
   check_consumer(base, profile)
   if task_type == "auto":
@@ -267,7 +276,7 @@ def _unlike_others(saved: Set[str], modules: Set[str]) -> list[str]:
 
 
 def write_folder(folder: Path, spec, arrays, config: Mapping[str, Any]) -> None:
-  """Writes both files of an adapter, then replaces the one that was there.
+  """Writes both files of an adapter; between two there is no configuration.
 
   Args:
     folder: created if needed.
@@ -276,18 +285,15 @@ def write_folder(folder: Path, spec, arrays, config: Mapping[str, Any]) -> None:
     config: the contents of `adapter_config.json`.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  suffix = f"{secrets.token_hex(4)}.tmp"
-  tensors, text = (
-    folder / f".{TENSORS}.{suffix}",
-    folder / f".{CONFIG}.{suffix}",
-  )
+  text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+  tensors = name_temporary(folder / TENSORS)
   try:
     stream_safetensors(tensors, spec, arrays, {"format": "pt"})
-    with name_file(text):
-      text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / CONFIG).unlink(missing_ok=True)
-    os.replace(tensors, folder / TENSORS)
-    os.replace(text, folder / CONFIG)
-  finally:
+    sync_folder(folder)
+    move(tensors, folder / TENSORS)
+    sync_folder(folder)
+    replace_text(folder / CONFIG, text)
+  except BaseException:
     tensors.unlink(missing_ok=True)
-    text.unlink(missing_ok=True)
+    raise

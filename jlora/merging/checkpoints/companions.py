@@ -8,18 +8,18 @@ head, tokens and their numbers, the chat template.
 import collections
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.checkpoints.documents import read_object, read_text
 from jlora.checkpoints.hub import locate, without_paths
+from jlora.checkpoints.new_files import replace_text
+from jlora.checkpoints.sources import copy_files
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.merging.checkpoints.tokens import TokenPlan
 from jlora.messages import name_some
 from jlora.pairing.layer_numbers import configure_layers
-from jlora.runs.fingerprints import replace_text
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -113,8 +113,7 @@ def place_companions(companions: Companions, out: Path) -> None:
   """
   for name in companions.left_out:
     (out / name).unlink(missing_ok=True)
-  for file in companions.copied:
-    shutil.copyfile(file, out / file.name)
+  copy_files(companions.copied, out)
   for name, text in companions.texts.items():
     replace_text(out / name, text)
 

@@ -5,11 +5,12 @@ recipe ─► plan ─► read, merge (threads) ─► shards, one after the oth
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.checksums import checksum_of
 from jlora.checkpoints.documents import (
   NULL,
   OBJECT,
@@ -31,8 +33,15 @@ from jlora.checkpoints.documents import (
   record_of,
 )
 from jlora.checkpoints.huggingface import plan_shards, write_index
-from jlora.checkpoints.merged import copy_companions
+from jlora.checkpoints.new_files import (
+  move,
+  noted,
+  remove_temporaries,
+  replace_text,
+  sync_folder,
+)
 from jlora.checkpoints.safetensors import stream_safetensors
+from jlora.checkpoints.sources import check_apart, copy_files, list_companions
 from jlora.formats.adapted import files_of
 from jlora.formats.peft.layouts import TENSORS
 from jlora.merging.checkpoints.adapter_folders import (
@@ -48,14 +57,25 @@ from jlora.merging.checkpoints.recipes import Recipe
 from jlora.messages import name_some
 from jlora.numerics.backends import words_of
 from jlora.pairing.pairs import names_of
-from jlora.runs.fingerprints import digest, name_of, replace_text
+from jlora.runs.fingerprints import (
+  check_unchanged,
+  describe_input,
+  describe_versions,
+  identify,
+  name_of,
+  stamp_inputs,
+)
+from jlora.runs.finished import check_run, describe_run
 from jlora.runs.journal import (
   FOLDER,
+  Journal,
   check_fingerprint,
   check_folder,
+  check_no_link,
   open_journal,
-  remove_closed,
+  remove_leftovers,
 )
+from jlora.runs.lock import hold_folder
 from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.runs.progress import Progress
 
@@ -70,12 +90,15 @@ class MergeReport(NamedTuple):
     tensors: how many were written.
     nbytes: their bytes.
     notes: what was unusual, by name of the tensor or model.
+    run: what made it, as hashes, and checksums of the files beside it: by these
+      a resumed run knows it again.
   """
 
   settings: dict[str, Any]
   tensors: int
   nbytes: int
   notes: list[str]
+  run: dict[str, Any] | None = None
 
 
 def merge_checkpoints(
@@ -99,12 +122,14 @@ def merge_checkpoints(
 
   Args:
     recipe: what to merge; `read_recipe` reads one.
-    out: output folder, new or empty.
+    out: output folder, new or empty; neither a model nor a folder that holds
+      one. One run at a time writes to it.
     key: PRNG key; each tensor uses `key_for(key, name)`.
     max_shard_bytes: largest size of a file. A killed run keeps its finished
       files.
     resume: go on with an unfinished run of the same inputs and recipe in `out`,
-      or return the report of a finished one.
+      or return the report of a finished one, if all that made it is the same
+      and all that it wrote is as it was.
     overwrite: allow a folder that is not empty; a checkpoint in it is replaced,
       other files stay.
     log: where progress goes; None is standard error.
@@ -120,11 +145,13 @@ def merge_checkpoints(
     at most 3 and 4.7 times; for others at most 3. Disk: the result once.
 
   Raises:
-    ValueError: models that cannot be read or do not belong together, layers
-      that do not exist, settings that the method refuses, NaN or infinity in
-      a parameter, a result larger than its dtype holds, a tensor that is an
-      integer in one model and not in another, a folder that is not empty, or a
-      journal of another run.
+    ValueError: models that cannot be read, do not belong together or change
+      meanwhile, layers that do not exist, settings that the method refuses, NaN
+      or infinity in a parameter, a result larger than its dtype holds, a tensor
+      that is an integer in one model and not in another, small files of the
+      reference that are links to elsewhere, a folder that is not empty, in use
+      by another run, or a model's, or a journal or result of another run or
+      that is damaged.
 
   Example:
     >>> import io, tempfile
@@ -149,38 +176,44 @@ def merge_checkpoints(
     "max_shard_bytes": max_shard_bytes,
   }
   if any(is_adapter(one.model) for p in recipe.slices for one in p.inputs):
-    return _merge_adapters(recipe, out, key, settings, overwrite)
-  if resume or overwrite:
-    remove_closed(out)
-  if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
-    report = read_merge(out / MERGE)
-    check_fingerprint(out / MERGE, report.settings, settings)
-    return report
+    return _merge_adapters(
+      recipe, out, key, settings, resume=resume, overwrite=overwrite
+    )
   plan = plan_merge(recipe)
+  inputs = _inputs_of(plan)
+  check_apart(out, inputs.values())
+  small = _companions_of(plan)
   merger = Merger(recipe.method, plan.models, key)
   for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
     merger.check(job)
   for job in plan.jobs:
     merger.check_kinds(job)
-  check_folder(out, MERGE, resume=resume, overwrite=overwrite)
-  inputs = {
-    f"model {name}": [digest(file) for file in files_of(model)]
-    for name, model in plan.models.items()
-  }
-  journal = open_journal(
-    out, {**settings, **inputs, "jax": jax.__version__}, resume=resume
-  )
-  _write_shards(plan, merger, out, max_shard_bytes, log)
-  report = MergeReport(
-    settings,
-    len(plan.jobs),
-    sum(_size(job) for job in plan.jobs),
-    plan.notes
-    + _note_wide(plan, merger)
-    + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
-  )
-  _finish(plan, out, max_shard_bytes, report)
-  journal.close()
+  shards = plan_shards(out, _spec_of(plan), max_shard_bytes, plan.stem)
+  stamps = stamp_inputs(inputs)
+  marks = _marks_of(recipe, settings, inputs)
+  marks["small files"] = _digests(plan)
+  with hold_folder(out):
+    if resume or overwrite:
+      remove_leftovers(out)
+    if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
+      return _finished(out / MERGE, settings, marks)
+    check_folder(out, MERGE, resume=resume, overwrite=overwrite)
+    journal = open_journal(out, marks, resume=resume)
+    _write_shards(plan, merger, journal, shards, log)
+    files = _place(plan, out, journal, shards, small)
+    check_unchanged(inputs, stamps)
+    report = MergeReport(
+      settings,
+      len(plan.jobs),
+      sum(_size(job) for job in plan.jobs),
+      plan.notes
+      + _note_wide(plan, merger)
+      + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+    )
+    made = describe_run(out, marks, files, _results(report))
+    report = report._replace(run=made)
+    replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+    journal.close()
   return report
 
 
@@ -191,6 +224,7 @@ _FIELDS = {
   "tensors": SIZE,
   "nbytes": SIZE,
   "notes": list_of(TEXT),
+  "run": either(OBJECT, NULL),
 }
 _SETTINGS = {
   "base": either(TEXT, NULL),
@@ -217,21 +251,102 @@ def read_merge(path: str | os.PathLike) -> MergeReport:
     ...
     ValueError: /nowhere/merge.json cannot be read: No such file or directory
   """
-  found = read_object(path, _FIELDS, required=[*_FIELDS])
+  found = read_object(path, _FIELDS, required=_FIELDS.keys() - {"run"})
   check_fields(found["settings"], _SETTINGS, f"{path}: settings")
-  return MergeReport(**{name: found[name] for name in _FIELDS})
+  return MergeReport(**{name: found[name] for name in found.keys() & _FIELDS})
 
 
-def _merge_adapters(recipe, out: Path, key, settings, overwrite) -> MergeReport:
+def _merge_adapters(
+  recipe: Recipe, out: Path, key, settings, *, resume: bool, overwrite: bool
+) -> MergeReport:
   """Merges folders of adapters into one; it is there whole or not at all."""
   plan = plan_adapters(recipe)
-  check_folder(out, MERGE, resume=False, overwrite=overwrite)
-  notes = plan.notes + write_adapters(plan, out, key)
-  spec = open_checkpoint(out / TENSORS).spec
-  nbytes = sum(one.nbytes for one in spec.values())
-  report = MergeReport(settings, len(spec), nbytes, notes)
-  replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+  inputs = {
+    f"model {one.model}": open_checkpoint(one.model)
+    for one in recipe.slices[0].inputs
+  }
+  check_apart(out, inputs.values())
+  stamps, marks = stamp_inputs(inputs), _marks_of(recipe, settings, inputs)
+  with hold_folder(out):
+    if resume or overwrite:
+      remove_leftovers(out)
+    if resume and (out / MERGE).exists():
+      return _finished(out / MERGE, settings, marks)
+    check_folder(out, MERGE, resume=resume, overwrite=overwrite)
+    with noted() as files:
+      notes = plan.notes + write_adapters(plan, out, key)
+    check_unchanged(inputs, stamps)
+    spec = open_checkpoint(out / TENSORS).spec
+    nbytes = sum(one.nbytes for one in spec.values())
+    report = MergeReport(settings, len(spec), nbytes, notes)
+    report = report._replace(
+      run=describe_run(out, marks, files, _results(report))
+    )
+    replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
   return report
+
+
+def _marks_of(
+  recipe: Recipe,
+  settings: Mapping[str, Any],
+  inputs: Mapping[str, Checkpoint],
+) -> dict[str, Any]:
+  """Returns what a result hangs on, by which a resumed run knows its own."""
+  marks = {**settings, **describe_versions()}
+  marks["method code"] = identify(recipe.method)
+  for name, checkpoint in inputs.items():
+    marks |= describe_input(name, checkpoint)
+  return marks
+
+
+def _digests(plan: MergePlan) -> dict[str, str]:
+  """Returns hashes of the small files that a merge makes or takes elsewhere."""
+  found = {file.name: file.read_bytes() for file in plan.companions.copied}
+  found |= {name: x.encode() for name, x in plan.companions.texts.items()}
+  return {
+    name: hashlib.sha256(content).hexdigest() for name, content in found.items()
+  }
+
+
+def _inputs_of(plan: MergePlan) -> dict[str, Checkpoint]:
+  """Returns the checkpoints that models are read from, by what they are."""
+  parts = ("", " adapter")
+  return {
+    f"model {name}{part}": file
+    for name, model in plan.models.items()
+    for part, file in zip(parts, files_of(model), strict=False)
+  }
+
+
+def _companions_of(plan: MergePlan) -> list[Path]:
+  """Lists the reference's small files that go along as they are."""
+  first = plan.models[plan.reference]
+  made = {MERGE, *plan.companions.texts, *plan.companions.left_out}
+  found = list_companions(getattr(first, "base", first))
+  return [file for file in found if file.name not in made]
+
+
+def _finished(
+  file: Path, settings: dict[str, Any], marks: dict[str, Any]
+) -> MergeReport:
+  """Returns the report of a finished merge if it is the one asked for."""
+  try:
+    report = read_merge(file)
+  except ValueError as error:
+    raise ValueError(f"{error}. Use overwrite=True.") from error
+  check_fingerprint(file, report.settings, settings)
+  check_run(file, report.run, marks, _results(report))
+  return report
+
+
+def _results(report: MergeReport) -> dict[str, Any]:
+  """Returns what a report tells, without what made it."""
+  return {k: v for k, v in report._asdict().items() if k != "run"}
+
+
+def _spec_of(plan: MergePlan) -> dict[str, tuple]:
+  """Returns name -> (shape, dtype) of the result."""
+  return {job.name: (job.shape, job.dtype) for job in plan.jobs}
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:
@@ -259,27 +374,51 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
 _SHARDS = "shards"
 
 
-def _write_shards(plan: MergePlan, merger, out: Path, limit, log) -> None:
+def _write_shards(
+  plan: MergePlan, merger: Merger, journal: Journal, shards, log
+) -> None:
   """Writes the missing files of the result into the journal's folder."""
-  folder = out / FOLDER / _SHARDS
+  folder = journal.folder / _SHARDS
+  check_no_link(folder)
   folder.mkdir(exist_ok=True)
-  for file in folder.glob(".*.tmp"):
-    file.unlink()
+  remove_temporaries(folder)
   jobs = {job.name: job for job in plan.jobs}
-  spec = {name: (job.shape, job.dtype) for name, job in jobs.items()}
   total = sum(_size(job) for job in plan.jobs)
   with (
     Progress(total, log, errors=False) as progress,
     open_pool() as pool,
   ):
-    for path, shard in plan_shards(folder, spec, limit, plan.stem).items():
+    for path, shard in shards.items():
       todo = [jobs[name] for name in shard]
-      if path.exists():
+      if _is_made(path, journal):
         for job in todo:
           progress.update(_size(job), job.name)
         continue
       arrays = merge_all(merger, todo, pool, progress)
-      stream_safetensors(path, shard, arrays, {"format": "pt"})
+      with noted() as made:
+        place = folder / path.name
+        stream_safetensors(place, shard, arrays, {"format": "pt"})
+      journal.put(path.name, {}, {"checksum": made[place]})
+
+
+def _is_made(path: Path, journal: Journal) -> bool:
+  """Returns whether a file of the result lies in the journal, or in place."""
+  if path.name not in journal:
+    return False
+  checksum = _checksum(path, journal)
+  place = journal.folder / _SHARDS / path.name
+  if place.is_file():
+    if checksum_of(place) != checksum:
+      raise ValueError(
+        f"{place} was changed since it was written. Remove it to make it again."
+      )
+    return True
+  return path.is_file() and checksum_of(path) == checksum
+
+
+def _checksum(path: Path, journal: Journal) -> str:
+  """Returns what the journal knows of a file of the result."""
+  return str(journal[path.name].get("checksum"))
 
 
 def merge_all(
@@ -378,23 +517,26 @@ def _size(job: Job) -> int:
   return int(np.prod(job.shape)) * job.dtype.itemsize
 
 
-def _finish(
-  plan: MergePlan, out: Path, limit: int, report: MergeReport
-) -> None:
-  """Moves all files into place; `merge.json` last, which marks the end."""
-  source = plan.models[plan.reference].path
+def _place(
+  plan: MergePlan,
+  out: Path,
+  journal: Journal,
+  shards: Mapping[Path, Any],
+  small: Sequence[Path],
+) -> dict[Path, str]:
+  """Moves all files into place; returns them with their checksums."""
   for file in out.glob("*.safetensors.index.json"):
     file.unlink()
-  folder = out / FOLDER / _SHARDS
-  spec = {job.name: (job.shape, job.dtype) for job in plan.jobs}
-  shards = plan_shards(out, spec, limit, plan.stem)
-  for path in shards:
-    if (folder / path.name).exists():
-      os.replace(folder / path.name, path)
-  if len(shards) > 1:
-    write_index(out, shards)
   for file in set(out.glob("*.safetensors")) - set(shards):
     file.unlink()
-  copy_companions(source, out)
-  place_companions(plan.companions, out)
-  replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+  for path in shards:
+    if (journal.folder / _SHARDS / path.name).exists():
+      move(journal.folder / _SHARDS / path.name, path)
+  sync_folder(out)
+  with noted() as files:
+    if len(shards) > 1:
+      write_index(out, shards)
+    copy_files(small, out)
+    place_companions(plan.companions, out)
+  sync_folder(out)
+  return files | {path: _checksum(path, journal) for path in shards}

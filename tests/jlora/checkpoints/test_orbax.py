@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees written by orbax itself, in the ways that people write them."""
 
+import json
 import os
 import shutil
 import threading
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from orbax.checkpoint import v1
 
 from jlora.checkpoints.checkpoint import open_checkpoint
@@ -265,3 +267,103 @@ def test_a_shape_that_only_the_metadata_has_takes_no_memory(tmp_path):
   leaf = list_leaves(tmp_path / "c")["w"]._replace(shape=(2**40, 2))
   with pytest.raises(ValueError, match="is stored, but the metadata says"):
     read_leaf(leaf, (range(2**40), range(2)))
+
+
+def store_files(path, ocdbt, zarr3):
+  """Saves arrays in several chunks, nearly all of them zeros."""
+  cut = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
+  rows = np.zeros((16, 4), np.float32)
+  rows[3] = 1
+  tree = {"rows": jax.device_put(rows, cut), "flat": np.zeros(64, np.float32)}
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+  args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**6), tree)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path, tree, save_args=args)
+  return rows
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_a_chunk_that_is_gone_is_an_error_and_zeros_are_none(
+  tmp_path, ocdbt, zarr3
+):
+  path = tmp_path / "c"
+  rows = store_files(path, ocdbt, zarr3)
+  checkpoint = open_checkpoint(path)
+  np.testing.assert_array_equal(checkpoint["rows"], rows)
+  assert not checkpoint["flat"].any()
+  base = {"driver": "file", "path": f"{path}/"}
+  spec = {"driver": "ocdbt", "base": base} if ocdbt else base
+  store = tensorstore.KvStore.open(spec).result()
+  kept = (".zarray", "zarr.json")
+  chunks = sorted(
+    key
+    for key in store.list().result()
+    if key.startswith(b"rows/") and not key.decode().endswith(kept)
+  )
+  assert len(chunks) > 1
+  store.write(chunks[-1], None).result()  # without a value it is removed
+  whole = open_checkpoint(path)
+  with pytest.raises(ValueError, match="tensor 'rows'.* is missing"):
+    whole["rows"]
+  assert not whole["flat"].any()
+  np.testing.assert_array_equal(whole.read("rows", 0), rows[0])
+
+
+@pytest.mark.parametrize("name", ["/elsewhere", "../elsewhere", "a/../../b"])
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_a_leaf_outside_the_folder_is_refused(tmp_path, name, ocdbt):
+  for folder in ("given", "elsewhere"):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(tmp_path / folder, {"w": np.ones((3, 4), np.float32)})
+  name = name.replace("/elsewhere", f"{tmp_path}/elsewhere/w", 1)
+  if name.startswith(".."):
+    name = "../elsewhere/w"
+  file = tmp_path / "given" / "_METADATA"
+  found = json.loads(file.read_text())
+  (entry,) = found["tree_metadata"].values()
+  entry = json.loads(json.dumps(entry).replace('"w"', json.dumps(name)))
+  found["tree_metadata"] = {f"({name!r},)": entry}
+  file.write_text(json.dumps(found))
+  with pytest.raises(ValueError, match="given"):
+    dict(open_checkpoint(tmp_path / "given"))
+
+
+def test_a_leaf_that_is_a_link_to_elsewhere_is_refused(tmp_path):
+  for folder in ("given", "elsewhere"):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(tmp_path / folder, {"w": np.ones((3, 4), np.float32)})
+  shutil.rmtree(tmp_path / "given" / "w")
+  (tmp_path / "given" / "w").symlink_to(tmp_path / "elsewhere" / "w")
+  with pytest.raises(ValueError, match="array 'w', which is not stored in"):
+    open_checkpoint(tmp_path / "given")
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_complete(tmp_path, monkeypatch):
+  """What failed leaves nothing; a link to nowhere is a name that is taken."""
+  real = ocp.StandardCheckpointer.save
+
+  def failing(*args, **kwargs):
+    real(*args, **kwargs)
+    assert not (tmp_path / "c").exists()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(ocp.StandardCheckpointer, "save", failing)
+  with pytest.raises(KeyboardInterrupt):
+    save_orbax(tmp_path / "c", {"w": np.ones(2)})
+  monkeypatch.undo()
+  assert not list(tmp_path.iterdir())
+  save_orbax(tmp_path / "run" / "1", {"w": np.ones(2)})
+  left = tmp_path / "run" / ".2.0123456789ab.tmp"  # as SIGKILL leaves it
+  save_orbax(left, {"w": np.zeros(2)})
+  assert open_checkpoint(tmp_path / "run")["w"][0] == 1
+  shutil.rmtree(tmp_path / "run" / "1")
+  for path in (tmp_path / "run", left):
+    with pytest.raises(ValueError, match="neither|was never finished"):
+      open_checkpoint(path)
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="link exists"):
+    save_orbax(tmp_path / "link", {"w": np.ones(2)})

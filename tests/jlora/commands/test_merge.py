@@ -110,10 +110,10 @@ def test_models_trimmed_as_wholes(run, tmp_path):
 
 
 def test_a_full_folder_is_told_in_flags(run, recipe, tmp_path):
-  (tmp_path / "notes").touch()
-  code, said = run(
-    f"--config={recipe}", f"--out={tmp_path}", "--vocabulary=common"
-  )
+  out = tmp_path / "full"
+  out.mkdir()
+  (out / "notes").touch()
+  code, said = run(f"--config={recipe}", f"--out={out}", "--vocabulary=common")
   assert code == 1
   assert said.err.endswith(
     "Use --resume to continue, --overwrite to replace, or another --out.\n"

@@ -4,6 +4,7 @@
 import functools
 import io
 import json
+import os
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,7 +17,7 @@ from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.checkpoints.orbax import save_orbax
 from jlora.extraction import run as runs
 from jlora.extraction.module import Extractor
-from jlora.extraction.report import read_report
+from jlora.extraction.report import read_report, write_report
 from jlora.factoring.factorisers import krylov, svd
 from jlora.formats.peft.layouts import VLLM
 from jlora.pairing.match import common_rows, same_rows
@@ -406,11 +407,189 @@ def test_a_finished_run_resumed_gives_its_report(
 ):
   report = extract_to()
   expected = files_of(tmp_path / "out")
-  monkeypatch.setattr(runs, "plan_jobs", None)  # nothing is read again
+  monkeypatch.setattr(runs, "factor_missing", None)  # nothing is done again
   assert extract_to(resume=True) == report
   assert files_of(tmp_path / "out") == expected
-  with pytest.raises(ValueError, match="rank was 3, is 2"):
-    extract_to(resume=True, rank=2)
+  # As --verify does, and as a user may; a policy that chooses the same ranks.
+  write_report(tmp_path / "out", report._replace(verified={"by": "PEFT"}))
+  (tmp_path / "out" / "README.md").write_text("mine")
+  found = extract_to(
+    resume=True, policy=lambda s: dict.fromkeys(s.values, 3), rank=3
+  )
+  assert found == report._replace(verified={"by": "PEFT"})
+
+
+def test_a_policy_counts_by_the_ranks_it_gives(extract_to, tmp_path):
+  """Also where modules got no rank, which are in no row of the report."""
+  policy = lambda s: ranks.budget(s.values, s.unit_bytes, 300)  # noqa: E731
+  report = extract_to(policy=policy)
+  assert report.run["unlisted"]
+  assert extract_to(resume=True, policy=policy) == report
+  named = extract_to(
+    resume=True,
+    policy=lambda s: ranks.budget(s.values, s.unit_bytes, 299 + 1),
+  )
+  assert named == report
+  for other in (None, lambda s: ranks.budget(s.values, s.unit_bytes, 500)):
+    with pytest.raises(ValueError, match="The policy gives other ranks than"):
+      extract_to(resume=True, policy=other)
+
+
+# What makes a result, changed: options or files -> what the error names.
+CHANGES = {
+  "rank": ({"rank": 2}, "rank was 3, is 2"),
+  "dtype": ({"dtype": jnp.bfloat16}, "dtype was float32, is bfloat16"),
+  "factor": ({"factor": svd}, "factor was krylov, is svd"),
+  "profile": ({"profile": VLLM}, "profile was PEFT, is vLLM"),
+  "vocabulary": ({"vocabulary": common_rows}, "vocabulary was keep_whole"),
+  "key": ({"key": jnp.ones(2, jnp.uint32)}, r"key was \[0, 0\], is \[1, 1\]"),
+  "select": ({"select": matching(exclude=".*up_proj.*")}, "refused was"),
+  "base_model": ({"base_model": "other"}, "base_model was base, is other"),
+  "task_type": ({"task_type": "SEQ_CLS"}, "task_type was None, is SEQ_CLS"),
+  "rename": ({"rename": lambda path: f"x.{path}"}, "rename was None"),
+  "whole": ({"whole": ".*0.norm.*"}, "whole was None"),
+  "split_bytes": ({"split_bytes": 16}, "split was"),
+  "finetuned": ("finetuned/model.safetensors", "finetuned times was"),
+  "base": ("base/model.safetensors", "base times was"),
+  "config.json": ("base/config.json", "base was"),
+  "tokenizer.json": ("finetuned/tokenizer.json", "finetuned was"),
+  "gone": ("out/adapter_model.safetensors", "adapter_model.* is gone"),
+  "changed": ("out/adapter_config.json", "adapter_config.json was changed"),
+  "report": ("out/report.json", "report.json is not as it was written"),
+}
+
+
+def _change(file):
+  """Changes a file: its content, or its time alone, or removes it."""
+  if file.name == "model.safetensors":
+    os.utime(file, ns=(0, 10**9))
+  elif file.name == "adapter_model.safetensors":
+    file.unlink()
+  elif file.name == "report.json":
+    file.write_text(file.read_text().replace("mse", "other"))
+  else:
+    file.write_text((file.read_text() if file.exists() else "{}") + " ")
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_what_made_a_result_counts_or_it_is_not_given(
+  tmp_path, monkeypatch, change, message
+):
+  monkeypatch.setattr(runs, "Extractor", Extractor)
+  config = {"vocab_size": 9}
+  pair = write_pair(tmp_path, BASE, FINETUNED, config)
+  extract = functools.partial(
+    runs.extract_checkpoint, *pair, tmp_path / "out", log=io.StringIO()
+  )
+  options = {"rank": 3, "base_model": "base"}
+  report = extract(**options)
+  assert extract(**options, resume=True) == report
+  if isinstance(change, dict):
+    options |= change
+  else:
+    _change(tmp_path / change)
+  before = files_of(tmp_path / "out")
+  with pytest.raises(ValueError, match=message):
+    extract(**options, resume=True)
+  assert files_of(tmp_path / "out") == before
+  assert extract(**options, overwrite=True)  # the way that errors tell
+
+
+def test_the_same_files_elsewhere_are_another_run(tmp_path):
+  pair = write_pair(tmp_path / "one", BASE, FINETUNED)
+  extract = functools.partial(
+    runs.extract_checkpoint, out=tmp_path / "out", rank=3, log=io.StringIO()
+  )
+  extract(*pair)
+  (tmp_path / "link").symlink_to(tmp_path / "one")
+  (tmp_path / "one").rename(tmp_path / "two")
+  (tmp_path / "one").symlink_to(tmp_path / "two")
+  with pytest.raises(ValueError, match="base paths was"):
+    extract(*pair, resume=True)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_run_is_not_mixed_from_two_inputs(tmp_path, monkeypatch, side, file):
+  """Its input is written anew between the first and the last tensor."""
+  pair = write_pair(tmp_path, BASE, FINETUNED, {"vocab_size": 9})
+  real = runs.choose_ranks
+
+  def change(*args):
+    os.utime(pair[side] / file, ns=(0, 10**9))
+    return real(*args)
+
+  monkeypatch.setattr(runs, "choose_ranks", change)
+  with pytest.raises(ValueError, match="changed "):
+    runs.extract_checkpoint(*pair, tmp_path / "out", rank=3, log=io.StringIO())
+  assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_nothing_is_written_to_what_is_read(pair, tmp_path):
+  """By its own name, by a link, or as a folder that holds it."""
+  (tmp_path / "link").symlink_to(pair[0])
+  before = files_of(pair[0].parent)
+  for out in (*pair, pair[0].parent, tmp_path / "link"):
+    for way in ({}, {"overwrite": True}, {"resume": True}):
+      with pytest.raises(ValueError, match="is or holds what is read"):
+        runs.extract_checkpoint(*pair, out, rank=3, log=io.StringIO(), **way)
+  assert files_of(pair[0].parent) == before
+
+
+def test_a_folder_inside_an_input_changes_nothing_of_it(tmp_path):
+  pair = write_pair(tmp_path, BASE, FINETUNED)
+  before = files_of(pair[1])
+  out = pair[1] / "adapter"
+  extract = functools.partial(
+    runs.extract_checkpoint, *pair, out, rank=3, log=io.StringIO()
+  )
+  assert extract(resume=True) == extract(resume=True)
+  after = files_of(pair[1])
+  assert {name: after[name] for name in before} == before
+  assert sorted(after.keys() - before.keys()) == [
+    f"adapter/{name}" for name in sorted(files_of(out))
+  ]
+
+
+def test_two_runs_at_once_are_one_and_an_error(
+  extract_to, tmp_path, monkeypatch
+):
+  """The second ends at once, whatever it was told, and takes nothing away."""
+  real, said = runs.choose_ranks, []
+
+  def second(*args):
+    monkeypatch.setattr(runs, "choose_ranks", real)
+    for way in ({}, {"overwrite": True}, {"resume": True}):
+      with pytest.raises(ValueError, match="being written by another run") as e:
+        extract_to(**way)
+      said.append(str(e.value))
+    return real(*args)
+
+  monkeypatch.setattr(runs, "choose_ranks", second)
+  report = extract_to()
+  assert len(said) == 3
+  assert f"process {os.getpid()} on" in said[0]
+  assert extract_to(resume=True) == report
+  assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_links_in_the_output_are_not_written_through(extract_to, tmp_path):
+  out, mine = tmp_path / "out", tmp_path / "mine"
+  out.mkdir()
+  names = ["adapter_model.safetensors", "adapter_config.json", "report.json"]
+  for name in names:
+    (tmp_path / name).write_text("precious")
+    (out / name).symlink_to(tmp_path / name)
+  mine.mkdir()
+  (mine / "run.json").write_text("precious")
+  (out / ".journal").symlink_to(mine)
+  with pytest.raises(ValueError, match="is a link to .*mine; remove it"):
+    extract_to(overwrite=True)
+  (out / ".journal").unlink()
+  extract_to(overwrite=True)
+  assert not any((out / name).is_symlink() for name in names)
+  assert all((tmp_path / name).read_text() == "precious" for name in names)
+  assert (mine / "run.json").read_text() == "precious"
 
 
 def test_resuming_with_other_options_names_them(

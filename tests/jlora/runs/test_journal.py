@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal: what was put is there again, whole, for the same run only."""
 
-import json
+import os
+import zlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from jlora.checkpoints.safetensors import write_safetensors
 from jlora.runs.journal import (
   FOLDER,
   Journal,
   begin_journal,
+  check_folder,
   open_journal,
-  remove_closed,
+  remove_leftovers,
 )
+from jlora.runs.lock import LOCK
 from tests.helpers.small_pairs import draw
 
 RUN = {"rank": 64, "dtype": "float32"}
@@ -123,7 +127,7 @@ def test_a_file_being_written_is_no_entry(filled, tmp_path):
 
 def test_a_header_being_written_is_no_journal(tmp_path):
   (tmp_path / FOLDER).mkdir()
-  (tmp_path / FOLDER / "run.partial").write_text('{"rank"')
+  (tmp_path / FOLDER / ".run.json.0123456789ab.tmp").write_text('{"rank"')
   assert not open_journal(tmp_path, RUN)
   with pytest.raises(ValueError, match="rank was 64, is 8"):
     resume(tmp_path, {**RUN, "rank": 8})
@@ -142,22 +146,99 @@ def test_a_truncated_entry_is_named_with_the_way_out(tmp_path, left):
   assert not resume(tmp_path)
 
 
-@pytest.mark.parametrize("entry", [None, "{}", "no JSON"])
+# What the header of an entry may say instead; its checksum fits all but two.
+STRANGERS = {
+  "nothing": None,
+  "no JSON": "no JSON",
+  "null": "null",
+  "a list": "[]",
+  "no path": "{}",
+  "no record": '{"path": "q", "record": null}',
+  "a number as the path": '{"path": 3, "record": {}}',
+  "another path": '{"path": "k", "record": {}}',
+  "deep": "[" * 100000,
+}
+
+
+@pytest.mark.parametrize("entry", STRANGERS.values(), ids=STRANGERS)
 def test_a_stranger_among_the_entries_is_named(tmp_path, entry):
   journal = open_journal(tmp_path, RUN)
   journal.put("q", {}, RECORD)
   file = only_entry(journal)
   header = {} if entry is None else {"entry": entry}
-  text = json.dumps({"__metadata__": header}).encode()
-  file.write_bytes(len(text).to_bytes(8, "little") + text)
+  if entry is not None:
+    header["checksum"] = f"{zlib.crc32(entry.encode()):08x}"
+  write_safetensors(file, {}, header)
   with pytest.raises(ValueError, match=f"{file.name} is no entry"):
     resume(tmp_path)
 
 
-def test_a_broken_header_is_named(filled, tmp_path):
-  (filled.folder / "run.json").write_text('{"rank": ')
+def test_any_flipped_bit_of_an_entry_is_noticed(tmp_path):
+  """In its header, in its record, in its arrays."""
+  journal = open_journal(tmp_path, RUN)
+  journal.put("q", {"a": draw(2, 3)}, RECORD)
+  file = only_entry(journal)
+  whole = file.read_bytes()
+  for at in range(len(whole)):
+    changed = bytearray(whole)
+    changed[at] ^= 1
+    file.write_bytes(changed)
+    with pytest.raises(ValueError, match="Remove it to do its module again"):
+      resume(tmp_path)
+  file.write_bytes(whole)
+  assert len(resume(tmp_path)) == 1
+
+
+def test_arrays_of_two_entries_are_not_exchanged(tmp_path):
+  journal = open_journal(tmp_path, RUN)
+  files = {}
+  for path in "qk":
+    journal.put(path, {"a": draw(2, 3, seed=ord(path))}, RECORD)
+    files[path] = {*journal.folder.glob("*.safetensors")} - {*files.values()}
+    (files[path],) = files[path]
+  files["q"].write_bytes(files["k"].read_bytes())
+  with pytest.raises(ValueError, match="it is another module's"):
+    resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "text", ['{"rank": ', "[]", "null", "[" * 100000, "\ud800"]
+)
+def test_a_broken_header_is_named(filled, tmp_path, text):
+  file = filled.folder / "run.json"
+  file.write_bytes(text.encode(errors="surrogatepass"))
   with pytest.raises(ValueError, match=r"run.json is no JSON.*[Rr]emove"):
     resume(tmp_path)
+
+
+def test_a_pipe_is_no_header(filled, tmp_path):
+  (filled.folder / "run.json").unlink()
+  os.mkfifo(filled.folder / "run.json")
+  with pytest.raises(ValueError, match=r"run.json is no JSON.*it is no file"):
+    resume(tmp_path)
+
+
+@pytest.mark.parametrize("name", [FOLDER, ".journal-done"])
+def test_a_journal_that_is_a_link_is_refused(tmp_path, name):
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "elsewhere" / "x").touch()
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / name).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(ValueError, match=f"{name} is a link to .*remove it"):
+    remove_leftovers(out)
+  if name == FOLDER:
+    with pytest.raises(ValueError, match="is a link"):
+      open_journal(out, RUN, resume=True)
+  assert (tmp_path / "elsewhere" / "x").exists()
+
+
+def test_a_lock_alone_is_an_empty_folder(tmp_path):
+  (tmp_path / LOCK).touch()
+  check_folder(tmp_path, "x", resume=False, overwrite=False)
+  (tmp_path / "x").touch()
+  with pytest.raises(ValueError, match=r"is not empty \(x\)"):
+    check_folder(tmp_path, "x", resume=False, overwrite=False)
 
 
 def test_entries_without_a_header_belong_to_no_run(filled, tmp_path):
@@ -178,7 +259,7 @@ def test_a_killed_close_is_finished(filled, tmp_path, monkeypatch):
   monkeypatch.undo()
   assert not (tmp_path / FOLDER).exists()
   assert list(tmp_path.iterdir())
-  remove_closed(tmp_path)
+  remove_leftovers(tmp_path)
   assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from jlora.runs import processes
+from jlora.runs import fingerprints, processes
 
 AGAIN = "It went well on "
 
@@ -66,10 +66,15 @@ def test_only_the_first_does_what_the_first_must(pretend):
 
 
 def test_versions_change_with_a_file(monkeypatch, tmp_path):
-  before = processes.versions()
-  (tmp_path / "hosts.py").write_text("other")
-  monkeypatch.setattr(processes, "__file__", str(tmp_path / "hosts.py"))
-  after = processes.versions()
+  """Of any package of the library."""
+  found = []
+  for text in ("one", "other"):
+    (tmp_path / text / "some").mkdir(parents=True)
+    (tmp_path / text / "some" / "package.py").write_text(text)
+    file = tmp_path / text / "runs" / "x.py"
+    monkeypatch.setattr(fingerprints, "__file__", str(file))
+    found.append(processes.versions())
+  before, after = found
   assert {name for name in before if before[name] != after[name]} == {
     "jlora files"
   }

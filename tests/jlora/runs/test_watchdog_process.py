@@ -3,8 +3,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -42,6 +45,7 @@ def say(folder, index, state, beats=1, **error):
     (["left", "left"], True, 0, None),
     (["working", "lost"], False, 1, "process 2 ended or was killed"),
     (["lost", "lost"], False, 0, "processes 1, 2 ended or were killed"),
+    (["lost", "working"], False, 1, "process 1 ended or was killed"),
     (["lost", "failed"], False, 0, "NaN in w"),  # the cause before its effects
   ],
 )
@@ -69,6 +73,7 @@ def test_silence(folder, state, done, is_lost):
   found = lookout.look()
   assert found["present"] == 0
   assert (found["error"] is not None) == is_lost
+  assert not is_lost or "process 1 gave no sign of" in found["error"]["text"]
   assert found["done"] == done
 
 
@@ -83,7 +88,16 @@ def test_a_sign_of_life_ends_the_silence(folder):
 def test_a_process_that_never_came_is_lost(folder):
   lookout = Lookout(folder, [1])
   found = [lookout.look() for _ in range(watchdog_process._SILENT)][-1]
-  assert found["error"]["text"].startswith("process 1 ended")
+  assert found["error"]["text"].startswith("process 1 gave no sign of life")
+
+
+def test_of_a_dead_one_and_a_silent_one_the_dead_one_is_named(folder):
+  lookout = Lookout(folder, [1, 2])
+  for _ in range(watchdog_process._SILENT - 1):
+    say(folder, 1, "lost")
+    lookout.look()
+  text = lookout.look()["error"]["text"]
+  assert text.startswith("process 1 ended or was killed")
 
 
 def test_a_state_that_is_half_written_is_no_news(folder):
@@ -156,6 +170,58 @@ def test_what_the_first_ones_guard_sees_is_shown_to_all(folder):
 def test_an_end_that_was_announced_is_quiet(folder, last, kept):
   state, _, said = guard(folder, 1, [{"is": last, "text": "", "kind": "lost"}])
   assert (state["is"], said) == (kept, "")
+
+
+STOPPED = """
+import os, subprocess, sys
+guard = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
+print("began", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_is_stopped_is_named_and_told_from_a_dead_one(
+  folder, index
+):
+  """By its guard, which goes on; a short stop is none."""
+  say(folder, index, "working", 0)
+  words = (
+    *(sys.executable, "-I", "-S", watchdog_process.__file__),
+    *map(str, (index, 2, folder, 0.05)),
+  )
+  guarded = subprocess.Popen(
+    [sys.executable, "-c", STOPPED, *words],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+  def state_after(turns):
+    time.sleep(turns * 0.05)
+    return read_state(file_of(folder, index))
+
+  assert guarded.stdout.readline() == "began\n"
+  other = 1 - index
+  say(folder, other, "done")
+  guarded.send_signal(signal.SIGSTOP)
+  state_after(3)
+  guarded.send_signal(signal.SIGCONT)
+  assert state_after(20)["is"] == "working"
+  guarded.send_signal(signal.SIGSTOP)
+  end = time.monotonic() + 30
+  while (found := state_after(2))["is"] == "working":
+    assert time.monotonic() < end
+  assert (found["is"], found["kind"]) == ("failed", "lost")
+  said = f"process {index} is stopped .SIGSTOP.* process {guarded.pid} on "
+  assert re.match(said, found["text"])
+  assert f"kill -KILL {guarded.pid}" in found["text"]
+  error = Lookout(folder, [index]).look()["error"]
+  assert error == {"text": found["text"], "kind": "lost"}
+  guarded.send_signal(signal.SIGCONT)  # too late: others were told
+  assert state_after(10)["is"] == "failed"
+  guarded.communicate(timeout=60)
 
 
 def test_a_guard_ends_when_the_folder_is_gone(tmp_path):

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -389,53 +388,6 @@ def test_a_run_that_failed_goes_on(models, tmp_path, monkeypatch):
   run(recipe, out, max_shard_bytes=500, resume=True)
   assert 0 < len(made) < len(open_checkpoint(out))
   assert contents(out) == contents(tmp_path / "whole")
-
-
-KILLED = """
-import functools, io, os, signal, sys
-import jlora
-from jlora.merging.checkpoints import merger
-from jlora.merging.checkpoints.run import merge_checkpoints
-from jlora.merging.arrays.sparsifiers import match_l1
-from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
-merger._PIECE, merger._SMALL, merger._ROW = 64, 32, 8
-count, base, one, two, out = sys.argv[1:]
-real, calls = os.replace, []
-def counted(*args):
-  calls.append(args)
-  if len(calls) == int(count):
-    os.kill(os.getpid(), signal.SIGKILL)
-  return real(*args)
-os.replace = counted
-method = functools.partial(jlora.merging.dare, density=0.5, rescale=match_l1)
-recipe = Recipe(method, (Slice((Input(one), Input(two))),), base=base)
-merge_checkpoints(
-  recipe, out, max_shard_bytes=800, overwrite=True, log=io.StringIO()
-)
-"""
-
-
-def test_a_run_that_was_killed_goes_on(models, tmp_path, small_pieces):
-  """At the second shard's rename, at its move, and at the report's rename.
-
-  In each folder lies another merge's result: it must not pass for this one's.
-  What is dropped by chance, in pieces, is the same after it.
-  """
-  recipe = Recipe(METHODS["dare"], whole(*models[1:]), base=models[0])
-  run(recipe, tmp_path / "whole", max_shard_bytes=800)
-  files = contents(tmp_path / "whole")
-  shards = sum(name.endswith(".safetensors") for name in files)
-  for count in (3, 1 + shards + 2, 1 + 2 * shards + 3):
-    out = tmp_path / f"out{count}"
-    old = Recipe(jlora.merging.passthrough, whole(models[0]))
-    run(old, out, max_shard_bytes=800)
-    done = subprocess.run(
-      [sys.executable, "-c", KILLED, str(count), *models, str(out)]
-    )
-    assert done.returncode == -signal.SIGKILL
-    run(recipe, out, max_shard_bytes=800, resume=True)
-    assert contents(out) == files
-    assert not list(out.glob(".*"))
 
 
 PEAK = """
