@@ -4,7 +4,7 @@
 A rule takes a primitive's operands and parameters and returns the primitive's
 result, or None where it does not apply; the caller then forms the dense sum.
 Only the operations in `SEEN_THROUGH` are applied to an Adapted with branches.
-Operations that change the axes drop further rows.
+Operations that change the axes drop further rows, as for a tied head.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from jlora.adapting.adapted import (
   Adapted,
   Change,
   axes_with,
+  dense_sum,
   is_adapted,
   over_lead,
 )
@@ -175,9 +176,13 @@ def _sliced(x, shape, starts, limits, strides):
 def _dynamic_slice(operands, params):
   """Slices an Adapted with traced starts."""
   value, *starts = operands
-  if any(map(is_adapted, starts)):
+  sizes, rows = params["slice_sizes"], value.rows
+  if sizes[:1] == value.shape[:1]:
+    rows = None  # none is chosen
+  if any(map(is_adapted, starts)) or (
+    rows is not None and (1, *rows.shape[1:]) != sizes
+  ):
     return None
-  sizes = params["slice_sizes"]
 
   def factor(x):
     """Slices a factor along the axes on which it varies."""
@@ -189,7 +194,12 @@ def _dynamic_slice(operands, params):
     ]
     return lax.dynamic_slice(x, *zip(*own, strict=True))
 
-  return _axes(value, lambda x: lax.dynamic_slice(x, starts, sizes), factor)
+  found = _axes(value, lambda x: lax.dynamic_slice(x, starts, sizes), factor)
+  if rows is None:
+    return found
+  at = starts[0] - value.shape[0]
+  row = lax.dynamic_slice_in_dim(rows, at, 1).astype(value.dtype)
+  return jnp.where(at < 0, dense_sum(found), row)
 
 
 def _split(operands, params):

@@ -141,6 +141,7 @@ def _adapted(eqn, operands, said, roles: Roles) -> Sequence[Any]:
     value = operands[0]
     return [dataclasses.replace(value, w=_bind(eqn, [value.w])[0])]
   if name in _JOINS and _joins_activation(eqn, operands, roles):
+    _check_rows(name, operands)
     return _bind(eqn, map(_dense, operands))
   rule = _RULES.get(name)
   has_branch = any(is_adapted(x) and x.branches for x in operands)
@@ -189,8 +190,19 @@ def _dense(x):
   return dense_sum(x) if is_adapted(x) else x
 
 
+def _check_rows(name, operands) -> None:
+  """Raises ValueError where further rows of a table would be lost."""
+  for x in operands:
+    if is_adapted(x) and x.rows is not None:
+      raise ValueError(
+        f"{x.path} has {len(x.rows)} further rows, which {name} does not read: "
+        "Rows are for tables whose rows the model looks up by their numbers."
+      )
+
+
 def _densely(name, operands, said):
   """Replaces Adapted operands by their dense sums, reporting each."""
+  _check_rows(name, operands)
   for x in operands:
     if is_adapted(x):
       said(name, x)

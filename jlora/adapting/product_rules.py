@@ -36,6 +36,9 @@ def _dot_general(operands, params):
     return None
   value = first if is_adapted(first) else second
   x = second if is_adapted(first) else first
+  contracted, _ = params["dimension_numbers"]
+  if value.rows is not None and 0 in contracted[0 if value is first else 1]:
+    return None  # a look-up by a product knows how many rows there are
   given = tuple(params.items()), is_adapted(first)
   if value.branches:  # their functions may hold arrays that are traced
     return _product(value, x, *given)

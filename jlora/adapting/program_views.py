@@ -23,9 +23,10 @@ def views_from(
   Traces `fn(params, *args, **kwargs)` on shapes; nothing is computed. An axis
   that a product contracts is an input, one that it keeps an output, one that
   repeats it (scanned layers, experts, vmap) a batch axis; rows of a table are
-  inputs. Followed through transposes, reshapes, slices, casts, sums of
-  parameters, jit, remat, scan, loops, branches, vmap, shard_map and custom
-  derivatives.
+  inputs, and what a row holds are outputs (tables of which all rows are taken
+  by the same numbers are one table of wide rows). Followed through transposes,
+  reshapes, slices, casts, sums of parameters, jit, remat, scan, loops,
+  branches, vmap, shard_map and custom derivatives.
 
   Args:
     fn: the model; may be jitted.

@@ -21,7 +21,8 @@ class Rows:
   """Further rows of an embedding table: a soft prompt, or new words.
 
   Row i has the id `rows of the table + i`. A tied head does not use them: the
-  model never predicts them.
+  model never predicts them. A program that reads the table otherwise than by
+  number (by a product with one-hot rows, or as a whole) is an error.
 
   Attributes:
     rows: (p, d).

@@ -4,6 +4,7 @@
 y_i = fn(params + Σ_s weight_is adapter_(ids_is), x_i)
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def adapt_rows(
     of the shape of ids. The whole batch is one program, which fetches each
     row's adapters or masks those of other rows, whichever is less work. Rows of
     id -1 equal the base's. Other ids, weights and adapters of the same shapes
-    do not recompile. Traces fn twice where an argument is shared.
+    do not recompile. Traces fn twice where an argument is shared. Warns where
+    JAX cannot map fn (`ragged_dot`): its rows run one after the other, each of
+    which reads all weights.
 
   Raises:
     ValueError: from the returned function: ids that are no integers, or out of
@@ -106,18 +109,48 @@ def adapt_rows(
         for axis, x in zip(at.values(), parts, strict=True)
       ]
       own_args, own_kwargs = whole(rows)
-      return _first(adapted(own, *own_args, **own_kwargs), out)
+      results = adapted(own, *own_args, **own_kwargs)
+      own_axes = out or _spread(out_axes, results, "out_axes")
+      places[:] = [jax.tree.structure(results), own_axes]
+      return _first(results, own_axes)
 
-    out = out_axes
+    out: list[int | None] = []
+    places: list[Any] = []
     is_shared = [
       is_dynamic(x) and axes[i] is None for i, x in enumerate(leaves)
     ]
     if any(is_shared) or None in _leaves(out_axes):
       out = _axes_out(fn, params, bank, leaves, axes, whole, out_axes)
-    mapped = jax.vmap(row, (0, 0, [*at.values()]), _no_lists(out))
-    return mapped(ids, weights, [leaves[i] for i in at])
+    parts = [jnp.moveaxis(leaves[i], axis, 0) for i, axis in at.items()]
+    found = _each(row, (ids, weights, parts), [axis is None for axis in out])
+    return _laid_out(found, *places)
 
   return run
+
+
+def _each(row: Callable[..., list[jax.Array]], given, is_shared) -> Any:
+  """Runs a function of one row on all; first axes are rows."""
+  # Rows go where out_axes says later, whatever holds the results.
+  first = [None if is_one else 0 for is_one in is_shared] or 0
+  try:
+    return jax.vmap(row, 0, first)(*given)
+  except NotImplementedError as error:  # such as products of ragged groups
+    warnings.warn(
+      f"JAX has no program for all rows at once ({error}); they are computed "
+      "one after the other.", stacklevel=3,
+    )  # fmt: skip
+  found = lax.map(lambda parts: row(*parts), given)
+  each = is_shared or [False] * len(found)
+  return [x[0] if one else x for x, one in zip(found, each, strict=True)]
+
+
+def _laid_out(rows: Sequence[jax.Array], tree: Any, axes) -> Any:
+  """Puts the rows of each result on its axis, in a tree."""
+  found = [
+    x if axis is None else jnp.moveaxis(x, 0, axis)
+    for x, axis in zip(rows, axes, strict=True)
+  ]
+  return jax.tree.unflatten(tree, found)
 
 
 def _checked(ids, weights, bank: Mapping[str, Lora]) -> jax.Array:
@@ -146,17 +179,13 @@ def _leaves(axes: Any) -> list[Any]:
   return jax.tree.leaves(axes, is_leaf=lambda x: x is None)
 
 
-def _no_lists(axes: Any) -> Any:
-  """Returns a list of axes as a tuple, as results are."""
-  return tuple(axes) if isinstance(axes, list) else axes
-
-
 def _spread(axes: Any, tree: Any, name: str) -> list[Any]:
-  """Returns the axis of each leaf of a tree."""
+  """Returns the axis of each leaf of a tree; a list may stand for a tuple."""
+  given = tuple(axes) if type(axes) is list and type(tree) is tuple else axes
   try:
     each = jax.tree.map(
       lambda axis, part: [axis] * len(jax.tree.leaves(part)),
-      _no_lists(axes), tree, is_leaf=lambda x: x is None,
+      given, tree, is_leaf=lambda x: x is None,
     )  # fmt: skip
   except ValueError as error:
     raise ValueError(
@@ -199,10 +228,9 @@ def _axes_in(in_axes, args, kwargs, batch: int) -> list[int | None]:
   return found
 
 
-def _first(results, out_axes) -> Any:
+def _first(results, axes: Sequence[int | None]) -> list[jax.Array]:
   """Takes the only row of each result."""
-  axes = _spread(out_axes, results, "out_axes")
-  leaves, tree = jax.tree.flatten(results)
+  leaves = jax.tree.leaves(results)
   names = _names(results, "results")
   wrong = [
     f"{name} {x.shape} along axis {axis}"
@@ -215,16 +243,15 @@ def _first(results, out_axes) -> Any:
       f"{len(wrong)} results of one row are not one: {name_some(wrong)}; "
       "say in out_axes where the rows lie, or None for what all share."
     )
-  found = [
+  return [
     x if axis is None else lax.index_in_dim(x, 0, axis, keepdims=False)
     for x, axis in zip(leaves, axes, strict=True)
   ]
-  return jax.tree.unflatten(tree, found)
 
 
 def _axes_out(
   fn, params, bank, leaves, axes: Sequence[int | None], whole, out_axes
-) -> Any:
+) -> list[int | None]:
   """Returns the axis of rows of each result's leaf, None if it is shared.
 
   Which results are the same for all rows is read from the program: those that
@@ -272,4 +299,4 @@ def _axes_out(
       f"{len(wrong)} results are not the same for all rows: "
       f"{name_some(wrong)}; return one for each row, and say in out_axes where."
     )
-  return jax.tree.unflatten(jax.tree.structure(results), found)
+  return found

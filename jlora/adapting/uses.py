@@ -36,13 +36,16 @@ class Source(NamedTuple):
     path: the parameter's name.
     dims: for each axis of the value, factors of the parameter's axes.
     taken: axes of which single entries were taken, by a number or a scan.
-    is_looked_up: whether they were rows of a table: many, or as inputs said.
+    rows: axes of which many entries were taken, or those that inputs chose: a
+      table's rows, or matrices of a stack.
+    along: axes along which look-ups are repeated, as by vmap.
   """
 
   path: str
   dims: Dims
   taken: tuple[int, ...] = ()
-  is_looked_up: bool = False
+  rows: tuple[int, ...] = ()
+  along: tuple[int, ...] = ()
 
 
 class Value(NamedTuple):
@@ -92,6 +95,8 @@ _KEPT = {
 }  # fmt: skip
 # Of these a parameter remains what it was when another one joins it.
 _SUMS = {"add", "sub", "add_any", "max", "min", "select_n", "concatenate"}
+# What rows of a table are for, when they are not multiplied as matrices are.
+_ADDS_ROWS = {*_SUMS, "reduce_sum"}
 
 
 def read_uses(
@@ -119,7 +124,10 @@ def read_uses(
   values = [Value((_whole(path, shapes[path]),)) for path in paths]
   rest = len(closed.jaxpr.invars) - len(paths)
   values += [Value(is_activation=True)] * rest
-  _Reader(shapes, uses).run(closed.jaxpr, values)
+  reader = _Reader(shapes, uses)
+  for value in reader.run(closed.jaxpr, values):
+    for source in (source for source in value.sources if source.rows):
+      reader.note(source, reader.look_up(source))
   return uses
 
 
@@ -165,18 +173,14 @@ class _Reader:
       return [_RULES[name](self, eqn, operands)] * count
     if name in _KEPT or _is_by_entry(eqn):
       return [self._by_entry(eqn, operands, name)] * count
-    for value in operands:
-      for source in value.sources:
-        self.note(source, Use(name))
+    self.end(operands, name)
     # A norm of a parameter is still known before the inputs are.
     return [Value(is_activation=is_activation)] * count
 
   def _by_entry(self, eqn: Any, operands: list[Value], name: str) -> Value:
     """Follows an operation on entries, or one that keeps the axes' order."""
     if any(value.is_activation for value in operands):
-      for value in operands:
-        for source in value.sources:
-          self.note(source, Use(name))
+      self.end(operands, name)
       return Value(is_activation=True)
     wide = max(_width(value) for value in operands)
     kept: list[Source] = []
@@ -193,15 +197,29 @@ class _Reader:
     """Notes tables whose rows were taken; follows stacks of matrices."""
     kept = []
     for source in sources:
-      shape = self.shapes[source.path]
-      rest = [a for a in range(len(shape)) if a not in source.taken]
-      is_table = sum(shape[axis] > 1 for axis in rest) <= 1
-      if source.is_looked_up and is_table and source.taken:
-        self.note(source, Use("gather", (), source.taken, tuple(rest)))
+      shape, use = self.shapes[source.path], self.look_up(source)
+      if use.inputs and sum(shape[axis] > 1 for axis in use.outputs) <= 1:
+        self.note(source, use)
         is_activation = True
       else:
         kept.append(source)
     return Value(tuple(kept), is_activation)
+
+  def end(self, operands: Sequence[Value], name: str) -> None:
+    """Notes an operation that ends in activations, or in what has no axes."""
+    for source in (s for value in operands for s in value.sources):
+      is_row = source.rows and name in _ADDS_ROWS
+      self.note(source, self.look_up(source) if is_row else Use(name))
+
+  def look_up(self, source: Source) -> Use:
+    """Returns the use of a table whose rows were taken."""
+    rows, shape = {*source.rows}, self.shapes[source.path]
+    kept = {atom.axis for atoms in source.dims for atom in atoms}
+    writes = kept - rows - {*source.along}
+    writes |= {i for i, size in enumerate(shape) if size == 1} - rows
+    batch = {*range(len(shape))} - rows - writes
+    axes = [tuple(sorted(some)) for some in (batch, rows, writes)]
+    return Use("gather", axes[0], axes[1], axes[2])
 
   def note(self, source: Source, use: Use) -> None:
     """Adds a use, once."""
@@ -212,7 +230,8 @@ class _Reader:
     self, source: Source, name: str, roles: Mapping[int, str]
   ) -> None:
     """Notes a product; `roles` says what each axis of the value is for."""
-    found: dict[int, list[str]] = {axis: ["batch"] for axis in source.taken}
+    taken = (*source.taken, *source.rows)
+    found: dict[int, list[str]] = {axis: ["batch"] for axis in taken}
     for position, atoms in enumerate(source.dims):
       for atom in atoms:
         found.setdefault(atom.axis, []).append(roles[position])
@@ -345,20 +364,21 @@ def _dynamic_slice(reader, eqn, operands):
   """Takes a piece; where it is one entry of many, the axis is taken."""
   sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
   single = [i for i, size in enumerate(sizes) if size == 1 < shape[i]]
-  is_looked_up = any(value.is_activation for value in operands[1:])
-  taken = []
+  is_chosen = any(value.is_activation for value in operands[1:])
+  found = []
   for source in operands[0].sources:
-    axes = {a.axis for i in single for a in source.dims[i]}
+    axes = sorted({a.axis for i in single for a in source.dims[i]})
     dims = tuple(
       () if i in single else atoms for i, atoms in enumerate(source.dims)
     )
-    taken.append(
-      Source(
-        source.path, dims, (*source.taken, *sorted(axes)),
-        source.is_looked_up or bool(axes and is_looked_up),
-      )
-    )  # fmt: skip
-  return reader.taken(taken, operands[0].is_activation)
+    found.append(_with_taken(source._replace(dims=dims), axes, is_chosen))
+  return reader.taken(found, operands[0].is_activation)
+
+
+def _with_taken(source: Source, axes: Sequence[int], are_rows: bool) -> Source:
+  """Returns a source of which entries were taken along some axes."""
+  name = "rows" if are_rows else "taken"
+  return source._replace(**{name: (*getattr(source, name), *axes)})
 
 
 def _gather(reader, eqn, operands):
@@ -367,20 +387,30 @@ def _gather(reader, eqn, operands):
   shape, count = eqn.invars[0].aval.shape, len(eqn.outvars[0].aval.shape)
   gone = {*about.collapsed_slice_dims, *about.operand_batching_dims}
   kept = [i for i in range(len(shape)) if i not in gone]
-  indexed = {*about.start_index_map, *about.operand_batching_dims}
-  indexed = {i for i in indexed if sizes[i] < shape[i]}
+  indexed = {i for i in about.start_index_map if sizes[i] < shape[i]}
   place = dict(zip(about.offset_dims, kept, strict=True))
+  # Axes of the indices, in order, lie where no offsets do.
+  by_index = [i for i in range(count) if i not in place]
+  along = {
+    by_index[at]: axis
+    for at, axis in zip(
+      about.start_indices_batching_dims, about.operand_batching_dims,
+      strict=True,
+    )
+  }  # fmt: skip
+  are_rows = operands[1].is_activation or count > len(place) + len(along)
   found = []
   for source in operands[0].sources:
     axes = sorted({a.axis for i in indexed for a in source.dims[i]})
-    dims = tuple(
-      source.dims[place[i]] if i in place and place[i] not in indexed else ()
-      for i in range(count)
+    dims = [
+      source.dims[at] if at is not None and at not in indexed else ()
+      for at in ({**place, **along}.get(i) for i in range(count))
+    ]
+    repeated = {a.axis for i in along.values() for a in source.dims[i]}
+    source = source._replace(
+      dims=tuple(dims), along=(*source.along, *sorted(repeated))
     )
-    looks = (
-      source.is_looked_up or operands[1].is_activation or count > len(place)
-    )
-    found.append(Source(source.path, dims, (*source.taken, *axes), looks))
+    found.append(_with_taken(source, axes, are_rows))
   return reader.taken(found, operands[0].is_activation)
 
 

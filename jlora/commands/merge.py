@@ -5,9 +5,12 @@
 
 Writes a checkpoint folder that transformers loads, with `merge.json`: the
 recipe, and what is not as usual. Models are safetensors files, Hugging Face
-folders or orbax directories, or `base+adapter` with a PEFT folder.
+folders or orbax directories, or `base+adapter` with a PEFT folder. Of PEFT
+folders alone it makes a PEFT folder: their changes are added exactly, whatever
+their factors are, or merged by ties, dare, della, breadcrumbs or sce.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from absl import flags
 from jlora.commands import entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.merging.adapters.common_spaces import core_space, knots
 from jlora.merging.checkpoints.mergekit import read_recipe, read_recipes
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.merging.checkpoints.run import merge_checkpoints
@@ -57,6 +61,22 @@ _WHOLE = flags.DEFINE_float(
   "models twice more.",
   flag_values=_FLAGS,
 )
+_RANK = flags.DEFINE_integer(
+  "rank",
+  None,
+  "Of merged adapters: the largest rank of a module; by default the sum of the "
+  "adapters' ranks, with which sums are exact.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_SPACE = flags.DEFINE_enum(
+  "space",
+  "entries",
+  ["entries", "core", "knots"],
+  "Of merged adapters: where ties and others that are no sums work: on the "
+  "entries of the changes, or in a small space that all changes span.",
+  flag_values=_FLAGS,
+)
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Of what is dropped by chance.", flag_values=_FLAGS
 )
@@ -91,6 +111,8 @@ _VOCABULARIES = {
   "common": common_rows,
   "whole": keep_whole,
 }
+
+_SPACES = {"entries": None, "core": core_space, "knots": knots}
 
 
 def main(words: Sequence[str]) -> None:
@@ -133,6 +155,10 @@ def _merge(recipe: Recipe, out: str, is_last: bool) -> None:
     recipe = recipe._replace(vocabulary=_VOCABULARIES[_VOCABULARY.value])
   if _WHOLE.value is not None:
     recipe = trim_models(recipe, _WHOLE.value)
+  if _SPACES[_SPACE.value] is not None:
+    within = functools.partial(_SPACES[_SPACE.value], method=recipe.method)
+    recipe = recipe._replace(method=within)
+  recipe = recipe._replace(rank=_RANK.value)
   report = merge_checkpoints(
     recipe,
     out,
@@ -157,12 +183,18 @@ COMMAND = Command(
   required=("config", "out"),
   groups={
     "Input": {"config": "FILE", "vocabulary": "", "intermediates": "DIR"},
-    "Method": {"whole_model_density": "X", "seed": "N"},
+    "Method": {
+      "whole_model_density": "X",
+      "seed": "N",
+      "rank": "N",
+      "space": "",
+    },
     "Output": {"out": "DIR", "shard_mib": "X", "json": ""},
     "Run": {"resume": "", "overwrite": "", "cache": "DIR"},
   },
   more="Models are safetensors files, Hugging Face folders, Hub ids that were "
-  "downloaded, or orbax directories, or `base+adapter` with a PEFT folder.",
+  "downloaded, or orbax directories, or `base+adapter` with a PEFT folder. If "
+  "all are PEFT folders alone, the result is one, too.",
 )
 
 if __name__ == "__main__":

@@ -79,14 +79,38 @@ class PeftAdapter(NamedTuple):
   full: dict[str, jax.Array]
 
 
-class _Wrapper(NamedTuple):
-  """One LoRA layer of the file."""
+class StoredLora(NamedTuple):
+  """One LoRA layer of the file.
 
-  name: str  # the parameter it changes
+  Attributes:
+    name: the parameter that it changes.
+    layout: how it is stored.
+    rank: of each of its matrices.
+    scale: by which its product is multiplied.
+    keys: "a", "b" and, if it has one, "bias" -> key in the file.
+  """
+
+  name: str
   layout: FileLayout
   rank: int
   scale: float
-  keys: dict[str, str]  # role -> key
+  keys: dict[str, str]
+
+
+class StoredAdapter(NamedTuple):
+  """An adapter folder as it lies on disk, without its base.
+
+  Attributes:
+    config: the contents of `adapter_config.json`.
+    file: the tensors.
+    layers: all LoRA layers, by the names of the model's modules.
+    full: parameter -> key, of what is stored whole.
+  """
+
+  config: dict[str, Any]
+  file: Checkpoint
+  layers: list[StoredLora]
+  full: dict[str, str]
 
 
 def load_peft(
@@ -133,15 +157,7 @@ def load_peft(
     ...   load_peft(folder).loras["q.weight"].scale
     Array(4., dtype=float32)
   """
-  folder = locate(folder)
-  for name in (CONFIG, TENSORS):
-    if not (folder / name).is_file():
-      raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
-  entries = json.loads((folder / CONFIG).read_text())
-  check_config(entries, str(folder / CONFIG))
-  if isinstance(entries.get("target_modules"), list):
-    entries["target_modules"] = frozenset(entries["target_modules"])
-  file = open_checkpoint(folder / TENSORS)
+  entries, file = _open(folder)
   stored = base = None
   conversions: list[Conversion] = []
   if like is not None:
@@ -189,6 +205,52 @@ def load_peft(
   )
 
 
+def open_stored(folder: str | os.PathLike) -> StoredAdapter:
+  """Opens an adapter folder as it is, without what is known of a base.
+
+  Args:
+    folder: as for `load_peft`.
+
+  Returns:
+    StoredAdapter; only headers are read.
+
+  Raises:
+    ValueError: as `load_peft` without a base.
+  """
+  entries, file = _open(folder)
+  order = _order_in(None)
+  found, full = _sort_keys(file, entries, order)
+  return StoredAdapter(
+    entries, file, _wrappers(found, file, entries, order), full
+  )
+
+
+def read_stored(layer: StoredLora, file: Checkpoint) -> Lora:
+  """Reads one LoRA layer of a file, as NumPy arrays.
+
+  Returns:
+    Lora a (..., r, in), b (..., r, out), in the file's dtype.
+  """
+  keys = layer.keys
+  stored = file[keys["a"]], file[keys["b"]]
+  factors: list[Any] = [*layer.layout.load(*stored, layer.rank)]
+  scale: Any = np.full(factors[0].shape[:-2], layer.scale, np.float32)
+  return Lora(factors[0], factors[1], scale)
+
+
+def _open(folder: str | os.PathLike) -> tuple[dict[str, Any], Checkpoint]:
+  """Opens a folder: its checked configuration, and its tensors."""
+  folder = locate(folder)
+  for name in (CONFIG, TENSORS):
+    if not (folder / name).is_file():
+      raise ValueError(f"{folder} has no {name}; it is not an adapter folder.")
+  entries = json.loads((folder / CONFIG).read_text())
+  check_config(entries, str(folder / CONFIG))
+  if isinstance(entries.get("target_modules"), list):
+    entries["target_modules"] = frozenset(entries["target_modules"])
+  return entries, open_checkpoint(folder / TENSORS)
+
+
 def _conversions_for(stored: Base, file: Checkpoint) -> list[Conversion]:
   """Lists the conversions to the parameters that the file's Loras are for.
 
@@ -202,7 +264,7 @@ def _conversions_for(stored: Base, file: Checkpoint) -> list[Conversion]:
   return conversions
 
 
-def _renamed(wrapper: _Wrapper, base: Base) -> _Wrapper:
+def _renamed(wrapper: StoredLora, base: Base) -> StoredLora:
   """Gives a layer named as on disk the parameter's name."""
   is_path = wrapper.name in base.shapes and wrapper.name not in base.names
   name = str(base.rename(wrapper.name)) if is_path else wrapper.name
@@ -248,7 +310,7 @@ def _sort_keys(file: Checkpoint, config: Mapping[str, Any], order):
   return found, full
 
 
-def _wrappers(found, file: Checkpoint, config, order) -> list[_Wrapper]:
+def _wrappers(found, file: Checkpoint, config, order) -> list[StoredLora]:
   """Returns every LoRA layer; raises if one contradicts the configuration."""
   wrappers, wrong = [], []
   depths = collections.Counter(module for module, _ in found)
@@ -276,7 +338,7 @@ def _wrappers(found, file: Checkpoint, config, order) -> list[_Wrapper]:
       wrong.append(f"{name}: A {a}, B {b}, configured rank {rank}")
       continue
     name = name if parameters else f"{module}.weight"
-    wrappers.append(_Wrapper(name, layout, rank, scale, keys))
+    wrappers.append(StoredLora(name, layout, rank, scale, keys))
   if wrong:
     raise ValueError(
       f"{len(wrong)} LoRA layers are not whole or contradict {CONFIG}:"
@@ -296,23 +358,20 @@ def _layout(
   return CONVOLUTION if len(shape) > 2 else LINEAR_FILE
 
 
-def _read(wrapper: _Wrapper, file: Checkpoint, base: Base | None) -> Lora:
+def _read(wrapper: StoredLora, file: Checkpoint, base: Base | None) -> Lora:
   """Reads the Lora of a layer; a stack of one becomes a plain matrix.
 
   Unless the base has a parameter of three axes there.
   """
-  a, b = wrapper.layout.load(
-    file[wrapper.keys["a"]], file[wrapper.keys["b"]], wrapper.rank
-  )
+  a, b, scale = jax.tree.leaves(read_stored(wrapper, file))
   path = base.paths.get(wrapper.name) if base else None
   is_stack = base and path and len(base.shapes[path]) > 2
   if wrapper.layout is EXPERTS and len(a) == 1 and not is_stack:
-    a, b = a[0], b[0]
-  scale = jnp.full(a.shape[:-2], wrapper.scale, jnp.float32)
-  return Lora(jnp.asarray(a), jnp.asarray(b), scale)
+    a, b, scale = a[0], b[0], scale[0]
+  return Lora(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale))
 
 
-def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
+def _without_tied_head(wrappers: list[StoredLora], full, file, shapes):
   """Drops a head that repeats the embedding it is tied to."""
   if HEAD in shapes:
     return wrappers, full
@@ -338,7 +397,7 @@ def _without_tied_head(wrappers: list[_Wrapper], full, file, shapes):
 
 
 def _check_complete(
-  config, wrappers: list[_Wrapper], shapes, base: Base
+  config, wrappers: list[StoredLora], shapes, base: Base
 ) -> None:
   """Raises unless the file has every module of an explicit target list."""
   if (
@@ -363,7 +422,7 @@ def _check_complete(
     )
 
 
-def _check_shapes(wrappers: list[_Wrapper], file, shapes, base: Base) -> None:
+def _check_shapes(wrappers: list[StoredLora], file, shapes, base: Base) -> None:
   """Raises unless every Lora fits the parameter it changes."""
   wrong = []
   for wrapper in wrappers:

@@ -156,7 +156,7 @@ def save_peft(
   named = {"base_model_name_or_path": base_model, "task_type": task_type}
   spec = spec_of(parts, carried, full, kept)
   arrays = arrays_of(parts, loras, biases, carried, full, kept)
-  _write_folder(
+  write_folder(
     folder,
     spec,
     arrays,
@@ -266,10 +266,15 @@ def _unlike_others(saved: Set[str], modules: Set[str]) -> list[str]:
   ]
 
 
-def _write_folder(
-  folder: Path, spec, arrays, config: Mapping[str, Any]
-) -> None:
-  """Writes both files, then replaces the adapter that was there."""
+def write_folder(folder: Path, spec, arrays, config: Mapping[str, Any]) -> None:
+  """Writes both files of an adapter, then replaces the one that was there.
+
+  Args:
+    folder: created if needed.
+    spec: key -> (shape, dtype), as for `stream_safetensors`.
+    arrays: (key, array) pairs.
+    config: the contents of `adapter_config.json`.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   suffix = f"{secrets.token_hex(4)}.tmp"
   tensors, text = (

@@ -23,7 +23,8 @@ class Input(NamedTuple):
 
   Attributes:
     model: path of a checkpoint, or `base+adapter` with the folder of an adapter
-      that `load_peft` reads.
+      that `load_peft` reads; or, for all inputs alike, the adapter's folder
+      alone.
     layers: range of its layers, end exclusive; None is all.
     settings: settings of its tensors alone.
   """
@@ -105,6 +106,8 @@ class Recipe(NamedTuple):
       given for all: conditions then see the names that tensors have in that
       input, whose layers may have other numbers than the result's.
     notes: what the report says of the recipe itself.
+    rank: of merged adapters: the largest of a module's result. None is the sum
+      of the adapters' ranks, so that sums of changes are exact.
   """
 
   method: Callable[..., Any]
@@ -118,6 +121,7 @@ class Recipe(NamedTuple):
   chat_template: str | None = None
   of_inputs: tuple[str, ...] = OF_INPUTS
   notes: tuple[str, ...] = ()
+  rank: int | None = None
 
   @property
   def models(self) -> list[str]:

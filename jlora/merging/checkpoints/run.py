@@ -18,11 +18,19 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
 from jlora.checkpoints.safetensors import stream_safetensors
 from jlora.formats.adapted import files_of
 from jlora.merging.checkpoints.companions import place_companions
+from jlora.formats.peft.layouts import TENSORS
+from jlora.merging.checkpoints.adapter_folders import (
+  is_adapter,
+  plan_adapters,
+  write_adapters,
+)
 from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
 from jlora.merging.checkpoints.reading import Piece
@@ -126,6 +134,8 @@ def merge_checkpoints(
     "key": words_of(key).tolist(),
     "max_shard_bytes": max_shard_bytes,
   }
+  if any(is_adapter(one.model) for p in recipe.slices for one in p.inputs):
+    return _merge_adapters(recipe, out, key, settings, overwrite)
   if resume or overwrite:
     remove_closed(out)
   if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
@@ -153,6 +163,18 @@ def merge_checkpoints(
   )
   _finish(plan, out, max_shard_bytes, report)
   journal.close()
+  return report
+
+
+def _merge_adapters(recipe, out: Path, key, settings, overwrite) -> MergeReport:
+  """Merges folders of adapters into one; it is there whole or not at all."""
+  plan = plan_adapters(recipe)
+  check_folder(out, MERGE, resume=False, overwrite=overwrite)
+  notes = plan.notes + write_adapters(plan, out, key)
+  spec = open_checkpoint(out / TENSORS).spec
+  nbytes = sum(one.nbytes for one in spec.values())
+  report = MergeReport(settings, len(spec), nbytes, notes)
+  replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
   return report
 
 

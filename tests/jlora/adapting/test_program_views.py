@@ -142,6 +142,44 @@ KINDS = {
   "rows, scaled and normed": (
     lambda w, x: jnp.ones((6, 3)).T @ (w[x] * 2).T, (9, 6), IDS, FORWARD,
   ),
+  "rows of stacked tables": (
+    lambda w, x: w[1][x], (3, 9, 6), IDS, V((1,), (2,), (0,)),
+  ),
+  "rows of scanned tables": (
+    lambda w, x: jax.lax.scan(lambda c, w: (c + w[x], None), 0 * w[0][x], w)[0],
+    (3, 9, 6), IDS, V((1,), (2,), (0,)),
+  ),
+  "rows of tables and ids, vmap": (
+    lambda w, x: jax.vmap(lambda t, i: t[i])(w, x), (4, 9, 6), IDS,
+    V((1,), (2,), (0,)),
+  ),
+  "rows of tables and ids, vmap twice": (
+    lambda w, x: jax.vmap(jax.vmap(lambda t, i: t[i]))(w, x), (2, 3, 9, 6),
+    jnp.ones((2, 3, 5), jnp.int32), V((2,), (3,), (0, 1)),
+  ),
+  "rows of tables, one for all": (
+    lambda w, x: jax.vmap(lambda t: t[x])(w), (3, 9, 6), IDS,
+    V((1,), (0, 2)),
+  ),
+  "rows of tables, one for all, added": (
+    lambda w, x: x.astype("f4")[None, :, None] + jax.vmap(lambda t: t[x])(w),
+    (3, 9, 6), IDS, V((1,), (0, 2)),
+  ),
+  "rows by ids of a table, vmap": (
+    lambda w, x: jax.vmap(lambda i: w[i])(x), (9, 6), IDS, FORWARD,
+  ),
+  "rows of two numbers": (
+    lambda w, x: w[x, x + 1], (5, 9, 6), IDS, V((0, 1), (2,)),
+  ),
+  "an expert for each row, vmap": (
+    lambda w, x: jax.vmap(lambda w, i: jnp.tile(i.astype("f4"), 6) @ w[i])(
+      w, x
+    ),
+    (4, 3, 6, 8), IDS % 3, V((2,), (3,), (0, 1)),
+  ),
+  "an expert past reading": (
+    lambda w, x: w[x].reshape(4, 16, 3), (3, 6, 8), IDS % 3, NO_MATRIX[3],
+  ),
   "convolution": (
     lambda w, x: conv(w, x, ("NWC", "WIO", "NWC")), (3, 6, 8),
     jnp.ones((1, 7, 6)), V((0, 1), (2,)),

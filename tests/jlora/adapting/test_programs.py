@@ -52,6 +52,46 @@ def test_rows_are_a_larger_table_that_the_head_does_not_see(small):
   np.testing.assert_allclose(found, wanted[..., :23], rtol=1e-4, atol=1e-5)
 
 
+LOOKS = {
+  "table[ids]": lambda t, i: t[i],
+  "take": lambda t, i: jnp.take(t, i, axis=0),
+  "one by one": lambda t, i: jnp.stack([t[at] for at in i]),
+  "vmap": lambda t, i: jax.vmap(lambda at: t[at])(i),
+  "scanned ids": lambda t, i: jax.lax.scan(lambda c, at: (c, t[at]), 0, i)[1],
+  "cast and scaled": lambda t, i: (2 * t.astype(jnp.float32))[i] / 2,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_further_rows_are_found_however_they_are_looked_up(look, has_lora):
+  table, rows, ids = draw(1, 9, 6), draw(2, 2, 6), jnp.array([8, 9, 0, 10])
+  lora = Lora(draw(3, 2, 9), draw(4, 2, 6), jnp.float32(1))
+  more = [{"t": lora}] if has_lora else []
+  merged = apply({"t": table}, {"t": lora})["t"] if has_lora else table
+  found = adapt(lambda p, i: LOOKS[look](p["t"], i))(
+    bind({"t": table}, [{"t": Rows(rows)}, *more]), ids
+  )
+  wanted = jnp.concatenate([merged, rows])[ids]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "read",
+  [
+    lambda t, i: jax.nn.one_hot(i, 9) @ t,
+    lambda t, i: jax.lax.dynamic_slice_in_dim(t, i[0], 3),
+    lambda t, i: jnp.tanh(t)[i],
+    lambda t, i: t + i.sum(dtype="f4")[None, None],
+    lambda t, i: t[i, :2],
+  ],
+)
+def test_further_rows_are_not_lost_in_silence(read):
+  bound = bind({"t": draw(1, 9, 6)}, {"t": Rows(draw(2, 2, 6))})
+  with pytest.raises(ValueError, match="t has 2 further rows"):
+    adapt(lambda p, i: read(p["t"], i))(bound, jnp.array([8, 9, 0]))
+
+
 def test_a_prompt_is_rows_before_the_tokens(small):
   run, params = small
   rows = draw(2, 4, 16)

@@ -209,6 +209,26 @@ def test_rows_lie_where_the_axes_say(name):
     )
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("axes", [[0, 1], (0, 1), [-2, -1], [0, {"y": 1}]])
+def test_results_in_lists_and_tuples(kind, axes):
+  if kind is list and type(axes) is tuple:
+    pytest.skip("as jax.vmap, a tuple of axes is for a tuple")
+  tree = isinstance(axes[1], dict)
+
+  def fn(p, x):
+    y = x @ p["w"]
+    return kind([y, {"y": y.T} if tree else y.T])
+
+  found = adapt_rows(fn, out_axes=axes)({"w": W}, BANK, IDS, X)
+  assert type(found) is kind
+  first, second = found
+  second = second["y"] if tree else second
+  np.testing.assert_array_equal(first, second.T)
+  wanted = adapt_rows(lambda p, x: x @ p["w"])({"w": W}, BANK, IDS, X)
+  np.testing.assert_array_equal(first, wanted)
+
+
 def test_keywords_and_keys():
   def run(p, x, key, *, power, scale=None, flag):
     noise = jax.random.normal(key, (1, 4))
@@ -328,3 +348,49 @@ def test_ids_and_weights_of_other_shapes_are_refused():
     rows({"w": W}, BANK, jnp.int32(0), X)
   with pytest.raises(ValueError, match=r"weights are \(4,\); ids \(4, 1\)"):
     rows({"w": W}, BANK, IDS[:, None], X, weights=jnp.ones(4))
+
+
+def experts(p, x):
+  """A layer of experts, (batch, time, 3) -> (batch, time, 4), in groups."""
+  rows = x.reshape(-1, 3)
+  which = (rows[:, :2] > 0).sum(1)
+  order = jnp.argsort(which)
+  counts = jnp.bincount(which, length=3).astype(jnp.int32)
+  y = lax.ragged_dot(rows[order], p["w"], counts)
+  return {"y": y[jnp.argsort(order)].reshape(*x.shape[:2], 4)}
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit])
+def test_what_jax_cannot_map_runs_row_by_row(transform):
+  keys = jax.random.split(KEY, 4)
+  stack = jax.random.normal(keys[0], (3, 3, 4))
+  bank = {
+    "w": Lora(
+      jax.random.normal(keys[1], (COUNT, 3, 2, 3)),
+      jax.random.normal(keys[2], (COUNT, 3, 2, 4)),
+      jnp.ones((COUNT, 3)),
+    )
+  }
+  x = jax.random.normal(keys[3], (5, 4, 3))  # time first
+  run = adapt_rows(experts, in_axes=1, out_axes={"y": 1}, strict=True)
+
+  def loss(bank):
+    return (run({"w": stack}, bank, IDS, x)["y"] ** 2).sum()
+
+  def alone(bank):
+    each = [
+      experts({"w": stack}, x[:, row : row + 1])["y"]
+      if at < 0
+      else experts(
+        apply({"w": stack}, jax.tree.map(lambda x, at=at: x[at], bank)),
+        x[:, row : row + 1],
+      )["y"]
+      for row, at in enumerate(IDS.tolist())
+    ]
+    return sum((y**2).sum() for y in each)
+
+  with pytest.warns(UserWarning, match="one after the other"):
+    found, gradient = transform(jax.value_and_grad(loss))(bank)
+  wanted, right = jax.value_and_grad(alone)(bank)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  chex.assert_trees_all_close(gradient, right, rtol=1e-4, atol=1e-4)
