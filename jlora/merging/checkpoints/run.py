@@ -19,18 +19,17 @@ import jax
 import numpy as np
 
 from jlora.checkpoints.checkpoint import open_checkpoint
-from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.merged import copy_companions
 from jlora.checkpoints.safetensors import stream_safetensors
 from jlora.formats.adapted import files_of
-from jlora.merging.checkpoints.companions import place_companions
 from jlora.formats.peft.layouts import TENSORS
 from jlora.merging.checkpoints.adapter_folders import (
   is_adapter,
   plan_adapters,
   write_adapters,
 )
+from jlora.merging.checkpoints.companions import place_companions
 from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
 from jlora.merging.checkpoints.reading import Piece
