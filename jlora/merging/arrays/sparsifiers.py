@@ -16,7 +16,9 @@ import numpy as np
 
 from jlora.merging.arrays.draws import uniform
 from jlora.merging.arrays.inputs import divided, inner, is_known
+from jlora.numerics.backends import library_of, ranks_along, single
 from jlora.numerics.kth_largest import count_of, kth_magnitude
+from jlora.numerics.threefry import seed_words
 
 Rescaling = Callable[[Any, Any, Any], Any]
 
@@ -39,7 +41,7 @@ def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
     DARE (Yu et al., 2024), and DELLA (Deep et al., 2024).
   """
   del delta
-  return divided(kept, jnp.asarray(probability).astype(jnp.float32))
+  return divided(kept, single(probability, kept))
 
 
 def match_l1(
@@ -81,9 +83,10 @@ def lengths_of(delta: Any, kept: Any) -> Any:
     >>> lengths_of(jnp.array([2.0, -2.0]), jnp.array([2.0, 0.0]))
     Array([4., 2.], dtype=float32)
   """
-  one = jnp.float32(1)
-  found = [inner(jnp.abs(x), one).reshape(()) for x in (delta, kept)]
-  return jnp.stack(found)
+  xp = library_of(delta, kept)
+  one = xp.float32(1)
+  found = [inner(xp.abs(x), one).reshape(()) for x in (delta, kept)]
+  return xp.stack(found)
 
 
 def unscaled(delta: Any, kept: Any, probability: Any = None) -> Any:
@@ -114,7 +117,7 @@ def by_magnitude(
     Array([ 3., -5.,  0.,  0.], dtype=float32)
   """
   del key
-  count = count_of(density, delta.size)
+  count = count_of(single(density, delta), delta.size)
   return from_threshold(delta, kth_magnitude(delta, count), rescale=rescale)
 
 
@@ -128,7 +131,7 @@ def from_threshold(
     Array([ 3., -5.,  0.], dtype=float32)
   """
   del key
-  kept = _where(jnp.abs(delta) >= threshold, delta)
+  kept = _where(abs(delta) >= threshold, delta)
   return rescale(delta, kept, None)
 
 
@@ -153,8 +156,9 @@ def at_random(
       `unscaled`.
     start: as for `uniform`, where delta is a piece of a tensor.
   """
-  key = jax.random.key(0) if key is None else key
-  drawn = uniform(key, delta.shape, start) < density
+  key = seed_words(0) if key is None else key
+  xp = library_of(delta, density) if is_known((key, start)) else jnp
+  drawn = uniform(key, delta.shape, start, xp.zeros(0)) < density
   return rescale(delta, _where(drawn, delta), density)
 
 
@@ -200,14 +204,14 @@ def keep_probability(
     array([0.55, 0.65, 0.85, 0.75], dtype=float32)
   """
   check_range(density, epsilon)
-  density = jnp.asarray(density).astype(jnp.float32)
-  rows = jnp.atleast_1d(jnp.abs(delta))
-  rank = jnp.argsort(jnp.argsort(rows, axis=axis), axis=axis)
+  xp = library_of(delta, density, epsilon)
+  density, half = single(density, delta), single(epsilon, delta)
+  rows = xp.atleast_1d(xp.abs(delta))
+  rank = ranks_along(rows, axis)
   steps = rows.shape[axis] - 1
-  above = 2 * rank.astype(jnp.float32) / max(steps, 1) - 1
-  half = jnp.asarray(epsilon).astype(jnp.float32)
-  share = density + half * (above if steps else jnp.zeros_like(above))
-  probability = jnp.where(density >= 1, 1.0, jnp.clip(share, 0, 1))
+  above = 2 * rank.astype(xp.float32) / max(steps, 1) - 1
+  share = density + half * (above if steps else xp.zeros_like(above))
+  probability = xp.where(density >= 1, 1.0, xp.clip(share, 0, 1))
   return probability.reshape(delta.shape)
 
 
@@ -242,14 +246,14 @@ def keep_middle(
     Array([ 0., -4.,  3.,  2.,  0.], dtype=float32)
   """
   del key
-  density = jnp.asarray(density).astype(jnp.float32)
+  xp = library_of(delta, density, gamma)
+  density, share = single(density, delta), single(gamma, delta)
   count = count_of(density, delta.size)
-  share = jnp.asarray(gamma).astype(jnp.float32)
-  outliers = jnp.floor(share * delta.size + 1e-3)
-  outliers = jnp.minimum(outliers, delta.size - count)
+  outliers = xp.floor(share * delta.size + 1e-3)
+  outliers = xp.minimum(outliers, delta.size - count)
   most = kth_magnitude(delta, outliers + 1)
   least = kth_magnitude(delta, outliers + count)
-  size = jnp.abs(delta)
+  size = xp.abs(delta)
   kept = (size >= least) & ~(size > most) & (density > 0)
   return rescale(delta, _where(kept | (density >= 1), delta), density)
 
@@ -280,4 +284,5 @@ def check_range(density: Any, margin: Any = 0.0) -> None:
 
 def _where(kept: Any, delta: Any) -> Any:
   """Keeps entries by a mask, and NaN always."""
-  return jnp.where(kept | jnp.isnan(delta), delta, 0.0)
+  xp = library_of(kept, delta)
+  return xp.where(kept | xp.isnan(delta), delta, 0.0)

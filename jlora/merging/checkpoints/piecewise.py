@@ -20,7 +20,7 @@ from jlora.merging.arrays.task_vectors import (
   task_arithmetic,
   ties,
 )
-from jlora.numerics.kth_largest import count_of, kth_on_host
+from jlora.numerics.kth_largest import count_of, kth_magnitude
 
 Method = Callable[..., Any]
 
@@ -70,7 +70,9 @@ def host_thresholds(stack: Any, base: Any, density: Any) -> np.ndarray:
   shares = np.broadcast_to(np.float32(density), (len(stack),))
   return np.asarray(
     [
-      kth_on_host(_magnitudes(leaf, base), count_of(share, base.size))
+      kth_magnitude(
+        np.asarray(_magnitudes(leaf, base)), count_of(share, base.size)
+      )
       for leaf, share in zip(stack, shares, strict=True)
     ],
     np.float32,

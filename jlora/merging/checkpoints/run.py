@@ -69,7 +69,7 @@ def merge_checkpoints(
   recipe: Recipe,
   out: str | os.PathLike,
   *,
-  key: jax.Array | None = None,
+  key: Any = None,
   max_shard_bytes: int = 2**30,
   resume: bool = False,
   overwrite: bool = False,
@@ -87,7 +87,8 @@ def merge_checkpoints(
   Args:
     recipe: what to merge; `read_recipe` reads one.
     out: output folder, new or empty.
-    key: PRNG key; each tensor uses `key_for(key, name)`.
+    key: PRNG key, or its two words of NumPy; each tensor uses
+      `key_for(key, name)`.
     max_shard_bytes: largest size of a file. A killed run keeps its finished
       files.
     resume: go on with an unfinished run of the same inputs and recipe in `out`,
@@ -142,7 +143,7 @@ def merge_checkpoints(
     check_fingerprint(out / MERGE, report.settings, settings)
     return report
   plan = plan_merge(recipe)
-  merger = Merger(recipe.method, plan.models, key)
+  merger = Merger(recipe.method, plan.models, key, plan.jobs)
   for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
     merger.check(job)
   check_folder(out, MERGE, resume=resume, overwrite=overwrite)
@@ -151,7 +152,7 @@ def merge_checkpoints(
     for name, model in plan.models.items()
   }
   journal = open_journal(
-    out, {**settings, **inputs, "jax": jax.__version__}, resume=resume
+    out, {**settings, **inputs, **_versions()}, resume=resume
   )
   _write_shards(plan, merger, out, max_shard_bytes, log)
   report = MergeReport(
@@ -175,6 +176,11 @@ def _merge_adapters(recipe, out: Path, key, settings, overwrite) -> MergeReport:
   report = MergeReport(settings, len(spec), nbytes, notes)
   replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
   return report
+
+
+def _versions() -> dict[str, str]:
+  """Returns the versions of what computes, whose roundings may differ."""
+  return {"jax": jax.__version__, "numpy": np.__version__}
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:
