@@ -157,6 +157,7 @@ def della(
   elect: Election | None = by_mass,
   normalize: bool = True,
   scale: Any = 1.0,
+  ranks: Any = None,
 ) -> Any:
   """Averages changes by sign after dropping small entries at random (DELLA).
 
@@ -179,6 +180,8 @@ def della(
     elect: as for `dare`.
     normalize: as for `merge_task_vectors`.
     scale: λ.
+    ranks: (n, ...) integers, each entry's rank by magnitude among those of its
+      row, if it is known; None sorts.
 
   Returns:
     (...) in the stack's dtype. Sorts along `axis`, which is gathered if it is
@@ -202,9 +205,13 @@ def della(
     given,
     sparsify=[
       functools.partial(
-        by_magnitude_rank, epsilon=own, axis=axis, rescale=rescale
+        by_magnitude_rank, epsilon=own, axis=axis, rescale=rescale, ranks=rank
       )
-      for own in numbers("epsilon", epsilon, len(stack))
+      for own, rank in zip(
+        numbers("epsilon", epsilon, len(stack)),
+        [None] * len(stack) if ranks is None else ranks,
+        strict=True,
+      )
     ],
     amounts=density,
     elect=elect,

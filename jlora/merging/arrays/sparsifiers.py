@@ -170,6 +170,7 @@ def by_magnitude_rank(
   epsilon: Any = 0.15,
   axis: int = -1,
   rescale: Rescaling = inverse_keep,
+  ranks: Any = None,
 ) -> Any:
   """Keeps entries at random, large ones more likely, as DELLA does.
 
@@ -185,16 +186,24 @@ def by_magnitude_rank(
     axis: along which entries are ranked. A single entry has p = density.
     rescale: `inverse_keep` divides each entry by its own p, as in the paper;
       `match_l1` as in mergekit; or `unscaled`.
+    ranks: (...) integers, the entries' ranks if they are known.
 
   Raises:
     ValueError: density ± ε leaves [0, 1] (unless traced).
   """
-  probability = keep_probability(delta, density, epsilon=epsilon, axis=axis)
+  probability = keep_probability(
+    delta, density, epsilon=epsilon, axis=axis, ranks=ranks
+  )
   return at_random(delta, probability, key, rescale=rescale)
 
 
 def keep_probability(
-  delta: Any, density: Any, *, epsilon: Any = 0.15, axis: int = -1
+  delta: Any,
+  density: Any,
+  *,
+  epsilon: Any = 0.15,
+  axis: int = -1,
+  ranks: Any = None,
 ) -> Any:
   """Computes the probabilities with which `by_magnitude_rank` keeps entries.
 
@@ -204,12 +213,13 @@ def keep_probability(
     array([0.55, 0.65, 0.85, 0.75], dtype=float32)
   """
   check_range(density, epsilon)
-  xp = library_of(delta, density, epsilon)
+  xp = library_of(delta, density, epsilon, ranks)
   density, half = single(density, delta), single(epsilon, delta)
   rows = xp.atleast_1d(xp.abs(delta))
-  rank = ranks_along(rows, axis)
+  rank = ranks_along(rows, axis) if ranks is None else ranks
   steps = rows.shape[axis] - 1
-  above = 2 * rank.astype(xp.float32) / max(steps, 1) - 1
+  rank = rank.reshape(rows.shape).astype(xp.float32)
+  above = 2 * rank / max(steps, 1) - 1
   share = density + half * (above if steps else xp.zeros_like(above))
   probability = xp.where(density >= 1, 1.0, xp.clip(share, 0, 1))
   return probability.reshape(delta.shape)

@@ -268,13 +268,13 @@ class Merger:
     return setting in self._defaults or setting in dict(job.settings or ())
 
   def _is_told_first(self, job: Job) -> bool:
-    """Returns whether a number is found on the host before the method runs."""
+    """Returns whether the host finds something before the method runs."""
     if self._told is None or self._is_told(job, self._told.setting):
       return False
     return jax.default_backend() == "cpu"
 
   def _told_first(self, stack, base, numbers) -> dict[str, Any]:
-    """Finds that number, and drops the setting that it replaces."""
+    """Finds it, and drops the setting that it replaces."""
     told: Any = self._told
     given = numbers.pop(told.instead_of, told.default)
     return {told.setting: told.of(stack, base, given)}

@@ -34,7 +34,7 @@ from jlora.merging.checkpoints.piecewise import unbind
 
 #: Entries that a program has to merge, in all its tensors together, to be worth
 #: its compilation.
-LIMIT = 2**24
+LIMIT = 2**23
 #: The largest tensor that NumPy merges as a whole: its copies take more memory.
 LARGEST = 2**22
 #: Methods that work on NumPy's arrays, and the functions bound to them that do.
@@ -78,7 +78,7 @@ def small_programs(
     Programs.
 
   Example:
-    >>> small_programs([("a", 2**23), ("a", 2**23), ("b", 5)])
+    >>> small_programs([("a", 2**22), ("a", 2**22), ("b", 5)])
     frozenset({'b'})
   """
   entries: Counter[Hashable] = Counter()
