@@ -200,7 +200,7 @@ def told_of(method: Method) -> ToldFirst | None:
   told = TOLD_FIRST.get(plain)
   if told is None or told.without & options.keys():
     return None
-  return told._replace(default=options.get(told.instead_of, told.default))
+  return told._replace(default=options.get(told.instead_of or "", told.default))
 
 
 def unbind(method: Method) -> tuple[Method, Mapping[str, Any]]:
