@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.merging.arrays.draws import uniform
@@ -34,6 +33,7 @@ def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
     probability: broadcasts to it.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> inverse_keep(None, jnp.array([2.0, 0.0]), 0.5)
     Array([4., 0.], dtype=float32)
 
@@ -65,6 +65,7 @@ def match_l1(
     As kept; zeros where nothing was kept.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> match_l1(jnp.array([2.0, 2.0]), jnp.array([2.0, 0.0]))
     Array([4., 0.], dtype=float32)
   """
@@ -80,6 +81,7 @@ def lengths_of(delta: Any, kept: Any) -> Any:
     (2,) float32; those of pieces of a tensor add up.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> lengths_of(jnp.array([2.0, -2.0]), jnp.array([2.0, 0.0]))
     Array([4., 2.], dtype=float32)
   """
@@ -113,6 +115,7 @@ def by_magnitude(
     rescale: `unscaled` as in the paper, or `match_l1`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> by_magnitude(jnp.array([3.0, -5.0, 1.0, 2.0]), 0.5)
     Array([ 3., -5.,  0.,  0.], dtype=float32)
   """
@@ -127,6 +130,7 @@ def from_threshold(
   """Keeps the entries of a change whose magnitude is at least a threshold.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> from_threshold(jnp.array([3.0, -5.0, 1.0]), 3.0)
     Array([ 3., -5.,  0.], dtype=float32)
   """
@@ -157,8 +161,9 @@ def at_random(
     start: as for `uniform`, where delta is a piece of a tensor.
   """
   key = seed_words(0) if key is None else key
-  xp = library_of(delta, density) if is_known((key, start)) else jnp
-  drawn = uniform(key, delta.shape, start, xp.zeros(0)) < density
+  is_on_host = library_of(delta, density) is np and is_known((key, start))
+  like = delta if is_on_host else None
+  drawn = uniform(key, delta.shape, start, like) < density
   return rescale(delta, _where(drawn, delta), density)
 
 
@@ -208,6 +213,7 @@ def keep_probability(
   """Computes the probabilities with which `by_magnitude_rank` keeps entries.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> found = keep_probability(jnp.array([0.1, 0.5, 2.0, 1.0]), 0.7)
     >>> np.asarray(found).round(3)
     array([0.55, 0.65, 0.85, 0.75], dtype=float32)
@@ -252,6 +258,7 @@ def keep_middle(
     rescale: `unscaled` as in the paper, or `match_l1`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> keep_middle(jnp.array([5.0, -4.0, 3.0, 2.0, 1.0]), 0.6, gamma=0.2)
     Array([ 0., -4.,  3.,  2.,  0.], dtype=float32)
   """
