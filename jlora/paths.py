@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.messages import name_some
+from jlora.numerics.threefry import fold_in
 
 T = TypeVar("T")
 
@@ -197,25 +198,26 @@ def matching(
   return select
 
 
-def key_for(key: jax.Array | None, path: str) -> jax.Array:
+def key_for(key: Any, path: str) -> Any:
   """Derives the PRNG key of one module: `fold_in(key, crc32(path))`.
 
   It hangs on the path alone: neither the order of the modules nor the choice of
   modules changes it.
 
   Args:
-    key: a PRNG key; None means `jax.random.key(0)`.
+    key: a PRNG key; None means `jax.random.key(0)`. Its two words of NumPy
+      compile nothing.
     path: the module's path.
 
   Returns:
-    A PRNG key.
+    A PRNG key, or its words.
 
   Example:
     >>> bool(key_for(None, "q") == key_for(jax.random.key(0), "q"))
     True
   """
   root = jax.random.key(0) if key is None else key
-  return jax.random.fold_in(root, zlib.crc32(path.encode()))
+  return fold_in(root, zlib.crc32(path.encode()))
 
 
 def _check_unshared(tree: Any) -> None:

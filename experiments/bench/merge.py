@@ -8,7 +8,8 @@ Both tools run the same recipe files. Results are compared on a small float32
 model; times and peaks of memory are those of whole processes on a large
 bfloat16 one. Not timed as a whole: --work keeps models and figures, and another
 run adds to them. Expect differences of rounding, and single entries beyond that
-for the methods that trim by magnitude.
+for the methods that trim by magnitude. --parts=sizes runs both in turns on
+models of 1 MiB and more, nothing of ours compiled by an earlier run.
 """
 
 import json
@@ -38,11 +39,17 @@ _LAYERS = flags.DEFINE_integer("layers", 8, "Of the large model.")
 _PARTS = flags.DEFINE_multi_enum(
   "parts",
   ["results", "ours", "mergekit"],
-  ["models", "results", "ours", "mergekit", "table"],
+  ["models", "results", "ours", "mergekit", "sizes", "table"],
   "What to measure; models are made and the table is printed in any case.",
 )
 _METHODS = flags.DEFINE_list("methods", None, "Those to take; all by default.")
+_SIZES = flags.DEFINE_list("sizes", None, "Of the part; all by default.")
 _ROOT = pathlib.Path(__file__).parents[2]
+_QUIET = {
+  "PYTHONPATH": str(_ROOT),
+  "HF_HUB_OFFLINE": "1",
+  "PYTHONDONTWRITEBYTECODE": "",
+}
 _SMALL = {
   **pairs.LLAMA,
   "vocab_size": 512,
@@ -52,6 +59,13 @@ _SMALL = {
   "num_key_value_heads": 4,
   "num_hidden_layers": 3,
   "torch_dtype": "float32",
+}
+#: Size in bfloat16 -> vocabulary, width, inner width, heads, layers.
+SIZES = {
+  "1MiB": (512, 128, 344, 4, 2),
+  "16MiB": (4096, 256, 704, 4, 8),
+  "128MiB": (8192, 768, 2048, 12, 7),
+  "1GiB": (32000, 1536, 4096, 24, 15),
 }
 _WEIGHTS = ({"weight": 0.7}, {"weight": 0.3})
 _THINNED = tuple({**one, "density": 0.5} for one in _WEIGHTS)
@@ -76,6 +90,8 @@ METHODS: dict[str, tuple[tuple[dict, ...], dict, bool]] = {
   "della": (_WHOLE, {}, True),
   "della_linear": (_WHOLE, {}, True),
 }
+_BY_SIZE = ("linear", "slerp", "ties", "dare_ties", "della", "breadcrumbs")
+_BY_SIZE += ("sce", "karcher", "model_stock")
 _TIMED = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear")
 _FRANKENMERGE = "passthrough"
 _MASKED = "dare_linear with its mask"
@@ -89,6 +105,7 @@ class Bench:
     mergekit: path of mergekit-yaml, or None.
     layers: number of layers of the large model.
     methods: the methods to run; None is all.
+    sizes: those of the part `sizes`; None is all.
   """
 
   def __init__(
@@ -97,10 +114,12 @@ class Bench:
     mergekit: str | None = None,
     layers: int = 8,
     methods: Sequence[str] | None = None,
+    sizes: Sequence[str] | None = None,
   ):
     """Creates the work folder."""
     self._work, self._mergekit = work, mergekit
     self._layers, self._methods = layers, methods
+    self._sizes = list(SIZES) if sizes is None else sizes
     work.mkdir(parents=True, exist_ok=True)
     self._file = work / "figures.json"
 
@@ -138,6 +157,22 @@ class Bench:
     """Measures whole processes of mergekit on the large model."""
     self._time("mergekit", self._theirs)
 
+  def sizes(self) -> None:
+    """Measures whole processes of both in turns, of one size after another."""
+    for size in self._sizes:
+      if not (self._work / size).exists():
+        pairs.write_family(self._work / size, config_of(size))
+      for method in self._taken(list(_BY_SIZE)):
+        recipe = self.write_recipe(method, size, {"dtype": "bfloat16"})
+        used = []
+        for command in (self._ours, self._theirs):
+          with tempfile.TemporaryDirectory(dir=self._work) as new:
+            out = pathlib.Path(new)
+            used.append(
+              measure(command(recipe, f"{out}/out", out / "cache"), _QUIET)
+            )
+        self._keep("sizes", f"{size}, {method}", used)
+
   def table(self) -> None:
     """Prints the figures as Markdown."""
     print("| method | largest difference | same entries |\n|---|---|---|")
@@ -155,6 +190,12 @@ class Bench:
       ]
       cells += [f"{one[i] / two[i]:.2f} x" for i in (0, 2)]
       print(f"| {method} | {' | '.join(cells)} |")
+    print("\n| size, method | ours | mergekit | processor | wall |")
+    print("|---|---|---|---|---|")
+    for name, (one, two) in found.get("sizes", {}).items():
+      cells = [f"{use[1]:.1f} s" for use in (one, two)]
+      cells += [f"{one[i] / two[i]:.2f} x" for i in (1, 0)]
+      print(f"| {name} | {' | '.join(cells)} |")
 
   def _taken(self, names: list[str]) -> list[str]:
     """Returns the names that were asked for."""
@@ -174,8 +215,7 @@ class Bench:
       recipe = self.write_recipe(method, "large", {"dtype": "bfloat16"})
       with tempfile.TemporaryDirectory(dir=self._work) as out:
         used = measure(
-          command(recipe, f"{out}/out"),
-          {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"},
+          command(recipe, f"{out}/out", self._work / "cache"), _QUIET
         )
       self._keep(side, method, used)
 
@@ -185,8 +225,7 @@ class Bench:
     for command in (self._ours, self._theirs):
       out = self._work / "out" / name / command.__name__
       shutil.rmtree(out, ignore_errors=True)
-      environment = {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
-      measure(command(recipe, str(out)), environment)
+      measure(command(recipe, str(out), self._work / "cache"), _QUIET)
       outs.append(open_checkpoint(out))
     return outs[0], outs[1]
 
@@ -197,7 +236,7 @@ class Bench:
 
     Args:
       method: mergekit's name.
-      size: "small" or "large", which models.
+      size: "small", "large" or one of `SIZES`, which models.
       more: keys beside the method's.
 
     Returns:
@@ -215,7 +254,7 @@ class Bench:
       }
     else:
       own, shared, has_base = METHODS[method]
-      if (size, method) == ("large", "dare_linear"):
+      if size != "small" and own is _WHOLE:
         own = _THINNED
       models = [
         {"model": model, **({"parameters": one} if one else {})}
@@ -243,8 +282,8 @@ class Bench:
     )
     out = self._work / "out" / "masked"
     shutil.rmtree(out, ignore_errors=True)
-    command = [*self._theirs(recipe, str(out)), "--random-seed", "7"]
-    measure(command, {"HF_HUB_OFFLINE": "1"})
+    theirs = self._theirs(recipe, str(out), self._work / "cache")
+    measure([*theirs, "--random-seed", "7"], _QUIET)
     found, under, own = map(open_checkpoint, (out, base, tuned))
     ours = {}
     for name in found:
@@ -263,18 +302,42 @@ class Bench:
       )
     return difference_of(ours, found)
 
-  def _ours(self, recipe: pathlib.Path, out: str) -> list[str]:
+  def _ours(
+    self, recipe: pathlib.Path, out: str, cache: pathlib.Path
+  ) -> list[str]:
     """Returns our command for a recipe."""
-    arguments = [f"--config={recipe}", f"--out={out}"]
-    cache = f"--cache={self._work / 'cache'}"
-    return [sys.executable, "-m", "jlora.commands.merge", *arguments, cache]
+    arguments = [f"--config={recipe}", f"--out={out}", f"--cache={cache}"]
+    return [sys.executable, "-m", "jlora.commands.merge", *arguments]
 
-  def _theirs(self, recipe: pathlib.Path, out: str) -> list[str]:
+  def _theirs(
+    self, recipe: pathlib.Path, out: str, cache: pathlib.Path
+  ) -> list[str]:
     """Returns mergekit's command for a recipe."""
+    del cache
     if not self._mergekit:
       raise ValueError("mergekit-yaml is needed for this part.")
     quiet = ["--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
     return [self._mergekit, str(recipe), out, *quiet]
+
+
+def config_of(size: str) -> dict[str, Any]:
+  """Returns the config.json of a Llama of one of `SIZES`.
+
+  Example:
+    >>> config_of("1MiB")["hidden_size"]
+    128
+  """
+  rows, width, inner, heads, layers = SIZES[size]
+  return {
+    **pairs.LLAMA,
+    "vocab_size": rows,
+    "hidden_size": width,
+    "intermediate_size": inner,
+    "num_attention_heads": heads,
+    "num_key_value_heads": heads,
+    "head_dim": width // heads,
+    "num_hidden_layers": layers,
+  }
 
 
 def difference_of(ours: Any, theirs: Any) -> tuple[float, float]:
@@ -307,7 +370,9 @@ def main(argv: list[str]) -> None:
   del argv
   with tempfile.TemporaryDirectory() as temporary:
     work = pathlib.Path(_WORK.value or temporary)
-    bench = Bench(work, _MERGEKIT.value, _LAYERS.value, _METHODS.value)
+    bench = Bench(
+      work, _MERGEKIT.value, _LAYERS.value, _METHODS.value, _SIZES.value
+    )
     for part in _PARTS.value:
       getattr(bench, part)()
     bench.table()

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from jlora.commands import entry
@@ -27,6 +26,7 @@ from jlora.merging.checkpoints.mergekit import read_recipe, read_recipes
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.merging.checkpoints.run import merge_checkpoints
 from jlora.merging.checkpoints.trimming import trim_models
+from jlora.numerics.threefry import seed_words
 from jlora.pairing.match import common_rows, keep_whole, same_rows
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands
@@ -162,7 +162,7 @@ def _merge(recipe: Recipe, out: str, is_last: bool) -> None:
   report = merge_checkpoints(
     recipe,
     out,
-    key=jax.random.key(_SEED.value),
+    key=seed_words(_SEED.value),
     max_shard_bytes=int(_SHARD.value * 2**20),
     resume=_RESUME.value or not is_last,
     overwrite=_OVERWRITE.value,

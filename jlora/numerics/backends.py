@@ -6,6 +6,8 @@ sharded. NumPy arrays stay on the host, where nothing has to be compiled and
 sizes may depend on values.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,21 +18,129 @@ from jax.sharding import PartitionSpec
 
 from jlora.numerics.meshes import run_automatic
 
+_SORTED = 2**16  # entries that NumPy sorts at a time: they stay in the cache
 
-def library_of(x: Any) -> Any:
-  """Returns the module whose functions take an array: `numpy` or `jax.numpy`.
+
+def library_of(*arrays: Any) -> Any:
+  """Returns the module whose functions take arrays: `numpy` or `jax.numpy`.
 
   Args:
-    x: an array or scalar of either.
+    arrays: arrays or scalars of either; others, as Python's numbers, go with
+      both.
 
   Returns:
-    `numpy` for its arrays and scalars, else `jax.numpy`.
+    `numpy` if there are only its arrays and scalars, else `jax.numpy`.
 
   Example:
     >>> library_of(np.ones(2)).__name__, library_of(jnp.ones(2)).__name__
     ('numpy', 'jax.numpy')
+    >>> library_of(np.ones(2), 0.5, jnp.ones(2)).__name__
+    'jax.numpy'
   """
-  return np if isinstance(x, np.ndarray | np.generic) else jnp
+  if any(isinstance(x, jax.Array) for x in arrays):
+    return jnp
+  return (
+    np if any(isinstance(x, np.ndarray | np.generic) for x in arrays) else jnp
+  )
+
+
+def single(value: Any, *beside: Any) -> Any:
+  """Converts a number to float32, in the library of the arrays it meets.
+
+  Example:
+    >>> single(0.5, np.ones(2))
+    array(0.5, dtype=float32)
+  """
+  xp = library_of(value, *beside)
+  return xp.asarray(value).astype(xp.float32)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Compiles a function for JAX arrays; NumPy's are worked on as it says.
+
+  Example:
+    >>> compiled(lambda x: x + 1)(np.float32(1))
+    np.float32(2.0)
+  """
+  program = jax.jit(function)
+
+  @functools.wraps(function)
+  def run(*arrays):
+    return (function if library_of(*arrays) is np else program)(*arrays)
+
+  return run
+
+
+def batched(
+  function: Callable[..., Any], in_axes: int | tuple[int | None, ...] = 0
+) -> Callable[..., Any]:
+  """Maps a function over an axis of its arrays: `jax.vmap`, a loop for NumPy.
+
+  Args:
+    function: arrays -> an array.
+    in_axes: as of `jax.vmap`.
+
+  Returns:
+    A function of arrays with that axis, whose result has it first.
+
+  Example:
+    >>> batched(np.sum)(np.ones((2, 3)))
+    array([3., 3.])
+  """
+
+  def run(*arrays):
+    if library_of(*arrays) is jnp:
+      return jax.vmap(function, in_axes)(*arrays)
+    axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(arrays)
+    given = [
+      itertools.repeat(x) if axis is None else np.moveaxis(x, axis, 0)
+      for x, axis in zip(arrays, axes, strict=True)
+    ]
+    return np.stack([function(*each) for each in zip(*given, strict=False)])
+
+  return run
+
+
+def ranks_along(x: Any, axis: int) -> Any:
+  """Returns the place of each entry in the order of its vector along an axis.
+
+  Args:
+    x: (...) float32, not negative; NaN is the largest.
+    axis: of the vectors.
+
+  Returns:
+    (...) int32, 0 for the smallest; of equal entries the first is first.
+
+  Example:
+    >>> ranks_along(np.float32([3, 1, 3]), 0)
+    array([1, 0, 2], dtype=int32)
+  """
+  if library_of(x) is jnp:
+    return jnp.argsort(jnp.argsort(x, axis=axis), axis=axis)
+  if not x.size:
+    return np.zeros(x.shape, np.int32)
+  rows = np.ascontiguousarray(np.moveaxis(x, axis, -1), np.float32)
+  at = np.arange(rows.shape[-1], dtype=np.int32)
+  ranks = np.empty(rows.shape, np.int32)
+  flat, bits = ranks.reshape(-1, at.size), rows.view(np.uint32)
+  bits = bits.reshape(-1, at.size)
+  few = max(_SORTED // at.size, 1)
+  for start in range(0, len(bits), few):
+    # Bits are in the order of values. Sorting pairs takes a third of argsort.
+    pairs = bits[start : start + few].astype(np.uint64) << np.uint64(32)
+    pairs |= at.astype(np.uint64)
+    pairs.sort(axis=-1)
+    order = (pairs & np.uint64(2**32 - 1)).astype(np.int64)
+    np.put_along_axis(flat[start : start + few], order, at[None], axis=-1)
+  return np.moveaxis(ranks, -1, axis)
+
+
+def log_softmax(x: Any) -> Any:
+  """Computes the logarithm of the softmax over the last axis."""
+  if library_of(x) is jnp:
+    return jax.nn.log_softmax(x, axis=-1)
+  below = x - x.max(axis=-1, keepdims=True)
+  return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
 
 
 def wide_dtype(*arrays: Any) -> Any:

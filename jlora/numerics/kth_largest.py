@@ -15,28 +15,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.numerics.backends import library_of, single
+
 _LOW, _HIGH = 16, 15  # bits of a magnitude that the two passes count by
 
 
-@jax.jit
 def kth_magnitude(x: Any, count: Any) -> Any:
   """Returns the largest t for which at least `count` entries have |x| ≥ t.
 
   Args:
-    x: (...) float32.
+    x: (...) float32, of either library.
     count: how many; may be traced. More than there are entries gives 0; 0 or
       less gives NaN, which no entry reaches.
 
   Returns:
-    () float32. NaN entries count as the largest. The count is exact up to 2^24
-    entries, beyond that to 1e-7 of their number. Takes 31 passes that only
-    read and count.
+    () float32. NaN entries count as the largest. Compiled, the count is exact
+    up to 2^24 entries, beyond that to 1e-7 of their number; it takes 31 passes
+    that only read and count. NumPy's selection copies the entries once.
 
   Example:
     >>> kth_magnitude(jnp.array([3.0, -5.0, 1.0]), 2)
     Array(3., dtype=float32)
   """
+  if library_of(x, count) is np:
+    return _selected(np.abs(x).reshape(-1), int(count))
+  return _counted(x, count)
+
+
+@jax.jit
+def _counted(x: Any, count: Any) -> Any:
+  """Finds the magnitude by counting."""
   return kth_of_all([x], jnp.abs, count)
+
+
+def _selected(sizes: np.ndarray, count: int) -> np.float32:
+  """Finds the k-th largest entry by NumPy's selection, in place."""
+  if not 0 < count <= sizes.size:
+    return np.float32(np.nan if count < 1 else 0)
+  sizes.partition(sizes.size - count)
+  return sizes[sizes.size - count]
 
 
 def kth_of_all(
@@ -65,24 +82,6 @@ def kth_of_all(
 
   found = jax.lax.fori_loop(0, 31, step, jnp.int32(0))
   return jax.lax.bitcast_convert_type(found, jnp.float32)
-
-
-def kth_on_host(x: Any, count: Any) -> float:
-  """Returns `kth_magnitude` of an array that is not negative, by NumPy.
-
-  Args:
-    x: (...) float32, copied.
-    count: how many, known.
-
-  Returns:
-    The value; a NaN where the count is 0.
-  """
-  sizes, count = np.array(x).reshape(-1), int(count)
-  if not count:
-    return float("nan")
-  at = sizes.size - count
-  sizes.partition(at)
-  return float(sizes[at])
 
 
 def kth_of_pieces(
@@ -138,9 +137,9 @@ def count_of(density: Any, size: int) -> Any:
     >>> count_of(0.7, 10), count_of(0.01, 10)
     (Array(7., dtype=float32), Array(1., dtype=float32))
   """
-  density = jnp.asarray(density).astype(jnp.float32)
-  count = jnp.floor(density * size + 1e-3)  # float32 rounds 0.7 down
-  return jnp.where(density > 0, jnp.clip(count, 1, size), 0.0)
+  xp, density = library_of(density), single(density)
+  count = xp.floor(density * size + 1e-3)  # float32 rounds 0.7 down
+  return xp.where(density > 0, xp.clip(count, 1, size), 0.0)
 
 
 def _bits(x: Any) -> Any:

@@ -4,8 +4,6 @@
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.merging.arrays.inputs import (
@@ -18,6 +16,7 @@ from jlora.merging.arrays.inputs import (
   shares,
   weighted_sum,
 )
+from jlora.numerics.backends import batched, library_of, single
 
 
 def linear(
@@ -47,6 +46,7 @@ def linear(
     ValueError: the weights sum to zero, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> linear(jnp.array([[1.0], [5.0]]), jnp.array([3.0, 1.0]))
     Array([2.], dtype=float32)
 
@@ -77,6 +77,7 @@ def passthrough(
     ValueError: more than one model, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> passthrough(jnp.array([[2.0, 4.0]]), jnp.array([0.5]))
     Array([1., 2.], dtype=float32)
   """
@@ -112,6 +113,7 @@ def nearswap(
     ValueError: more than one model, no base, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack, base = jnp.array([[1.01, 1.5, 3.0]]), jnp.ones(3)
     >>> nearswap(stack, jnp.ones(1), base, t=0.1).round(4)
     Array([1.01, 1.1 , 1.1 ], dtype=float32)
@@ -124,9 +126,10 @@ def nearswap(
     "nearswap", stack, weights, base, needs_base=True, counts=(1, 1)
   )
   change = given.deltas[0]
-  t = given.weights[0] * jnp.asarray(t).astype(jnp.float32)
-  share = jnp.clip(t / jnp.maximum(jnp.abs(change), 1e-6), 0, 1)
-  merged = jnp.where(share == 1, given.models[0], given.base + share * change)
+  t = given.weights[0] * single(t, change)
+  xp = library_of(t, change)
+  share = xp.clip(t / xp.maximum(xp.abs(change), 1e-6), 0, 1)
+  merged = xp.where(share == 1, given.models[0], given.base + share * change)
   return merged.astype(stack.dtype)
 
 
@@ -164,6 +167,7 @@ def model_stock(
       as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[1.0, 0.0], [0.5, 3**0.5 / 2]])   # 60 degrees
     >>> model_stock(stack, jnp.ones(2), jnp.zeros(2)).round(4)
     Array([0.5       , 0.28869998], dtype=float32)
@@ -181,11 +185,11 @@ def model_stock(
     )
   deltas = given.deltas
   count = deltas.shape[0]
-  units = divided(deltas, jax.vmap(lambda x: euclidean_norm(x, axis))(deltas))
+  units = divided(deltas, batched(lambda x: euclidean_norm(x, axis))(deltas))
   cosines = [
     inner(units[i], units[j], axis) for j in range(count) for i in range(j)
   ]
-  cosine = jnp.clip(sum(cosines) / len(cosines), 0, 1)
+  cosine = library_of(deltas).clip(sum(cosines) / len(cosines), 0, 1)
   share = count * cosine / (1 + (count - 1) * cosine)
   merged = given.base + share * over_models(deltas) / len(deltas)
   return merged.astype(stack.dtype)

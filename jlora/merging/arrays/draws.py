@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))
+from jlora.numerics.backends import library_of
+from jlora.numerics.threefry import block
+
 _HALF = 16
+_BLOCK = 2**14  # entries that NumPy draws at a time
 
 
-def uniform(key: Any, shape: tuple[int, ...], start: Any = None) -> Any:
+def uniform(
+  key: Any, shape: tuple[int, ...], start: Any = None, like: Any = None
+) -> Any:
   """Draws numbers in [0, 1), each from the key and its index alone.
 
       u_i = 2⁻²³ ⌊w_i / 2⁹⌋,   w_i = the words of block(key, i), one xor other
@@ -27,6 +32,7 @@ def uniform(key: Any, shape: tuple[int, ...], start: Any = None) -> Any:
     shape: of the part.
     start: (2,) uint32 from `place_of`, the index of the part's first entry;
       None is 0. The part's entries are consecutive in the flat tensor.
+    like: an array of the wanted library; None is JAX's.
 
   Returns:
     shape, float32. Elementwise: the same under any sharding.
@@ -40,12 +46,16 @@ def uniform(key: Any, shape: tuple[int, ...], start: Any = None) -> Any:
   References:
     Threefry-2x32 of 20 rounds (Salmon et al., 2011).
   """
-  high, low = _places(shape)
-  if start is not None:
-    own, low = low, low + start[1]
-    high = high + start[0] + (low < own).astype(jnp.uint32)
-  left, right = block(_two_words(key), high, low)
-  return ((left ^ right) >> 9).astype(jnp.float32) * jnp.float32(2**-23)
+  if library_of(like) is jnp:
+    return _uniform(_two_words(key), *_places(shape), start)
+  words = np.asarray(_two_words(key))
+  start = None if start is None else np.asarray(start)
+  found = np.empty(math.prod(shape), np.float32)
+  for at in range(0, found.size, _BLOCK):  # few, so that they stay in the cache
+    own = found[at : at + _BLOCK]
+    places = at + np.arange(own.size, dtype=np.uint64)
+    own[:] = _uniform(words, *_halves(places), start)
+  return found.reshape(shape)
 
 
 def place_of(index: int) -> np.ndarray:
@@ -64,33 +74,20 @@ def place_of(index: int) -> np.ndarray:
   return np.array([index >> 32, index & 0xFFFFFFFF], np.uint32)
 
 
-def block(key: Any, high: Any, low: Any) -> tuple[Any, Any]:
-  """Computes Threefry's two random words for each counter.
+def _uniform(words: Any, high: Any, low: Any, start: Any) -> Any:
+  """Draws the numbers at places, given by their halves, after a start."""
+  xp = library_of(high)
+  if start is not None:
+    own, low = low, low + start[1]
+    high = high + start[0] + (low < own).astype(xp.uint32)
+  left, right = block(words, high, low)
+  return ((left ^ right) >> 9).astype(xp.float32) * xp.float32(2**-23)
 
-  Args:
-    key: (2,) uint32.
-    high: (...) uint32, of the counters.
-    low: likewise.
 
-  Returns:
-    Two of (...) uint32.
-
-  Example:
-    >>> zero = jnp.uint32([0, 0])
-    >>> [hex(word) for word in block(zero, *zero)]
-    ['0x6b200159', '0x99ba4efe']
-  """
-  first, second = key
-  keys = (first, second, first ^ second ^ jnp.uint32(0x1BD11BDA))
-  left, right = high + keys[0], low + keys[1]
-  for turn in range(5):
-    for bits in _TURNS[turn % 2]:
-      left = left + right
-      turned = (right << jnp.uint32(bits)) | (right >> jnp.uint32(32 - bits))
-      right = turned ^ left
-    left = left + keys[(turn + 1) % 3]
-    right = right + keys[(turn + 2) % 3] + jnp.uint32(turn + 1)
-  return left, right
+def _halves(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the high and low halves of 64-bit integers."""
+  low = places.astype(np.uint32)
+  return (places >> np.uint64(32)).astype(np.uint32), low
 
 
 def _two_words(key: Any) -> Any:

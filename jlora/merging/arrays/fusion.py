@@ -3,10 +3,8 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jlora.merging.arrays.inputs import read_inputs
+from jlora.numerics.backends import library_of, log_softmax, single
 from jlora.numerics.kth_largest import kth_magnitude
 
 
@@ -42,6 +40,7 @@ def arcee_fusion(
     ValueError: more than one model, no base, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.4, 3.0]])
     >>> arcee_fusion(stack, [1.0], jnp.zeros(8))
     Array([0., 0., 0., 0., 0., 0., 0., 3.], dtype=float32)
@@ -56,20 +55,22 @@ def arcee_fusion(
   model, under = given.models[0], given.base
   score = _importance(model, under)
   low, middle, high = (_lower_quantile(score, q) for q in (1, 2, 3))
-  fence = jnp.asarray(fence).astype(jnp.float32)
+  fence = single(fence, score)
+  xp = library_of(fence)
   # Compilers compute scores anew to compare them, and may round otherwise.
-  least = (middle + fence * (high - low)) * jnp.float32(1 + 2**-21)
+  least = (middle + fence * (high - low)) * xp.float32(1 + 2**-21)
   taken = score > least
   weight = given.weights[0]
-  moved = jnp.where(weight == 1, model, under + weight * (model - under))
-  merged = jnp.where(taken | jnp.isnan(model), moved, under)
+  moved = xp.where(weight == 1, model, under + weight * (model - under))
+  merged = xp.where(taken | xp.isnan(model), moved, under)
   return merged.astype(stack.dtype)
 
 
 def _importance(model: Any, under: Any) -> Any:
   """Computes how much each entry matters, by its change and its row's."""
-  rows, below = (jnp.atleast_1d(x) for x in (model, under))
-  found = jnp.abs(rows - below) * _divergence(rows, below)
+  xp = library_of(model, under)
+  rows, below = (xp.atleast_1d(x) for x in (model, under))
+  found = xp.abs(rows - below) * _divergence(rows, below)
   return found.reshape(model.shape)
 
 
@@ -83,20 +84,21 @@ def _divergence(rows: Any, below: Any) -> Any:
 
   has no term of the order d, and none that is negative but c.
   """
-  logs, log_q = (jax.nn.log_softmax(x, axis=-1) for x in (rows, below))
-  wide = jnp.sum(jnp.exp(logs) * (logs - log_q), axis=-1, keepdims=True)
-  q, change = jnp.exp(log_q), rows - below
-  most = jnp.max(jnp.abs(change), axis=-1, keepdims=True)
-  small = change - jnp.sum(q * change, axis=-1, keepdims=True)
-  small = jnp.where(jnp.abs(small) <= 2**-20 * most, 0.0, small)
-  small = jnp.clip(small, -2, 2)
-  power = jnp.expm1(small)
+  xp = library_of(rows)
+  logs, log_q = (log_softmax(x) for x in (rows, below))
+  wide = xp.sum(xp.exp(logs) * (logs - log_q), axis=-1, keepdims=True)
+  q, change = xp.exp(log_q), rows - below
+  most = xp.max(xp.abs(change), axis=-1, keepdims=True)
+  small = change - xp.sum(q * change, axis=-1, keepdims=True)
+  small = xp.where(xp.abs(small) <= 2**-20 * most, 0.0, small)
+  small = xp.clip(small, -2, 2)
+  power = xp.expm1(small)
   series = small**2 * (0.5 + small * (1 / 6 + small * (1 / 24 + small / 120)))
-  rest = jnp.where(jnp.abs(small) < 0.1, series, power - small)
-  c = jnp.log1p(jnp.sum(q * rest, axis=-1, keepdims=True))
-  first = jnp.sum(q * small * power, axis=-1, keepdims=True)
-  found = jnp.where(most < 1, jnp.exp(-c) * first - c, wide)
-  return jnp.maximum(found, 0)
+  rest = xp.where(xp.abs(small) < 0.1, series, power - small)
+  c = xp.log1p(xp.sum(q * rest, axis=-1, keepdims=True))
+  first = xp.sum(q * small * power, axis=-1, keepdims=True)
+  found = xp.where(most < 1, xp.exp(-c) * first - c, wide)
+  return xp.maximum(found, 0)
 
 
 def _lower_quantile(score: Any, quarter: int) -> Any:

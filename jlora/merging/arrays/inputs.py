@@ -15,10 +15,13 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora.loras import Lora
+from jlora.numerics.backends import library_of
 
 
 class Inputs(NamedTuple):
   """The checked arguments of a merging method, all float32.
+
+  Of NumPy if no array of JAX was among them: the method then compiles nothing.
 
   Attributes:
     models: (n, ...).
@@ -74,20 +77,21 @@ def read_inputs(
     wanted = f"{least}" if most == least else f"at least {least}"
     raise ValueError(f"{method} merges {wanted} models, got {count}.")
   weights = numbers("weights", weights, count)
-  models = jnp.asarray(stack).astype(jnp.float32)
+  xp = library_of(stack, weights, base)
+  models = xp.asarray(stack).astype(xp.float32)
   if base is None:
     if needs_base:
       raise ValueError(
         f"{method} works on what models change of a base; pass the base they "
         "were finetuned from."
       )
-    return Inputs(models, weights, jnp.zeros(models.shape[1:], jnp.float32))
+    return Inputs(models, weights, xp.zeros(models.shape[1:], xp.float32))
   if base.shape != stack.shape[1:]:
     raise ValueError(
       f"{method}: base {base.shape} and models {stack.shape[1:]} differ in "
       "shape."
     )
-  return Inputs(models, weights, jnp.asarray(base).astype(jnp.float32))
+  return Inputs(models, weights, xp.asarray(base).astype(xp.float32))
 
 
 def numbers(name: str, values: Any, count: int) -> Any:
@@ -187,15 +191,15 @@ def inner(left: Any, right: Any, axis: int | None = None) -> Any:
   if product.ndim == 0:
     return product
   if axis is not None:
-    return jnp.sum(product, axis=axis, keepdims=True)
+    return product.sum(axis=axis, keepdims=True)
   for own in reversed(range(product.ndim)):
-    product = jnp.sum(product, axis=own, keepdims=True)
+    product = product.sum(axis=own, keepdims=True)
   return product
 
 
 def euclidean_norm(x: Any, axis: int | None = None) -> Any:
   """Computes Euclidean norms, over the axes that `inner` sums over."""
-  return jnp.sqrt(inner(x, x, axis))
+  return library_of(x).sqrt(inner(x, x, axis))
 
 
 def divided(x: Any, by: Any) -> Any:
@@ -205,7 +209,8 @@ def divided(x: Any, by: Any) -> Any:
     >>> divided(jnp.array([3.0, 3.0]), jnp.array([0.0, 2.0]))
     Array([3. , 1.5], dtype=float32)
   """
-  return x / jnp.where(by == 0, jnp.float32(1), by)
+  xp = library_of(by)
+  return x / xp.where(by == 0, xp.float32(1), by)
 
 
 def _check_stack(method: str, stack: Any) -> None:

@@ -3,14 +3,13 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from jlora.merging.arrays.inputs import (
   along_models,
   divided,
   over_models,
   read_inputs,
 )
+from jlora.numerics.backends import library_of, single
 
 
 def ram(
@@ -50,6 +49,7 @@ def ram(
     ValueError: no base, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[1.0, 2.0, 0.0], [0.0, 4.0, 0.0]])
     >>> ram(stack, [1.0, 1.0], jnp.zeros(3))
     Array([1., 3., 0.], dtype=float32)
@@ -60,23 +60,24 @@ def ram(
   del key
   given = read_inputs("ram", stack, weights, base, needs_base=True)
   epsilon, strength, bound = (
-    jnp.asarray(x).astype(jnp.float32) for x in (epsilon, strength, bound)
+    single(x, given.models) for x in (epsilon, strength, bound)
   )
-  deltas = given.deltas
+  xp, deltas = library_of(epsilon, strength, bound), given.deltas
   weights = along_models(given.weights, deltas)
-  acts = (jnp.abs(deltas) > epsilon) | jnp.isnan(deltas)
-  is_shared = over_models(acts.astype(jnp.float32)) > 1
+  acts = (xp.abs(deltas) > epsilon) | xp.isnan(deltas)
+  is_shared = over_models(acts.astype(xp.float32)) > 1
   shared, alone = acts & is_shared[None], acts & ~is_shared[None]
   ratio = divided(_counts(shared), _counts(alone))
-  lift = along_models(1 + strength * jnp.clip(ratio, 0, bound), deltas)
-  added = over_models(jnp.where(alone, lift * weights * deltas, 0.0))
-  total = over_models(jnp.where(shared, weights * deltas, 0.0))
-  share = over_models(jnp.where(shared, weights, 0.0))
+  lift = along_models(1 + strength * xp.clip(ratio, 0, bound), deltas)
+  added = over_models(xp.where(alone, lift * weights * deltas, 0.0))
+  total = over_models(xp.where(shared, weights * deltas, 0.0))
+  share = over_models(xp.where(shared, weights, 0.0))
   merged = given.base + added + divided(total, share)
   return merged.astype(stack.dtype)
 
 
 def _counts(where: Any) -> Any:
   """Counts the true entries of each model, (n, ...) -> (n,)."""
-  rows = jnp.sum(jnp.atleast_2d(where.astype(jnp.float32)), axis=-1)
-  return jnp.sum(rows.reshape(len(rows), -1), axis=-1)
+  xp = library_of(where)
+  rows = xp.sum(xp.atleast_2d(where.astype(xp.float32)), axis=-1)
+  return xp.sum(rows.reshape(len(rows), -1), axis=-1)

@@ -10,8 +10,6 @@ and `x_ties`.
 import functools
 from typing import Any
 
-import jax.numpy as jnp
-
 from jlora.merging.arrays.inputs import numbers, read_inputs
 from jlora.merging.arrays.sparsifiers import (
   Rescaling,
@@ -30,6 +28,7 @@ from jlora.merging.arrays.task_vectors import (
   merge_task_vectors,
   thin_out,
 )
+from jlora.numerics.backends import library_of
 
 
 def dare(
@@ -79,6 +78,7 @@ def dare(
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> dare(jnp.full((1, 2), 3.0), [1.0], jnp.ones(2), density=1.0)
     Array([3., 3.], dtype=float32)
 
@@ -132,6 +132,7 @@ def dare_lengths(
     ValueError: as `dare`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> dare_lengths(jnp.full((1, 2), 3.0), [1.0], jnp.ones(2), density=1.0)
     Array([[4., 4.]], dtype=float32)
   """
@@ -139,7 +140,8 @@ def dare_lengths(
   given = read_inputs("dare", stack, weights, base, needs_base=True)
   keep = functools.partial(at_random, rescale=unscaled, start=start)
   found = thin_out(given, keep, density, key)
-  return jnp.stack([lengths_of(*pair) for pair in found])
+  lengths = [lengths_of(*pair) for pair in found]
+  return library_of(*lengths).stack(lengths)
 
 
 def della(
@@ -155,6 +157,7 @@ def della(
   elect: Election | None = by_mass,
   normalize: bool = True,
   scale: Any = 1.0,
+  ranks: Any = None,
 ) -> Any:
   """Averages changes by sign after dropping small entries at random (DELLA).
 
@@ -177,6 +180,8 @@ def della(
     elect: as for `dare`.
     normalize: as for `merge_task_vectors`.
     scale: λ.
+    ranks: (n, ...) integers, each entry's rank by magnitude among those of its
+      row, if it is known; None sorts.
 
   Returns:
     (...) in the stack's dtype. Sorts along `axis`, which is gathered if it is
@@ -186,6 +191,7 @@ def della(
     ValueError: no base, a density within ε of 0 or 1, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[3.0, 1.0], [-1.0, 1.0]])
     >>> della(stack, [1.0, 1.0], jnp.zeros(2), density=1.0)
     Array([3., 1.], dtype=float32)
@@ -199,9 +205,13 @@ def della(
     given,
     sparsify=[
       functools.partial(
-        by_magnitude_rank, epsilon=own, axis=axis, rescale=rescale
+        by_magnitude_rank, epsilon=own, axis=axis, rescale=rescale, ranks=rank
       )
-      for own in numbers("epsilon", epsilon, len(stack))
+      for own, rank in zip(
+        numbers("epsilon", epsilon, len(stack)),
+        [None] * len(stack) if ranks is None else ranks,
+        strict=True,
+      )
     ],
     amounts=density,
     elect=elect,
@@ -251,6 +261,7 @@ def breadcrumbs(
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[5.0, -4.0, 3.0, 2.0, 1.0]])
     >>> breadcrumbs(stack, [1.0], jnp.zeros(5), density=0.6, gamma=0.2)
     Array([ 0., -4.,  3.,  2.,  0.], dtype=float32)

@@ -8,10 +8,10 @@ Both decompose matrices of a layer's size. For Loras use them inside
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jlora.merging.arrays.inputs import along_models, read_inputs, weighted_sum
+from jlora.numerics.backends import batched, library_of, single
 from jlora.numerics.meshes import run_automatic
 
 # Singular values below this share of the largest count as zero.
@@ -61,6 +61,7 @@ def tsv(
     ValueError: no base, keep below 1, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> both = jnp.float32([[3, 0], [0, 1]])
     >>> stack = jax.vmap(jnp.diag)(both)
     >>> tsv(stack, jnp.ones(2), jnp.zeros((2, 2))).round(4)
@@ -77,11 +78,12 @@ def tsv(
 
   def merged(deltas, weights):
     """Merges the changes (n, i, o) of one layer."""
-    u, s, vt = jnp.linalg.svd(deltas, full_matrices=False)
+    xp = library_of(deltas, weights)
+    u, s, vt = xp.linalg.svd(deltas, full_matrices=False)
     s = (along_models(weights, s) * s)[:, :keep]
     there = _counted(s, min(deltas.shape[1:]), keep).astype(s.dtype)
-    left = jnp.concatenate(u[:, :, :keep] * there[:, None, :], axis=1)
-    right = jnp.concatenate(vt[:, :keep] * there[:, :, None], axis=0)
+    left = xp.concatenate(u[:, :, :keep] * there[:, None, :], axis=1)
+    right = xp.concatenate(vt[:, :keep] * there[:, :, None], axis=0)
     middle = s.reshape(1, -1)
     return (_polar(left, tol) * middle) @ _polar(right.T, tol).T
 
@@ -121,6 +123,7 @@ def iso_c(
     ValueError: no base, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> both = jnp.float32([[3, 0], [0, 1]])
     >>> stack = jax.vmap(jnp.diag)(both)
     >>> iso_c(stack, jnp.ones(2), jnp.zeros((2, 2))).round(4)
@@ -136,9 +139,10 @@ def iso_c(
   def merged(deltas, weights):
     """Merges the changes (n, i, o) of one layer."""
     total = weighted_sum(weights, deltas)
-    u, s, vt = jnp.linalg.svd(total, full_matrices=False)
+    xp = library_of(total)
+    u, s, vt = xp.linalg.svd(total, full_matrices=False)
     there = (s > tol * s[0]).astype(s.dtype)
-    mean = jnp.sum(s * there) / jnp.maximum(jnp.sum(there), 1)
+    mean = xp.sum(s * there) / xp.maximum(xp.sum(there), 1)
     return mean * (u * there[None]) @ vt
 
   return _of_matrices(merged, given, scale, stack.dtype)
@@ -146,12 +150,13 @@ def iso_c(
 
 def _counted(s: Any, room: int, keep: int | None) -> Any:
   """Returns which triplets (n, k) take part, a mask without σ = 0."""
-  sizes = jnp.abs(s)
-  there = sizes > _NONE * jnp.max(sizes, axis=1, keepdims=True)
+  xp = library_of(s)
+  sizes = xp.abs(s)
+  there = sizes > _NONE * xp.max(sizes, axis=1, keepdims=True)
   if keep is not None:
     return there
-  leading = jnp.arange(s.shape[1]) < max(room // len(s), 1)
-  return there & (leading[None] | (jnp.sum(there) <= room))
+  leading = xp.arange(s.shape[1]) < max(room // len(s), 1)
+  return there & (leading[None] | (xp.sum(there) <= room))
 
 
 def _of_matrices(merged, given, scale, dtype):
@@ -163,22 +168,23 @@ def _of_matrices(merged, given, scale, dtype):
 
     def one(deltas, weights):
       # On NaN, LAPACK may not return.
-      is_finite = jnp.isfinite(deltas).all()
-      found = merged(jnp.where(is_finite, deltas, 0.0), weights)
-      return jnp.where(is_finite, found, jnp.nan)
+      xp = library_of(deltas, weights)
+      is_finite = xp.isfinite(deltas).all()
+      found = merged(xp.where(is_finite, deltas, 0.0), weights)
+      return xp.where(is_finite, found, xp.float32(xp.nan))
 
     for _ in range(deltas.ndim - 3):
-      one = jax.vmap(one, in_axes=(1, None))
+      one = batched(one, in_axes=(1, None))
     with jax.default_matmul_precision("highest"):
       change = run_automatic(
         one, (deltas, given.weights), lambda x, _: PartitionSpec(*x[1:])
       )
-  scale = jnp.asarray(scale).astype(jnp.float32)
-  return (given.base + scale * change).astype(dtype)
+  return (given.base + single(scale, change) * change).astype(dtype)
 
 
 def _polar(columns: Any, tol: float) -> Any:
   """Returns the nearest orthonormal columns, without dependent directions."""
-  q, r = jnp.linalg.qr(columns)
-  p, s, qt = jnp.linalg.svd(r, full_matrices=False)
+  xp = library_of(columns)
+  q, r = xp.linalg.qr(columns)
+  p, s, qt = xp.linalg.svd(r, full_matrices=False)
   return q @ (p * (s > tol).astype(s.dtype)[None] @ qt)

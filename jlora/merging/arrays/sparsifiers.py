@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.merging.arrays.draws import uniform
 from jlora.merging.arrays.inputs import divided, inner, is_known
+from jlora.numerics.backends import library_of, ranks_along, single
 from jlora.numerics.kth_largest import count_of, kth_magnitude
+from jlora.numerics.threefry import seed_words
 
 Rescaling = Callable[[Any, Any, Any], Any]
 
@@ -32,6 +33,7 @@ def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
     probability: broadcasts to it.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> inverse_keep(None, jnp.array([2.0, 0.0]), 0.5)
     Array([4., 0.], dtype=float32)
 
@@ -39,7 +41,7 @@ def inverse_keep(delta: Any, kept: Any, probability: Any) -> Any:
     DARE (Yu et al., 2024), and DELLA (Deep et al., 2024).
   """
   del delta
-  return divided(kept, jnp.asarray(probability).astype(jnp.float32))
+  return divided(kept, single(probability, kept))
 
 
 def match_l1(
@@ -63,6 +65,7 @@ def match_l1(
     As kept; zeros where nothing was kept.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> match_l1(jnp.array([2.0, 2.0]), jnp.array([2.0, 0.0]))
     Array([4., 0.], dtype=float32)
   """
@@ -78,12 +81,14 @@ def lengths_of(delta: Any, kept: Any) -> Any:
     (2,) float32; those of pieces of a tensor add up.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> lengths_of(jnp.array([2.0, -2.0]), jnp.array([2.0, 0.0]))
     Array([4., 2.], dtype=float32)
   """
-  one = jnp.float32(1)
-  found = [inner(jnp.abs(x), one).reshape(()) for x in (delta, kept)]
-  return jnp.stack(found)
+  xp = library_of(delta, kept)
+  one = xp.float32(1)
+  found = [inner(xp.abs(x), one).reshape(()) for x in (delta, kept)]
+  return xp.stack(found)
 
 
 def unscaled(delta: Any, kept: Any, probability: Any = None) -> Any:
@@ -110,11 +115,12 @@ def by_magnitude(
     rescale: `unscaled` as in the paper, or `match_l1`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> by_magnitude(jnp.array([3.0, -5.0, 1.0, 2.0]), 0.5)
     Array([ 3., -5.,  0.,  0.], dtype=float32)
   """
   del key
-  count = count_of(density, delta.size)
+  count = count_of(single(density, delta), delta.size)
   return from_threshold(delta, kth_magnitude(delta, count), rescale=rescale)
 
 
@@ -124,11 +130,12 @@ def from_threshold(
   """Keeps the entries of a change whose magnitude is at least a threshold.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> from_threshold(jnp.array([3.0, -5.0, 1.0]), 3.0)
     Array([ 3., -5.,  0.], dtype=float32)
   """
   del key
-  kept = _where(jnp.abs(delta) >= threshold, delta)
+  kept = _where(abs(delta) >= threshold, delta)
   return rescale(delta, kept, None)
 
 
@@ -153,8 +160,10 @@ def at_random(
       `unscaled`.
     start: as for `uniform`, where delta is a piece of a tensor.
   """
-  key = jax.random.key(0) if key is None else key
-  drawn = uniform(key, delta.shape, start) < density
+  key = seed_words(0) if key is None else key
+  is_on_host = library_of(delta, density) is np and is_known((key, start))
+  like = delta if is_on_host else None
+  drawn = uniform(key, delta.shape, start, like) < density
   return rescale(delta, _where(drawn, delta), density)
 
 
@@ -166,6 +175,7 @@ def by_magnitude_rank(
   epsilon: Any = 0.15,
   axis: int = -1,
   rescale: Rescaling = inverse_keep,
+  ranks: Any = None,
 ) -> Any:
   """Keeps entries at random, large ones more likely, as DELLA does.
 
@@ -181,33 +191,43 @@ def by_magnitude_rank(
     axis: along which entries are ranked. A single entry has p = density.
     rescale: `inverse_keep` divides each entry by its own p, as in the paper;
       `match_l1` as in mergekit; or `unscaled`.
+    ranks: (...) integers, the entries' ranks if they are known.
 
   Raises:
     ValueError: density ± ε leaves [0, 1] (unless traced).
   """
-  probability = keep_probability(delta, density, epsilon=epsilon, axis=axis)
+  probability = keep_probability(
+    delta, density, epsilon=epsilon, axis=axis, ranks=ranks
+  )
   return at_random(delta, probability, key, rescale=rescale)
 
 
 def keep_probability(
-  delta: Any, density: Any, *, epsilon: Any = 0.15, axis: int = -1
+  delta: Any,
+  density: Any,
+  *,
+  epsilon: Any = 0.15,
+  axis: int = -1,
+  ranks: Any = None,
 ) -> Any:
   """Computes the probabilities with which `by_magnitude_rank` keeps entries.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> found = keep_probability(jnp.array([0.1, 0.5, 2.0, 1.0]), 0.7)
     >>> np.asarray(found).round(3)
     array([0.55, 0.65, 0.85, 0.75], dtype=float32)
   """
   check_range(density, epsilon)
-  density = jnp.asarray(density).astype(jnp.float32)
-  rows = jnp.atleast_1d(jnp.abs(delta))
-  rank = jnp.argsort(jnp.argsort(rows, axis=axis), axis=axis)
+  xp = library_of(delta, density, epsilon, ranks)
+  density, half = single(density, delta), single(epsilon, delta)
+  rows = xp.atleast_1d(xp.abs(delta))
+  rank = ranks_along(rows, axis) if ranks is None else ranks
   steps = rows.shape[axis] - 1
-  above = 2 * rank.astype(jnp.float32) / max(steps, 1) - 1
-  half = jnp.asarray(epsilon).astype(jnp.float32)
-  share = density + half * (above if steps else jnp.zeros_like(above))
-  probability = jnp.where(density >= 1, 1.0, jnp.clip(share, 0, 1))
+  rank = rank.reshape(rows.shape).astype(xp.float32)
+  above = 2 * rank / max(steps, 1) - 1
+  share = density + half * (above if steps else xp.zeros_like(above))
+  probability = xp.where(density >= 1, 1.0, xp.clip(share, 0, 1))
   return probability.reshape(delta.shape)
 
 
@@ -238,18 +258,19 @@ def keep_middle(
     rescale: `unscaled` as in the paper, or `match_l1`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> keep_middle(jnp.array([5.0, -4.0, 3.0, 2.0, 1.0]), 0.6, gamma=0.2)
     Array([ 0., -4.,  3.,  2.,  0.], dtype=float32)
   """
   del key
-  density = jnp.asarray(density).astype(jnp.float32)
+  xp = library_of(delta, density, gamma)
+  density, share = single(density, delta), single(gamma, delta)
   count = count_of(density, delta.size)
-  share = jnp.asarray(gamma).astype(jnp.float32)
-  outliers = jnp.floor(share * delta.size + 1e-3)
-  outliers = jnp.minimum(outliers, delta.size - count)
+  outliers = xp.floor(share * delta.size + 1e-3)
+  outliers = xp.minimum(outliers, delta.size - count)
   most = kth_magnitude(delta, outliers + 1)
   least = kth_magnitude(delta, outliers + count)
-  size = jnp.abs(delta)
+  size = xp.abs(delta)
   kept = (size >= least) & ~(size > most) & (density > 0)
   return rescale(delta, _where(kept | (density >= 1), delta), density)
 
@@ -280,4 +301,5 @@ def check_range(density: Any, margin: Any = 0.0) -> None:
 
 def _where(kept: Any, delta: Any) -> Any:
   """Keeps entries by a mask, and NaN always."""
-  return jnp.where(kept | jnp.isnan(delta), delta, 0.0)
+  xp = library_of(kept, delta)
+  return xp.where(kept | xp.isnan(delta), delta, 0.0)

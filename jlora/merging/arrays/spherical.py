@@ -3,9 +3,6 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jlora.merging.arrays.inputs import (
   Inputs,
   divided,
@@ -14,6 +11,13 @@ from jlora.merging.arrays.inputs import (
   read_inputs,
   shares,
   weighted_sum,
+)
+from jlora.numerics.backends import (
+  batched,
+  compiled,
+  library_of,
+  run_while,
+  single,
 )
 
 # Directions cancel if their mean is shorter than this.
@@ -55,6 +59,7 @@ def slerp(
       `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> slerp(stack, jnp.ones(2)).round(4)
     Array([0.7071, 1.4142], dtype=float32)
@@ -99,6 +104,7 @@ def nuslerp(
     ValueError: not two models, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> nuslerp(stack, jnp.array([0.0, 1.0]))
     Array([0., 1.], dtype=float32)
@@ -108,9 +114,9 @@ def nuslerp(
   """
   del key
   given = read_inputs("nuslerp", stack, weights, base, counts=(2, 2))
-  total = jnp.sum(given.weights)
-  is_none = jnp.abs(total) < 1e-6
-  t = jnp.where(is_none, 0.5, divided(given.weights[1], total))
+  xp, total = library_of(given.weights), given.weights.sum()
+  is_none = xp.abs(total) < 1e-6
+  t = xp.where(is_none, 0.5, divided(given.weights[1], total))
   cosine = _cosine(*_products(given.deltas, axis))
   change = _arc(given.deltas, cosine, t, 1 - 1e-6)
   return (given.base + change).astype(stack.dtype)
@@ -145,6 +151,7 @@ def multislerp(
     ValueError: weights that sum to zero, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
     >>> multislerp(stack, jnp.ones(2)).round(4)
     Array([1.4142, 1.4142], dtype=float32)
@@ -158,7 +165,8 @@ def multislerp(
   mean = weighted_sum(weights, units)
   size = euclidean_norm(mean)
   straight = weighted_sum(weights, given.deltas)
-  change = jnp.where(size > _CANCELLED, length * divided(mean, size), straight)
+  xp = library_of(size)
+  change = xp.where(size > _CANCELLED, length * divided(mean, size), straight)
   return (given.base + change).astype(stack.dtype)
 
 
@@ -194,6 +202,7 @@ def karcher(
     ValueError: weights that sum to zero, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[1.0, 0.0], [0.0, 3.0]])
     >>> karcher(stack, jnp.ones(2)).round(4)
     Array([1.4142, 1.4142], dtype=float32)
@@ -208,29 +217,30 @@ def karcher(
   return (given.base + change).astype(stack.dtype)
 
 
-@jax.jit
+@compiled
 def _mean_direction(weights: Any, units: Any, steps: Any, tol: Any) -> Any:
   """Computes the Karcher mean of unit vectors."""
+  xp = library_of(units)
 
   def step(state):
     """Moves the mean along the weighted mean of tangents."""
     count, mean, _ = state
-    cosine = jnp.clip(jax.vmap(lambda u: inner(u, mean))(units), -1, 1)
-    angle = jnp.arccos(cosine)
-    sine = jnp.sin(angle)
-    ratio = jnp.where(sine > 1e-6, divided(angle, sine), 1.0)
+    cosine = xp.clip(batched(lambda u: inner(u, mean))(units), -1, 1)
+    angle = xp.arccos(cosine)
+    sine = xp.sin(angle)
+    ratio = xp.where(sine > 1e-6, divided(angle, sine), 1.0)
     tangent = weighted_sum(weights, ratio * (units - cosine * mean[None]))
     size = euclidean_norm(tangent)
-    mean = jnp.cos(size) * mean + jnp.sin(size) * divided(tangent, size)
-    return count + 1, divided(mean, euclidean_norm(mean)), jnp.max(size)
+    mean = xp.cos(size) * mean + xp.sin(size) * divided(tangent, size)
+    return count + 1, divided(mean, euclidean_norm(mean)), size.max()
 
   mean = weighted_sum(weights, units)
   size = euclidean_norm(mean)
-  mean = jnp.where(size > _CANCELLED, divided(mean, size), units[0])
-  _, mean, _ = jax.lax.while_loop(
+  mean = xp.where(size > _CANCELLED, divided(mean, size), units[0])
+  _, mean, _ = run_while(
     lambda state: (state[0] < steps) & (state[2] > tol),
     step,
-    (jnp.int32(0), mean, jnp.float32(jnp.inf)),
+    (xp.int32(0), mean, xp.float32(xp.inf)),
   )
   return mean
 
@@ -239,7 +249,7 @@ def _polar(given: Inputs) -> tuple[Any, Any, Any]:
   """Returns weights of sum 1, unit vectors (n, ...) and the mean length."""
   weights = shares(given.weights)
   deltas = given.deltas
-  norms = jax.vmap(euclidean_norm)(deltas)
+  norms = batched(euclidean_norm)(deltas)
   return weights, divided(deltas, norms), weighted_sum(weights, norms)
 
 
@@ -255,10 +265,12 @@ def products_of(stack: Any) -> Any:
     (3,) float32; those of a tensor's pieces add up to the tensor's.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> products_of(jnp.array([[1.0, 0.0], [1.0, 2.0]]))
     Array([1., 1., 5.], dtype=float32)
   """
-  return jnp.stack([product.reshape(()) for product in _products(stack)])
+  products = [product.reshape(()) for product in _products(stack)]
+  return library_of(stack).stack(products)
 
 
 def _products(pair: Any, axis: int | None = None) -> tuple[Any, Any, Any]:
@@ -273,17 +285,19 @@ def _products(pair: Any, axis: int | None = None) -> tuple[Any, Any, Any]:
 
 def _cosine(first: Any, between: Any, second: Any) -> Any:
   """Computes the cosine from the three inner products."""
-  cosine = divided(between, jnp.sqrt(first) * jnp.sqrt(second))
-  return jnp.clip(cosine, -1, 1)
+  xp = library_of(first)
+  cosine = divided(between, xp.sqrt(first) * xp.sqrt(second))
+  return xp.clip(cosine, -1, 1)
 
 
 def _arc(pair: Any, cosine: Any, t: Any, colinear: float) -> Any:
   """Returns the point t of the arc, or of the line if nearly colinear."""
   left, right = pair
-  t = jnp.asarray(t).astype(jnp.float32)
-  angle = jnp.arccos(cosine)
-  straight = jnp.abs(cosine) > colinear
-  sine = jnp.where(straight, 1.0, jnp.sin(angle))
-  first = jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / sine)
-  second = jnp.where(straight, t, jnp.sin(t * angle) / sine)
+  t = single(t, cosine)
+  xp = library_of(t)
+  angle = xp.arccos(cosine)
+  straight = xp.abs(cosine) > colinear
+  sine = xp.where(straight, 1.0, xp.sin(angle))
+  first = xp.where(straight, 1 - t, xp.sin((1 - t) * angle) / sine)
+  second = xp.where(straight, t, xp.sin(t * angle) / sine)
   return first * left + second * right

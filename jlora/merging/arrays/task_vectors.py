@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jlora.merging.arrays.inputs import (
@@ -31,8 +29,10 @@ from jlora.merging.arrays.sparsifiers import (
   from_threshold,
   unscaled,
 )
+from jlora.numerics.backends import batched, library_of, single
 from jlora.numerics.kth_largest import count_of, kth_magnitude
 from jlora.numerics.meshes import run_automatic
+from jlora.numerics.threefry import fold_in, seed_words
 
 Election = Callable[[Any], Any]
 
@@ -50,35 +50,40 @@ def by_mass(weighted: Any) -> Any:
     (...) float32, +1 or -1, NaN where the sum is NaN.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> by_mass(jnp.array([[2.0, -1.0, 1.0], [-1.0, -1.0, -1.0]]))
     Array([ 1., -1.,  1.], dtype=float32)
 
   References:
     TIES (Yadav et al., 2023).
   """
-  sign = jnp.sign(over_models(weighted))
-  majority = jnp.where(jnp.nansum(sign) >= 0, 1.0, -1.0)
-  return jnp.where(sign == 0, majority, sign)
+  xp = library_of(weighted)
+  sign = xp.sign(over_models(weighted))
+  majority = xp.where(xp.nansum(sign) >= 0, xp.float32(1), -1)
+  return xp.where(sign == 0, majority, sign)
 
 
 def by_mass_or_plus(weighted: Any) -> Any:
   """Elects the sign of each entry's sum over models, + for 0, as mergekit does.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> by_mass_or_plus(jnp.array([[2.0, -1.0], [-2.0, -1.0]]))
     Array([ 1., -1.], dtype=float32)
   """
-  return jnp.where(over_models(weighted) >= 0, jnp.float32(1), -1)
+  xp = library_of(weighted)
+  return xp.where(over_models(weighted) >= 0, xp.float32(1), -1)
 
 
 def by_count(weighted: Any) -> Any:
   """Elects the sign that most models have, + on a tie; mergekit's "count".
 
   Example:
+    >>> import jax.numpy as jnp
     >>> by_count(jnp.array([[9.0], [-1.0], [-1.0]]))
     Array([-1.], dtype=float32)
   """
-  return by_mass_or_plus(jnp.sign(weighted))
+  return by_mass_or_plus(library_of(weighted).sign(weighted))
 
 
 def combine(
@@ -109,20 +114,20 @@ def combine(
     (...) float32. NaN always agrees.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> deltas = jnp.array([[2.0, -1.0], [1.0, 3.0]])
     >>> combine(deltas, jnp.ones(2), elect=by_mass, normalize=True)
     Array([1.5, 3. ], dtype=float32)
   """
   weighted = [weights[i] * deltas[i] for i in range(len(deltas))]
-  sign = None if elect is None else elect(jnp.stack(weighted))
+  xp = library_of(*weighted)
+  sign = None if elect is None else elect(xp.stack(weighted))
   kept, counted = [], []
   for at, one in enumerate(weighted):
-    agrees = (
-      jnp.ones(one.shape, bool) if sign is None else jnp.sign(one) == sign
-    )
-    kept.append(jnp.where(agrees | jnp.isnan(one), one, 0.0))
-    size = weights[at] if sign is None else jnp.abs(weights[at])
-    counted.append(jnp.where(agrees, size, 0.0))
+    agrees = xp.ones(one.shape, bool) if sign is None else xp.sign(one) == sign
+    kept.append(xp.where(agrees | xp.isnan(one), one, 0.0))
+    size = weights[at] if sign is None else xp.abs(weights[at])
+    counted.append(xp.where(agrees, size, 0.0))
   total = over_models(kept)
   return divided(total, over_models(counted)) if normalize else total
 
@@ -160,6 +165,7 @@ def merge_task_vectors(
     (...) float32.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> from jlora.merging import read_inputs
     >>> stack, base = jnp.array([[3.0, 1.0]]), jnp.ones(2)
     >>> given = read_inputs("mine", stack, [1.0], base)
@@ -172,7 +178,7 @@ def merge_task_vectors(
     thinned = thin_out(given, sparsify, amounts, key)
     deltas = [kept for _, kept in thinned]
   change = combine(deltas, given.weights, elect=elect, normalize=normalize)
-  return given.base + jnp.asarray(scale).astype(jnp.float32) * change
+  return given.base + single(scale, change) * change
 
 
 def thin_out(
@@ -194,13 +200,14 @@ def thin_out(
       traced).
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack, base = jnp.array([[3.0, 1.0]]), jnp.ones(2)
     >>> given = read_inputs("mine", stack, [1.0], base)
     >>> thin_out(given, from_threshold, 1.0)
     [(Array([2., 0.], dtype=float32), Array([2., 0.], dtype=float32))]
   """
   count = len(given.models)
-  key = jax.random.key(0) if key is None else key
+  key = seed_words(0) if key is None else key
   amounts = numbers("density", amounts, count)
   each = [sparsify] * count if callable(sparsify) else sparsify
   found = []
@@ -208,7 +215,7 @@ def thin_out(
     delta = given.models[at] - given.base
     kept = run_automatic(
       sparsify_one,
-      (delta, amounts[at], jax.random.fold_in(key, at)),
+      (delta, amounts[at], fold_in(key, at)),
       lambda x, *_: PartitionSpec(*x),
     )
     found.append((delta, kept))
@@ -243,6 +250,7 @@ def task_arithmetic(
     ValueError: no base, or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[3.0], [0.0]])
     >>> task_arithmetic(stack, jnp.ones(2), jnp.ones(1))
     Array([2.], dtype=float32)
@@ -298,6 +306,7 @@ def ties(
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
     >>> ties(stack, jnp.ones(2), jnp.zeros(4), density=0.5)
     Array([1.5, 3. , 0. , 0. ], dtype=float32)
@@ -353,6 +362,7 @@ def sce(
     ValueError: no base, a density outside [0, 1], or as `read_inputs`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> stack = jnp.array([[2.0, -1, 0.5, 0], [1.0, 3, -0.2, 0.4]])
     >>> sce(stack, jnp.ones(2), jnp.zeros(4), density=0.5).round(4)
     Array([1.3333, 3.    , 0.    , 0.    ], dtype=float32)
@@ -367,11 +377,12 @@ def sce(
   mean = over_models(deltas) / len(deltas)
   spread = over_models((deltas - mean[None]) ** 2) / len(deltas)
   # Compilers compute it anew to compare it, and may round it otherwise.
-  least = kth_magnitude(spread, count_of(density, spread.size))
-  least = least * jnp.float32(1 - 2**-21)
-  selected = (spread >= least) | jnp.isnan(spread)
-  taken = jnp.where(selected[None], deltas, 0.0)
-  strengths = jax.vmap(inner)(taken, taken).reshape(-1) / spread.size
+  least = kth_magnitude(spread, count_of(single(density, spread), spread.size))
+  xp = library_of(spread, least)
+  least = least * xp.float32(1 - 2**-21)
+  selected = (spread >= least) | xp.isnan(spread)
+  taken = xp.where(selected[None], deltas, 0.0)
+  strengths = batched(inner)(taken, taken).reshape(-1) / spread.size
   votes = along_models(given.weights, taken) * taken
   change = combine(
     taken,
@@ -379,5 +390,4 @@ def sce(
     elect=lambda _: by_mass(votes),
     normalize=True,
   )
-  scale = jnp.asarray(scale).astype(jnp.float32)
-  return (given.base + scale * change).astype(stack.dtype)
+  return (given.base + single(scale, change) * change).astype(stack.dtype)

@@ -3,7 +3,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,11 @@ import numpy as np
 
 from jlora.merging.arrays.averages import passthrough
 from jlora.merging.arrays.draws import place_of
+from jlora.merging.checkpoints.on_host import (
+  LARGEST,
+  small_programs,
+  works_on_host,
+)
 from jlora.merging.checkpoints.piecewise import (
   DRAWN,
   is_piecewise,
@@ -28,6 +34,7 @@ from jlora.merging.checkpoints.reading import (
   pieces_of,
 )
 from jlora.messages import name_some
+from jlora.numerics.backends import words_of
 from jlora.numerics.finite import is_finite, not_finite, rounded
 from jlora.pairing.comparison import stored_dtype
 from jlora.paths import key_for
@@ -50,6 +57,8 @@ class Merger:
     method: `(stack, weights, base, *, key, **settings) -> array`.
     models: name -> checkpoint.
     key: PRNG key; each tensor uses its own, from its name.
+    jobs: all that will be merged: where programs would have little to do,
+      NumPy merges and nothing is compiled.
 
   Example:
     >>> from jlora.merging.checkpoints.planning import InputTensor
@@ -67,14 +76,21 @@ class Merger:
     self,
     method: Callable[..., Any],
     models: Mapping[str, Any],
-    key: jax.Array | None,
+    key: Any,
+    jobs: Iterable[Job] = (),
   ):
-    self._method, self._models, self._key = method, models, key
+    words = words_of(key)
+    self._key = words if words.shape == (2,) else key  # of another generator
+    self._method, self._models = method, models
     self._plain, self._defaults = unbind(method)
     self._sums = whole_sums_of(method)
     self._rooms = Rooms()
     self._told = told_of(method)
     self._programs = Programs()
+    self._works_on_host = works_on_host(method)
+    self._small = small_programs(
+      (self._program(job), math.prod(job.shape)) for job in jobs
+    )
 
   def pieces(self, job: Job) -> list[Piece] | list[None]:
     """Lists the pieces that a tensor is made in.
@@ -85,12 +101,15 @@ class Merger:
     Returns:
       Pieces in the order of the entries; [None] if it is made as a whole.
     """
+    return pieces_of(job.shape, _PIECE) if self._is_cut(job) else [None]
+
+  def _is_cut(self, job: Job) -> bool:
+    """Returns whether a tensor is made in pieces."""
+    if not self.is_copied(job) and not is_piecewise(self._method):
+      return False
     given = [*job.sources, *([] if job.base is None else [job.base])]
     stored = [find_stored(self._models, job, one) for one in given]
-    is_cut = self.is_copied(job) or is_piecewise(self._method)
-    if is_cut and all(one and is_floating(one.dtype) for one in stored):
-      return pieces_of(job.shape, _PIECE)
-    return [None]
+    return all(one and is_floating(one.dtype) for one in stored)
 
   def is_copied(self, job: Job) -> bool:
     """Returns whether the only source is the result, up to its dtype.
@@ -182,8 +201,8 @@ class Merger:
 
   def _called(self, fixed, job, leaves, numbers, piece) -> np.ndarray:
     """Runs a function on opened inputs, called as methods are."""
-    count = len(job.sources)
-    shape = None if piece is None else _layout(piece)
+    count, is_on_host = len(job.sources), self.is_on_host(job)
+    shape = None if piece is None else _layout(piece, is_on_host)
     is_drawn = self._plain in DRAWN
     is_keyed = piece is None or is_drawn
     key = key_for(self._key, job.name) if is_keyed else None
@@ -201,12 +220,33 @@ class Merger:
         every = [*stack, *([] if base is None else [base])]
         if not all(map(is_finite, every)):
           raise _why_not_finite(job, leaves, stack.dtype)
-      if base is not None and self._is_told_first(job):
+      if base is not None and not is_on_host and self._is_told_first(job):
         numbers |= self._told_first(stack, base, numbers)
       try:
+        if is_on_host:
+          with np.errstate(all="ignore"):  # as XLA does
+            return np.asarray(_merge(fixed, stack, base, numbers, key))
         return np.asarray(self._run(_merge, fixed, stack, base, numbers, key))
       except ValueError as error:
         raise ValueError(f"{job.name}: {error}") from error
+
+  def is_on_host(self, job: Job) -> bool:
+    """Returns whether NumPy merges a tensor, and nothing is compiled for it.
+
+    Args:
+      job: what the tensor is made of.
+
+    Returns:
+      bool; hangs on sizes alone.
+    """
+    if not self._works_on_host or self._program(job) not in self._small:
+      return False
+    return math.prod(job.shape) <= LARGEST or self._is_cut(job)
+
+  def _program(self, job: Job) -> Hashable:
+    """Returns what the tensors have in common that a program merges."""
+    shape = None if self._is_cut(job) else job.shape
+    return shape, len(job.sources), job.base is not None, job.dtype
 
   def check(self, job: Job) -> None:
     """Raises unless the method accepts a job's settings; compiles nothing.
@@ -219,7 +259,10 @@ class Merger:
     """
     if job.settings is None:
       return
-    settings = {name: np.float32(value) for name, value in job.settings}
+    settings = _numbers(job)
+    if self._works_on_host:
+      self._check_on_host(job, settings)
+      return
     one = jax.ShapeDtypeStruct((1, 1), np.float32)
     stack = jax.ShapeDtypeStruct((len(job.sources), 1, 1), np.float32)
     base = None if job.base is None else one
@@ -256,18 +299,29 @@ class Merger:
         "first."
       )
 
+  def _check_on_host(self, job: Job, settings: dict[str, Any]) -> None:
+    """Raises unless the method accepts settings, by merging a few zeros."""
+    zeros = np.zeros((len(job.sources), 1, 1), np.float32)
+    base = None if job.base is None else zeros[0]
+    fixed = (self._method, np.dtype(np.float32))
+    try:
+      with np.errstate(all="ignore"):
+        _merge(fixed, zeros, base, settings, np.zeros(2, np.uint32))
+    except ValueError as error:
+      raise ValueError(f"{job.name}: {error}") from error
+
   def _is_told(self, job: Job, setting: str) -> bool:
     """Returns whether an argument of the method is already set."""
     return setting in self._defaults or setting in dict(job.settings or ())
 
   def _is_told_first(self, job: Job) -> bool:
-    """Returns whether a number is found on the host before the method runs."""
+    """Returns whether the host finds something before the method runs."""
     if self._told is None or self._is_told(job, self._told.setting):
       return False
     return jax.default_backend() == "cpu"
 
   def _told_first(self, stack, base, numbers) -> dict[str, Any]:
-    """Finds that number, and drops the setting that it replaces."""
+    """Finds it, and drops the setting that it replaces."""
     told: Any = self._told
     given = numbers.pop(told.instead_of, told.default)
     return {told.setting: told.of(stack, base, given)}
@@ -288,8 +342,10 @@ def _numbers(job: Job) -> dict[str, Any]:
   return {name: np.float32(value) for name, value in job.settings or ()}
 
 
-def _layout(piece: Piece) -> tuple[int, int]:
-  """Returns the padded shape of a piece, one of two to compile few programs."""
+def _layout(piece: Piece, is_on_host: bool) -> tuple[int, ...]:
+  """Returns the shape of a piece; to compile few programs one of two."""
+  if is_on_host:
+    return (piece.size,)
   return (_SMALL if piece.size <= _SMALL else _PIECE) // _ROW, _ROW
 
 

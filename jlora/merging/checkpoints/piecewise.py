@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.merging.arrays.averages import linear, nearswap, passthrough
-from jlora.merging.arrays.pruning import dare, dare_lengths
+from jlora.merging.arrays.pruning import dare, dare_lengths, della
 from jlora.merging.arrays.sparsifiers import inverse_keep, match_l1, unscaled
 from jlora.merging.arrays.spherical import products_of, slerp
 from jlora.merging.arrays.task_vectors import (
@@ -20,7 +20,8 @@ from jlora.merging.arrays.task_vectors import (
   task_arithmetic,
   ties,
 )
-from jlora.numerics.kth_largest import count_of, kth_on_host
+from jlora.numerics.backends import ranks_along
+from jlora.numerics.kth_largest import count_of, kth_magnitude
 
 Method = Callable[..., Any]
 
@@ -41,19 +42,21 @@ class WholeSums(NamedTuple):
 
 
 class ToldFirst(NamedTuple):
-  """A number over whole tensors that the host finds faster than XLA on a CPU.
+  """What the host finds of whole tensors faster than XLA does on a CPU.
 
   Attributes:
     setting: the method's argument that takes it.
-    instead_of: the argument that it is computed from and replaces.
+    of: (stack, base, value of the argument it replaces) -> that of each model.
+    instead_of: the argument that it is computed from and replaces, if any.
     default: that argument's default.
-    of: (stack, base, value of the argument) -> the number of each model.
+    without: options of the method with which it is not found.
   """
 
   setting: str
-  instead_of: str
-  default: Any
   of: Callable[[Any, Any, Any], np.ndarray]
+  instead_of: str | None = None
+  default: Any = None
+  without: frozenset[str] = frozenset()
 
 
 def host_thresholds(stack: Any, base: Any, density: Any) -> np.ndarray:
@@ -70,10 +73,32 @@ def host_thresholds(stack: Any, base: Any, density: Any) -> np.ndarray:
   shares = np.broadcast_to(np.float32(density), (len(stack),))
   return np.asarray(
     [
-      kth_on_host(_magnitudes(leaf, base), count_of(share, base.size))
+      kth_magnitude(
+        np.asarray(_magnitudes(leaf, base)), count_of(share, base.size)
+      )
       for leaf, share in zip(stack, shares, strict=True)
     ],
     np.float32,
+  )
+
+
+def host_ranks(stack: Any, base: Any, _: Any = None) -> np.ndarray:
+  """Finds the rank of each entry of each model's changes, in its row.
+
+  Args:
+    stack: (n, ...) one parameter of n models.
+    base: (...) the parameter they were finetuned from.
+
+  Returns:
+    (n, ...) int32, 0 for the smallest of a row.
+  """
+  return np.stack(
+    [
+      ranks_along(np.atleast_1d(_magnitudes(leaf, base)), -1).reshape(
+        base.shape
+      )
+      for leaf in stack
+    ]
   )
 
 
@@ -105,10 +130,11 @@ SUMS: Mapping[Method, WholeSums] = {
 TOLD_FIRST: Mapping[Method, ToldFirst] = {
   ties: ToldFirst(
     "threshold",
+    host_thresholds,
     "density",
     inspect.signature(ties).parameters["density"].default,
-    host_thresholds,
   ),
+  della: ToldFirst("ranks", host_ranks, without=frozenset({"axis"})),
 }
 # Methods that draw at random: they get the whole tensor's key and the position
 # at which a piece starts.
@@ -172,9 +198,9 @@ def told_of(method: Method) -> ToldFirst | None:
   """
   plain, options = unbind(method)
   told = TOLD_FIRST.get(plain)
-  if told is None:
+  if told is None or told.without & options.keys():
     return None
-  return told._replace(default=options.get(told.instead_of, told.default))
+  return told._replace(default=options.get(told.instead_of or "", told.default))
 
 
 def unbind(method: Method) -> tuple[Method, Mapping[str, Any]]:

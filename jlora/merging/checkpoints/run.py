@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -105,7 +104,7 @@ def merge_checkpoints(
   recipe: Recipe,
   out: str | os.PathLike,
   *,
-  key: jax.Array | None = None,
+  key: Any = None,
   max_shard_bytes: int = 2**30,
   resume: bool = False,
   overwrite: bool = False,
@@ -124,7 +123,8 @@ def merge_checkpoints(
     recipe: what to merge; `read_recipe` reads one.
     out: output folder, new or empty; neither a model nor a folder that holds
       one. One run at a time writes to it.
-    key: PRNG key; each tensor uses `key_for(key, name)`.
+    key: PRNG key, or its two words of NumPy; each tensor uses
+      `key_for(key, name)`.
     max_shard_bytes: largest size of a file. A killed run keeps its finished
       files.
     resume: go on with an unfinished run of the same inputs and recipe in `out`,
@@ -183,7 +183,7 @@ def merge_checkpoints(
   inputs = _inputs_of(plan)
   check_apart(out, inputs.values())
   small = _companions_of(plan)
-  merger = Merger(recipe.method, plan.models, key)
+  merger = Merger(recipe.method, plan.models, key, plan.jobs)
   for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
     merger.check(job)
   for job in plan.jobs:

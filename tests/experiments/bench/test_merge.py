@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmark of merges writes and compares."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,14 @@ def test_the_benchmarks_recipes_are_read(tmp_path):
   for method in (*merge.METHODS, "passthrough"):
     file = bench.write_recipe(method, "small", {"dtype": "float32"})
     assert read_recipe(file).models[-1].endswith(("other", "finetuned"))
+
+
+def test_models_are_of_the_sizes_that_are_said():
+  for name in merge.SIZES:
+    shapes = pairs.shapes(merge.config_of(name)).values()
+    mib = 2 * sum(map(math.prod, shapes)) / 2**20
+    said = int(name[:-3]) * (1024 if name.endswith("GiB") else 1)
+    assert 0.9 < mib / said < 1.1
 
 
 def test_a_family_is_a_base_and_two_finetunes(tmp_path):

@@ -211,6 +211,23 @@ def test_compiled_batched_sharded_and_in_bfloat16(name):
     assert (off <= np.abs(exact) * 2**-8 + 1e-6).all()
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "ties of a model"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_numpy_gives_what_jax_does(name, dtype):
+  """To float32's rounding; and what is kept of a change is the same."""
+  stack, weights, base = inputs(name, seed=3)
+  stack, base = stack.astype(dtype), base.astype(dtype)
+  found = METHODS[name].method(stack, weights, base)
+  assert type(found) is np.ndarray
+  assert found.dtype == dtype
+  program = jax.jit(lambda *x: METHODS[name].method(x[0], weights, x[1]))
+  wanted = np.asarray(program(jnp.asarray(stack), jnp.asarray(base)))
+  np.testing.assert_array_equal(found == base, wanted == base)
+  close(
+    *(np.float32(x) for x in (found, wanted)), max(jnp.finfo(dtype).eps, 1e-5)
+  )
+
+
 @pytest.mark.parametrize("name", ["ties trimmed", "della", *GATHERED])
 def test_explicit_axes(name):
   """Sorts and decompositions refuse a cut side of such a type by themselves."""

@@ -22,18 +22,25 @@ values = st.floats(width=32, allow_nan=False, allow_subnormal=False)
 @settings(max_examples=60, deadline=None)
 @given(x=arrays(np.float32, (3, 4), elements=values), count=st.integers(1, 12))
 def test_it_is_what_a_sort_gives(x, count):
-  wanted = np.sort(np.abs(x).ravel())[-count]
+  wanted, was = np.sort(np.abs(x).ravel())[-count], x.copy()
   assert kth_magnitude(x, np.float32(count)) == wanted
+  assert kth_magnitude(jnp.asarray(x), np.float32(count)) == wanted
+  np.testing.assert_array_equal(x, was)
 
 
-def test_counts_beyond_the_entries():
-  x = jnp.array([3.0, -5.0])
+either = pytest.mark.parametrize("xp", [np, jnp])
+
+
+@either
+def test_counts_beyond_the_entries(xp):
+  x = xp.float32([3.0, -5.0])
   assert kth_magnitude(x, 3.0) == 0
   assert np.isnan(kth_magnitude(x, 0.0))
 
 
-def test_what_is_nan_is_the_largest():
-  x = jnp.array([3.0, jnp.nan, -jnp.inf, 1.0])
+@either
+def test_what_is_nan_is_the_largest(xp):
+  x = xp.float32([3.0, jnp.nan, -jnp.inf, 1.0])
   assert np.isnan(kth_magnitude(x, 1.0))
   assert np.isinf(kth_magnitude(x, 2.0))
   assert kth_magnitude(x, 3.0) == 3
@@ -50,6 +57,7 @@ def test_how_many_a_share_is():
     (0.01, 10, 1), (0.0, 10, 0), (1.0, 7, 7), (1 / 3, 9, 3),
   ):  # fmt: skip
     assert count_of(density, size) == count
+    assert count_of(np.float32(density), size) == count
 
 
 @pytest.mark.parametrize("sparsify", [at_random, by_magnitude_rank])

@@ -15,7 +15,12 @@ KEY = jax.random.key(5)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 7), (0, 2)])
 def test_the_numbers_of_jax(shape):
   expected = jax.random.uniform(KEY, shape)
-  for found in (uniform(KEY, shape), jax.jit(lambda k: uniform(k, shape))(KEY)):
+  for found in (
+    uniform(KEY, shape),
+    jax.jit(lambda k: uniform(k, shape))(KEY),
+    uniform(KEY, shape, like=np.zeros(0)),
+    uniform(np.uint32([0, 5]), shape, like=np.zeros(0)),
+  ):
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, expected)
 
@@ -48,6 +53,8 @@ def test_places_beyond_32_bits():
   found = uniform(KEY, (6,), place_of(start))
   alone = [uniform(KEY, (), place_of(start + at)) for at in range(6)]
   np.testing.assert_array_equal(found, alone)
+  by_numpy = uniform(KEY, (6,), place_of(start), np.zeros(0))
+  np.testing.assert_array_equal(found, by_numpy)
   assert len(set(found.tolist())) == 6
   x = np.random.default_rng(0).integers(0, 2**32, 100, np.uint64)
   for by in (1, 2**16, 2**20 + 3, 2**32 - 1):
@@ -61,6 +68,12 @@ def test_keys_of_other_kinds():
   np.testing.assert_array_equal(uniform(raw, (5,)), uniform(KEY, (5,)))
   other = uniform(jax.random.key(5, impl="rbg"), (5,))
   assert len(set(other.tolist()) | set(uniform(KEY, (5,)).tolist())) == 10
+
+
+def test_numpy_draws_more_than_a_block():
+  shape = (3, draws._BLOCK - 5)
+  found = uniform(KEY, shape, place_of(7), np.zeros(0))
+  np.testing.assert_array_equal(found, uniform(KEY, shape, place_of(7)))
 
 
 def test_even():

@@ -75,7 +75,7 @@ def merger_of(tmp_path, monkeypatch):
   monkeypatch.setattr(merge_steps, "_SMALL", 256)
   monkeypatch.setattr(merge_steps, "_ROW", 128)
 
-  def make(name, dtypes=(np.float32,), nan=False):
+  def make(name, dtypes=(np.float32,), nan=False, on_host=False):
     method, settings = SETTINGS[name]
     rng, models = np.random.default_rng(0), {}
     base = rng.standard_normal(SHAPE, np.float32)
@@ -95,7 +95,7 @@ def merger_of(tmp_path, monkeypatch):
       else None,
       tuple(sorted(settings.items())),
     )  # fmt: skip
-    return Merger(method, models, None), job
+    return Merger(method, models, None, [job] if on_host else []), job
 
   return make
 
@@ -125,8 +125,10 @@ def test_all_methods_of_the_table_are_here():
   ids=["float32", "bfloat16", "mixed"],
 )
 @pytest.mark.parametrize("name", SETTINGS)
-def test_pieces_are_the_whole_bit_for_bit(name, dtypes, merger_of):
-  merger, job = merger_of(name, dtypes)
+@pytest.mark.parametrize("on_host", [False, True], ids=["compiled", "numpy"])
+def test_pieces_are_the_whole_bit_for_bit(name, dtypes, on_host, merger_of):
+  merger, job = merger_of(name, dtypes, on_host=on_host)
+  assert merger.is_on_host(job) == on_host
   found, sums = in_pieces(merger, job)
   if sums:  # the whole is told the same sums: its own are rounded otherwise
     total = np.sum(sums, axis=0, dtype=np.float64).astype(np.float32)
