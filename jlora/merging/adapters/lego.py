@@ -62,6 +62,10 @@ def given_units(a: Any, b: Any) -> tuple[Any, Any]:
 
   Returns:
     The same.
+
+  Example:
+    >>> given_units(np.ones((1, 2)), np.zeros((1, 3)))[1]
+    array([[0., 0., 0.]])
   """
   return a, b
 
