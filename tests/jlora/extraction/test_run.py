@@ -402,6 +402,11 @@ def test_overwriting_gives_what_a_new_folder_gets(extract_to, tmp_path):
   assert files_of(tmp_path / "out") == expected
 
 
+VERIFIED = {
+  "by": "PEFT", "version": "0", "modules": 1, "worst_difference": 0.0,
+}  # fmt: skip
+
+
 def test_a_finished_run_resumed_gives_its_report(
   extract_to, tmp_path, monkeypatch
 ):
@@ -411,12 +416,12 @@ def test_a_finished_run_resumed_gives_its_report(
   assert extract_to(resume=True) == report
   assert files_of(tmp_path / "out") == expected
   # As --verify does, and as a user may; a policy that chooses the same ranks.
-  write_report(tmp_path / "out", report._replace(verified={"by": "PEFT"}))
+  write_report(tmp_path / "out", report._replace(verified=VERIFIED))
   (tmp_path / "out" / "README.md").write_text("mine")
   found = extract_to(
     resume=True, policy=lambda s: dict.fromkeys(s.values, 3), rank=3
   )
-  assert found == report._replace(verified={"by": "PEFT"})
+  assert found == report._replace(verified=VERIFIED)
 
 
 def test_a_policy_counts_by_the_ranks_it_gives(extract_to, tmp_path):
