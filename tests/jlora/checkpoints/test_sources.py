@@ -190,11 +190,13 @@ def test_companions_beside_the_weights_are_copied(root):
 @pytest.mark.parametrize("read", ["models/folder", SNAPSHOT, "run/3"])
 def test_companions_that_lead_elsewhere_are_refused(root, read, target):
   (root / "secret").write_text("mine")
+  if (read, target) == ("run/3", "nowhere"):  # of orbax all files are looked at
+    with pytest.raises(ValueError, match=r"notes.txt is no regular file"):
+      give(root / read, "notes.txt", root / target)
+    return
   source = give(root / read, "notes.txt", root / target)
   before = sorted(root.rglob("*"))
-  with pytest.raises(
-    ValueError, match=r"notes.txt (leads to .*cp -L|is no reg)"
-  ):
+  with pytest.raises(ValueError, match=r"notes.txt leads to .*cp -L"):
     save_merged(root / "new", source, {NAME: LORA})
   assert sorted(root.rglob("*")) == before
 
