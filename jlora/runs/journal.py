@@ -20,6 +20,7 @@ import numpy as np
 from jlora.checkpoints.byte_ranges import place_arrays
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.checksums import as_text
+from jlora.checkpoints.documents import read_object
 from jlora.checkpoints.new_files import move, remove_temporaries, replace_text
 from jlora.checkpoints.safetensors import lay_out_file
 from jlora.messages import name_some
@@ -320,17 +321,12 @@ def _entries(folder: Path) -> list[Path]:
 def _read_header(header: Path) -> dict[str, Any]:
   """Reads the fingerprint of a journal."""
   try:
-    if not header.is_file() or header.stat().st_size > _MOST:
-      raise ValueError("it is no file, or too large for one")
-    found = json.loads(header.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-      raise ValueError("it holds no object")
-  except (ValueError, RecursionError) as error:
+    return read_object(header, largest=_MOST)
+  except ValueError as error:
     raise ValueError(
       f"{header} is no JSON of a run: {error}. Remove {header.parent} and "
       "begin again."
     ) from error
-  return found
 
 
 def _checksum(entry: str, arrays: Mapping[str, np.ndarray]) -> str:

@@ -276,7 +276,9 @@ def _unlike_others(saved: Set[str], modules: Set[str]) -> list[str]:
 
 
 def write_folder(folder: Path, spec, arrays, config: Mapping[str, Any]) -> None:
-  """Writes both files of an adapter; between two there is no configuration.
+  """Writes both files of an adapter folder, the configuration last.
+
+  It replaces the adapter that was there; until it is whole there is none.
 
   Args:
     folder: created if needed.

@@ -37,7 +37,7 @@ from jlora.merging.checkpoints.adapter_layers import (
   merge_layer,
 )
 from jlora.merging.checkpoints.piecewise import unbind
-from jlora.merging.checkpoints.recipes import Recipe, first_setting
+from jlora.merging.checkpoints.recipes import Recipe, is_gradient, number_at
 from jlora.merging.trees import merge
 from jlora.messages import name_some
 from jlora.numerics.finite import is_finite, rounded
@@ -178,7 +178,10 @@ def _check(recipe: Recipe) -> None:
     )
   ranges = any(one.layers for part in recipe.slices for one in part.inputs)
   if ranges or len(recipe.slices) != 1:
-    raise ValueError("Layers of adapters are not put together by slices.")
+    raise ValueError(
+      f"{len(recipe.slices)} slices, or ranges of layers: adapters are merged "
+      "whole; list them as `models`."
+    )
   names = [one.model for one in recipe.slices[0].inputs]
   if recipe.base is not None and is_adapter(recipe.base):
     raise ValueError(
@@ -214,7 +217,7 @@ def _shapes(layer: StoredLora, adapter: StoredAdapter) -> list[tuple[int, ...]]:
 def _layer(recipe: Recipe, adapters, stem: str, inputs) -> Layer:
   """Plans one layer of the result."""
   there = [(one, own) for one, own in zip(inputs, adapters, strict=True) if one]
-  first, adapter = there[0]
+  first = there[0][0]
   shapes = [_shapes(one, own) for one, own in there]
   ends = {(*a[:-2], a[-1], b[-1]) for a, b in shapes}
   stored = [own.file.spec[one.keys["a"]] for one, own in there]
@@ -244,9 +247,7 @@ def _layers(recipe: Recipe, names: Sequence[str]) -> LayerNames:
   part = recipe.slices[0]
   levels = [recipe.settings, part.settings]
   levels += [one.settings for one in part.inputs]
-  varies = any(
-    isinstance(value, Sequence) for own in levels for value in own.values()
-  )
+  varies = any(is_gradient(value) for own in levels for value in own.values())
   return find_layers(names) if varies else LayerNames("", 0)
 
 
@@ -359,16 +360,9 @@ def _options(plan: AdapterPlan, name: str) -> dict[str, Any]:
   levels = [part.settings, plan.recipe.settings]
   options = {}
   for key in sorted({"weight"}.union(*own, *levels)):
-    each = [
-      first_setting([settings, *levels], key, name, place) for settings in own
-    ]
-    is_said = any(key in settings for settings in (*own, *levels))
-    if is_said and None in each:
-      raise ValueError(
-        f"{key} says nothing of {name}: none of its conditions holds. Add one "
-        "without filter."
-      )
-    values = tuple(1.0 if x is None else float(x) for x in each)
+    values = tuple(
+      number_at([settings, *levels], key, name, place) for settings in own
+    )
     is_own = key == "weight" or any(key in settings for settings in own)
     ours = "weights" if key == "weight" else key
     options[ours] = values if is_own else values[0]
@@ -453,6 +447,11 @@ def _whole(plan: AdapterPlan) -> dict[str, np.ndarray]:
     if all(np.array_equal(arrays[0], other) for other in arrays[1:]):
       found[key] = arrays[0]
       continue
+    if not is_floating(arrays[0].dtype):
+      raise ValueError(
+        f"{name} is stored whole as {arrays[0].dtype} and differs: integers "
+        "have no mean. Give the models as `base+adapter`."
+      )
     weights = coefficients(
       plan.recipe.method, len(arrays), _options(plan, name)
     )
@@ -466,11 +465,6 @@ def _whole(plan: AdapterPlan) -> dict[str, np.ndarray]:
       w * np.asarray(x, np.float32)
       for w, x in zip(weights, arrays, strict=True)
     )
-    if not is_floating(arrays[0].dtype):
-      raise ValueError(
-        f"{name} is stored whole as {arrays[0].dtype} and differs: integers "
-        "have no mean."
-      )
     found[key] = rounded(name, mean, arrays[0].dtype)
   return found
 

@@ -49,7 +49,7 @@ class Companions(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-def list_companions(
+def plan_companions(
   recipe: Recipe,
   models: Mapping[str, Any],
   taken: list[int],
@@ -101,7 +101,7 @@ def place_companions(companions: Companions, out: Path) -> None:
   """Writes a merge's small files over those copied from the reference.
 
   Args:
-    companions: from `list_companions`.
+    companions: from `plan_companions`.
     out: the folder of the result.
 
   Example:

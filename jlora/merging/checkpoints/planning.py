@@ -22,16 +22,15 @@ from jlora.merging.checkpoints.catalogues import (
 )
 from jlora.merging.checkpoints.companions import (
   Companions,
-  list_companions,
+  plan_companions,
   stem_of,
 )
 from jlora.merging.checkpoints.recipes import (
   Recipe,
-  Settings,
   Slice,
   filters_of,
-  first_setting,
   is_gradient,
+  number_at,
 )
 from jlora.merging.checkpoints.tokens import has_tokens, plan_tokens
 from jlora.messages import name_some
@@ -164,7 +163,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     _other_tokens(recipe, models, jobs) if tokens is None else tokens.notes
   )
   notes += buffers_left_out(models)
-  small = list_companions(recipe, models, taken, HEAD in names, tokens)
+  small = plan_companions(recipe, models, taken, HEAD in names, tokens)
   notes += small.notes
   return MergePlan(models, reference, jobs, config, taken, notes, small)
 
@@ -484,24 +483,12 @@ class Planner:
     for key in sorted(keys | {"weight"}):
       if key in self._own or key in self._recipe.of_inputs:
         values = tuple(
-          self._number([one.settings, *levels], key, own, place)
+          number_at([one.settings, *levels], key, own, place)
           for own, one in inputs
         )
         is_one = key not in self._own and len(set(values)) == 1
         value = values[0] if is_one else values
       else:
-        value = self._number(levels, key, name, place)
+        value = number_at(levels, key, name, place)
       found["weights" if key == "weight" else key] = value
     return tuple(sorted(found.items()))
-
-  def _number(self, levels: list[Settings], key, name, place) -> float:
-    """Returns one number for a tensor; a weight is 1 if nothing sets it."""
-    value = first_setting(levels, key, name, place)
-    if value is None:
-      if any(key in level for level in levels) or key != "weight":
-        raise ValueError(
-          f"{key} says nothing of {name}: none of its conditions holds. Add "
-          "one without filter."
-        )
-      return 1.0
-    return float(value)

@@ -165,6 +165,35 @@ def setting_at(setting: Setting, name: str, place: float) -> Any:
   return None
 
 
+def number_at(
+  levels: Sequence[Settings], key: str, name: str, place: float
+) -> float:
+  """Evaluates a number of a method for one tensor.
+
+  Args:
+    levels: the most specific first.
+    key: name of the setting; a weight is 1 where no level has one.
+    name: the tensor's name.
+    place: as for `setting_at`.
+
+  Raises:
+    ValueError: a level has the setting, but none of its conditions holds.
+
+  Example:
+    >>> number_at([{}], "weight", "w", 0), number_at([{"t": 2}], "t", "w", 0)
+    (1.0, 2.0)
+  """
+  value = first_setting(levels, key, name, place)
+  if value is not None:
+    return float(value)
+  if key == "weight" and not any(key in level for level in levels):
+    return 1.0
+  raise ValueError(
+    f"{key} says nothing of {name}: none of its conditions holds. Add one "
+    "without filter."
+  )
+
+
 def is_gradient(setting: Setting) -> bool:
   """Returns whether a setting, or any of its conditions, varies by layer.
 

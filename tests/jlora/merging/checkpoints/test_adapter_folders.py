@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -123,13 +124,13 @@ def merged_weights(folder):
   return {name: x.double().numpy() for name, x in state.items()}
 
 
-def run(method, folders, out, weights=None, **options):
+def run(method, folders, out, weights=None, *, key=None, **options):
   inputs = tuple(
     Input(str(folder), settings={"weight": w})
     for folder, w in zip(folders, weights or [1.0] * len(folders), strict=True)
   )
   recipe = Recipe(method, (Slice(inputs),), **options)
-  return merge_checkpoints(recipe, out, log=io.StringIO())
+  return merge_checkpoints(recipe, out, key=key, log=io.StringIO())
 
 
 @pytest.fixture
@@ -214,13 +215,13 @@ def test_ties_is_that_of_the_changes(folders, tmp_path):
 def test_what_is_drawn_hangs_on_the_key(folders, tmp_path):
   given = folders("patterns")
   method = functools.partial(dare, density=0.5)
-  for out in ("one", "two"):
-    run(method, given, tmp_path / out)
-  files = [
-    (tmp_path / out / "adapter_model.safetensors").read_bytes()
-    for out in ("one", "two")
-  ]
-  assert files[0] == files[1]
+  seeds = {"one": 0, "again": 0, "other": 1}
+  for out, seed in seeds.items():
+    run(method, given, tmp_path / out, key=jax.random.key(seed))
+  one, again, other = (
+    (tmp_path / out / "adapter_model.safetensors").read_bytes() for out in seeds
+  )
+  assert one == again != other
 
 
 def test_settings_are_those_of_a_recipe(folders, tmp_path):
