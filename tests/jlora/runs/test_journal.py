@@ -214,7 +214,7 @@ def test_a_broken_header_is_named(filled, tmp_path, text):
 def test_a_pipe_is_no_header(filled, tmp_path):
   (filled.folder / "run.json").unlink()
   os.mkfifo(filled.folder / "run.json")
-  with pytest.raises(ValueError, match=r"run.json is no JSON.*is no regular file"):
+  with pytest.raises(ValueError, match=r"run.json is no JSON.*regular file"):
     resume(tmp_path)
 
 
