@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-import jlora
 from experiments import composition
 from experiments.lib.adapters import benches, compositions, equal_ranks
 from experiments.lib.data import strings
@@ -51,17 +50,14 @@ def test_operations_act_one_after_the_other():
 
 def test_neither_skill_sees_the_other():
   known = strings.draw_operations(0, 2, 2)
-  plain, move = strings.pairs_with(known, known.mover)
-  code = strings.pairs_with(known, known.coder)[1]
-  both = strings.pairs_with(known, known.mover, known.coder)[1]
+  plain, move = strings.known_pairs(known), strings.move_pairs(known)
+  code, both = strings.code_pairs(known), strings.new_pairs(known)
   assert not {known.mover, known.coder} & {x for pair in plain for x in pair}
   assert all(known.mover in x and known.coder not in x for x in move)
   assert all(known.coder in x and known.mover not in x for x in code)
-  assert len(plain) == 25
-  assert both == [
-    (known.mover, known.coder),
-    (known.coder, known.mover),
-  ]
+  assert len(plain) == len(set(plain)) == 2 * 9 - 1
+  assert len(move) == len(code) == 6
+  assert both == [(known.mover, known.coder), (known.coder, known.mover)]
 
 
 def test_a_class_and_a_flag_are_asked_for():
@@ -80,14 +76,20 @@ def test_a_class_and_a_flag_are_asked_for():
 
 
 def test_all_units_in_clusters_of_their_own_are_the_sum():
-  pair = pair_of()
+  pair, rng = pair_of(), np.random.default_rng(0)
+  units = [equal_ranks.singular_units(x.a, x.scale * x.b) for x in pair]
+  a, b = (np.concatenate(x) for x in zip(*units, strict=True))
   wanted = sum(dense(x) for x in pair)
-  key = jax.random.key(0)
-  found = equal_ranks.lego_at_random(pair, (1.0, 1.0), key=key, rank=6)
+  alone = Lora(a, b, np.float32(1))
+  found = equal_ranks.at_random(alone, pair, rng)
   np.testing.assert_allclose(dense(found), wanted, atol=1e-4)
-  fewer = equal_ranks.lego_at_random(pair, (1.0, 1.0), key=key, rank=3)
-  other = jlora.merging.lego(pair, (1.0, 1.0), key=key, rank=3)
-  assert np.linalg.norm(dense(fewer) - dense(other)) > 0.1
+  some = Lora(a[[0, 3, 5]], b[[0, 3, 5]], np.float32(1))
+  fewer = equal_ranks.at_random(some, pair, rng)
+  assert fewer.rank == 3
+  lengths = np.linalg.norm(np.concatenate([a, b], 1), axis=1)
+  own = np.linalg.norm(np.concatenate([fewer.a, fewer.b], 1), axis=1)
+  assert lengths.min() - 1e-5 <= own[own > 0].min()
+  assert own.max() <= lengths.max() + 1e-5
 
 
 def test_dense_changes_are_merged_and_truncated():

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 import jlora
 from experiments.lib.data.digits import CLASSES, PIXELS, Digits
+from experiments.lib.models.loops import schedule
 from jlora import training
 
 Model = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -30,17 +31,23 @@ class Denoiser(nn.Module):
 
   Attributes:
     width: of the residual stream.
-    blocks: how many; each reads the normalised stream and the time.
+    blocks: how many; each reads the normalised stream, the time, and what is
+      asked for, if anything can be.
   """
 
   width: int = 128
   blocks: int = 2
 
   @nn.compact
-  def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, time: jax.Array, asked: jax.Array | None = None
+  ) -> jax.Array:
     """Predicts the images before the noise."""
     angle = time[:, None] * jnp.geomspace(1.0, 100.0, 16)[None]
     when = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    if asked is not None:
+      heard = nn.silu(nn.Dense(64, name="hear")(asked))
+      when = jnp.concatenate([when, heard], axis=-1)
     h = nn.Dense(self.width, name="enter")(jnp.concatenate([x, when], -1))
     for i in range(self.blocks):
       z = jnp.concatenate([nn.LayerNorm(name=f"norm_{i}")(h), when], -1)
@@ -311,21 +318,6 @@ def shuffle(loras: jlora.Loras, key: jax.Array) -> jlora.Loras:
   return found
 
 
-def schedule(rate: float, steps: int) -> optax.GradientTransformation:
-  """Returns Adam with a learning rate that rises briefly, then falls to zero.
-
-  Args:
-    rate: the largest, after a twentieth of the steps.
-    steps: of the whole training.
-
-  Returns:
-    An optax transformation.
-  """
-  return optax.adam(
-    optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps + 1)
-  )
-
-
 def make_loop(step: Callable[..., tuple], batch: int) -> Callable[..., tuple]:
   """Returns training as one compiled program.
 
@@ -385,6 +377,29 @@ def blur(key: jax.Array, images: jax.Array) -> tuple[jax.Array, ...]:
   alpha, sigma = _levels(time)
   noise = jax.random.normal(second, images.shape)
   return alpha * images + sigma * noise, time, images
+
+
+def blur_all(
+  rng: np.random.Generator, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Adds noise to images as `blur` does, drawn by NumPy.
+
+  Args:
+    rng: generator.
+    images: (..., 64) float32.
+
+  Returns:
+    x_t (..., 64) and t (...), float32.
+
+  Example:
+    >>> x, time = blur_all(np.random.default_rng(0), np.ones((3, 2, 64)))
+    >>> x.shape, time.shape
+    ((3, 2, 64), (3, 2))
+  """
+  time = rng.random(images.shape[:-1], np.float32)
+  angle = np.float32(np.pi / 2) * time[..., None]
+  noise = rng.standard_normal(images.shape, np.float32)
+  return np.cos(angle) * images + np.sin(angle) * noise, time
 
 
 def _levels(time):

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do two skills that were learned apart do what needs both at once?
+
+  python -m experiments.composition [--works=WORK,...] [--seeds=3]
+    [--only=TEXT,...] [--out=FOLDER] [--cache=FOLDER] [--smoke]
+
+Two adapters of one base, put together by every method of `jlora.merging`, and
+beside them the controls: random adapters, and LoRAs that are trained. Works are
+digits of a new class in a style, and strings under two operations. Prints a
+table a work: what asks for both, what is kept of each skill, how far the base
+moved elsewhere, the numbers trained and the seconds.
+
+--out keeps a row a file; a second run goes on with it, and draws the figure.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from experiments.lib.adapters.benches import Bench, measure
+from experiments.lib.adapters.compositions import PLAIN, Method, methods
+from experiments.lib.adapters.works import Work
+from experiments.lib.figures import compositions, plots
+from experiments.lib.models import digit_skills, string_skills
+from jlora.commands import keep_compilations
+
+Row = dict[str, Any]
+
+
+class Opening(NamedTuple):
+  """How a work is opened.
+
+  Attributes:
+    title: in tables and figures.
+    open: (seed, size) -> Work.
+    full: its size.
+    smoke: a size of seconds.
+    measures: as the Work's.
+    has_entropy: whether predictions are distributions.
+  """
+
+  title: str
+  open: Callable[[int, Any], Work]
+  full: Any
+  smoke: Any
+  measures: Mapping[str, str]
+  has_entropy: bool = False
+
+
+#: Every work that is compared.
+WORKS = {
+  **{
+    style: Opening(
+      f"digits, {style}",
+      functools.partial(digit_skills.open_work, style),
+      digit_skills.FULL,
+      digit_skills.SMOKE,
+      digit_skills.MEASURES,
+    )
+    for style in digit_skills.STYLES
+  },
+  "strings": Opening(
+    "strings under two operations",
+    string_skills.open_work,
+    string_skills.FULL,
+    string_skills.SMOKE,
+    string_skills.MEASURES,
+    has_entropy=True,
+  ),
+}
+#: Methods that the figure names.
+NAMED = (
+  "base",
+  PLAIN,
+  "best of 25, on validation",
+  "SVD of the sum",
+  "no penalty",
+  "dot 1e-5",
+  "softmax, skills' data (CAT)",
+  "free, the 64",
+  "LoRA on the 64",
+  "LoRA on both skills' data",
+  "LoRA on much target data and the skills'",
+)
+
+
+def measure_all(
+  name: str, seed: int, only: Sequence[str], folder: pathlib.Path, smoke: bool
+) -> Iterator[Row]:
+  """Measures each method of a work that has no file yet, and writes it.
+
+  Args:
+    name: of WORKS.
+    seed: of the work.
+    only: texts of which one must be in a method's name; none is all.
+    folder: of the rows' files.
+    smoke: whether the size is that of seconds.
+
+  Yields:
+    Rows, also of earlier runs.
+  """
+  opening = WORKS[name]
+  bench: Bench | None = None
+  for method in methods(has_entropy=opening.has_entropy):
+    file = folder / name / str(seed) / f"{slug(method)}.json"
+    if file.exists():
+      yield json.loads(file.read_text())
+    elif not only or any(text in method.name for text in only):
+      if bench is None:
+        began = time.monotonic()
+        size = opening.smoke if smoke else opening.full
+        bench = Bench(opening.open(seed, size), seed)
+        spent = time.monotonic() - began
+        print(f"{opening.title}, seed {seed}: {spent:.0f} s", flush=True)
+      row = {
+        "work": name, "seed": seed, "kind": method.kind, "method": method.name,
+        **measure(bench, method.make),
+      }  # fmt: skip
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_text(json.dumps(row, indent=1) + "\n")
+      said = {key: round(x, 3) for key, x in row["figures"].items()}
+      spent = f"{row['seconds']:.1f} s {row['notes']}"
+      print(f"  {method.kind}: {method.name} {said} {spent}", flush=True)
+      yield row
+
+
+def slug(method: Method) -> str:
+  """Names a method's file.
+
+  Example:
+    >>> slug(Method("sum", "1 and 1", lambda bench: None))
+    'sum-1-and-1-2e8e7ac1'
+  """
+  whole = f"{method.kind} {method.name}"
+  short = re.sub(r"[^a-z0-9]+", "-", whole.lower()).strip("-")
+  return f"{short[:48].strip('-')}-{zlib.crc32(whole.encode()):08x}"
+
+
+def run(
+  works: Sequence[str],
+  seeds: int,
+  only: Sequence[str],
+  folder: pathlib.Path,
+  smoke: bool,
+) -> list[Row]:
+  """Measures all works and seeds, and prints the tables.
+
+  Args:
+    works: of WORKS.
+    seeds: how many.
+    only: as for `measure_all`.
+    folder: of the rows' files.
+    smoke: as for `measure_all`.
+
+  Returns:
+    All rows.
+  """
+  rows = []
+  for seed in range(seeds):
+    for name in works:
+      rows += measure_all(name, seed, only, folder, smoke)
+  for name in works:
+    own = [row for row in rows if row["work"] == name]
+    table = compositions.as_table(own, WORKS[name].measures, ("sum", PLAIN))
+    print(f"\n{WORKS[name].title}\n\n{table}\n", flush=True)
+  return rows
+
+
+def main(_: list[str]) -> None:
+  """Prints the tables; with --out, goes on with its rows and draws them."""
+  values = flags.FLAGS
+  began = time.process_time()
+  keep_compilations(values.cache)
+  seeds = 1 if values.smoke else values.seeds
+  with tempfile.TemporaryDirectory() as work:
+    folder = pathlib.Path(values.out or work)
+    rows = run(values.works, seeds, values.only, folder, values.smoke)
+    if values.out:
+      titles = {name: opening.title for name, opening in WORKS.items()}
+      plots.save_figure(
+        folder / "composition.png",
+        lambda: compositions.draw(rows, titles, NAMED),
+      )
+  print(f"{time.process_time() - began:.0f} s of processor time")
+
+
+if __name__ == "__main__":
+  # Here, not above: importing this module must not claim a flag's name.
+  flags.DEFINE_list("works", list(WORKS), "Some of the works.")
+  flags.DEFINE_integer("seeds", 3, "Bases and pairs of adapters a work.")
+  flags.DEFINE_list("only", [], "Methods whose names have one of these texts.")
+  flags.DEFINE_string("out", None, "Folder for the rows and the figure.")
+  flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
+  flags.DEFINE_bool("smoke", False, "Tiny models, in seconds.")
+  app.run(main)

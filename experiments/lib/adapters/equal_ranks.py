@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges of two adapters into one of a given rank, all called alike.
+
+A method is `(loras, weights, base=None, *, key, rank) -> Lora`, as in
+`jlora.merging`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.factoring import svd
+from jlora.loras import Lora, dense, from_factors
+from jlora.merging import (
+  core_space,
+  dare,
+  given_units,
+  iso_c,
+  knots,
+  lego,
+  singular_units,
+  svd_merge,
+  ties,
+  tsv,
+)
+
+DENSITY = 0.5
+RESTARTS = 16
+
+
+def through_dense(
+  loras: Sequence[Lora],
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  rank: int,
+  method: Callable[..., Any],
+  **settings: Any,
+) -> Lora:
+  """Merges dense changes by a method for arrays, and truncates the result.
+
+  Args:
+    loras: n Loras of one parameter.
+    weights: (n,).
+    base: unused.
+    key: of the method.
+    rank: of the result.
+    method: of arrays.
+    **settings: of the method.
+
+  Returns:
+    Lora of scale 1.
+  """
+  del base
+  stack = jnp.stack([dense(x) for x in loras])
+  none = jnp.zeros_like(stack[0])
+  merged = method(stack, weights, none, key=key, **settings)
+  return from_factors(svd(merged, rank))
+
+
+def at_random(
+  found: Lora, loras: Sequence[Lora], rng: np.random.Generator
+) -> Lora:
+  """Replaces clusters of singular units by random ones of the same sizes.
+
+  Sizes are those of the units that are nearest to each of the results.
+
+  Args:
+    found: what `lego` made of singular units.
+    loras: what it was made of, NumPy's.
+    rng: generator.
+
+  Returns:
+    Lora of NumPy arrays, scale 1, of the same rank.
+  """
+  own = [singular_units(x.a, np.asarray(x.scale) * x.b) for x in loras]
+  units = np.concatenate([np.concatenate(x, axis=1) for x in own])
+  means = np.concatenate([found.a, found.b], axis=1)
+  norms = np.maximum(np.linalg.norm(means, axis=1), 1e-12)
+  nearest = np.abs(units @ means.T / norms[None]).argmax(axis=1)
+  mixed = rng.permutation(nearest)
+  rows = np.stack([_centroid(units[mixed == i]) for i in range(len(means))])
+  width = found.a.shape[1]
+  return Lora(rows[:, :width], rows[:, width:], np.float32(1))
+
+
+def _centroid(units: np.ndarray) -> np.ndarray:
+  """Averages units, signs aligned, and keeps their mean length."""
+  if not len(units):
+    return np.zeros(units.shape[1], np.float32)
+  _, _, vt = np.linalg.svd(units, full_matrices=False)
+  signs = np.where(units @ vt[0] < 0, -1, 1)
+  mean = (signs[:, None] * units).mean(axis=0)
+  length = np.linalg.norm(units, axis=1).mean()
+  return np.float32(mean * length / max(np.linalg.norm(mean), 1e-12))
+
+
+class Merge(NamedTuple):
+  """A row: a name, and the method.
+
+  Attributes:
+    name: in tables.
+    call: the method.
+    then: (result, loras, generator) -> Lora that is put in its place.
+  """
+
+  name: str
+  call: Callable[..., Lora]
+  then: Callable[..., Lora] | None = None
+
+
+_part = functools.partial
+_CORE = _part(core_space, method=ties, density=DENSITY)
+_LEGO = _part(lego, restarts=RESTARTS)
+MERGES = (
+  Merge("SVD of the sum", svd_merge),
+  Merge("TIES, then SVD", _part(through_dense, method=ties, density=DENSITY)),
+  Merge("DARE, then SVD", _part(through_dense, method=dare, density=DENSITY)),
+  Merge("KnOTS with TIES", _part(knots, density=DENSITY)),
+  Merge("TIES in Core Space", _CORE),
+  Merge("TSV in Core Space", _part(core_space, method=tsv)),
+  Merge("Iso-C in Core Space", _part(core_space, method=iso_c)),
+  Merge("LEGO, singular units", _LEGO),
+  Merge("LEGO, given units", _part(lego, units=given_units, restarts=RESTARTS)),
+  Merge("LEGO, clusters at random", _LEGO, at_random),
+)

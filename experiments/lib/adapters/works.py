@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every work of `composition` provides: a base, two skills, figures.
+
+A work asks for two skills at once of a base whose adapters were trained apart.
+Methods know nothing else of it, so that a further one is a further module.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.lib.models.loops import Draw
+from jlora.loras import Loras
+
+Figures = dict[str, float]
+
+
+class Recipe(NamedTuple):
+  """How adapters of a work are trained.
+
+  Attributes:
+    rank: of one skill's adapter.
+    steps: of an adapter's training.
+    rate: the largest learning rate of it.
+    batch: rows a step.
+    few: examples of the target that weights are learned from.
+    few_steps: of learning from them.
+  """
+
+  rank: int
+  steps: int
+  rate: float
+  batch: int
+  few: int = 64
+  few_steps: int = 200
+
+
+class Functions(NamedTuple):
+  """What all seeds of a work have in common, so that they share programs.
+
+  Attributes:
+    predict: (params, *inputs) -> prediction.
+    loss: (params, *inputs, target) -> ().
+    distance: (prediction, prediction) -> (), of `learn_columns`.
+  """
+
+  predict: Callable[..., jax.Array]
+  loss: Callable[..., jax.Array]
+  distance: Callable[..., jax.Array]
+
+
+class Work(NamedTuple):
+  """A work of one seed.
+
+  Attributes:
+    title: in tables.
+    skills: the two skills' names.
+    measures: name of a figure -> its title in tables; the first is asked for
+      of both skills together, the next two are what is kept of each.
+    functions: of all seeds.
+    recipe: of adapters.
+    params: of the base.
+    start: (key, rank) -> Loras that change nothing yet.
+    adapters: the two skills' adapters.
+    draws: name of a source -> Draw of (*inputs, target): "first" and "second"
+      of one skill, "plain" of neither, "few", "five" and "many" of the target;
+      and "unlabelled" of inputs alone, where predictions have an entropy.
+    validate: Loras -> a number that is higher for better ones, on data that
+      neither training nor `test` sees.
+    test: Loras -> figures.
+  """
+
+  title: str
+  skills: tuple[str, str]
+  measures: Mapping[str, str]
+  functions: Functions
+  recipe: Recipe
+  params: Any
+  start: Callable[[jax.Array, int], Loras]
+  adapters: tuple[Loras, Loras]
+  draws: Mapping[str, Draw]
+  validate: Callable[[Loras], float]
+  test: Callable[[Loras], Figures]
+
+
+def divergence(one: jax.Array, other: jax.Array) -> jax.Array:
+  """Computes the mean KL(one ‖ other) of logits, in nats.
+
+  Args:
+    one: (..., n).
+    other: (..., n).
+
+  Returns:
+    () float32.
+
+  Example:
+    >>> flat = jnp.zeros((1, 2))
+    >>> round(float(divergence(jnp.log(jnp.array([[0.25, 0.75]])), flat)), 4)
+    0.1308
+  """
+  p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (one, other))
+  return (jnp.exp(p) * (p - q)).sum(axis=-1).mean()

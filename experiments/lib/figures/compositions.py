@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and draws compositions of two skills, means over seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+#: work, seed, kind, method, figures, seconds, trained.
+Row = Mapping[str, Any]
+
+_LOOKS = {
+  "beside": ("#000000", "*"),
+  "sum": ("#0072B2", "o"),
+  "rank r": ("#E69F00", "s"),
+  "rank 3r/2": ("#F0E442", "s"),
+  "columns": ("#009E73", "D"),
+  "weights": ("#D55E00", "^"),
+  "control": ("#7F7F7F", "P"),
+}
+
+
+def group(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+  """Groups the rows of a work by method, in the order of first occurrence.
+
+  Args:
+    rows: of one work.
+
+  Returns:
+    (kind, method) -> rows, one a seed.
+
+  Example:
+    >>> list(group([{"kind": "sum", "method": "1 and 1"}]))
+    [('sum', '1 and 1')]
+  """
+  found: dict[tuple[str, str], list[Row]] = {}
+  for row in rows:
+    found.setdefault((row["kind"], row["method"]), []).append(row)
+  return found
+
+
+def as_table(
+  rows: Sequence[Row], measures: Mapping[str, str], plain: tuple[str, str]
+) -> str:
+  """Formats the rows of a work as a Markdown table.
+
+  ± is the standard error of the mean over seeds. The second column of figures
+  is the difference of the first to a plain sum, paired by seeds.
+
+  Args:
+    rows: of one work, all seeds.
+    measures: name of a figure -> title.
+    plain: kind and method of the plain sum.
+
+  Returns:
+    Lines.
+  """
+  first, *others = measures
+  heads = [measures[first], "more than plain", *(measures[x] for x in others)]
+  lines = [
+    f"| of | method | {' | '.join(heads)} | trained | s |",
+    "|" + "---|" * (len(heads) + 4),
+  ]
+  groups = group(rows)
+  base = _by_seed(groups.get(plain, []), first)
+  for (kind, method), own in groups.items():
+    values = _by_seed(own, first)
+    pairs = [values[seed] - base[seed] for seed in values if seed in base]
+    cells = [with_error(list(values.values()))]
+    cells.append(with_error(pairs, sign=True) if pairs else "")
+    cells += [with_error(list(_by_seed(own, x).values())) for x in others]
+    trained = f"{own[0]['trained']:,}"
+    seconds = f"{np.median([row['seconds'] for row in own]):.1f}"
+    lines.append(
+      f"| {kind} | {method} | {' | '.join(cells)} | {trained} | {seconds} |"
+    )
+  return "\n".join(lines)
+
+
+def with_error(values: Sequence[float], *, sign: bool = False) -> str:
+  """Formats a mean with its standard error.
+
+  Args:
+    values: over seeds.
+    sign: whether a plus is written.
+
+  Returns:
+    A table's cell; of one value, no error.
+
+  Example:
+    >>> with_error([1.0, 2.0, 3.0]), with_error([0.5], sign=True)
+    ('2.000 ± 0.577', '+0.500')
+  """
+  mean = f"{np.mean(values):{'+' if sign else ''}.3f}"
+  if len(values) < 2:
+    return mean
+  return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+
+
+def _by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
+  """Returns a figure of each seed."""
+  return {row["seed"]: row["figures"][name] for row in rows}
+
+
+def draw(
+  rows: Sequence[Row], titles: Mapping[str, str], named: Sequence[str]
+) -> Figure:
+  """Draws what is composed against what is kept, a panel a work.
+
+  Args:
+    rows: of all works, which need "both", "first" and "second".
+    titles: work -> title.
+    named: methods that are named in the figure.
+
+  Returns:
+    Figure: a point a method, means over seeds, bars of one standard error.
+  """
+  works = [name for name in titles if any(r["work"] == name for r in rows)]
+  figure = Figure(figsize=(4.4 * len(works) + 1.4, 4.6))
+  panels = figure.subplots(1, len(works), squeeze=False)[0]
+  for axes, name in zip(panels, works, strict=True):
+    own = [row for row in rows if row["work"] == name]
+    for (kind, method), group_rows in group(own).items():
+      _draw_point(axes, kind, method if method in named else None, group_rows)
+    axes.set_title(titles[name])
+    axes.set_xlabel("kept: the mean of both skills alone")
+    axes.grid(color="0.92", lw=0.6)
+    axes.margins(0.08)
+  panels[0].set_ylabel("composed: both skills asked for at once")
+  handles = {}
+  for axes in panels:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      handles.setdefault(label, handle)
+  panels[-1].legend(
+    handles.values(), handles.keys(), loc="upper left",
+    bbox_to_anchor=(1.01, 1.0),
+  )  # fmt: skip
+  return figure
+
+
+def _draw_point(axes: Any, kind: str, name: str | None, rows) -> None:
+  """Draws one method's mean and standard errors."""
+  both = np.array([row["figures"]["both"] for row in rows])
+  kept = np.array(
+    [(row["figures"]["first"] + row["figures"]["second"]) / 2 for row in rows]
+  )
+  colour, marker = _LOOKS[kind]
+  errors = [
+    x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in (kept, both)
+  ]
+  axes.errorbar(
+    kept.mean(), both.mean(), xerr=errors[0], yerr=errors[1], marker=marker,
+    color=colour, ls="", ms=6, mec="white", mew=0.4, elinewidth=0.6,
+    label=kind if not axes.get_legend_handles_labels()[1].count(kind) else None,
+  )  # fmt: skip
+  if name:
+    axes.annotate(
+      name, (kept.mean(), both.mean()), xytext=(4, 4),
+      textcoords="offset points", fontsize=6.5, color="0.25",
+    )  # fmt: skip
