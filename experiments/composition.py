@@ -43,7 +43,7 @@ class Opening(NamedTuple):
     open: (seed, size) -> Work.
     full: its size.
     smoke: a size of seconds.
-    measures: as the Work's.
+    measures: name of a figure -> its title in tables, "both" first.
     has_entropy: whether predictions are distributions.
   """
 
@@ -80,7 +80,7 @@ WORKS = {
 NAMED = (
   "base",
   PLAIN,
-  "best of 25, on validation",
+  "best of 16, on validation",
   "SVD of the sum",
   "no penalty",
   "dot 1e-5",
@@ -171,6 +171,7 @@ def run(
     own = [row for row in rows if row["work"] == name]
     table = compositions.as_table(own, WORKS[name].measures, ("sum", PLAIN))
     print(f"\n{WORKS[name].title}\n\n{table}\n", flush=True)
+  print(compositions.as_overview(rows, {x: WORKS[x].title for x in works}))
   return rows
 
 

@@ -31,6 +31,7 @@ Rule = Callable[[float, int], optax.GradientTransformation]
 SOURCES = {
   "skills": ("first", "second"),
   "skills, rehearsed": ("first", "second", "plain", "plain"),
+  "few and skills": ("few", "first", "second", "plain"),
   "target and skills": ("many", "first", "second", "plain"),
 }
 
@@ -74,21 +75,21 @@ class Bench:
       self.borrowed += self._made[name][1]
     return self._made[name][0]
 
-  def batches(self, source: str, steps: int, *, salt: int = 0) -> tuple:
+  def batches(self, source: str, steps: int, rows: int) -> tuple:
     """Draws batches, the same whenever a source is asked for.
 
     Args:
       source: of the work's draws or of SOURCES.
       steps: batches.
-      salt: another one gives other batches.
+      rows: of a batch.
 
     Returns:
       Arrays (steps, rows, ...).
     """
     names = SOURCES.get(source, (source,))
     draw = side_by_side(*(self.work.draws[name] for name in names))
-    rng = np.random.default_rng([self.seed, zlib.crc32(source.encode()), salt])
-    return draw(rng, steps, self.work.recipe.batch)
+    rng = np.random.default_rng([self.seed, zlib.crc32(source.encode())])
+    return draw(rng, steps, rows)
 
   def train(self, source: str, rank: int, rate: float, steps: int) -> Loras:
     """Trains a new adapter on a source.
@@ -105,7 +106,8 @@ class Bench:
     work = self.work
     start = work.start(jax.random.key(1000 + self.seed), rank)
     run = adapter_run(work.functions.loss, rate, steps)
-    return run(start, (work.params,), self.batches(source, steps))[0]
+    batches = self.batches(source, steps, work.recipe.batch)
+    return run(start, (work.params,), batches)[0]
 
 
 def measure(bench: Bench, make: Callable[[Bench], Made]) -> dict[str, Any]:

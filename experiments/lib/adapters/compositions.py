@@ -42,10 +42,13 @@ from jlora.merging import (
 )
 from jlora.paths import key_for
 
+#: The row that others are compared with.
 PLAIN = "1 and 1"
 _GRID = (0.75, 1.0, 1.25)
-_SWEPT = (0.75, 1.0, 1.25, 1.5, 2.0)
-_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+# What is tried on validation: weights of a sum, scales of what was merged, and
+# learning rates of a LoRA on few examples.
+_SWEPT = (0.75, 1.0, 1.25, 1.5)
+_SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)
 _RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -86,7 +89,7 @@ class Mix(NamedTuple):
   """How one weight a module and adapter is learned.
 
   Attributes:
-    pool: of POOLS.
+    pool: as `pool_of` names it.
     activation: of `mix`.
     start: of all z; None draws them from N(0, 1).
     source: of batches.
@@ -120,12 +123,8 @@ def methods(*, has_entropy: bool) -> list[Method]:
   return [
     *_rows("beside", weighted, "weights", BESIDE),
     *_rows("sum", weighted, "weights", SUMS),
-    Method("sum", "best of 25, on validation", best_sum),
-    *_rows("rank r", merged, "how", {x.name: (x, 1.0) for x in MERGES}),
-    *_rows(
-      "rank 3r/2", merged, "how",
-      {x.name: (x, 1.5) for x in MERGES if x.name in _AT_MORE},
-    ),
+    Method("sum", "best of 16, on validation", best_sum),
+    *_rows("rank r", merged, "how", {x.name: x for x in MERGES}),
     *_rows("columns", zipped, "how", {**ZIPS, **SPOILED}),
     *_rows("weights", learned, "how", mixes),
     Method("weights", search, searched),
@@ -168,43 +167,31 @@ def best_sum(bench: Bench) -> Made:
   return Made(loras, 2, {"weights": best})
 
 
-def merged(bench: Bench, *, how: tuple[Merge, float]) -> Made:
-  """Merges to a share of r, and scales as it validates best."""
-  one, share = how
+def merged(bench: Bench, *, how: Merge) -> Made:
+  """Merges to the rank of one adapter, and scales as it validates best."""
   pair = [on_host(x) for x in bench.work.adapters]
-  rank = int(share * bench.work.recipe.rank)
+  rank = bench.work.recipe.rank
   key = jax.random.key(bench.seed)
   settings = {"rank": rank}
   loras = on_host(
-    jlora.merge(pair, method=one.call, key=key, settings=settings)
+    jlora.merge(pair, method=how.call, key=key, settings=settings)
   )
-  if one.then is not None:
+  if how.then is not None:
     rng = np.random.default_rng([bench.seed, 6])
     loras = {
-      path: one.then(x, [own[path] for own in pair], rng)
+      path: how.then(x, [own[path] for own in pair], rng)
       for path, x in loras.items()
     }
   best, loras = choose(bench, {x: scaled(loras, x) for x in _SCALES})
   return Made(loras, 1, {"scale": best})
 
 
-#: Methods that are compared at a second rank as well.
-_AT_MORE = (
-  "SVD of the sum",
-  "LEGO, singular units",
-  "LEGO, given units",
-  "LEGO, clusters at random",
-)
-
 #: Ways to learn columns.
 ZIPS = {
   "dot 0.01, rate 5e-5, 100 steps (published)": Zip(0.01, 5e-5, 100),
-  "dot 0.01": Zip(0.01),
   "no penalty": Zip(),
-  "dot 1e-6": Zip(1e-6),
   "dot 1e-5": Zip(1e-5),
   "dot 1e-4": Zip(1e-4),
-  "dot 1e-3": Zip(1e-3),
   "no penalty, one number a module": Zip(granularity=by_module),
 }
 
@@ -269,8 +256,9 @@ def learn(bench: Bench, how: Zip) -> tuple[Any, dict[str, float]]:
   run = columns_run(
     functions.predict, functions.distance, how.rate, how.steps, how.granularity
   )
+  rows = work.recipe.shown
   batches = tuple(
-    bench.batches(name, how.steps)[:-1] for name in ("first", "second")
+    bench.batches(name, how.steps, rows)[:-1] for name in ("first", "second")
   )
   frozen = work.params, work.adapters, jnp.float32(how.strength)
   columns, losses = run(columns, frozen, (batches,))
@@ -287,12 +275,13 @@ def learn(bench: Bench, how: Zip) -> tuple[Any, dict[str, float]]:
   return columns, notes
 
 
+_OWN = "own and "
 _CAT = Mix("skills", softmax, 0.0, "skills")
 _RECYCLED = Mix("skills", leaky, 0.0, "few", steps=100)
 #: Ways to learn weights.
 MIXES = {
   "softmax from N(0, 1), skills' data, rate 1e-4 (CAT, published)": Mix(
-    "skills", softmax, None, "skills", 1e-4, 400
+    "skills", softmax, None, "skills", 1e-4, 200
   ),
   "softmax, skills' data (CAT)": _CAT,
   "softmax, the 64": _CAT._replace(source="few"),
@@ -328,6 +317,7 @@ RANDOM = {
 #: What LoRAs of rank 2r are trained on.
 TRAINED = {
   "LoRA on both skills' data": "skills, rehearsed",
+  "LoRA on the 64 and both skills' data": "few and skills",
   "LoRA on much target data": "many",
   "LoRA on much target data and the skills'": "target and skills",
 }
@@ -342,7 +332,7 @@ def learned(bench: Bench, *, how: Mix) -> Made:
   if not how.is_labelled:
     loss = entropy_of(work.functions.predict)
   run = weights_run(loss, how.activation, how.rule, how.rate, how.steps)
-  batches = bench.batches(how.source, how.steps)
+  batches = bench.batches(how.source, how.steps, work.recipe.shown)
   z, losses = run(z, (work.params, pool), batches)
   shares = {path: how.activation(x) for path, x in z.items()}
   means = np.mean([np.asarray(x) for x in shares.values()], axis=0)
@@ -351,7 +341,8 @@ def learned(bench: Bench, *, how: Mix) -> Made:
     "loss": float(np.mean(np.asarray(losses)[-10:])),
   }
   loras = mix(pool, z, activation=how.activation)
-  return Made(loras, count_of(z), notes)
+  own = pool[0] if how.pool.startswith(_OWN) else {}
+  return Made(loras, count_of(z) + count_of(own), notes)
 
 
 @functools.cache
@@ -382,9 +373,8 @@ def pool_of(bench: Bench, name: str) -> list[Loras]:
     "random entries": lambda: _random(bench, "entries"),
     "random spectra": lambda: _random(bench, "spectrum"),
   }
-  first, _, rest = name.partition("own and ")
-  own = [few_lora(bench)[1]] if rest else []
-  return [*own, *pools[rest or first]()]
+  own = [few_lora(bench)[1]] if name.startswith(_OWN) else []
+  return [*own, *pools[name.removeprefix(_OWN)]()]
 
 
 def _random(bench: Bench, keep: Literal["entries", "spectrum"]) -> list[Loras]:
@@ -414,7 +404,7 @@ def searched(bench: Bench) -> Made:
   """Searches one weight for each adapter, without gradients."""
   work = bench.work
   value = _sum_loss(work.functions.loss)
-  batch = tuple(x[0] for x in bench.batches("five", 1))
+  batch = tuple(x[0] for x in bench.batches("five", 1, work.recipe.batch))
   pair = list(work.adapters)
 
   def loss(weights):

@@ -18,7 +18,6 @@ from jlora.merging import (
   core_space,
   dare,
   given_units,
-  iso_c,
   knots,
   lego,
   singular_units,
@@ -60,6 +59,35 @@ def through_dense(
   none = jnp.zeros_like(stack[0])
   merged = method(stack, weights, none, key=key, **settings)
   return from_factors(svd(merged, rank))
+
+
+def equalised(
+  loras: Sequence[Lora],
+  weights: Any,
+  base: Any = None,
+  *,
+  key: Any = None,
+  rank: int,
+) -> Lora:
+  """Truncates the sum to a rank, then makes its singular values equal.
+
+  Iso-C at a rank below that of the sum: cut after the values are equal, what is
+  kept would be arbitrary.
+
+  Args:
+    loras: n Loras of one parameter.
+    weights: (n,).
+    base: unused.
+    key: unused.
+    rank: of the result.
+
+  Returns:
+    Lora of scale 1, the mean of its singular values kept.
+  """
+  found = svd_merge(loras, weights, base, key=key, rank=rank)
+  s = jnp.sum(found.a**2, axis=-1, keepdims=True)
+  factor = jnp.sqrt(jnp.mean(s) / jnp.maximum(s, 1e-12))
+  return Lora(factor * found.a, factor * found.b, found.scale)
 
 
 def at_random(
@@ -123,7 +151,7 @@ MERGES = (
   Merge("KnOTS with TIES", _part(knots, density=DENSITY)),
   Merge("TIES in Core Space", _CORE),
   Merge("TSV in Core Space", _part(core_space, method=tsv)),
-  Merge("Iso-C in Core Space", _part(core_space, method=iso_c)),
+  Merge("SVD of the sum, then Iso-C", equalised),
   Merge("LEGO, singular units", _LEGO),
   Merge("LEGO, given units", _part(lego, units=given_units, restarts=RESTARTS)),
   Merge("LEGO, clusters at random", _LEGO, at_random),

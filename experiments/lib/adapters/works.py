@@ -24,7 +24,8 @@ class Recipe(NamedTuple):
     rank: of one skill's adapter.
     steps: of an adapter's training.
     rate: the largest learning rate of it.
-    batch: rows a step.
+    batch: rows a step of it.
+    shown: rows a step of what is learned with adapters as they are.
     few: examples of the target that weights are learned from.
     few_steps: of learning from them.
   """
@@ -33,6 +34,7 @@ class Recipe(NamedTuple):
   steps: int
   rate: float
   batch: int
+  shown: int
   few: int = 64
   few_steps: int = 200
 
@@ -55,10 +57,6 @@ class Work(NamedTuple):
   """A work of one seed.
 
   Attributes:
-    title: in tables.
-    skills: the two skills' names.
-    measures: name of a figure -> its title in tables; the first is asked for
-      of both skills together, the next two are what is kept of each.
     functions: of all seeds.
     recipe: of adapters.
     params: of the base.
@@ -69,12 +67,11 @@ class Work(NamedTuple):
       and "unlabelled" of inputs alone, where predictions have an entropy.
     validate: Loras -> a number that is higher for better ones, on data that
       neither training nor `test` sees.
-    test: Loras -> figures.
+    test: Loras -> figures: "both" of what asks for both skills, "first" and
+      "second" of what is kept of each, "distance" from the base on what neither
+      is about.
   """
 
-  title: str
-  skills: tuple[str, str]
-  measures: Mapping[str, str]
   functions: Functions
   recipe: Recipe
   params: Any

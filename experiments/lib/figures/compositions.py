@@ -14,7 +14,6 @@ _LOOKS = {
   "beside": ("#000000", "*"),
   "sum": ("#0072B2", "o"),
   "rank r": ("#E69F00", "s"),
-  "rank 3r/2": ("#F0E442", "s"),
   "columns": ("#009E73", "D"),
   "weights": ("#D55E00", "^"),
   "control": ("#7F7F7F", "P"),
@@ -76,6 +75,42 @@ def as_table(
       f"| {kind} | {method} | {' | '.join(cells)} | {trained} | {seconds} |"
     )
   return "\n".join(lines)
+
+
+def as_overview(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
+  """Formats the rows of all works as one Markdown table.
+
+  Args:
+    rows: of all works and seeds.
+    titles: work -> title.
+
+  Returns:
+    Lines: for each work what asks for both, with the standard error over seeds,
+    and what is kept of the first and of the second skill.
+  """
+  works = [name for name in titles if any(r["work"] == name for r in rows)]
+  heads = [f"{titles[name]}: both | kept" for name in works]
+  lines = [
+    f"| of | method | {' | '.join(heads)} |",
+    "|" + "---|" * (2 + 2 * len(works)),
+  ]
+  for (kind, method), own in group(rows).items():
+    cells = []
+    for name in works:
+      there = [row for row in own if row["work"] == name]
+      cells += _overview_cells(there) if there else ["", ""]
+    lines.append(f"| {kind} | {method} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def _overview_cells(rows: Sequence[Row]) -> list[str]:
+  """Formats what asks for both, and what is kept of each."""
+  kept = [
+    f"{np.mean(list(_by_seed(rows, name).values())):.3f}"
+    for name in ("first", "second")
+  ]
+  both = with_error(list(_by_seed(rows, "both").values()))
+  return [both, ", ".join(kept)]
 
 
 def with_error(values: Sequence[float], *, sign: bool = False) -> str:

@@ -60,7 +60,7 @@ class Size(NamedTuple):
     base: training steps of the base.
     recipe: of adapters.
     sampling: evaluations of the model for a sample.
-    count: samples a figure, a multiple of nine.
+    count: samples a figure; validation has half as many.
   """
 
   net: Denoiser
@@ -70,8 +70,8 @@ class Size(NamedTuple):
   count: int
 
 
-FULL = Size(Denoiser(), 5000, Recipe(8, 1500, 3e-3, 64), 20, 504)
-SMOKE = Size(Denoiser(16, 1), 20, Recipe(2, 10, 3e-3, 16, 8, 5), 3, 18)
+FULL = Size(Denoiser(), 5000, Recipe(8, 1500, 3e-3, 64, 64), 12, 450)
+SMOKE = Size(Denoiser(16, 1), 20, Recipe(2, 10, 3e-3, 16, 8, 8, 5), 3, 18)
 
 
 class Parts(NamedTuple):
@@ -105,42 +105,45 @@ def open_work(style: str, seed: int, size: Size) -> Work:
   Returns:
     Work.
   """
-  change, parts, recipe = STYLES[style], split_parts(seed), size.recipe
-  functions, params = make_functions(size), train_base(seed, size)
-  styled = Digits(change(parts.styled.images), parts.styled.labels)
-  target = Digits(change(parts.subject.images), parts.subject.labels)
+  change, parts = STYLES[style], split_parts(seed)
+  params = train_base(seed, size)
+  draws = _sources(change, parts, size.recipe.few, seed)
+  own = _rehearsed(params, draws["second"], draws["plain"], size, 2 * seed + 1)
+  half, samplers = size._replace(count=size.count // 2), []
+  for turn, (known, extent) in enumerate(
+    ((parts.known, size), (parts.judged, half))
+  ):
+    judges = train_judges(known, parts.held, change)
+    sampler = Sampler(extent, params, judges, parts.held, 2 * seed + turn)
+    samplers.append(sampler)
+    print(f"{style}, real images judged right: {judges.accuracy}", flush=True)
+  return Work(
+    functions=make_functions(size),
+    recipe=size.recipe,
+    params=params,
+    start=functools.partial(_start, params),
+    adapters=(train_subject(seed, size), own),
+    draws=draws,
+    validate=samplers[1].mean_share,
+    test=samplers[0].figures,
+  )
+
+
+def _sources(change: Style, parts: Parts, few: int, seed: int):
+  """Returns the sources of batches of a style."""
+  styled, target = (
+    Digits(change(x.images), x.labels) for x in (parts.styled, parts.subject)
+  )
   rng = np.random.default_rng([seed, 1])
-  few = rng.choice(len(target.labels), recipe.few, replace=False)
-  few, five = (_at(target, x) for x in (few, few[:5]))
-  draws = {
+  some = rng.choice(len(target.labels), few, replace=False)
+  return {
     "first": draw_of(parts.subject, 0),
     "second": draw_of(styled, 1),
     "plain": draw_of(parts.others, 0),
-    "few": draw_of(few, 1),
-    "five": draw_of(five, 1),
+    "few": draw_of(_at(target, some), 1),
+    "five": draw_of(_at(target, some[:5]), 1),
     "many": draw_of(target, 1),
   }
-  own = _rehearsed(params, draws["second"], draws["plain"], size, 2 * seed + 1)
-  adapters = (train_subject(seed, size), own)
-  held, judged = parts.held, parts.judged
-  judges = train_judges(judged, held, change)
-  validate = Sampler(size, params, judges, held, seed=2 * seed + 1)
-  judges = train_judges(parts.known, held, change)
-  test = Sampler(size, params, judges, held, seed=2 * seed)
-  print(f"{style}, held-out images judged right: {judges.accuracy}", flush=True)
-  return Work(
-    title=f"digits, {style}",
-    skills=("subject", "style"),
-    measures=MEASURES,
-    functions=functions,
-    recipe=recipe,
-    params=params,
-    start=functools.partial(_start, params),
-    adapters=adapters,
-    draws=draws,
-    validate=validate.share_of_both,
-    test=test.figures,
-  )
 
 
 class Model(NamedTuple):
@@ -308,11 +311,10 @@ class Sampler:
     self._base = np.asarray(self._predict(params, *inputs))
     self._error = float(np.mean((self._base - clean) ** 2))
 
-  def share_of_both(self, loras: Loras) -> float:
-    """Returns the share of 9s in the style where both are asked for."""
-    params = jlora.apply(self.params, loras)
-    subject = np.full(len(self._others), SUBJECT)
-    return float(np.mean(self._right(params, subject, 1)))
+  def mean_share(self, loras: Loras) -> float:
+    """Returns the mean of the shares of both, of first and of second."""
+    shares = self._shares(jlora.apply(self.params, loras))
+    return float(np.mean([*shares.values()]))
 
   def figures(self, loras: Loras) -> Figures:
     """Returns both, first, second and distance.
@@ -321,20 +323,22 @@ class Sampler:
     classes, as a share of the base's own error.
     """
     params = jlora.apply(self.params, loras)
-    subject = np.full(len(self._others), SUBJECT)
     moved = np.asarray(self._predict(params, *self._inputs)) - self._base
-    return {
-      "both": float(np.mean(self._right(params, subject, 1))),
-      "first": float(np.mean(self._right(params, subject, 0))),
-      "second": float(np.mean(self._right(params, self._others, 1))),
-      "distance": float(np.mean(moved**2)) / self._error,
-    }
+    distance = float(np.mean(moved**2)) / self._error
+    return {**self._shares(params), "distance": distance}
 
-  def images(self, loras: Loras, count: int) -> np.ndarray:
-    """Returns the first samples where both are asked for, (count, 64)."""
-    params = jlora.apply(self.params, loras)
-    asked = asks(np.full(len(self._others), SUBJECT), 1)
-    return np.asarray(self._model.sample(params, self._noise, asked))[:count]
+  def _shares(self, params: Any) -> Figures:
+    """Returns how often what was asked for is drawn."""
+    subject = np.full(len(self._others), SUBJECT)
+    asked = {
+      "both": (subject, 1),
+      "first": (subject, 0),
+      "second": (self._others, 1),
+    }
+    return {
+      name: float(np.mean(self._right(params, *own)))
+      for name, own in asked.items()
+    }
 
   def _right(self, params, labels, styled) -> np.ndarray:
     """Returns which samples are of the class and style that is asked for."""

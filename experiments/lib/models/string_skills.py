@@ -80,8 +80,8 @@ class Size(NamedTuple):
   count: int
 
 
-FULL = Size(64, 2, 1500, 48, Recipe(4, 500, 3e-3, 64), 6, 6, 1024)
-SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 3e-3, 8, 8, 5), 2, 2, 16)
+FULL = Size(64, 2, 1500, 48, Recipe(4, 500, 3e-3, 48, 16), 6, 6, 1024)
+SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 3e-3, 8, 8, 8, 5), 2, 2, 16)
 
 
 def open_work(seed: int, size: Size) -> Work:
@@ -95,47 +95,49 @@ def open_work(seed: int, size: Size) -> Work:
     Work.
   """
   known = draw_operations(seed, size.moving, size.coding)
-  functions = make_functions(size)
-  plain, both = known_pairs(known), new_pairs(known)
-  move, code = move_pairs(known), code_pairs(known)
+  params, pairs = train_base(seed, size), _pairs(known)
   rng = np.random.default_rng([seed, 1])
-  few = write(rng, known, both, (size.recipe.few,))
+  few = write(rng, known, pairs["both"], (size.recipe.few,))
   draws = {
-    "first": draw_of(known, move),
-    "second": draw_of(known, code),
-    "plain": draw_of(known, plain),
+    "first": draw_of(known, pairs["first"]),
+    "second": draw_of(known, pairs["second"]),
+    "plain": draw_of(known, pairs["distance"]),
     "few": _draw_from(few),
     "five": _draw_from(few[:5]),
-    "many": draw_of(known, both),
+    "many": draw_of(known, pairs["both"]),
   }
-  params = train_base(seed, size)
-  adapters = tuple(
-    _rehearsed(params, draws[name], draws["plain"], size, 2 * seed + i)
-    for i, name in enumerate(("first", "second"))
+  adapters = (
+    _rehearsed(params, draws["first"], draws["plain"], size, 2 * seed),
+    _rehearsed(params, draws["second"], draws["plain"], size, 2 * seed + 1),
   )
+  predict = make_functions(size).predict
+  texts = write(rng, known, pairs["both"], (256,))
   summed = jlora.apply(params, list(adapters))
-  unlabelled = write(rng, known, both, (256,))
-  draws["unlabelled"] = _draw_from(
-    answered(functions.predict, summed, unlabelled), is_labelled=False
-  )
-  pairs = {"both": both, "first": move, "second": code, "distance": plain}
+  guessed = answered(predict, summed, texts)
   validate, test = (
     Examiner(size, params, known, pairs, 2 * seed + i, count)
-    for i, count in ((1, size.count // 4), (0, size.count))
+    for i, count in ((1, size.count // 2), (0, size.count))
   )
   return Work(
-    title="strings",
-    skills=("move", "code"),
-    measures=MEASURES,
-    functions=functions,
+    functions=make_functions(size),
     recipe=size.recipe,
     params=params,
     start=functools.partial(_start, params),
-    adapters=(adapters[0], adapters[1]),
-    draws=draws,
-    validate=validate.likelihood,
+    adapters=adapters,
+    draws={**draws, "unlabelled": _draw_from(guessed, is_labelled=False)},
+    validate=validate.mean_likelihood,
     test=test.figures,
   )
+
+
+def _pairs(known: Operations) -> dict[str, list[tuple[int, int]]]:
+  """Returns the pairs of operations that each figure is about."""
+  return {
+    "both": new_pairs(known),
+    "first": move_pairs(known),
+    "second": code_pairs(known),
+    "distance": known_pairs(known),
+  }
 
 
 @functools.cache
@@ -282,12 +284,11 @@ class Examiner:
     }
     self._base = self._predict(params, self._texts["distance"])
 
-  def likelihood(self, loras: Loras) -> float:
-    """Returns minus the nats a symbol where both operations are asked for."""
+  def mean_likelihood(self, loras: Loras) -> float:
+    """Returns minus the nats a symbol, the mean of both, first and second."""
     params = jlora.apply(self.params, loras)
-    tokens = self._texts["both"]
-    logits = self._predict(params, tokens)
-    return -float(_losses(logits, jnp.asarray(tokens[:, -LENGTH:])).mean())
+    names = ("both", "first", "second")
+    return -float(np.mean([self._examined(params, x)[1] for x in names]))
 
   def figures(self, loras: Loras) -> Figures:
     """Returns both, first, second, distance and nats.
@@ -296,15 +297,22 @@ class Examiner:
     operations that the base knows.
     """
     params = jlora.apply(self.params, loras)
-    found = {}
-    for name in ("both", "first", "second"):
-      tokens = self._texts[name]
-      said = np.asarray(self._predict(params, tokens)).argmax(axis=-1)
-      right = (said == tokens[:, -LENGTH:]).all(axis=-1)
-      found[name] = float(np.mean(right))
+    names = ("both", "first", "second")
+    found = {name: self._examined(params, name) for name in names}
     moved = self._predict(params, self._texts["distance"])
-    found["distance"] = float(divergence(self._base, moved))
-    return found | {"nats": -self.likelihood(loras)}
+    return {
+      **{name: right for name, (right, _) in found.items()},
+      "distance": float(divergence(self._base, moved)),
+      "nats": found["both"][1],
+    }
+
+  def _examined(self, params: Any, name: str) -> tuple[float, float]:
+    """Returns the share of answers that are right, and nats a symbol."""
+    tokens = self._texts[name]
+    logits, answer = self._predict(params, tokens), tokens[:, -LENGTH:]
+    right = (np.asarray(logits).argmax(axis=-1) == answer).all(axis=-1)
+    nats = _losses(logits, jnp.asarray(answer)).mean()
+    return float(np.mean(right)), float(nats)
 
 
 _compiled = functools.cache(jax.jit)
