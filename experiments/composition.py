@@ -83,12 +83,11 @@ NAMED = (
   "best of 16, on validation",
   "SVD of the sum",
   "no penalty",
-  "dot 1e-5",
   "softmax, skills' data (CAT)",
   "free, the 64",
   "LoRA on the 64",
   "LoRA on both skills' data",
-  "LoRA on much target data and the skills'",
+  "LoRA on the 64 and both skills' data",
 )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 import jlora
 from experiments.lib.adapters.benches import (
+  SOURCES,
   Bench,
   Made,
   Rule,
@@ -419,23 +420,23 @@ def searched(bench: Bench) -> Made:
   return Made(add(pair, weights.tolist()), len(pair), notes)
 
 
-def few_lora(bench: Bench) -> tuple[float, Loras]:
-  """Trains a LoRA on the target's few examples, at the rate that is best.
+def few_lora(bench: Bench) -> tuple[tuple[float, int], Loras]:
+  """Trains a LoRA on the target's few examples, as it validates best.
 
   Args:
     bench: work and seed.
 
   Returns:
-    The learning rate, chosen on validation, and the LoRA.
+    Learning rate and steps, of several short ones and of that of a skill; and
+    the LoRA.
   """
   recipe = bench.work.recipe
+  tried = [(rate, recipe.few_steps) for rate in _RATES]
+  tried.append((recipe.rate, recipe.steps))
 
   def make():
-    """Trains one for each rate."""
-    made = {
-      rate: bench.train("few", recipe.rank, rate, recipe.few_steps)
-      for rate in _RATES
-    }
+    """Trains one for each rate and length."""
+    made = {how: bench.train("few", recipe.rank, *how) for how in tried}
     return choose(bench, made)
 
   return bench.once("few", make)
@@ -443,12 +444,13 @@ def few_lora(bench: Bench) -> tuple[float, Loras]:
 
 def trained_on_few(bench: Bench) -> Made:
   """Trains a LoRA on the examples that weights are learned from."""
-  rate, loras = few_lora(bench)
-  return Made(loras, count_of(loras), {"rate": rate})
+  how, loras = few_lora(bench)
+  return Made(loras, count_of(loras), {"rate and steps": how})
 
 
 def trained(bench: Bench, *, source: str) -> Made:
   """Trains a LoRA of both ranks together on a source."""
   recipe = bench.work.recipe
-  loras = bench.train(source, 2 * recipe.rank, recipe.rate, recipe.steps)
+  steps = recipe.joint_steps if source in SOURCES else recipe.steps
+  loras = bench.train(source, 2 * recipe.rank, recipe.rate, steps)
   return Made(loras, count_of(loras))

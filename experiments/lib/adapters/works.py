@@ -23,6 +23,7 @@ class Recipe(NamedTuple):
   Attributes:
     rank: of one skill's adapter.
     steps: of an adapter's training.
+    joint_steps: of a LoRA's on several sources at once.
     rate: the largest learning rate of it.
     batch: rows a step of it.
     shown: rows a step of what is learned with adapters as they are.
@@ -32,6 +33,7 @@ class Recipe(NamedTuple):
 
   rank: int
   steps: int
+  joint_steps: int
   rate: float
   batch: int
   shown: int

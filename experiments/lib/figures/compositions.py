@@ -21,10 +21,10 @@ _LOOKS = {
 
 
 def group(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-  """Groups the rows of a work by method, in the order of first occurrence.
+  """Groups rows by method: kinds in their order, then as they first occur.
 
   Args:
-    rows: of one work.
+    rows: of one work or several.
 
   Returns:
     (kind, method) -> rows, one a seed.
@@ -34,7 +34,8 @@ def group(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     [('sum', '1 and 1')]
   """
   found: dict[tuple[str, str], list[Row]] = {}
-  for row in rows:
+  place = {kind: i for i, kind in enumerate(_LOOKS)}
+  for row in sorted(rows, key=lambda row: place[row["kind"]]):
     found.setdefault((row["kind"], row["method"]), []).append(row)
   return found
 
@@ -146,51 +147,58 @@ def draw(
   Args:
     rows: of all works, which need "both", "first" and "second".
     titles: work -> title.
-    named: methods that are named in the figure.
+    named: methods that are numbered, and named beside the panels.
 
   Returns:
     Figure: a point a method, means over seeds, bars of one standard error.
   """
   works = [name for name in titles if any(r["work"] == name for r in rows)]
-  figure = Figure(figsize=(4.4 * len(works) + 1.4, 4.6))
-  panels = figure.subplots(1, len(works), squeeze=False)[0]
+  figure = Figure(figsize=(3.7 * len(works) + 2.9, 4.4))
+  panels = figure.subplots(1, len(works), squeeze=False, sharey=True)[0]
   for axes, name in zip(panels, works, strict=True):
     own = [row for row in rows if row["work"] == name]
     for (kind, method), group_rows in group(own).items():
-      _draw_point(axes, kind, method if method in named else None, group_rows)
+      number = named.index(method) + 1 if method in named else None
+      _draw_point(axes, kind, number, group_rows)
     axes.set_title(titles[name])
     axes.set_xlabel("kept: the mean of both skills alone")
     axes.grid(color="0.92", lw=0.6)
-    axes.margins(0.08)
+    axes.margins(0.06)
   panels[0].set_ylabel("composed: both skills asked for at once")
-  handles = {}
-  for axes in panels:
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-      handles.setdefault(label, handle)
+  handles, labels = panels[-1].get_legend_handles_labels()
   panels[-1].legend(
-    handles.values(), handles.keys(), loc="upper left",
-    bbox_to_anchor=(1.01, 1.0),
+    handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8
+  )
+  names = "\n".join(f"{i}  {name}" for i, name in enumerate(named, 1))
+  panels[-1].text(
+    1.04, 0.0, names, transform=panels[-1].transAxes, va="bottom", fontsize=7,
+    color="0.25",
   )  # fmt: skip
   return figure
 
 
-def _draw_point(axes: Any, kind: str, name: str | None, rows) -> None:
+def _draw_point(axes: Any, kind: str, number: int | None, rows) -> None:
   """Draws one method's mean and standard errors."""
-  both = np.array([row["figures"]["both"] for row in rows])
-  kept = np.array(
-    [(row["figures"]["first"] + row["figures"]["second"]) / 2 for row in rows]
+  points = np.array(
+    [
+      ((own["first"] + own["second"]) / 2, own["both"])
+      for own in (row["figures"] for row in rows)
+    ]
   )
+  x, y = points.mean(axis=0)
+  count = len(points)
+  errors = points.std(axis=0, ddof=1) / count**0.5 if count > 1 else (0.0, 0.0)
   colour, marker = _LOOKS[kind]
-  errors = [
-    x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in (kept, both)
-  ]
+  known = axes.get_legend_handles_labels()[1]
   axes.errorbar(
-    kept.mean(), both.mean(), xerr=errors[0], yerr=errors[1], marker=marker,
-    color=colour, ls="", ms=6, mec="white", mew=0.4, elinewidth=0.6,
-    label=kind if not axes.get_legend_handles_labels()[1].count(kind) else None,
+    x, y, xerr=errors[0], yerr=errors[1], marker=marker, color=colour, ls="",
+    ms=6, mec="white", mew=0.4, elinewidth=0.6,
+    label=None if kind in known else kind,
   )  # fmt: skip
-  if name:
+  if number:
+    is_odd = number % 2  # numbers of close neighbours must not overlap
     axes.annotate(
-      name, (kept.mean(), both.mean()), xytext=(4, 4),
-      textcoords="offset points", fontsize=6.5, color="0.25",
+      f"{number}", (x, y), xytext=(5, 3) if is_odd else (-5, -3),
+      textcoords="offset points", fontsize=7.5, color="0.25",
+      ha="left" if is_odd else "right", va="bottom" if is_odd else "top",
     )  # fmt: skip

@@ -70,8 +70,8 @@ class Size(NamedTuple):
   count: int
 
 
-FULL = Size(Denoiser(), 5000, Recipe(8, 1500, 3e-3, 64, 64), 12, 450)
-SMOKE = Size(Denoiser(16, 1), 20, Recipe(2, 10, 3e-3, 16, 8, 8, 5), 3, 18)
+FULL = Size(Denoiser(), 5000, Recipe(8, 1500, 1500, 3e-3, 64, 64), 12, 450)
+SMOKE = Size(Denoiser(16, 1), 20, Recipe(2, 10, 10, 3e-3, 16, 8, 8, 5), 3, 18)
 
 
 class Parts(NamedTuple):

@@ -80,8 +80,8 @@ class Size(NamedTuple):
   count: int
 
 
-FULL = Size(64, 2, 1500, 48, Recipe(4, 500, 3e-3, 48, 16), 6, 6, 1024)
-SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 3e-3, 8, 8, 8, 5), 2, 2, 16)
+FULL = Size(64, 2, 1500, 48, Recipe(4, 500, 1000, 3e-3, 48, 16), 6, 6, 1024)
+SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 5, 3e-3, 8, 8, 8, 5), 2, 2, 16)
 
 
 def open_work(seed: int, size: Size) -> Work:
