@@ -111,9 +111,10 @@ def at_random(
   norms = np.maximum(np.linalg.norm(means, axis=1), 1e-12)
   nearest = np.abs(units @ means.T / norms[None]).argmax(axis=1)
   mixed = rng.permutation(nearest)
-  rows = np.stack([_centroid(units[mixed == i]) for i in range(len(means))])
+  rows: Any = np.stack([_centroid(units[mixed == i]) for i in range(len(means))])
   width = found.a.shape[1]
-  return Lora(rows[:, :width], rows[:, width:], np.float32(1))
+  one: Any = np.float32(1)
+  return Lora(rows[:, :width], rows[:, width:], one)
 
 
 def _centroid(units: np.ndarray) -> np.ndarray:
@@ -124,7 +125,8 @@ def _centroid(units: np.ndarray) -> np.ndarray:
   signs = np.where(units @ vt[0] < 0, -1, 1)
   mean = (signs[:, None] * units).mean(axis=0)
   length = np.linalg.norm(units, axis=1).mean()
-  return np.float32(mean * length / max(np.linalg.norm(mean), 1e-12))
+  mean = mean * (length / max(np.linalg.norm(mean), 1e-12))
+  return mean.astype(np.float32)
 
 
 class Merge(NamedTuple):
