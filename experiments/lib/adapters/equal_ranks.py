@@ -105,13 +105,14 @@ def at_random(
   Returns:
     Lora of NumPy arrays, scale 1, of the same rank.
   """
-  own = [singular_units(x.a, np.asarray(x.scale) * x.b) for x in loras]
-  units = np.concatenate([np.concatenate(x, axis=1) for x in own])
+  pairs = [singular_units(x.a, np.asarray(x.scale) * x.b) for x in loras]
+  units = np.concatenate([np.concatenate(x, axis=1) for x in pairs])
   means = np.concatenate([found.a, found.b], axis=1)
   norms = np.maximum(np.linalg.norm(means, axis=1), 1e-12)
   nearest = np.abs(units @ means.T / norms[None]).argmax(axis=1)
   mixed = rng.permutation(nearest)
-  rows: Any = np.stack([_centroid(units[mixed == i]) for i in range(len(means))])
+  own = [_centroid(units[mixed == i]) for i in range(len(means))]
+  rows: Any = np.stack(own)
   width = found.a.shape[1]
   one: Any = np.float32(1)
   return Lora(rows[:, :width], rows[:, width:], one)
