@@ -202,7 +202,7 @@ def _inner(left: Lora, right: Lora) -> float:
     np.einsum("...ri,...si->...rs", np.float64(x), np.float64(y))
     for x, y in ((left.a, right.a), (left.b, right.b))
   )
-  scale = np.float64(left.scale) * np.float64(right.scale)
+  scale = np.asarray(left.scale, np.float64) * np.asarray(right.scale)
   return float(np.sum(scale[..., None, None] * a * b))
 
 
