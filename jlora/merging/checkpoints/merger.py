@@ -368,7 +368,7 @@ def _copied(job: Job, array: np.ndarray) -> np.ndarray:
   but what was finite must be in the dtype, too.
   """
   if not is_floating(job.dtype):
-    return array.astype(job.dtype, copy=False)
+    return _as_integers(job, array)
   if job.settings is not None:
     return rounded(f"{job.name} of {job.sources[0].model}", array, job.dtype)
   if array.dtype == job.dtype or not is_finite(array):
@@ -380,8 +380,23 @@ def _copied(job: Job, array: np.ndarray) -> np.ndarray:
 def _same(job: Job, arrays: Sequence[np.ndarray]) -> np.ndarray:
   """Returns the first array if all are equal, else raises."""
   if all(np.array_equal(arrays[0], other) for other in arrays):
-    return arrays[0]
-  raise ValueError(f"{job.name}: not floating, and models differ.")
+    return _as_integers(job, arrays[0])
+  raise ValueError(
+    f"{job.name}: not floating, and models differ, so that there is no mean: "
+    "make them alike, or merge without all but one of them."
+  )
+
+
+def _as_integers(job: Job, array: np.ndarray) -> np.ndarray:
+  """Returns integers in the job's dtype; raises if it does not hold them."""
+  found = array.astype(job.dtype, copy=False)
+  if np.array_equal(found, array):
+    return found
+  raise ValueError(
+    f"{job.name} of {job.sources[0].model} is {array.dtype}, and its values "
+    f"are not those of {job.dtype}, which the result has: save it in that "
+    "dtype, or take another base_model."
+  )
 
 
 def _merge(fixed, stack, base, numbers, key):

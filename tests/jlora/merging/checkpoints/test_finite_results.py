@@ -125,3 +125,44 @@ def test_models_of_float64_are_merged_and_it_is_noted(tmp_path):
   both = {"a": full(1e300, "f8"), "b": full(3.0, "f8")}
   with pytest.raises(ValueError, match="w: merged it has values that float32"):
     merged(tmp_path / "far", both)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+  ("kind", "values", "fits"),
+  [
+    ("i8", [1, 2**40], False),
+    ("i8", [1, -5], True),
+    ("u4", [1, 2**31], False),
+    ("i2", [7, -7], True),
+    ("?", [True, False], True),
+  ],
+)
+def test_integers_of_another_size_do_not_wrap_around(
+  count, kind, values, fits, tmp_path
+):
+  """The reference gives the dtype, and is not merged itself."""
+  own = {"w": np.ones(2, "f4"), "n": np.asarray(values, kind)}
+  models = {"c": {**own, "n": np.zeros(2, "i4")}, "a": own, "b": own}
+  for name, tensors in models.items():
+    write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+  place = {name: str(tmp_path / f"{name}.safetensors") for name in models}
+  method = merging.passthrough if count == 1 else merging.linear
+  inputs = tuple(Input(place[name]) for name in "ab"[:count])
+  recipe = Recipe(method, (Slice(inputs),), reference=place["c"])
+  run = functools.partial(jlora.merge_checkpoints, log=io.StringIO())
+  if fits:
+    run(recipe, tmp_path / "out")
+    found = open_checkpoint(tmp_path / "out")["n"]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, values)
+    return
+  with pytest.raises(ValueError, match=r"n of .*a.safetensors is .*int32"):
+    run(recipe, tmp_path / "out")
+  assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_base_of_float64_is_noted(tmp_path):
+  models = {"base": full(0.0, "f8"), "a": full(1.0), "b": full(2.0)}
+  report, _ = merged(tmp_path, models, merging.task_arithmetic)
+  assert report.notes == ["w: float64, merged in float32"]
