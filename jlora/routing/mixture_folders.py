@@ -269,7 +269,7 @@ def _arrays_of(base, experts, rows, layers) -> Iterator[tuple[str, np.ndarray]]:
       yield target, rounded(target, rows[layer], dtype)
 
 
-def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
+def _tensor_of(expert: Any, base: Checkpoint, name: str) -> np.ndarray:
   """Returns an expert's tensor, or the base's plus the expert's change."""
   if _is_whole(expert):
     return expert[name]
