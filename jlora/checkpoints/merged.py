@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.documents import shortened
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.checkpoints.new_files import check_new, new_folder, replace_text
@@ -26,6 +27,7 @@ from jlora.tree_views import table_for
 from jlora.views import as_parameter, views_of
 
 _CONFIG = "config.json"
+_DTYPES = "bfloat16, float16, float32 or float64"
 
 
 def save_merged(
@@ -63,8 +65,8 @@ def save_merged(
     ValueError: the folder exists or would be a part of the base, small files
       are links to elsewhere, a path or shape is not the base's, a change is
       for integers, or a changed tensor is not finite or not in the dtype it is
-      stored in; of others, entries that this dtype does not hold. Nothing is
-      then written.
+      stored in; of others, entries that this dtype does not hold; or a dtype of
+      integers or float8. Nothing is then written.
 
   Example:
     >>> import tempfile
@@ -233,15 +235,31 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
 
   Without `dtype` a tensor keeps its stored one, but float8 becomes bfloat16.
 
+  Raises:
+    ValueError: a `dtype` that holds no floats as they are: integers, or float8,
+      whose codes need scales.
+
   Example:
     >>> merged_dtype(np.dtype(np.int8), np.float32)
     dtype('int8')
   """
+  kind = None if dtype is None else _checked_dtype(dtype)
   if not is_floating(stored):
     return stored
-  if dtype is not None:
-    return np.dtype(dtype)
+  if kind is not None:
+    return kind
   return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+  """Returns a dtype; raises unless it holds floats as they are."""
+  try:
+    found = np.dtype(dtype)
+  except TypeError as error:
+    raise ValueError(f"dtype is {shortened(dtype)}; give {_DTYPES}.") from error
+  if not is_floating(found) or found.itemsize == 1:
+    raise ValueError(f"dtype is {found.name}; give {_DTYPES}.")
+  return found
 
 
 def config_as(base: Any, dtype: Any) -> dict[str, Any]:

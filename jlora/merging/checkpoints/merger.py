@@ -132,7 +132,7 @@ class Merger:
     Returns:
       bool.
     """
-    if self._sums is None or self.is_copied(job):
+    if self._sums is None or self.is_copied(job) or 0 in job.shape:
       return False
     return not self._is_told(job, self._sums.setting)
 
@@ -176,6 +176,8 @@ class Merger:
         or infinity in a parameter; or a result that its dtype does not hold.
         Names the tensor.
     """
+    if 0 in job.shape:  # methods look for the largest of what there is
+      return np.empty(job.shape, job.dtype)
     leaves = self._open(job)
     if self.is_copied(job):
       return _copied(job, leaves[0][() if piece is None else piece.index])
@@ -274,7 +276,7 @@ class Merger:
         base,
         jax.random.key(0),
       )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # settings lack, or are not known
       raise ValueError(f"{job.name}: {error}") from error
 
   def check_kinds(self, job: Job) -> None:
@@ -307,7 +309,7 @@ class Merger:
     try:
       with np.errstate(all="ignore"):
         _merge(fixed, zeros, base, settings, np.zeros(2, np.uint32))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # settings lack, or are not known
       raise ValueError(f"{job.name}: {error}") from error
 
   def _is_told(self, job: Job, setting: str) -> bool:

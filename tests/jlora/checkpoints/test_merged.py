@@ -275,3 +275,15 @@ def test_only_tables_change_the_number_of_tokens(base, tmp_path):
   with pytest.raises(ValueError, match="vocab_size is 5, but tables have 7"):
     save_merged(tmp_path / "other", base, {}, full=rows)
   assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+  "dtype", ["int8", np.int64, bool, "float8_e4m3fn", "complex64", "floot", 3]
+)
+def test_a_dtype_that_holds_no_floats_as_they_are_is_refused(tmp_path, dtype):
+  """Integers would cut them off, and codes of float8 mean nothing alone."""
+  write_safetensors(tmp_path / "b.safetensors", {K: np.eye(4, dtype="f4")})
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  with pytest.raises(ValueError, match="dtype is .*; give bfloat16, float16"):
+    save_merged(tmp_path / "m", base, {}, dtype=dtype)
+  assert [file.name for file in tmp_path.iterdir()] == ["b.safetensors"]
