@@ -247,25 +247,28 @@ def extract_checkpoint(
       watch.wait()
       complete_journal(journal, (job.pair.path for job in plan.jobs))
 
-      # Choose ranks, write: the first process alone.
-      ranks = choose_ranks(journal, policy, itemsize)
-      with noted() as files:
-        report = write_adapter(
-          plan,
-          journal,
-          ranks,
-          out,
-          profile=profile,
-          base_model=base_model,
-          settings=settings,
-          task_type=task_type,
-          rename=rename,
-        )
-      check_unchanged(_inputs(plan), stamps)
-      report = _describe(report, journal, ranks, out, all_marks, files)
-      write_report(out, report)
+      report = _write(
+        plan, journal, out, policy, itemsize, settings, all_marks, stamps,
+        profile=profile, base_model=base_model, task_type=task_type,
+        rename=rename,
+      )  # fmt: skip
       watch.done()
     journal.close()
+  return report
+
+
+def _write(
+  plan, journal, out, policy, itemsize, settings, marks, stamps, **options
+) -> Report:
+  """Chooses ranks and writes the folder, which the first process does alone."""
+  ranks = choose_ranks(journal, policy, itemsize)
+  with noted() as files:
+    report = write_adapter(
+      plan, journal, ranks, out, settings=settings, **options
+    )
+  check_unchanged(_inputs(plan), stamps)
+  report = _describe(report, journal, ranks, out, marks, files)
+  write_report(out, report)
   return report
 
 

@@ -193,10 +193,7 @@ def merge_checkpoints(
   check_apart(out, [*inputs.values(), *sorted(beside)])
   small = _companions_of(plan)
   merger = Merger(recipe.method, plan.models, key, plan.jobs)
-  for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
-    merger.check(job)
-  for job in plan.jobs:
-    merger.check_kinds(job)
+  _check_jobs(plan, merger)
   shards = plan_shards(out, _spec_of(plan), max_shard_bytes, plan.stem)
   marks = _marks_of(recipe, settings, inputs)
   marks["small files"] = digests = _digests(plan)
@@ -212,19 +209,34 @@ def merge_checkpoints(
     files = _place(plan, out, journal, shards, small)
     check_unchanged(inputs, stamps)
     _check_companions(plan, digests)
-    report = MergeReport(
-      settings,
-      len(plan.jobs),
-      sum(_size(job) for job in plan.jobs),
-      plan.notes
-      + _note_wide(plan, merger)
-      + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
-    )
+    report = _report_of(plan, merger, settings)
     made = describe_run(out, marks, files, _results(report))
     report = report._replace(run=made)
     replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
     journal.close()
   return report
+
+
+def _check_jobs(plan: MergePlan, merger: Merger) -> None:
+  """Raises unless every tensor can be merged, as far as headers tell."""
+  for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
+    merger.check(job)
+  for job in plan.jobs:
+    merger.check_kinds(job)
+
+
+def _report_of(
+  plan: MergePlan, merger: Merger, settings: dict[str, Any]
+) -> MergeReport:
+  """Returns what a merge tells, without what made it."""
+  return MergeReport(
+    settings,
+    len(plan.jobs),
+    sum(_size(job) for job in plan.jobs),
+    plan.notes
+    + _note_wide(plan, merger)
+    + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+  )
 
 
 _INPUT = record_of({"model": TEXT})
