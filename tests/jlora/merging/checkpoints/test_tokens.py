@@ -513,3 +513,18 @@ def test_a_merge_of_single_files_by_token_has_their_tokenizer(folder):
     rows = [row(*one) for one in of_all(token)]
     wanted = np.mean(rows, axis=0)
     np.testing.assert_allclose(found[TABLE][vocabulary[token]], wanted, 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("number", "multiple"), [(10**12, 4), (2**31, 4), (9, 10**9)]
+)
+def test_rows_without_end_are_refused(folder, number, multiple):
+  """A damaged number of a token, or padding of a recipe, in no time."""
+  file = folder / "a" / "tokenizer.json"
+  found = json.loads(file.read_text())
+  found["model"]["vocab"]["ab"] = number
+  file.write_text(json.dumps(found))
+  text = "base_model: $/a\ntokenizer: {source: base, pad_to_multiple_of: %d}\n"
+  with pytest.raises(ValueError, match="correct the number or the recipe's"):
+    merge(folder, LINEAR + text % multiple)
+  assert not (folder / "out").exists()
