@@ -42,7 +42,8 @@ EMBEDDINGS = (
   r"|tok_embeddings|shared)([/.][^/.]+)?"
 )
 
-_HEAD = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
+# Names of heads: likewise.
+HEADS = r"(.*[/.])?(head|lm_head|output_projection)([/.][^/.]+)?"
 
 
 def is_linear(path: str, leaf: Any) -> bool:
@@ -63,7 +64,7 @@ def is_linear(path: str, leaf: Any) -> bool:
     ...                                  "lm_head.weight")]
     [True, False, False]
   """
-  is_other = first_match([(EMBEDDINGS, True), (_HEAD, True)], path, False)
+  is_other = first_match([(EMBEDDINGS, True), (HEADS, True)], path, False)
   return is_matrix(path, leaf) and not is_other
 
 

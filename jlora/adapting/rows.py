@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epy
 from jax import lax
 from jax.core import Tracer
@@ -192,7 +193,20 @@ def _spread(axes: Any, tree: Any, name: str) -> list[Any]:
       f"{name}={axes} does not fit {jax.tree.structure(tree)}: give one axis, "
       "or a tree of axes that the values' own tree extends."
     ) from error
-  return jax.tree.leaves(each, is_leaf=lambda x: x is None)
+  found = jax.tree.leaves(each, is_leaf=lambda x: x is None)
+  if wrong := [repr(axis) for axis in found if not _is_axis(axis)]:
+    raise ValueError(
+      f"{name} has {name_some(dict.fromkeys(wrong))}; an axis is an integer, "
+      "or None."
+    )
+  return found
+
+
+def _is_axis(axis: Any) -> bool:
+  """Returns whether something can say where rows lie."""
+  return axis is None or (
+    isinstance(axis, int | np.integer) and not isinstance(axis, bool)
+  )
 
 
 def _names(tree: Any, root: str) -> list[str]:
@@ -249,6 +263,15 @@ def _first(results, axes: Sequence[int | None]) -> list[jax.Array]:
   ]
 
 
+def _one_row(x: jax.Array, axis: int) -> jax.Array:
+  """Returns the first row, zeros where there is none."""
+  if x.shape[axis]:
+    return lax.slice_in_dim(x, 0, 1, axis=axis)
+  return jnp.zeros(
+    [n if i != axis else 1 for i, n in enumerate(x.shape)], x.dtype
+  )
+
+
 def _axes_out(
   fn, params, bank, leaves, axes: Sequence[int | None], whole, out_axes
 ) -> list[int | None]:
@@ -267,10 +290,7 @@ def _axes_out(
 
   def one(bases, rows, others):
     """Runs fn on the first row."""
-    rows = [
-      lax.slice_in_dim(x, 0, 1, axis=axes[i] or 0)
-      for i, x in zip(at, rows, strict=True)
-    ]
+    rows = [_one_row(x, axes[i] or 0) for i, x in zip(at, rows, strict=True)]
     args, kwargs = whole(rows)
     given, places = jax.tree.flatten((args, kwargs))
     for i, x in zip(shared, others, strict=True):

@@ -458,9 +458,9 @@ def _scan(reader, eqn, operands):
   start, end = groups[0], groups[0] + groups[1]
   slices = [_first_taken(value) for value in operands[end:]]
   carry = operands[start:end]
-  for _ in range(2):  # an activation that only comes back with the carry
-    found = reader.run(jaxpr, [*operands[:start], *carry, *slices])
-    carry = [_either(a, b) for a, b in zip(carry, found, strict=False)]
+  found = _until_settled(
+    lambda carry: reader.run(jaxpr, [*operands[:start], *carry, *slices]), carry
+  )
   stacked = [
     _moved([value], lambda dims: ((), *dims)) for value in found[end - start :]
   ]
@@ -487,12 +487,32 @@ def _while(reader, eqn, operands):
   split = params["cond_nconsts"]
   start = split + params["body_nconsts"]
   carry = operands[start:]
-  for _ in range(2):
-    reader.run(params["cond_jaxpr"].jaxpr, [*operands[:split], *carry])
-    body = params["body_jaxpr"].jaxpr
-    found = reader.run(body, [*operands[split:start], *carry])
-    carry = [_either(a, b) for a, b in zip(carry, found, strict=True)]
-  return carry
+  test, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+
+  def turn(carry):
+    reader.run(test, [*operands[:split], *carry])
+    return reader.run(body, [*operands[split:start], *carry])
+
+  found = _until_settled(turn, carry)
+  return [_either(a, b) for a, b in zip(carry, found, strict=True)]
+
+
+def _until_settled(
+  turn: Callable[[Sequence[Value]], list[Value]], carry: Sequence[Value]
+) -> list[Value]:
+  """Repeats a loop's body until its carry can be nothing more.
+
+  What comes back at one place may go on to another in the next turn, so there
+  are at most as many turns as places, and one.
+  """
+  found: list[Value] = []
+  for _ in range(len(carry) + 1):
+    found = turn(carry)
+    more = [_either(a, b) for a, b in zip(carry, found, strict=False)]
+    if more == [*carry]:
+      break
+    carry = more
+  return found
 
 
 def _cond(reader, eqn, operands):

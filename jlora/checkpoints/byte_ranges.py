@@ -172,8 +172,9 @@ def _reserve(
   size = len(head) + sum(
     math.prod(slot.shape) * slot.dtype.itemsize for slot in announced.values()
   )
+  opened = open_new(temporary)  # what has this name already is not ours
   try:
-    with open_new(temporary) as stream, name_file(temporary):
+    with opened as stream, name_file(temporary):
       stream.write(head)
       stream.truncate(size)
   except BaseException:

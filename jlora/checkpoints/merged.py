@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing a base checkpoint with changes added, as a new checkpoint folder."""
 
+import copy
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint
+from jlora.checkpoints.documents import shortened
 from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
 from jlora.checkpoints.new_files import check_new, new_folder, replace_text
@@ -19,11 +22,12 @@ from jlora.loras import Lora, check_loras, dense
 from jlora.messages import name_some
 from jlora.numerics.backends import wide_dtype
 from jlora.numerics.finite import is_finite, not_finite, rounded
-from jlora.selection import is_floating
+from jlora.selection import EMBEDDINGS, HEADS, is_floating
 from jlora.tree_views import table_for
 from jlora.views import as_parameter, views_of
 
 _CONFIG = "config.json"
+_DTYPES = "bfloat16, float16, float32 or float64"
 
 
 def save_merged(
@@ -61,8 +65,8 @@ def save_merged(
     ValueError: the folder exists or would be a part of the base, small files
       are links to elsewhere, a path or shape is not the base's, a change is
       for integers, or a changed tensor is not finite or not in the dtype it is
-      stored in; of others, entries that this dtype does not hold. Nothing is
-      then written.
+      stored in; of others, entries that this dtype does not hold; or a dtype of
+      integers or float8. Nothing is then written.
 
   Example:
     >>> import tempfile
@@ -104,11 +108,13 @@ def save_merged(
     (name, _stored(name, base, loras, views, biases, full, kind))
     for name, (_, kind) in spec.items()
   )
+  text = None
+  if config:
+    new = _merged_config(base, spec, dtype)
+    text = json.dumps(new, indent=2, sort_keys=True) + "\n"
   with new_folder(folder) as partial:
     copy_files(small, partial)
-    if config:
-      config = _merged_config(config, base, spec, dtype)
-      text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if text is not None:
       replace_text(partial / _CONFIG, text)
     stream_checkpoint(partial, spec, arrays, max_shard_bytes=max_shard_bytes)
 
@@ -135,32 +141,53 @@ def check_changes(base, loras, views, biases, full) -> None:
       f"{len(unknown)} changes are for parameters that the base does not have:"
       f" {name_some(unknown)}."
     )
-  whole = [
-    f"{path}: {base.spec[path].dtype}"
-    for path in (*loras, *biases, *full)
-    if not is_floating(base.spec[path].dtype)
-    and (path not in full or full[path].dtype != base.spec[path].dtype)
-  ]
+  whole = _cut_off(base, {*loras, *biases}, full)
   if whole:
     raise ValueError(
       f"{len(whole)} changes are for parameters that are not floating, where "
       f"they would be cut off: {name_some(whole)}. Give the base that they are "
       "of, or leave them out."
     )
+  stored = {path: base.spec[path].shape for path in (*loras, *biases, *full)}
   wrong = [
-    f"{path}: {value.shape}, base {base.spec[path].shape}"
+    f"{path}: new value {value.shape}, base {stored[path]}"
+    for path, value in full.items()
+    if len(value.shape) != len(stored[path])
+    or value.shape[1:] != stored[path][1:]  # a table may have other rows
+  ]
+  stored |= {path: value.shape for path, value in full.items()}
+  wrong += [
+    f"{path}: {value.shape}, base {stored[path]}"
     for path, value in biases.items()
-    if value.shape != base.spec[path].shape
+    if value.shape != stored[path]
   ]
   for path, lora in loras.items():
     check_loras({path: lora})
     shape = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
     view = views[path]
-    stored = full[path].shape if path in full else base.spec[path].shape
-    if view is None or view.shape(stored) != shape:
-      wrong.append(f"{path}: Lora {shape}, base {stored}")
+    if view is None or view.shape(stored[path]) != shape:
+      wrong.append(f"{path}: Lora {shape}, base {stored[path]}")
   if wrong:
-    raise ValueError(f"{len(wrong)} changes do not fit: {name_some(wrong)}.")
+    raise ValueError(
+      f"{len(wrong)} changes do not fit: {name_some(wrong)}. Give the base "
+      "that they are of."
+    )
+
+
+def _cut_off(base, changes, full) -> list[str]:
+  """Lists changes of integers, and integers that replace floats."""
+  kinds = {path: base.spec[path].dtype for path in (*changes, *full)}
+  found = [
+    f"{path}: {kinds[path]}"
+    for path in sorted(changes)
+    if not is_floating(kinds[path])
+  ]
+  return found + [
+    f"{path}: {kinds[path]}, the new value {value.dtype}"
+    for path, value in full.items()
+    if is_floating(kinds[path]) != is_floating(value.dtype)
+    or (not is_floating(kinds[path]) and value.dtype != kinds[path])
+  ]
 
 
 def changed(name, base, loras, views, biases, full) -> np.ndarray:
@@ -208,28 +235,126 @@ def merged_dtype(stored: np.dtype, dtype: Any) -> np.dtype:
 
   Without `dtype` a tensor keeps its stored one, but float8 becomes bfloat16.
 
+  Raises:
+    ValueError: a `dtype` that holds no floats as they are: integers, or float8,
+      whose codes need scales.
+
   Example:
     >>> merged_dtype(np.dtype(np.int8), np.float32)
     dtype('int8')
   """
+  kind = None if dtype is None else _checked_dtype(dtype)
   if not is_floating(stored):
     return stored
-  if dtype is not None:
-    return np.dtype(dtype)
+  if kind is not None:
+    return kind
   return np.dtype(ml_dtypes.bfloat16) if stored.itemsize == 1 else stored
 
 
-def _merged_config(config, base, spec, dtype) -> dict[str, Any]:
-  """Returns config.json changed for a new dtype, or for a grown vocabulary."""
-  config = without_paths(config)
+def _checked_dtype(dtype: Any) -> np.dtype:
+  """Returns a dtype; raises unless it holds floats as they are."""
+  try:
+    found = np.dtype(dtype)
+  except TypeError as error:
+    raise ValueError(f"dtype is {shortened(dtype)}; give {_DTYPES}.") from error
+  if not is_floating(found) or found.itemsize == 1:
+    raise ValueError(f"dtype is {found.name}; give {_DTYPES}.")
+  return found
+
+
+def config_as(base: Any, dtype: Any) -> dict[str, Any]:
+  """Returns config.json for tensors that are stored anew.
+
+  Args:
+    base: an open checkpoint.
+    dtype: of all floating tensors; None is each tensor's own.
+
+  Returns:
+    A copy without paths of this machine, without a quantisation where weights
+    were quantised, and with the dtype wherever there was one.
+
+  Example:
+    >>> import types
+    >>> config = {"dtype": "float32", "text_config": {"torch_dtype": "float32"}}
+    >>> base = types.SimpleNamespace(config=config, spec={}, companions={})
+    >>> config_as(base, "bfloat16")
+    {'dtype': 'bfloat16', 'text_config': {'torch_dtype': 'bfloat16'}}
+  """
+  config = copy.deepcopy(without_paths(base.config))
   stored = {entry.dtype.itemsize for entry in base.spec.values()}
   if 1 in stored or base.companions:
     config.pop("quantization_config", None)
-  if dtype is not None:
-    for key in ("dtype", "torch_dtype"):
-      if key in config:
-        config[key] = np.dtype(dtype).name
-  for name, (shape, _) in spec.items():
-    if shape != base.spec[name].shape and "vocab_size" in config:
-      config["vocab_size"] = shape[0]
+  for level in levels_of(config) if dtype is not None else ():
+    for key in {"dtype", "torch_dtype"} & level.keys():
+      level[key] = np.dtype(dtype).name
   return config
+
+
+def set_rows(config: dict[str, Any], before: int, rows: int, place: Any):
+  """Sets the number of tokens wherever a configuration has the old one.
+
+  Args:
+    config: contents of config.json; is changed.
+    before: how many rows the tables had.
+    rows: how many they have.
+    place: of the model, for the error.
+
+  Raises:
+    ValueError: the configuration has a number of tokens, but not the old one.
+
+  Example:
+    >>> config = {"text_config": {"vocab_size": 8}}
+    >>> set_rows(config, 8, 9, "model")
+    >>> config
+    {'text_config': {'vocab_size': 9}}
+  """
+  levels = [one for one in levels_of(config) if "vocab_size" in one]
+  if before == rows or not levels:
+    return
+  named = [one for one in levels if one["vocab_size"] == before]
+  if not named:
+    said = [str(one["vocab_size"]) for one in levels]
+    raise ValueError(
+      f"{place}: config.json's vocab_size is {name_some(said)}, but tables "
+      f"have {before} rows; make the two the same."
+    )
+  for one in named:
+    one["vocab_size"] = rows
+
+
+def levels_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """Yields a configuration and all that are part of it.
+
+  Args:
+    config: contents of config.json.
+
+  Yields:
+    Dicts; of at most 64 levels, as documents are read.
+
+  Example:
+    >>> len(list(levels_of({"text_config": {"a": {}}, "x": 1})))
+    3
+  """
+  yield config
+  for value in config.values():
+    if isinstance(value, dict):
+      yield from levels_of(value)
+
+
+def _merged_config(base, spec, dtype) -> dict[str, Any]:
+  """Returns config.json changed for a new dtype, or for a grown vocabulary."""
+  config = config_as(base, dtype)
+  heights = {
+    (base.spec[name].shape[0], shape[0])
+    for name, (shape, _) in spec.items()
+    if shape != base.spec[name].shape and _is_table(name)
+  }
+  for before, rows in sorted(heights):
+    set_rows(config, before, rows, base.path)
+  return config
+
+
+def _is_table(name: str) -> bool:
+  """Returns whether a parameter has a row for each token, by its name."""
+  is_known = any(re.fullmatch(rule, name) for rule in (EMBEDDINGS, HEADS))
+  return is_known and not re.search(r"position|wpe|token_type", name)

@@ -174,8 +174,9 @@ def replace_file(path: Path, parts: Iterable[bytes]) -> None:
     b'ab'
   """
   temporary, checksum = name_temporary(path), 0
+  opened = open_new(temporary)  # what has this name already is not ours
   try:
-    with open_new(temporary) as file, name_file(temporary):
+    with opened as file, name_file(temporary):
       for part in parts:
         file.write(part)
         checksum = zlib.crc32(part, checksum)
@@ -215,11 +216,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     path: must not exist; its parents are made.
 
   Yields:
-    A folder beside it to fill, with files that are synced. If the block raises
+    A folder beside it to fill, with files that are synced. If the block raises,
     it is removed.
 
   Raises:
-    ValueError: something has the name.
+    ValueError: something has the name; or has it once the folder is filled,
+      which then stays where it is.
 
   Example:
     >>> import tempfile
@@ -236,10 +238,17 @@ def new_folder(path: Path) -> Iterator[Path]:
   try:
     yield partial
     sync_folder(partial)
-    move(partial, path)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+  try:
+    move(partial, path)
+  except OSError as error:
+    raise ValueError(
+      f"{path} was made by somebody else meanwhile ({error.strerror}). What "
+      f"was to be there is complete and lies in {partial}: move it where it is "
+      "wanted."
+    ) from error
   sync_folder(path.parent)
 
 

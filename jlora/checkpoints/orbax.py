@@ -33,10 +33,12 @@ from jlora.messages import name_some
 with epy.lazy_imports():  # they take a third of a second: only if needed
   import orbax.checkpoint as ocp
   import tensorstore as ts
+  from jax.experimental import multihost_utils
 
 _TREE = "_METADATA"
 _STEP = "_CHECKPOINT_METADATA"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_LONGEST = 256  # bytes of a file's name, and one
 
 
 class Leaf(NamedTuple):
@@ -191,7 +193,8 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     tree: a pytree of arrays, or {path: array}, which may be a Checkpoint.
 
   Raises:
-    ValueError: if the path exists, it would be a part of the Checkpoint that is
+    ValueError: if the path exists, or does once all is written, which then
+      stays where it is; if it would be a part of the Checkpoint that is
       saved, or one array's path lies within another's.
 
   Example:
@@ -209,19 +212,46 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     tree = dict(tree)
     if all(isinstance(name, str) for name in tree):
       tree = _nested(tree)
-  is_alone = jax.process_count() == 1
-  # Several processes must know the name; orbax has its own way to agree on one.
-  place = name_temporary(path) if is_alone else path
+  place = _agreed_temporary(path)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(place, tree)
     _sync(place)
-    if is_alone:
-      move(place, path)
   except BaseException:
-    if is_alone:
+    if jax.process_index() == 0:
       shutil.rmtree(place, ignore_errors=True)
     raise
+  _move_for_all(place, path)
+
+
+def _agreed_temporary(path: Path) -> Path:
+  """Returns a temporary name beside a path, the same one on all processes."""
+  place = name_temporary(path)
+  if jax.process_count() == 1:
+    return place
+  own = np.frombuffer(os.fsencode(place.name).ljust(_LONGEST, b"\0"), np.uint8)
+  found = np.asarray(multihost_utils.broadcast_one_to_all(own), np.uint8)
+  return path.with_name(os.fsdecode(found.tobytes().rstrip(b"\0")))
+
+
+def _move_for_all(place: Path, path: Path) -> None:
+  """Gives a folder its name once all processes have synced what is in it."""
+  is_alone, why = jax.process_count() == 1, ""
+  if not is_alone:
+    multihost_utils.sync_global_devices(f"synced {path}")
+  if jax.process_index() == 0:
+    try:
+      move(place, path)
+    except OSError as error:
+      why = f" ({error.strerror})"
+  is_there = not why
+  if not is_alone:
+    is_there = bool(multihost_utils.broadcast_one_to_all(np.bool_(is_there)))
+  if not is_there:
+    raise ValueError(
+      f"{path} cannot be given to what was saved{why}. It is complete and lies "
+      f"in {place}: move it where it is wanted."
+    )
   sync_folder(path.parent)
 
 
@@ -236,20 +266,38 @@ def _sync(folder: Path) -> None:
 
 def _check_files(folder: Path) -> None:
   """Raises if anything in a folder is no file: reading a pipe would not end."""
-  folders = [folder]
+  folders, within = [folder], Path(os.path.realpath(folder))
   while folders:
     try:
       with os.scandir(folders.pop()) as inside:
         for entry in inside:
           if entry.is_dir():
-            # Links could lead round and round.
-            folders += [] if entry.is_symlink() else [Path(entry.path)]
+            # Links could lead round and round; within they lead to what is
+            # looked at anyhow.
+            if entry.is_symlink():
+              _check_leads_inside(Path(entry.path), within)
+            else:
+              folders.append(Path(entry.path))
           elif not entry.is_file():
             raise ValueError(f"{entry.path} is no regular file; give one")
     except OSError as error:
       raise ValueError(
         f"{error.filename} cannot be read: {error.strerror}"
       ) from error
+
+
+def _check_leads_inside(link: Path, within: Path) -> None:
+  """Raises unless a link to a folder leads to one inside the checkpoint.
+
+  What lies elsewhere is not looked at when it is asked whether a result would
+  be written there, or whether files have changed.
+  """
+  target = Path(os.path.realpath(link))
+  if not target.is_relative_to(within):
+    raise ValueError(
+      f"{link} leads to {target}, outside of the checkpoint; put a copy in its "
+      "place (cp -rL)"
+    )
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

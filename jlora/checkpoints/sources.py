@@ -154,8 +154,8 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
 
 def _places_of(source: Any) -> tuple[Path, tuple[Path, ...]] | None:
   """Returns what was opened and where its arrays lie, of what has a place."""
-  if isinstance(source, Path):
-    return source, ()
+  if isinstance(source, str | os.PathLike):
+    return Path(source), ()
   if not hasattr(source, "places"):
     return None
   return source.path, tuple(source.places)

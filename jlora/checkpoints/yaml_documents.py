@@ -2,15 +2,18 @@
 """Reading YAML that somebody else wrote, in bounded time and memory."""
 
 import os
+from collections import Counter
 from typing import Any
 
 import yaml
 
-from jlora.checkpoints.documents import DEEPEST, read_text
+from jlora.checkpoints.documents import DEEPEST, read_text, shortened
+from jlora.messages import name_some
 
 _LARGEST = 2**18  # bytes: a parser in Python reads them in about a second
 _MOST_NODES = 20_000  # what aliases stand for counted each time
 _LONG = 64  # letters of a string that count as a value
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(path: str | os.PathLike) -> list[Any]:
@@ -23,7 +26,8 @@ def read_yaml(path: str | os.PathLike) -> list[Any]:
     A list, empty for an empty file.
 
   Raises:
-    ValueError: as `read_text`, no YAML, over 256 KiB, more than 64 levels deep,
+    ValueError: as `read_text`, no YAML, a key twice in one mapping (of which
+      parsers take the last), over 256 KiB, more than 64 levels deep,
       or of more than 20,000 values, what an alias stands for counted each time.
 
   Example:
@@ -67,6 +71,7 @@ class _Plain(yaml.SafeLoader):
     if is_alias and id(node) not in self._known:
       raise yaml.YAMLError("an alias stands inside what it stands for")
     if not is_alias:
+      _check_keys(node)
       self._known[id(node)] = self._count(node)
     size, depth = self._known[id(node)]
     if size > _MOST_NODES or depth + self._level > DEEPEST:
@@ -91,4 +96,21 @@ class _Plain(yaml.SafeLoader):
     return yaml.YAMLError(
       f"it has more than {_MOST_NODES:,} values or {DEEPEST} levels, what"
       " aliases stand for included"
+    )
+
+
+def _check_keys(node: Any) -> None:
+  """Raises if a mapping has a key twice, but for `<<`."""
+  if not isinstance(node, yaml.MappingNode):
+    return
+  keys = Counter(
+    (key.tag, key.value)
+    for key, _ in node.value
+    if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE
+  )
+  if twice := [value for (_, value), count in keys.items() if count > 1]:
+    line = node.start_mark.line + 1
+    raise yaml.YAMLError(
+      f"{name_some(map(shortened, twice))} is given twice in the mapping that "
+      f"begins at line {line}; leave one"
     )

@@ -14,8 +14,10 @@ from jlora.checkpoints.documents import (
   either,
   list_of,
   record_of,
+  shortened,
   table_of,
 )
+from jlora.messages import name_some
 
 _MAYBE = either(REAL, NULL)
 _SHAPE = Kind(
@@ -91,16 +93,21 @@ def check_report(found: Any, place: str, version: int) -> dict[str, Any]:
     >>> check_report({"schema_version": 7}, "report.json", 1)
     Traceback (most recent call last):
     ...
-    ValueError: report.json has schema version 7, this jlora reads 1.
+    ValueError: report.json has schema version 7, this jlora reads 1: make it
+    anew with this one.
   """
   found = dict(check_fields(found, {}, place))
   if (said := found.pop("schema_version", None)) != version:
     raise ValueError(
-      f"{place} has schema version {said}, this jlora reads {version}."
+      f"{place} has schema version {shortened(said)}, this jlora reads "
+      f"{version}: make it anew with this one."
     )
   check_fields(found, _FIELDS, place, required=_FIELDS.keys() - _OPTIONAL)
   if other := found.keys() - _FIELDS.keys():
-    raise ValueError(f"{place}: {sorted(other)[0]!r} is no field of a report.")
+    raise ValueError(
+      f"{place}: {name_some(map(shortened, sorted(other)))}: no field of a "
+      "report; take it out."
+    )
   check_fields(found["settings"], _SETTINGS, f"{place}: settings")
   totals, said = found["totals"], f"{place}: totals"
   both = _UNMATCHED if _UNMATCHED.keys() & totals else {}

@@ -8,9 +8,10 @@ folder.
 """
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -183,27 +184,6 @@ def extract_checkpoint(
     0.0
   """
   out = Path(out)
-  options = {
-    "rank": rank,
-    "dtype": jnp.dtype(dtype).name,
-    "factor": name_of(factor),
-  }
-  settings = {
-    "jlora": metadata.version("jlora"),
-    "base": str(base),
-    "finetuned": str(finetuned),
-    "profile": profile.name,
-    "vocabulary": name_of(vocabulary),
-    **options,
-  }
-  if task_type != "auto":
-    settings["task_type"] = task_type
-  if rename:
-    settings["rename"] = (
-      name_of(rename) if callable(rename) else [list(pair) for pair in rename]
-    )
-  if whole:
-    settings["whole"] = whole
   named = {
     "policy": None if policy is None else name_of(policy),
     "base_model": base_model,
@@ -212,6 +192,14 @@ def extract_checkpoint(
     "overwrite": overwrite,
     "allow_unmatched": allow_unmatched,
   }
+  options = {
+    "rank": rank,
+    "dtype": jnp.dtype(dtype).name,
+    "factor": name_of(factor),
+  }
+  settings = _settings_of(
+    base, finetuned, profile, vocabulary, options, task_type, rename, whole
+  )
   _check_options(settings, named)
 
   # Open, pair, plan: headers alone, on every process.
@@ -221,31 +209,20 @@ def extract_checkpoint(
       allow_unmatched, profile, out,
     )
   )  # fmt: skip
-  coded = options | {"factor code": identify(factor)}
+  base_model = model_name(base) if base_model is None else base_model
+  coded = options | {
+    "factor code": identify(factor),
+    "split": hash_lines(_split(plan, split_bytes)),
+  }
   marks = processes.everywhere(lambda: fingerprint(plan, key, coded))
   processes.check_same_facts(without_paths(marks))
-  base_model = model_name(base) if base_model is None else base_model
-  all_marks = marks | {
-    "base_model": base_model,
-    "names": hash_lines(_names(plan)),
-    "profile": identify(profile),
-    "split": hash_lines(_split(plan, split_bytes)),
-    "task_type": task_type,
-  }
+  all_marks = marks | _marks_of_files(plan, base_model, profile, task_type)
   itemsize = jnp.dtype(dtype).itemsize
-
+  is_same = functools.partial(
+    _check_finished, out, settings, all_marks, policy, itemsize
+  )
   with contextlib.ExitStack() as held:
-
-    def begin() -> bool:
-      """Keeps other runs out; returns whether the result is already there."""
-      held.enter_context(hold_folder(out))
-      if resume or overwrite:
-        remove_leftovers(out)
-      if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
-        return False
-      _check_finished(out, settings, all_marks, policy, itemsize)
-      return True
-
+    begin = functools.partial(_begin, held, out, resume, overwrite, is_same)
     if processes.from_first(begin):
       return processes.everywhere(lambda: read_report(out))
     journal, watch = share_journal(
@@ -270,26 +247,79 @@ def extract_checkpoint(
       watch.wait()
       complete_journal(journal, (job.pair.path for job in plan.jobs))
 
-      # Choose ranks, write: the first process alone.
-      ranks = choose_ranks(journal, policy, itemsize)
-      with noted() as files:
-        report = write_adapter(
-          plan,
-          journal,
-          ranks,
-          out,
-          profile=profile,
-          base_model=base_model,
-          settings=settings,
-          task_type=task_type,
-          rename=rename,
-        )
-      check_unchanged(_inputs(plan), stamps)
-      report = _describe(report, journal, ranks, out, all_marks, files)
-      write_report(out, report)
+      report = _write(
+        plan, journal, out, policy, itemsize, settings, all_marks, stamps,
+        profile=profile, base_model=base_model, task_type=task_type,
+        rename=rename,
+      )  # fmt: skip
       watch.done()
     journal.close()
   return report
+
+
+def _write(
+  plan, journal, out, policy, itemsize, settings, marks, stamps, **options
+) -> Report:
+  """Chooses ranks and writes the folder, which the first process does alone."""
+  ranks = choose_ranks(journal, policy, itemsize)
+  with noted() as files:
+    report = write_adapter(
+      plan, journal, ranks, out, settings=settings, **options
+    )
+  check_unchanged(_inputs(plan), stamps)
+  report = _describe(report, journal, ranks, out, marks, files)
+  write_report(out, report)
+  return report
+
+
+def _settings_of(
+  base, finetuned, profile, vocabulary, options, task_type, rename, whole
+) -> dict[str, Any]:
+  """Returns what a report says of a run's inputs and options."""
+  settings = {
+    "jlora": metadata.version("jlora"),
+    "base": str(base),
+    "finetuned": str(finetuned),
+    "profile": profile.name,
+    "vocabulary": name_of(vocabulary),
+    **options,
+  }
+  if task_type != "auto":
+    settings["task_type"] = task_type
+  if rename:
+    settings["rename"] = (
+      name_of(rename) if callable(rename) else [list(pair) for pair in rename]
+    )
+  if whole:
+    settings["whole"] = whole
+  return settings
+
+
+def _marks_of_files(plan, base_model, profile, task_type) -> dict[str, Any]:
+  """Returns what the files hang on beside what the journal does."""
+  return {
+    "base_model": base_model,
+    "names": hash_lines(_names(plan)),
+    "profile": identify(profile),
+    "task_type": task_type,
+  }
+
+
+def _begin(
+  held: contextlib.ExitStack,
+  out: Path,
+  resume: bool,
+  overwrite: bool,
+  check: Callable[[], None],
+) -> bool:
+  """Keeps other runs out; returns whether the result is already there."""
+  held.enter_context(hold_folder(out))
+  if resume or overwrite:
+    remove_leftovers(out)
+  if not resume or (out / FOLDER).exists() or not (out / REPORT).exists():
+    return False
+  check()
+  return True
 
 
 def _plan(

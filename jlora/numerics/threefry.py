@@ -70,6 +70,8 @@ def fold_in(key: Any, number: int) -> Any:
 def seed_words(seed: int) -> np.ndarray:
   """Returns the two words of `jax.random.key(seed)`, without calling JAX.
 
+  As JAX does without 64-bit integers, it takes the seed modulo 2^32.
+
   Example:
     >>> seed_words(7)
     array([0, 7], dtype=uint32)

@@ -10,9 +10,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jlora.checkpoints.documents import (
+  LIST,
+  NULL,
+  Kind,
+  check_fields,
+  count_to,
+  either,
+)
 from jlora.messages import name_some
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST = 2**16  # layers of a model
 
 #: What configurations leave out because a model type has it by default.
 IMPLIED: Mapping[str, Mapping[str, Any]] = {
@@ -164,11 +173,51 @@ MADE_UP: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _is_kinds(value: Any) -> bool:
+  """Returns whether a value is a list of [kinds, how often]."""
+  is_kinds = isinstance(value, list) and all(
+    isinstance(one, list)
+    and len(one) == 2
+    and isinstance(one[0], list)
+    and count_to(_MOST).fits(one[1])
+    for one in value
+  )
+  return is_kinds and sum(len(one) * n for one, n in value) <= _MOST
+
+
+def _is_numbered(value: Any) -> bool:
+  """Returns whether a value is an object by the number of a layer."""
+  return isinstance(value, dict) and all(
+    re.fullmatch(r"[0-9]{1,9}", key) for key in value
+  )
+
+
+_COUNTED = Kind(
+  f"at most {_MOST}", lambda value: type(value) is not int or value <= _MOST
+)
+# What must hold before layers get other numbers.
+_SHAPED = {
+  "attention_types": either(
+    Kind("a list of [kinds, how often]", _is_kinds), NULL
+  ),
+  "per_layer_config": either(
+    LIST,
+    Kind("an object by number of a layer", _is_numbered),
+    NULL,
+  ),
+}
+
+
 def _kind(is_windowed: Any, windowed: str = "sliding_attention") -> str:
   """Returns the name of a layer's kind of attention."""
   return windowed if is_windowed else "full_attention"
 
 
+#: Lists that say nothing of layers, however many entries they have.
+_OTHER_LISTS = re.compile(
+  r"architectures|languages|(\w+_)?token_(id|index)s?|\w*pinpoints|begin_\w+"
+  r"|(bad|forced)_\w+_ids|keys_to_ignore\w*|(image|patch|kernel|crop)_size"
+)
 #: Keys whose names speak of layers and that do not say which are of what kind.
 _HARMLESS = re.compile(
   r"(\w+_)?(num|n)_(\w+_)?(layers?|blocks)(_\w+)?|\w+_layers?_num"
@@ -204,8 +253,9 @@ def configure_layers(
     one, as `layer_types`.
 
   Raises:
-    ValueError: layers of a kind that the keys cannot say of the new order, or
-      a key that speaks of layers by number and is not known.
+    ValueError: layers of a kind that the keys cannot say of the new order, a
+      key that speaks of layers by number and is not known, no number of layers
+      where it changes, or keys that do not hold what they should.
 
   Example:
     >>> config = {"num_hidden_layers": 2, "layer_types": ["full", "window"]}
@@ -216,13 +266,25 @@ def configure_layers(
     2
   """
   found, taken = dict(config), list(taken)
-  counts = [
-    key for key in _COUNTS if isinstance(config.get(key), int) and config[key]
-  ]
-  if counts and taken != list(range(config[counts[0]])):
-    found = _renumbered(found, taken, config[counts[0]])
-  found |= {key: len(taken) for key in counts}
-  if isinstance(found.get("text_config"), dict):
+  check_fields(found, dict.fromkeys(_COUNTS, _COUNTED), "config.json")
+  given = {
+    key: config[key]
+    for key in _COUNTS
+    if type(config.get(key)) is int and config[key] > 0
+  }
+  is_nested = isinstance(found.get("text_config"), dict)
+  if given:
+    count = next(iter(given.values()))
+    if taken != list(range(count)):
+      found = _renumbered(found, taken, count)
+    # Another number is of other layers.
+    found |= {key: len(taken) for key, own in given.items() if own == count}
+  elif config and not is_nested and taken != list(range(len(taken))):
+    raise ValueError(
+      f"config.json has none of {', '.join(_COUNTS)}, so that it cannot say "
+      f"that the model has {len(taken)} layers now; write it there."
+    )
+  if is_nested:
     found["text_config"] = configure_layers(found["text_config"], taken)
   return found
 
@@ -233,21 +295,15 @@ def _renumbered(
   """Returns a configuration whose layers have other numbers."""
   kind = str(config.get("model_type"))
   implied = IMPLIED.get(kind, {})
+  check_fields(config, _SHAPED, "config.json")
   found = _with_lists({**implied, **config}, count)
   _check_lists(kind, found)
   unknown, wrong = [], []
   for key, value in list(found.items()):
-    if key in INDICES and isinstance(value, list):
-      found[key] = [at for at, own in enumerate(taken) if own in value]
-    elif key in FIXED and _is_fixed(key, value, count):
+    if key in FIXED and _is_fixed(key, value, count):
       wrong.append(_said(key, value))
-    elif key == "attention_types" and isinstance(value, list):
-      kinds = [kind for some, times in value for kind in some * times]
-      found[key] = [[[kinds[own] for own in taken if own < len(kinds)], 1]]
-    elif key == "per_layer_config" and value:
-      found[key] = _keyed_anew(value, taken)
-    elif isinstance(value, list) and len(value) == count:
-      found[key] = [value[own] for own in taken if own < count]
+    elif (new := _list_anew(key, value, taken, count)) is not None:
+      found[key] = new
     elif key in (*LEADING, *PERIODS) and type(value) is int:
       new = _ruled(key, value, taken, count)
       if new is not None:
@@ -262,6 +318,22 @@ def _renumbered(
     for key, value in found.items()
     if key in config or key not in implied
   }
+
+
+def _list_anew(key: str, value: Any, taken: list[int], count: int) -> Any:
+  """Returns what says something of each layer for new ones; None if none."""
+  if key == "per_layer_config" and value and isinstance(value, dict):
+    return _keyed_anew(value, taken)
+  if not isinstance(value, list) or _OTHER_LISTS.fullmatch(key):
+    return None
+  if key in INDICES:
+    return [at for at, own in enumerate(taken) if own in value]
+  if key == "attention_types":
+    kinds = [kind for some, times in value for kind in some * times]
+    return [[[kinds[own] for own in taken if own < len(kinds)], 1]]
+  if len(value) == count:
+    return [value[own] for own in taken if own < count]
+  return None
 
 
 def _check_lists(kind: str, config: Mapping[str, Any]) -> None:
@@ -357,8 +429,8 @@ def _ruled(key: str, value: int, taken: list[int], count: int) -> int | None:
     apart = [own - at for at, own in enumerate(taken)]
     is_same = value < 2 or all(one % value == 0 for one in apart)
     return value if is_same else None
-  if value >= count:
-    return value
+  if value >= count:  # all, or none: of more layers it must be so again
+    return max(value, len(taken))
   flags = [own < value for own in taken]
   return sum(flags) if flags == sorted(flags, reverse=True) else None
 

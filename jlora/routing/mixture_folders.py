@@ -16,8 +16,8 @@ import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.documents import COUNT, check_fields
-from jlora.checkpoints.hub import without_paths
 from jlora.checkpoints.huggingface import stream_checkpoint
+from jlora.checkpoints.merged import config_as, merged_dtype
 from jlora.checkpoints.new_files import check_new, new_folder, replace_text
 from jlora.checkpoints.sources import check_apart, copy_files, list_companions
 from jlora.loras import Lora, dense
@@ -97,7 +97,7 @@ def save_mixture(
   """
   folder = Path(folder)
   check_new(folder)
-  sources = [base, *(one for one in experts if isinstance(one, Checkpoint))]
+  sources = [base, *filter(_is_whole, experts)]
   check_apart(folder, sources)
   small = list_companions(base)
   config = base.config
@@ -108,7 +108,7 @@ def save_mixture(
   spec = _spec_of(base, layers, len(experts))
   arrays = _arrays_of(base, experts, rows, layers)
   text = json.dumps(
-    _mixed(without_paths(config), len(experts), chosen), indent=2
+    _mixed(config_as(base, None), len(experts), chosen), indent=2
   )
   with new_folder(folder) as partial:
     copy_files(small, partial)
@@ -152,7 +152,7 @@ def _check_experts(base, experts, layers) -> None:
   if not experts:
     raise ValueError("A mixture needs at least one expert.")
   for i, expert in enumerate(experts):
-    is_whole = isinstance(expert, Checkpoint)
+    is_whole = _is_whole(expert)
     shapes = {
       name: expert.spec[name].shape if is_whole else _shape(expert[name])
       for name in mlps
@@ -162,6 +162,11 @@ def _check_experts(base, experts, layers) -> None:
       f"{name}: {shapes.get(name)}, base {base.spec[name].shape}"
       for name in sorted(mlps if is_whole else shapes)
       if shapes.get(name) != base.spec[name].shape
+    ]
+    wrong += [
+      f"{name}: {expert.spec[name].dtype}"
+      for name in sorted(mlps & expert.keys() if is_whole else ())
+      if not is_floating(expert.spec[name].dtype)
     ]
     if wrong or not shapes:
       raise ValueError(
@@ -177,8 +182,18 @@ def _check_experts(base, experts, layers) -> None:
       )
 
 
+def _is_whole(expert: Any) -> bool:
+  """Returns whether an expert is an open checkpoint, not an adapter."""
+  return hasattr(expert, "spec")
+
+
 def _shape(lora: Lora) -> tuple[int, ...]:
   """Returns the shape (..., out, in) of a Lora's change."""
+  if not isinstance(lora, Lora):
+    raise ValueError(
+      f"an expert holds {type(lora).__name__}: give an open checkpoint, or the "
+      "Loras of an adapter."
+    )
   return (*lora.a.shape[:-2], lora.b.shape[-1], lora.a.shape[-1])
 
 
@@ -196,6 +211,8 @@ def _rows_of(routers, layers, experts, d) -> dict[int, np.ndarray]:
     if x.shape != (experts, d) or not np.all(np.isfinite(x))
   ]
   wrong += [f"layer {i}: none" for i in range(layers) if i not in found]
+  extra = [i for i in (routers if is_each else ()) if i not in found]
+  wrong += [f"no layer {i} is there" for i in extra]
   if wrong:
     raise ValueError(
       f"Routers must be finite and ({experts}, {d}), one for each of {layers} "
@@ -218,18 +235,19 @@ def _spec_of(base, layers, experts) -> dict[str, Any]:
   """Returns name -> (shape, dtype) of the mixture, layer by layer."""
   places, spec = _renamed(base, layers), {}
   for name, stored in base.spec.items():
+    dtype = merged_dtype(stored.dtype, None)
     if name not in places:
-      spec[name] = (stored.shape, stored.dtype)
+      spec[name] = (stored.shape, dtype)
       continue
     layer, part = places[name]
     for expert in range(experts):
       spec[_EXPERT.format(layer, expert, _PARTS[part])] = (
         stored.shape,
-        stored.dtype,
+        dtype,
       )
     if part == "gate_proj":
       d = stored.shape[1]
-      spec[_ROUTER.format(layer)] = ((experts, d), stored.dtype)
+      spec[_ROUTER.format(layer)] = ((experts, d), dtype)
   return spec
 
 
@@ -237,22 +255,23 @@ def _arrays_of(base, experts, rows, layers) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, array) of the mixture, one at a time."""
   places = _renamed(base, layers)
   for name, stored in base.spec.items():
+    dtype = merged_dtype(stored.dtype, None)
     if name not in places:
-      yield name, base[name]
+      yield name, base[name].astype(dtype, copy=False)
       continue
     layer, part = places[name]
     for i, expert in enumerate(experts):
       target = _EXPERT.format(layer, i, _PARTS[part])
       array = _tensor_of(expert, base, name)
-      yield target, rounded(target, array, stored.dtype)
+      yield target, rounded(target, array, dtype)
     if part == "gate_proj":
       target = _ROUTER.format(layer)
-      yield target, rounded(target, rows[layer], stored.dtype)
+      yield target, rounded(target, rows[layer], dtype)
 
 
-def _tensor_of(expert: Expert, base: Checkpoint, name: str) -> np.ndarray:
+def _tensor_of(expert: Any, base: Checkpoint, name: str) -> np.ndarray:
   """Returns an expert's tensor, or the base's plus the expert's change."""
-  if isinstance(expert, Checkpoint):
+  if _is_whole(expert):
     return expert[name]
   if name not in expert:
     return base[name]

@@ -5,6 +5,7 @@ Small files are told by their contents, large ones by headers, sizes, times and
 paths: to read them whole would take as long as the run.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -20,7 +21,7 @@ from collections.abc import (
 )
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -184,9 +185,9 @@ def name_of(function: Callable[..., Any]) -> str:
 def identify(value: Any) -> str:
   """Hashes a function by its code, defaults and options, as far as they go.
 
-  Two functions of one name and another body are told apart; what a function
-  finds in globals is not looked at, and an object that is neither plain nor an
-  array counts as its text.
+  Two functions of one name and another body are told apart, and two objects of
+  one class by their attributes, unless the class says how they are written.
+  What a function finds in globals is not looked at.
 
   Args:
     value: a callable, or a value that one is called with.
@@ -201,42 +202,76 @@ def identify(value: Any) -> str:
     >>> identify(power) == identify(functools.partial(pow, 2))
     True
   """
-  return hash_lines(_parts_of(value))
+  return hash_lines(_parts_of(value, ()))
 
 
-def _parts_of(value: Any) -> Iterator[str]:
-  """Yields texts that tell a value from others."""
-  if isinstance(value, functools.partial):
-    yield "partial"
-    for part in (value.func, value.args, value.keywords):
-      yield from _parts_of(part)
-  elif isinstance(value, types.FunctionType):
-    yield f"{value.__module__}.{value.__qualname__}"
-    held = [cell.cell_contents for cell in value.__closure__ or ()]
-    for part in (value.__code__, value.__defaults__, value.__kwdefaults__):
-      yield from _parts_of(part)
-    yield from _parts_of(held)
-  elif isinstance(value, types.CodeType):
-    yield f"{value.co_code.hex()} {value.co_names} {value.co_varnames}"
-    yield from _parts_of(value.co_consts)
-  elif isinstance(value, Set):  # its order differs between processes
-    yield f"{sorted(map(repr, value))}"
-  elif hasattr(value, "__wrapped__"):  # a function under jax.jit
-    yield from _parts_of(value.__wrapped__)
-  elif hasattr(value, "dtype") and hasattr(value, "shape"):
-    array = np.asarray(value)
-    yield f"{array.dtype} {array.shape} {array.tobytes().hex()}"
-  elif isinstance(value, Mapping):
-    yield f"{len(value)} pairs"
-    for key, each in value.items():
-      yield repr(key)
-      yield from _parts_of(each)
-  elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-    yield f"{len(value)} values"
-    for each in value:
-      yield from _parts_of(each)
-  else:
+def _parts_of(value: Any, outer: tuple[int, ...]) -> Iterator[str]:
+  """Yields texts that tell a value from others.
+
+  Args:
+    value: any.
+    outer: `id` of those that it was found in; a function can hold itself.
+  """
+  if id(value) in outer:
+    yield f"{len(outer) - outer.index(id(value))} levels up"
+    return
+  parts, outer = _inside(value), (*outer, id(value))
+  if parts is None:
     yield _without_addresses(repr(value))
+    return
+  for part in parts:
+    if isinstance(part, _Said):
+      yield part.text
+    else:
+      yield from _parts_of(part, outer)
+
+
+class _Said(NamedTuple):
+  """A text that tells a value from others."""
+
+  text: str
+
+
+def _inside(value: Any) -> list[Any] | None:
+  """Lists what a value is made of, texts as `_Said`; None of plain values."""
+  if isinstance(value, functools.partial):
+    return [_Said("partial"), value.func, value.args, value.keywords]
+  if isinstance(value, types.MethodType):
+    return [_Said("method"), value.__func__, value.__self__]
+  if isinstance(value, types.FunctionType):
+    held = [_content(cell) for cell in value.__closure__ or ()]
+    own = [value.__code__, value.__defaults__, value.__kwdefaults__, held]
+    return [_Said(f"{value.__module__}.{value.__qualname__}"), *own]
+  if isinstance(value, types.CodeType):
+    said = f"{value.co_code.hex()} {value.co_names} {value.co_varnames}"
+    return [_Said(said), value.co_consts]
+  if isinstance(value, Set):  # its order differs between processes
+    return [_Said(f"{sorted(_without_addresses(repr(x)) for x in value)}")]
+  if hasattr(value, "__wrapped__"):  # a function under jax.jit
+    return [value.__wrapped__]
+  if hasattr(value, "dtype") and hasattr(value, "shape"):
+    array = np.asarray(value)
+    said = f"{array.dtype} {array.shape} {array.tobytes().hex()}"
+    return [_Said(said)]
+  if isinstance(value, Mapping):
+    pairs = [x for k, v in value.items() for x in (_Said(repr(k)), v)]
+    return [_Said(f"{len(value)} pairs"), *pairs]
+  if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    return [_Said(f"{len(value)} values"), *value]
+  kind = type(value)
+  is_bare = kind.__repr__ is object.__repr__ or dataclasses.is_dataclass(kind)
+  if is_bare and hasattr(value, "__dict__"):
+    call = vars(kind).get("__call__")
+    return [_Said(f"{kind.__module__}.{kind.__qualname__}"), call, vars(value)]
+  return None
+
+
+def _content(cell: types.CellType) -> Any:
+  """Returns what a closure holds; a text where it holds nothing yet."""
+  try:
+    return cell.cell_contents
+  except ValueError:
+    return "nothing yet"
 
 
 def _without_addresses(text: str) -> str:

@@ -4,11 +4,14 @@
 python orbax_writer.py PORT COUNT INDEX FOLDER
 """
 
+import os
+import pathlib
 import sys
 
 import jax
 import numpy as np
 
+from jlora.checkpoints import orbax
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.orbax import save_orbax
 from jlora.checkpoints.restoring import restore, restore_loras
@@ -46,12 +49,31 @@ def put(tree, shardings):
   )
 
 
+def sync_before_naming(folder):
+  """Makes `save_orbax` fail if a folder has its name before it is synced."""
+  real, names = orbax._sync, ("params", "loras")
+
+  def checked(place):
+    assert place.name.startswith(".")
+    assert any((place / name).exists() for name in ("d", "manifest.ocdbt"))
+    assert not any(pathlib.Path(folder, n).exists() for n in names[len(seen) :])
+    seen.append(place)
+    real(place)
+
+  seen = []
+  orbax._sync = checked
+  return seen
+
+
 def main(port, count, index, folder):
   jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
   mesh = jax.make_mesh((4, 2), ("x", "y"))
   params, loras = places(mesh)
+  seen = sync_before_naming(folder)
   save_orbax(f"{folder}/params", put(PARAMS, params))
   save_orbax(f"{folder}/loras", put(LORAS, loras))
+  assert len(seen) == 2
+  assert sorted(os.listdir(folder)) == ["loras", "params"], os.listdir(folder)
   other = jax.make_mesh((2, 4), ("x", "y"))
   params, loras = places(other)
   found = (

@@ -92,13 +92,13 @@ def _as_factors(_: Any, a: Any, b: Any) -> tuple[Any, Any]:
 
 def _entries_like(key, a, b):
   """Draws normal factors with the standard deviations of others."""
-  return tuple(
-    (
-      jnp.std(x.astype(jnp.float32))
-      * jax.random.normal(own, x.shape, jnp.float32)
-    ).astype(x.dtype)
-    for own, x in zip(jax.random.split(key), (a, b), strict=True)
-  )
+  drawn = []
+  for own, x in zip(jax.random.split(key), (a, b), strict=True):
+    spread = jnp.std(x.astype(jnp.float32))
+    drawn.append(
+      _beside(spread * jax.random.normal(own, x.shape, jnp.float32), x)
+    )
+  return tuple(drawn)
 
 
 def _spectrum_like(key, a, b):
@@ -113,7 +113,15 @@ def _spectrum_like(key, a, b):
       rows = thin_qr(drawn)[0].T[: s.size]
       padded = ((0, a.shape[0] - s.size), (0, 0))
       factors.append(jnp.pad(jnp.sqrt(s)[:, None] * rows, padded) * scale)
-  return factors[0].astype(a.dtype), factors[1].astype(b.dtype)
+  return _beside(factors[0], a), _beside(factors[1], b)
+
+
+def _beside(drawn, x):
+  """Returns what was drawn in the dtype of x, and on a mesh where x lies.
+
+  The compiler puts the operands of one elementwise operation side by side.
+  """
+  return jnp.where(jnp.isnan(x), x, drawn.astype(x.dtype))
 
 
 def select(
@@ -194,7 +202,7 @@ def _inner(left: Lora, right: Lora) -> float:
     np.einsum("...ri,...si->...rs", np.float64(x), np.float64(y))
     for x, y in ((left.a, right.a), (left.b, right.b))
   )
-  scale = np.float64(left.scale) * np.float64(right.scale)
+  scale = np.asarray(left.scale, np.float64) * np.asarray(right.scale)
   return float(np.sum(scale[..., None, None] * a * b))
 
 

@@ -37,11 +37,17 @@ from jlora.merging.checkpoints.adapter_layers import (
   merge_layer,
 )
 from jlora.merging.checkpoints.piecewise import unbind
-from jlora.merging.checkpoints.recipes import Recipe, is_gradient, number_at
+from jlora.merging.checkpoints.recipes import (
+  Recipe,
+  all_settings,
+  check_recipe,
+  is_gradient,
+  number_at,
+)
 from jlora.merging.trees import merge
 from jlora.messages import name_some
 from jlora.numerics.finite import is_finite, rounded
-from jlora.pairing.layers import LayerNames, find_layers
+from jlora.pairing.layers import LayerNames, find_layers, place_in_stack
 from jlora.selection import is_floating
 
 _METHODS = (*ADDING, *BY_ENTRY, *OF_LORAS)
@@ -116,6 +122,7 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     ValueError: a method that does not work on changes, a slice of layers, a
       base that is an adapter, or adapters that do not belong to one model.
   """
+  check_recipe(recipe)
   _check(recipe)
   inputs = recipe.slices[0].inputs
   adapters = [open_stored(one.model) for one in inputs]
@@ -244,10 +251,8 @@ def _layer(recipe: Recipe, adapters, stem: str, inputs) -> Layer:
 
 def _layers(recipe: Recipe, names: Sequence[str]) -> LayerNames:
   """Finds the layers that settings vary along; without such there are none."""
-  part = recipe.slices[0]
-  levels = [recipe.settings, part.settings]
-  levels += [one.settings for one in part.inputs]
-  varies = any(is_gradient(value) for own in levels for value in own.values())
+  every = [one for own in all_settings(recipe) for one in own.values()]
+  varies = any(map(is_gradient, every))
   return find_layers(names) if varies else LayerNames("", 0)
 
 
@@ -354,8 +359,7 @@ def _target(layer: Layer) -> str:
 def _options(plan: AdapterPlan, name: str) -> dict[str, Any]:
   """Returns the method's numbers for one layer, one for each adapter."""
   part = plan.recipe.slices[0]
-  found = plan.names.place_of(name)
-  place = found[0] / max(plan.names.count - 1, 1) if found else 0.0
+  place = place_in_stack(name, {plan.names.prefix: plan.names.count})
   own = [one.settings for one in part.inputs]
   levels = [part.settings, plan.recipe.settings]
   options = {}

@@ -8,14 +8,25 @@ head, tokens and their numbers, the chat template.
 import collections
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora.checkpoints.documents import read_object, read_text
-from jlora.checkpoints.hub import locate, without_paths
+from jlora.checkpoints.documents import (
+  NULL,
+  OBJECT,
+  TEXT,
+  either,
+  list_of,
+  read_object,
+  read_text,
+  record_of,
+)
+from jlora.checkpoints.hub import locate
+from jlora.checkpoints.merged import config_as, levels_of, set_rows
 from jlora.checkpoints.new_files import replace_text
 from jlora.checkpoints.sources import copy_files
+from jlora.merging.checkpoints.catalogues import HEAD
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.merging.checkpoints.tokens import TokenPlan
 from jlora.messages import name_some
@@ -79,12 +90,14 @@ def plan_companions(
   config = configure(first, recipe.dtype, taken, has_head)
   source, left_out, copied = folder, frozenset(), ()
   if tokens is not None:
-    if tokens.source not in models or models[tokens.source] is not first:
-      source = _folder(_place_of(tokens.source, models))
+    is_own = models.get(tokens.source) is first
+    source = folder if is_own else _folder(_place_of(tokens.source, models))
+    if not (is_own and Path(first.path).is_dir()):  # else they go along
       copied = tuple(_tokenizer_files(source))
       left_out = frozenset(file.name for file in _tokenizer_files(folder))
+    if not is_own:
       notes += _renumber(config, folder, source, tokens, texts)
-    _set_rows(config, tokens, first)
+    set_rows(config, tokens.height, tokens.rows, first.path)
     if tokens.added:
       texts |= _with_added(source, tokens, models)
   if config:
@@ -132,19 +145,14 @@ def configure(
   Raises:
     ValueError: as `configure_layers`.
   """
-  config = without_paths(first.config)
+  config = config_as(getattr(first, "base", first), dtype)
   if config and taken:
     config = configure_layers(config, taken)
-  spec, is_packed = first.spec, getattr(first, "base", first).companions
-  if is_packed or any(one.dtype.itemsize == 1 for one in spec.values()):
-    config.pop("quantization_config", None)
-  if dtype is not None:
-    for name in ("dtype", "torch_dtype"):
-      if name in config:
-        config[name] = dtype
-  is_tied = config.get("tie_word_embeddings")
-  if has_head and is_tied and "lm_head.weight" not in spec:
-    config["tie_word_embeddings"] = False
+  if config and has_head and HEAD not in first.spec:
+    # Many model types are tied where their configuration says nothing.
+    for level in (config, config.get("text_config")):
+      if isinstance(level, dict):
+        level["tie_word_embeddings"] = False
   return config
 
 
@@ -198,34 +206,19 @@ def _as_json(value: Any) -> str:
   return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+# What is read of a tokenizer_config.json.
+_SETTINGS_FIELDS = {
+  "added_tokens_decoder": either(OBJECT, NULL),
+  "chat_template": either(
+    TEXT, list_of(record_of({"name": TEXT, "template": TEXT})), OBJECT, NULL
+  ),
+}
+
+
 def _read(file: Path) -> dict[str, Any]:
   """Reads a file of JSON; an empty mapping where there is none."""
-  return read_object(file) if file.exists() else {}
-
-
-def _levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-  """Yields a configuration and all that are part of it."""
-  yield config
-  for value in config.values():
-    if isinstance(value, dict):
-      yield from _levels(value)
-
-
-def _set_rows(config: dict[str, Any], tokens: TokenPlan, first: Any) -> None:
-  """Sets the number of tokens wherever the configuration has the old one."""
-  before = tokens.height
-  levels = [one for one in _levels(config) if "vocab_size" in one]
-  if before == tokens.rows or not levels:
-    return
-  named = [one for one in levels if one["vocab_size"] == before]
-  if not named:
-    said = [str(one["vocab_size"]) for one in levels]
-    raise ValueError(
-      f"{first.path}: config.json's vocab_size is {name_some(said)}, but "
-      f"tables have {before} rows; make the two the same."
-    )
-  for one in named:
-    one["vocab_size"] = tokens.rows
+  fields = _SETTINGS_FIELDS if file.name == _SETTINGS else {}
+  return read_object(file, fields) if file.exists() else {}
 
 
 def _renumber(
@@ -262,7 +255,7 @@ def _renumber(
       else:
         level[key] = number_of(key, value, other)
 
-  for level in _levels(config):
+  for level in levels_of(config):
     renumber(level, _read(source / _CONFIG))
   generation = _read(folder / _GENERATION)
   if generation:
@@ -299,7 +292,7 @@ def _with_added(
   raw["added_tokens"] = [*(raw.get("added_tokens") or []), *entries]
   texts = {_TOKENIZER: json.dumps(raw, indent=2, ensure_ascii=False) + "\n"}
   settings = _read(source / _SETTINGS)
-  if "added_tokens_decoder" in settings:
+  if settings.get("added_tokens_decoder") is not None:
     settings["added_tokens_decoder"] |= {
       str(one["id"]): {key: one[key] for key in (*_ADDED, "content")}
       for one in entries
@@ -349,7 +342,7 @@ def _own_template(model: Any) -> str | None:
     return read_text(folder / _TEMPLATE)
   given = _read(folder / _SETTINGS).get("chat_template")
   if isinstance(given, list):  # several, by name
-    named = {one.get("name"): one.get("template") for one in given}
+    named = {one["name"]: one["template"] for one in given}
     given = named.get("default")
   return given if isinstance(given, str) else None
 

@@ -19,10 +19,17 @@ from jlora.checkpoints.documents import NUMBER, shortened
 from jlora.checkpoints.yaml_documents import read_yaml
 from jlora.merging.checkpoints.mergekit_forms import FORMS, IDLE, KNOWN, Form
 from jlora.merging.checkpoints.mergekit_tokenizers import (
+  check_keys,
   read_chat_template,
   read_tokenizer,
 )
-from jlora.merging.checkpoints.recipes import OF_INPUTS, Input, Recipe, Slice
+from jlora.merging.checkpoints.recipes import (
+  OF_INPUTS,
+  Input,
+  Recipe,
+  Slice,
+  is_range,
+)
 from jlora.messages import name_some
 
 
@@ -137,9 +144,19 @@ def read_recipes(
 
 
 def _needed(recipe: Recipe) -> set[str]:
-  """Returns the models that a recipe needs."""
-  source = recipe.tokenizer.source if recipe.tokenizer else ""
-  return {*recipe.models, source}
+  """Returns the models and adapters that a recipe needs."""
+  found = recipe.models
+  if recipe.tokenizer:
+    named = filter(None, recipe.tokenizer.tokens.values())
+    found += [recipe.tokenizer.source, *(one.model or "" for one in named)]
+  cut = [
+    part
+    for name in found
+    for at, letter in enumerate(name)
+    if letter == "+"
+    for part in (name[:at], name[at + 1 :])
+  ]
+  return {*found, *cut}
 
 
 _TOP = {
@@ -157,6 +174,8 @@ _TOP = {
   "chat_template": str,
 }
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Of a form's `base`: it is no model that is merged.
+_SUBTRACTED = ("subtracted", "optional")
 #: The modules of which recipes list slices: a model's only one, or the language
 #: model of several, whose layers config.json counts.
 _MODULES = ("default", "text_decoder")
@@ -188,7 +207,7 @@ def _recipe(raw: Any, places: Mapping[str, str] | None = None) -> Recipe:
   for key in ("dtype", "out_dtype"):
     if raw.get(key) not in (None, *_DTYPES):
       raise ValueError(f"{key} {raw[key]!r} is none of {', '.join(_DTYPES)}.")
-  is_subtracted = form.base in ("subtracted", "optional")
+  is_subtracted = form.base in _SUBTRACTED
   return Recipe(
     method=functools.partial(form.method, **options)
     if options
@@ -218,7 +237,8 @@ def _without_modules(raw: Mapping[str, Any]) -> dict[str, Any]:
   if len(modules) != 1 or next(iter(modules)) not in _MODULES:
     raise ValueError(
       f"modules are {name_some(map(str, modules))}; known is one of "
-      f"{' or '.join(_MODULES)}. Merge the others in a recipe of their own."
+      f"{' or '.join(_MODULES)}. To merge models whole, with all modules, list "
+      "them as `models` instead; slices can be of the language model alone."
     )
   inner = next(iter(modules.values()))
   _check_keys("the module", inner, {"slices": list, "models": list})
@@ -232,6 +252,7 @@ def _model(given: Any, places: Mapping[str, str]) -> str:
   """Returns a model's path, of mergekit's short form or its long one."""
   if isinstance(given, str) and given:
     base, plus, adapter = given.partition("+")
+    adapter = places.get(adapter, adapter)
     return places.get(base, base) + plus + adapter
   if isinstance(given, dict):
     parts = given.get("model", given), given.get("lora") or {}
@@ -241,7 +262,8 @@ def _model(given: Any, places: Mapping[str, str]) -> str:
       _check_keys("a model", part or {}, {"path": str})
     base, adapter = ((part or {}).get("path") for part in parts)
     if base:
-      return places.get(base, base) + (f"+{adapter}" if adapter else "")
+      more = f"+{places.get(adapter, adapter)}" if adapter else ""
+      return places.get(base, base) + more
   raise ValueError(f"{shortened(given)} is no path of a model.")
 
 
@@ -266,8 +288,9 @@ def _slice(
     if source.get("model") is None:
       raise ValueError(f"A source has no `model`: {shortened(source)}.")
     model, layers = _model(source["model"], places), source.get("layer_range")
-    if layers is not None and not _is_range(layers):
-      raise ValueError(f"layer_range {layers} of {model} is no [start, end].")
+    if layers is not None and not is_range(layers):
+      said = shortened(layers)
+      raise ValueError(f"layer_range {said} of {model} is no [start, end].")
     given = _numbers(name, source.get("parameters") or {}, True, notes)
     place = None if layers is None else (layers[0], layers[1])
     inputs.append(Input(model, place, given))
@@ -293,19 +316,20 @@ def _with_bases(
     raise ValueError(f"{name} needs a base_model.")
   if form.base == "averaged" and base is not None:
     notes[f"base_model {base}: {name} averages it too, as in mergekit"] = None
-  if form.base not in ("first", "averaged"):
+  if form.base in _SUBTRACTED:
     return parts
+  for part in parts:
+    if form.base == "lent" and part.base is not None:
+      notes[f"base_model {part.base} of a slice: left out, {name} has none"] = (
+        None
+      )
   return tuple(_with_base(part, part.base or base, form) for part in parts)
 
 
-def _is_range(layers: list[Any]) -> bool:
-  """Returns whether a layer range is two integers of at least 0."""
-  return len(layers) == 2 and all(type(x) is int and x >= 0 for x in layers)
-
-
 def _with_base(part: Slice, base: str | None, form: Form) -> Slice:
-  """Makes the base one of the inputs: the first, or one more."""
-  if base is None:
+  """Makes the base one of the inputs: the first, or one more, or nothing."""
+  part = part._replace(base=None)
+  if base is None or form.base == "lent":
     return part
   own = [one for one in part.inputs if one.model == base]
   rest = [one for one in part.inputs if one.model != base]
@@ -428,7 +452,7 @@ def _check_required(
       one.model
       for part in parts
       for one in part.inputs
-      if one.model != (part.base or base) or form.base == "first"
+      if one.model != (part.base or base) or form.base not in _SUBTRACTED
       if not (ours in top or ours in part.settings or ours in one.settings)
     ]
     if lacking:
@@ -491,14 +515,9 @@ def _all_numbers(setting: Any) -> Iterator[float]:
 
 def _check_keys(what: str, raw: Any, known: Mapping[str, type]) -> None:
   """Raises unless a mapping has only known keys of the right types."""
-  if not isinstance(raw, dict):
-    raise ValueError(f"{what} is no mapping: {raw!r}.")
-  if unknown := sorted(map(str, set(raw) - set(known))):
-    raise ValueError(
-      f"{what} has {name_some(unknown)}, which is not known; known are "
-      f"{', '.join(known)}."
-    )
+  check_keys(what, raw, known)
   for key, kind in known.items():
     value = raw.get(key)
     if value is not None and not isinstance(value, kind):
-      raise ValueError(f"{key} of {what} is {value!r}, no {kind.__name__}.")
+      said = shortened(value)
+      raise ValueError(f"{key} of {what} is {said}, no {kind.__name__}.")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads what mergekit's recipes say of tokenizers and chat templates."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from jlora.checkpoints.documents import shortened
 from jlora.merging.checkpoints.recipes import Tokenizer, TokenSource
 from jlora.messages import name_some
 
@@ -35,13 +36,14 @@ def read_tokenizer(
   if "tokenizer" not in raw:
     return None
   given = {key: value for key, value in raw["tokenizer"].items() if value}
-  _check("tokenizer", given, ("source", "tokens", "pad_to_multiple_of"))
+  check_keys("tokenizer", given, ("source", "tokens", "pad_to_multiple_of"))
   source, tokens = given.get("source", "union"), given.get("tokens", {})
   multiple = given.get("pad_to_multiple_of", 1)
   if not isinstance(source, str) or not isinstance(tokens, dict):
     raise ValueError("tokenizer has a `source`, a word, and `tokens` by name.")
   if type(multiple) is not int or multiple < 1:
-    raise ValueError(f"pad_to_multiple_of is {multiple!r}; give 1 or more.")
+    said = shortened(multiple)
+    raise ValueError(f"pad_to_multiple_of is {said}; give 1 or more.")
   return Tokenizer(
     places.get(source, source),
     {str(token): _source(token, one, places) for token, one in tokens.items()},
@@ -53,19 +55,21 @@ def _source(
   token: Any, raw: Any, places: Mapping[str, str]
 ) -> TokenSource | None:
   """Reads where the rows of one token come from; None is by the rules."""
-  _check(f"token {token}", raw, ("source", "force"))
+  check_keys(f"token {token}", raw, ("source", "force"))
   given, force = raw.get("source"), raw.get("force", False)
   if type(force) is not bool:
-    raise ValueError(f"force of token {token} is {force!r}, not true or false.")
+    said = shortened(force)
+    raise ValueError(f"force of token {token} is {said}, not true or false.")
   if given is None and not force:
     return None
   if isinstance(given, str):
     return TokenSource(places.get(given, given), force=force)
   if not isinstance(given, dict):
-    raise ValueError(f"source of token {token} is {given!r}; give a model.")
+    said = shortened(given)
+    raise ValueError(f"source of token {token} is {said}; give a model.")
   if given == {"kind": "zero"}:
     return TokenSource(force=force)
-  _check(f"token {token}", given, ("kind", "model", "token", "token_id"))
+  check_keys(f"token {token}", given, ("kind", "model", "token", "token_id"))
   model, name = given.get("model"), given.get("token")
   number = given.get("token_id")
   if (
@@ -76,16 +80,31 @@ def _source(
     or (number is not None and (type(number) is not int or number < 0))
   ):
     raise ValueError(
-      f"source of token {token} is {given}; give {{kind: zero}}, or {{kind: "
-      "model_token, model, and token or token_id}."
+      f"source of token {token} is {shortened(given)}; give {{kind: zero}}, or "
+      "{kind: model_token, model, and token or token_id}."
     )
   return TokenSource(places.get(model, model), name, number, force)
 
 
-def _check(what: str, raw: Any, known: tuple[str, ...]) -> None:
-  """Raises unless a mapping has only known keys."""
+def check_keys(what: str, raw: Any, known: Collection[str]) -> None:
+  """Raises unless a part of a recipe is a mapping of known keys alone.
+
+  Args:
+    what: the part, for errors.
+    raw: what the recipe has there.
+    known: keys.
+
+  Raises:
+    ValueError: names up to three keys.
+
+  Example:
+    >>> check_keys("a model", {"pathh": "x"}, ["path"])
+    Traceback (most recent call last):
+    ...
+    ValueError: a model has pathh, which is not known; known are path.
+  """
   if not isinstance(raw, dict):
-    raise ValueError(f"{what} is no mapping: {raw!r}.")
+    raise ValueError(f"{what} is no mapping: {shortened(raw)}.")
   if unknown := sorted(map(str, set(raw) - set(known))):
     raise ValueError(
       f"{what} has {name_some(unknown)}, which is not known; known are "
@@ -155,7 +174,8 @@ def read_chat_template(raw: Mapping[str, Any]) -> str | None:
     return given
   if given not in CHAT_TEMPLATES:
     raise ValueError(
-      f"chat_template {given!r} is none of auto, {', '.join(CHAT_TEMPLATES)}, "
+      f"chat_template {shortened(given)} is none of auto, "
+      f"{', '.join(CHAT_TEMPLATES)}, "
       "and no template of Jinja."
     )
   return CHAT_TEMPLATES[given]

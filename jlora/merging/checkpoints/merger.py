@@ -132,7 +132,7 @@ class Merger:
     Returns:
       bool.
     """
-    if self._sums is None or self.is_copied(job):
+    if self._sums is None or self.is_copied(job) or 0 in job.shape:
       return False
     return not self._is_told(job, self._sums.setting)
 
@@ -176,6 +176,8 @@ class Merger:
         or infinity in a parameter; or a result that its dtype does not hold.
         Names the tensor.
     """
+    if 0 in job.shape:  # methods look for the largest of what there is
+      return np.empty(job.shape, job.dtype)
     leaves = self._open(job)
     if self.is_copied(job):
       return _copied(job, leaves[0][() if piece is None else piece.index])
@@ -274,7 +276,7 @@ class Merger:
         base,
         jax.random.key(0),
       )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # settings lack, or are not known
       raise ValueError(f"{job.name}: {error}") from error
 
   def check_kinds(self, job: Job) -> None:
@@ -307,7 +309,7 @@ class Merger:
     try:
       with np.errstate(all="ignore"):
         _merge(fixed, zeros, base, settings, np.zeros(2, np.uint32))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # settings lack, or are not known
       raise ValueError(f"{job.name}: {error}") from error
 
   def _is_told(self, job: Job, setting: str) -> bool:
@@ -368,7 +370,7 @@ def _copied(job: Job, array: np.ndarray) -> np.ndarray:
   but what was finite must be in the dtype, too.
   """
   if not is_floating(job.dtype):
-    return array.astype(job.dtype, copy=False)
+    return _as_integers(job, array)
   if job.settings is not None:
     return rounded(f"{job.name} of {job.sources[0].model}", array, job.dtype)
   if array.dtype == job.dtype or not is_finite(array):
@@ -380,8 +382,23 @@ def _copied(job: Job, array: np.ndarray) -> np.ndarray:
 def _same(job: Job, arrays: Sequence[np.ndarray]) -> np.ndarray:
   """Returns the first array if all are equal, else raises."""
   if all(np.array_equal(arrays[0], other) for other in arrays):
-    return arrays[0]
-  raise ValueError(f"{job.name}: not floating, and models differ.")
+    return _as_integers(job, arrays[0])
+  raise ValueError(
+    f"{job.name}: not floating, and models differ, so that there is no mean: "
+    "make them alike, or merge without all but one of them."
+  )
+
+
+def _as_integers(job: Job, array: np.ndarray) -> np.ndarray:
+  """Returns integers in the job's dtype; raises if it does not hold them."""
+  found = array.astype(job.dtype, copy=False)
+  if np.array_equal(found, array):
+    return found
+  raise ValueError(
+    f"{job.name} of {job.sources[0].model} is {array.dtype}, and its values "
+    f"are not those of {job.dtype}, which the result has: save it in that "
+    "dtype, or take another base_model."
+  )
 
 
 def _merge(fixed, stack, base, numbers, key):

@@ -28,6 +28,8 @@ from jlora.merging.checkpoints.companions import (
 from jlora.merging.checkpoints.recipes import (
   Recipe,
   Slice,
+  all_settings,
+  check_recipe,
   filters_of,
   is_gradient,
   number_at,
@@ -112,14 +114,44 @@ class MergePlan(NamedTuple):
     return stem_of(self.models[self.reference])
 
 
-def plan_merge(recipe: Recipe) -> MergePlan:
-  """Plans a merge: opens the models and lists the tensors of the result.
+def open_models(recipe: Recipe) -> dict[str, Any]:
+  """Opens the models of a recipe; no array is read, but adapters are.
+
+  Args:
+    recipe: what to merge.
+
+  Returns:
+    name -> checkpoint, the reference first.
+
+  Raises:
+    ValueError: as `check_recipe`; models that cannot be read, or weights that
+      are packed in a way that jlora does not read.
+
+  Example:
+    >>> from jlora.merging import Input, Slice, linear
+    >>> open_models(Recipe(linear, (Slice((Input("/nowhere"),)),)))
+    Traceback (most recent call last):
+    ...
+    ValueError: /nowhere does not exist
+  """
+  check_recipe(recipe)
+  models = {name: open_model(name) for name in recipe.models}
+  for model in models.values():
+    check_dequantised(getattr(model, "base", model))
+  return models
+
+
+def plan_merge(
+  recipe: Recipe, models: dict[str, Any] | None = None
+) -> MergePlan:
+  """Plans a merge: lists the tensors of the result, and what they are made of.
 
   Tensors outside all layers come from the first slice if they are embeddings,
   else from the last. Only headers are read.
 
   Args:
     recipe: what to merge.
+    models: from `open_models`; None opens them.
 
   Returns:
     MergePlan.
@@ -143,9 +175,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     >>> plan.jobs[0].name, plan.jobs[0].settings
     ('w', (('weights', (1.0,)),))
   """
-  models = {name: open_model(name) for name in recipe.models}
-  for model in models.values():
-    check_dequantised(getattr(model, "base", model))
+  models = open_models(recipe) if models is None else models
   reference = recipe.models[0]
   first = models[reference]
   config = first.config
@@ -172,10 +202,15 @@ def _layers(first: Any, config: Mapping[str, Any], needed: bool) -> LayerNames:
   """Finds the reference's layers; none is an error only if they are needed."""
   wanted = (config.get("text_config") or config).get("num_hidden_layers")
   try:
+    if needed and config.get("is_encoder_decoder"):
+      raise ValueError("Of an encoder and a decoder no slices can be made.")
     return find_layers(first.spec, wanted)
-  except ValueError:
+  except ValueError as error:
     if needed:
-      raise
+      raise ValueError(
+        f"{first.path}: {error} Without slices models are merged whole, with "
+        "all their layers: list them as `models`."
+      ) from error
     return LayerNames("", 0)
 
 
@@ -216,14 +251,9 @@ def _notes_of_settings(recipe: Recipe) -> Iterator[str]:
   for part in recipe.slices:
     levels = [recipe.settings, part.settings]
     levels += [one.settings for one in part.inputs]
-    settings = [value for level in levels for value in level.values()]
-    ranges = {one.layers for one in part.inputs}
-    for layers in ranges - {None}:
-      if (
-        layers
-        and layers[1] - layers[0] == 1
-        and any(map(is_gradient, settings))
-      ):
+    varies = any(is_gradient(value) for own in levels for value in own.values())
+    for layers in sorted({tuple(one.layers or ()) for one in part.inputs}):
+      if varies and layers and layers[1] - layers[0] == 1:
         yield (
           f"layers {list(layers)}: a gradient over one layer is at its end, as "
           "in mergekit"
@@ -231,11 +261,7 @@ def _notes_of_settings(recipe: Recipe) -> Iterator[str]:
   if any(one.layers for part in recipe.slices for one in part.inputs):
     rules = [
       (key, rule)
-      for level in (
-        recipe.settings,
-        *(part.settings for part in recipe.slices),
-        *(one.settings for part in recipe.slices for one in part.inputs),
-      )
+      for level in all_settings(recipe)
       for key, value in level.items()
       if key in recipe.of_inputs
       for rule in filters_of(value)
@@ -270,7 +296,7 @@ class Planner:
     inputs = [one for part in recipe.slices for one in part.inputs]
     self._own = {"weight"}.union(*(one.settings for one in inputs))
     self._stacks = count_stacks(self._catalogues[self._reference])
-    self.notes = list(_notes_of_settings(recipe))
+    self.notes = list(dict.fromkeys(_notes_of_settings(recipe)))
 
   def plan(self) -> tuple[list[Job], list[int]]:
     """Lists all jobs, and the source layer of each layer of the result."""
@@ -437,7 +463,7 @@ class Planner:
   def _base(self, part: Slice, names: list[str]) -> InputTensor | None:
     """Finds the base's tensor: of its own layer if listed, else the first's."""
     base = part.base or self._recipe.base
-    if base is None or self._recipe.base is None:
+    if base is None:
       return None
     listed = [
       own

@@ -6,9 +6,14 @@ of conditions {filter, value}, of which the first whose filter is part of the
 tensor's name counts. `read_recipe` reads the same from mergekit's YAML.
 """
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from jlora.checkpoints.documents import shortened
+from jlora.messages import name_some
 from jlora.pairing.match import Vocabulary, same_rows
 
 Setting = Any  # a number, a flag, a gradient, or conditions
@@ -130,6 +135,87 @@ class Recipe(NamedTuple):
     bases = [part.base for part in self.slices]
     named = [self.reference or self.base, self.base, *bases, *inputs]
     return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def check_recipe(recipe: Recipe) -> None:
+  """Raises unless a recipe has inputs, and settings and ranges that are such.
+
+  Args:
+    recipe: made by hand; what `read_recipe` reads is checked.
+
+  Raises:
+    ValueError: names up to three.
+
+  Example:
+    >>> check_recipe(Recipe(print, (Slice((Input("a", (0,)),)),)))
+    Traceback (most recent call last):
+    ...
+    ValueError: layers of a are (0,): layers are (start, end), a setting is a
+    number, a flag, a list of these along the layers, or a list of conditions
+    {filter, value}.
+  """
+  inputs = [one for part in recipe.slices for one in part.inputs]
+  if not inputs or not all(part.inputs for part in recipe.slices):
+    raise ValueError("A recipe merges inputs: give slices, each with some.")
+  wrong = [
+    f"layers of {one.model} are {shortened(one.layers)}"
+    for one in inputs
+    if one.layers is not None and not is_range(one.layers)
+  ]
+  wrong += [
+    f"{key} is {shortened(value)}"
+    for level in all_settings(recipe)
+    for key, value in level.items()
+    if not _is_setting(value)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{name_some(wrong)}: layers are (start, end), a setting is a number, a "
+      "flag, a list of these along the layers, or a list of conditions "
+      "{filter, value}."
+    )
+
+
+def all_settings(recipe: Recipe) -> list[Settings]:
+  """Lists all settings of a recipe, of its slices and of their inputs.
+
+  Example:
+    >>> all_settings(Recipe(print, (Slice((Input("a"),), {"t": 1}),)))
+    [{}, {'t': 1}, {}]
+  """
+  inputs = [one for part in recipe.slices for one in part.inputs]
+  return [
+    recipe.settings,
+    *(part.settings for part in recipe.slices),
+    *(one.settings for one in inputs),
+  ]
+
+
+def is_range(layers: Any) -> bool:
+  """Returns whether a layer range is two integers of at least 0.
+
+  Example:
+    >>> is_range([0, 2]), is_range((2,)), is_range((0, True))
+    (True, False, False)
+  """
+  is_pair = isinstance(layers, tuple | list) and len(layers) == 2
+  return is_pair and all(type(x) is int and x >= 0 for x in layers)
+
+
+def _is_setting(value: Any) -> bool:
+  """Returns whether `setting_at` can read a setting."""
+  if isinstance(value, numbers.Real | np.bool_):
+    return True
+  if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    return False
+  if all(isinstance(one, Mapping) for one in value):
+    return all(
+      "value" in one
+      and isinstance(one.get("filter"), str | None)
+      and _is_setting(one["value"])
+      for one in value
+    )
+  return all(isinstance(one, numbers.Real | np.bool_) for one in value)
 
 
 def setting_at(setting: Setting, name: str, place: float) -> Any:

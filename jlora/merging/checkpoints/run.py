@@ -50,7 +50,12 @@ from jlora.merging.checkpoints.adapter_folders import (
 )
 from jlora.merging.checkpoints.companions import place_companions
 from jlora.merging.checkpoints.merger import Merger
-from jlora.merging.checkpoints.planning import Job, MergePlan, plan_merge
+from jlora.merging.checkpoints.planning import (
+  Job,
+  MergePlan,
+  open_models,
+  plan_merge,
+)
 from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.messages import name_some
@@ -60,6 +65,7 @@ from jlora.runs.fingerprints import (
   check_unchanged,
   describe_input,
   describe_versions,
+  hash_lines,
   identify,
   name_of,
   stamp_inputs,
@@ -179,19 +185,19 @@ def merge_checkpoints(
     return _merge_adapters(
       recipe, out, key, settings, resume=resume, overwrite=overwrite
     )
-  plan = plan_merge(recipe)
-  inputs = _inputs_of(plan)
-  check_apart(out, inputs.values())
+  models = open_models(recipe)
+  inputs = _inputs_of(models)
+  stamps = stamp_inputs(inputs)
+  plan = plan_merge(recipe, models)
+  beside = {file.parent for file in plan.companions.copied}
+  check_apart(out, [*inputs.values(), *sorted(beside)])
   small = _companions_of(plan)
   merger = Merger(recipe.method, plan.models, key, plan.jobs)
-  for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
-    merger.check(job)
-  for job in plan.jobs:
-    merger.check_kinds(job)
+  _check_jobs(plan, merger)
   shards = plan_shards(out, _spec_of(plan), max_shard_bytes, plan.stem)
-  stamps = stamp_inputs(inputs)
   marks = _marks_of(recipe, settings, inputs)
-  marks["small files"] = _digests(plan)
+  marks["small files"] = digests = _digests(plan)
+  marks["tensors"] = hash_lines(map(repr, plan.jobs))
   with hold_folder(out):
     if resume or overwrite:
       remove_leftovers(out)
@@ -202,19 +208,35 @@ def merge_checkpoints(
     _write_shards(plan, merger, journal, shards, log)
     files = _place(plan, out, journal, shards, small)
     check_unchanged(inputs, stamps)
-    report = MergeReport(
-      settings,
-      len(plan.jobs),
-      sum(_size(job) for job in plan.jobs),
-      plan.notes
-      + _note_wide(plan, merger)
-      + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
-    )
+    _check_companions(plan, digests)
+    report = _report_of(plan, merger, settings)
     made = describe_run(out, marks, files, _results(report))
     report = report._replace(run=made)
     replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
     journal.close()
   return report
+
+
+def _check_jobs(plan: MergePlan, merger: Merger) -> None:
+  """Raises unless every tensor can be merged, as far as headers tell."""
+  for job in {(j.settings, len(j.sources)): j for j in plan.jobs}.values():
+    merger.check(job)
+  for job in plan.jobs:
+    merger.check_kinds(job)
+
+
+def _report_of(
+  plan: MergePlan, merger: Merger, settings: dict[str, Any]
+) -> MergeReport:
+  """Returns what a merge tells, without what made it."""
+  return MergeReport(
+    settings,
+    len(plan.jobs),
+    sum(_size(job) for job in plan.jobs),
+    plan.notes
+    + _note_wide(plan, merger)
+    + [f"{job.name}: {job.note}" for job in plan.jobs if job.note],
+  )
 
 
 _INPUT = record_of({"model": TEXT})
@@ -260,13 +282,13 @@ def _merge_adapters(
   recipe: Recipe, out: Path, key, settings, *, resume: bool, overwrite: bool
 ) -> MergeReport:
   """Merges folders of adapters into one; it is there whole or not at all."""
-  plan = plan_adapters(recipe)
   inputs = {
     f"model {one.model}": open_checkpoint(one.model)
     for one in recipe.slices[0].inputs
   }
   check_apart(out, inputs.values())
-  stamps, marks = stamp_inputs(inputs), _marks_of(recipe, settings, inputs)
+  stamps, plan = stamp_inputs(inputs), plan_adapters(recipe)
+  marks = _marks_of(recipe, settings, inputs)
   with hold_folder(out):
     if resume or overwrite:
       remove_leftovers(out)
@@ -294,6 +316,7 @@ def _marks_of(
   """Returns what a result hangs on, by which a resumed run knows its own."""
   marks = {**settings, **describe_versions()}
   marks["method code"] = identify(recipe.method)
+  marks["vocabulary code"] = identify(recipe.vocabulary)
   for name, checkpoint in inputs.items():
     marks |= describe_input(name, checkpoint)
   return marks
@@ -303,17 +326,35 @@ def _digests(plan: MergePlan) -> dict[str, str]:
   """Returns hashes of the small files that a merge makes or takes elsewhere."""
   found = {file.name: file.read_bytes() for file in plan.companions.copied}
   found |= {name: x.encode() for name, x in plan.companions.texts.items()}
-  return {
-    name: hashlib.sha256(content).hexdigest() for name, content in found.items()
-  }
+  return {name: _digest(content) for name, content in found.items()}
 
 
-def _inputs_of(plan: MergePlan) -> dict[str, Checkpoint]:
+def _check_companions(plan: MergePlan, digests: Mapping[str, str]) -> None:
+  """Raises if small files are not what they were when the merge was planned."""
+  changed = [
+    str(file)
+    for file in plan.companions.copied
+    if file.name not in plan.companions.texts
+    if not file.is_file() or _digest(file.read_bytes()) != digests[file.name]
+  ]
+  if changed:
+    raise ValueError(
+      f"{name_some(changed)} changed while it was read. Begin again with "
+      "overwrite=True, when nobody writes there."
+    )
+
+
+def _digest(content: bytes) -> str:
+  """Returns a hash of a file's content."""
+  return hashlib.sha256(content).hexdigest()
+
+
+def _inputs_of(models: Mapping[str, Any]) -> dict[str, Checkpoint]:
   """Returns the checkpoints that models are read from, by what they are."""
   parts = ("", " adapter")
   return {
     f"model {name}{part}": file
-    for name, model in plan.models.items()
+    for name, model in models.items()
     for part, file in zip(parts, files_of(model), strict=False)
   }
 
@@ -368,7 +409,12 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
     "settings": dict(recipe.settings),
     "slices": slices,
   }
-  return json.loads(json.dumps(plain))
+  return json.loads(json.dumps(plain, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+  """Returns a number of NumPy, or whatever else JSON has not, as it has it."""
+  return value.item() if hasattr(value, "item") else str(value)
 
 
 _SHARDS = "shards"
@@ -505,8 +551,9 @@ def _note_wide(plan: MergePlan, merger: Merger) -> list[str]:
     for job in plan.jobs
     if not merger.is_copied(job)
     and any(
-      plan.models[one.model].spec[names_of(one.side)[0]].dtype == np.float64
-      for one in job.sources
+      plan.models[one.model].spec[name].dtype == np.float64
+      for one in (*job.sources, *filter(None, [job.base]))
+      for name in names_of(one.side)
     )
   ]
   return [f"{name_some(wide)}: float64, merged in float32"] if wide else []

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.checkpoints.documents import shortened
 from jlora.checkpoints.hub import locate
 from jlora.merging.checkpoints.recipes import Recipe, Tokenizer
 from jlora.messages import name_some
 from jlora.pairing.match import is_table
 from jlora.pairing.vocabularies import Tokens, read_tokens
 
+# Rows of no token that a vocabulary may have beside as many as its tokens.
+_SPARE = 2**16
 _FILES = "a tokenizer.json, or a vocab.json or vocab.txt"
 # Besides embeddings and heads; the first axis is that of tokens.
 _TABLES = re.compile(
@@ -161,9 +164,20 @@ def _result(
 
 
 def _count(wanted: Tokenizer, tokens: Tokens, height: int) -> int:
-  """Returns the number of rows: the source's, unless there are more tokens."""
+  """Returns the number of rows: the source's, unless there are more tokens.
+
+  Raises:
+    ValueError: numbers so large that nearly all rows would be of no token.
+  """
   rows = max(height, max(tokens) + 1)
-  return -(-rows // wanted.multiple) * wanted.multiple
+  padded = -(-rows // wanted.multiple) * wanted.multiple
+  if padded > 2 * (len(tokens) + height) + _SPARE:
+    raise ValueError(
+      f"{len(tokens)} tokens, the last {shortened(tokens[max(tokens)])} with "
+      f"number {max(tokens)}, would need {padded} rows, a multiple of "
+      f"{wanted.multiple}; correct the number or the recipe's padding."
+    )
+  return padded
 
 
 def _height(name: str, spec: Mapping[str, Any]) -> int:

@@ -400,3 +400,25 @@ def test_reshapes_move_factors(old, new, factors):
   dims = tuple((Atom(axis, size),) for axis, size in enumerate(old))
   found = regroup(dims, old, new)
   assert (found and [[tuple(a) for a in group] for group in found]) == factors
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_what_a_loop_hands_on_from_place_to_place_is_followed(loop):
+  """The weight comes to its product in the fourth turn."""
+  params = {"w": jnp.ones((3, 4))}
+
+  def fn(p, x):
+    def turn(carry):
+      one, two, three, y = carry
+      return two, three, p["w"], y + x @ one
+
+    zeros = jnp.zeros((3, 4))
+    begin = (zeros, zeros, zeros, jnp.zeros((5, 4)))
+    if loop == "scan":
+      step = lambda carry, _: (turn(carry), None)  # noqa: E731
+      return jax.lax.scan(step, begin, None, length=4)[0][3]
+    go_on = lambda carry: carry[3].sum() < 1  # noqa: E731
+    return jax.lax.while_loop(go_on, turn, begin)[3]
+
+  ((_, _, view),) = views_from(fn, params, jnp.ones((5, 3)))
+  assert (view.inputs, view.outputs) == ((0,), (1,))

@@ -394,3 +394,28 @@ def test_what_jax_cannot_map_runs_row_by_row(transform):
   wanted, right = jax.value_and_grad(alone)(bank)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
   chex.assert_trees_all_close(gradient, right, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows_at_all_are_none():
+  """Also where arguments and results are shared."""
+  bank = {"w": Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 2)), jnp.ones(2))}
+  params, none = {"w": jnp.zeros((3, 2))}, jnp.zeros(0, jnp.int32)
+  run = adapt_rows(lambda p, x: x @ p["w"])
+  assert run(params, bank, none, jnp.ones((0, 3))).shape == (0, 2)
+  axes = {"in_axes": (1, None), "out_axes": (1, None)}
+  run = adapt_rows(lambda p, x, at: (x @ p["w"], at + 1), **axes)
+  y, at = run(params, bank, none, jnp.ones((4, 0, 3)), jnp.arange(2))
+  assert (y.shape, at.tolist()) == ((4, 0, 2), [1, 2])
+
+
+@pytest.mark.parametrize("axis", ["x", 1.5, True])
+@pytest.mark.parametrize("which", ["in_axes", "out_axes"])
+def test_axes_that_are_none_are_refused(axis, which):
+  bank = {"w": Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 2)), jnp.ones(2))}
+  run = adapt_rows(lambda p, x: x @ p["w"], **{which: axis})
+  with pytest.raises(
+    ValueError, match=f"{which} has .*; an axis is an integer"
+  ):
+    run(
+      {"w": jnp.zeros((3, 2))}, bank, jnp.zeros(1, jnp.int32), jnp.ones((1, 3))
+    )

@@ -183,6 +183,8 @@ CHAIN = "- &a0 [1]\n" + "".join(f"- &a{i + 1} [*a{i}]\n" for i in range(99))
     ("!!timestamp x", "cannot be read"),
     ("!!python/name:os.system", "cannot be read"),
     ("? {a: [1]}\n: 2", "cannot be read"),
+    ("a: 1\nb: {c: 1, d: 2, c: 3}", "'c' is given twice .* line 2"),
+    ("1: 1\n1: 2", "'1' is given twice"),
   ],
 )
 def test_yaml_that_never_ends_ends(text, said, tmp_path):
@@ -194,7 +196,8 @@ def test_yaml_that_never_ends_ends(text, said, tmp_path):
 
 def test_aliases_and_documents_are_read(tmp_path):
   path = tmp_path / "x.yml"
-  path.write_text("a: &x [1, .5]\nb: *x\n---\nc: {<<: {d: 1}}\n")
-  assert read_yaml(path) == [{"a": [1, 0.5], "b": [1, 0.5]}, {"c": {"d": 1}}]
+  path.write_text("a: &x [1, .5]\nb: *x\n---\nc: {<<: {d: 1, e: 2}, e: 3}\n")
+  one = {"a": [1, 0.5], "b": [1, 0.5]}
+  assert read_yaml(path) == [one, {"c": {"d": 1, "e": 3}}]
   path.write_text("")
   assert read_yaml(path) == []

@@ -232,3 +232,58 @@ def test_a_sum_of_float64_is_float64(tmp_path):
   merged = open_checkpoint(tmp_path / "m")
   np.testing.assert_array_equal(merged[K], w + 2**-40)
   np.testing.assert_array_equal(merged["b"], w[0] + 2**-60)
+
+
+def test_integers_take_no_changes_and_floats_no_integers(tmp_path):
+  """A change of a new value too; and what bfloat16 would round in silence."""
+  write_safetensors(
+    tmp_path / "b.safetensors", {"n": np.arange(4), K: np.eye(4, dtype=BF16)}
+  )
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  new, half = {"n": np.arange(4) + 4}, {"n": np.full(4, 0.5, np.float32)}
+  with pytest.raises(ValueError, match="n: int64"):
+    save_merged(tmp_path / "m", base, {}, full=new, biases=half)
+  large = {K: np.full((4, 4), 2**24 + 1, np.int32)}
+  with pytest.raises(ValueError, match=f"{K}: bfloat16, the new value int32"):
+    save_merged(tmp_path / "m", base, {}, full=large)
+  assert [file.name for file in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize("shape", [(4,), (6, 5), (6, 4, 1)])
+def test_a_new_value_has_the_shape_but_for_rows(base, tmp_path, shape):
+  name = "model.layers.0.q_proj.weight"
+  full = {name: np.ones(shape, np.float32)}
+  with pytest.raises(ValueError, match=f"{name}: new value .*the base that"):
+    save_merged(tmp_path / "merged", open_checkpoint(base[1]), {}, full=full)
+
+
+def test_only_tables_change_the_number_of_tokens(base, tmp_path):
+  """Wherever config.json has it; and no other number there."""
+  _, folder = base
+  config = {"vocab_size": 5, "text_config": {"vocab_size": 7, "dtype": "x"}}
+  (folder / "config.json").write_text(json.dumps(config))
+  rows = {
+    "model.embed_tokens.weight": np.ones((9, 4), BF16),
+    "model.layers.0.q_proj.weight": np.ones((8, 4), BF16),
+  }
+  base = open_checkpoint(folder)
+  save_merged(tmp_path / "merged", base, {}, full=rows, dtype="float16")
+  found = json.loads((tmp_path / "merged" / "config.json").read_text())
+  text = {"vocab_size": 9, "dtype": "float16"}
+  assert found == {"vocab_size": 5, "text_config": text}
+  (folder / "config.json").write_text('{"vocab_size": 5}')
+  with pytest.raises(ValueError, match="vocab_size is 5, but tables have 7"):
+    save_merged(tmp_path / "other", base, {}, full=rows)
+  assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+  "dtype", ["int8", np.int64, bool, "float8_e4m3fn", "complex64", "floot", 3]
+)
+def test_a_dtype_that_holds_no_floats_as_they_are_is_refused(tmp_path, dtype):
+  """Integers would cut them off, and codes of float8 mean nothing alone."""
+  write_safetensors(tmp_path / "b.safetensors", {K: np.eye(4, dtype="f4")})
+  base = open_checkpoint(tmp_path / "b.safetensors")
+  with pytest.raises(ValueError, match="dtype is .*; give bfloat16, float16"):
+    save_merged(tmp_path / "m", base, {}, dtype=dtype)
+  assert [file.name for file in tmp_path.iterdir()] == ["b.safetensors"]

@@ -80,6 +80,7 @@ def test_what_has_a_temporarys_name_is_not_opened(
   with pytest.raises(FileExistsError):
     write(tmp_path / "out")
   assert (tmp_path / "mine").read_text() == "precious"
+  assert os.path.lexists(left)
   assert not (tmp_path / "out").exists()
 
 
@@ -137,3 +138,22 @@ def test_only_temporaries_are_removed(tmp_path):
   new_files.name_temporary(tmp_path / "z").symlink_to(tmp_path / ".lock")
   remove_temporaries(tmp_path)
   assert sorted(file.name for file in tmp_path.iterdir()) == sorted(mine)
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_a_folder_whose_name_is_taken_meanwhile_is_kept(tmp_path, there):
+  """It may have taken hours."""
+  path = tmp_path / "new"
+  said = pytest.raises(ValueError, match="lies in .*: move it")
+  with said as told, new_folder(path) as folder:
+    replace_text(folder / "x", "mine")
+    if there == "file":
+      path.write_text("another's")
+    else:
+      path.mkdir()
+      (path / "x").write_text("another's")
+  (kept,) = tmp_path.glob(".new.*")
+  assert str(kept) in str(told.value)
+  assert (kept / "x").read_text() == "mine"
+  other = path if there == "file" else path / "x"
+  assert other.read_text() == "another's"

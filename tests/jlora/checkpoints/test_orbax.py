@@ -16,6 +16,7 @@ import pytest
 import tensorstore
 from orbax.checkpoint import v1
 
+from jlora.checkpoints import orbax
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.orbax import (
   find_item,
@@ -338,7 +339,7 @@ def test_a_leaf_that_is_a_link_to_elsewhere_is_refused(tmp_path):
       checkpointer.save(tmp_path / folder, {"w": np.ones((3, 4), np.float32)})
   shutil.rmtree(tmp_path / "given" / "w")
   (tmp_path / "given" / "w").symlink_to(tmp_path / "elsewhere" / "w")
-  with pytest.raises(ValueError, match="array 'w', which is not stored in"):
+  with pytest.raises(ValueError, match="w leads to .*elsewhere/w, outside"):
     open_checkpoint(tmp_path / "given")
 
 
@@ -367,3 +368,83 @@ def test_a_checkpoint_gets_its_name_when_it_is_complete(tmp_path, monkeypatch):
   (tmp_path / "link").symlink_to(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="link exists"):
     save_orbax(tmp_path / "link", {"w": np.ones(2)})
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_what_was_saved_is_kept_if_its_name_is_taken_meanwhile(
+  tmp_path, there, monkeypatch
+):
+  path, real = tmp_path / "c", orbax._sync
+
+  def taken(place):
+    real(place)
+    if there == "file":
+      path.write_text("another's")
+    else:
+      (path / "x").mkdir(parents=True)
+
+  monkeypatch.setattr(orbax, "_sync", taken)
+  with pytest.raises(ValueError, match="is complete and lies in .*: move it"):
+    save_orbax(path, {"w": np.ones(2)})
+  (kept,) = tmp_path.glob(".c.*")
+  kept.rename(tmp_path / "kept")
+  assert open_checkpoint(tmp_path / "kept")["w"][0] == 1
+  assert path.exists()
+
+
+def test_data_of_ocdbt_that_is_a_link_to_elsewhere_is_refused(tmp_path):
+  """Within the checkpoint it is none, and files may be links, as the Hub's."""
+  for name, value in (("given", 1.0), ("elsewhere", 2.0)):
+    save_orbax(tmp_path / name, {"w": np.full(3, value)})
+  data = tmp_path / "given" / "d"
+  data.rename(tmp_path / "given" / "data")
+  data.symlink_to("data")
+  for file in (tmp_path / "given" / "data").iterdir():
+    file.rename(tmp_path / file.name)
+    file.symlink_to(tmp_path / file.name)
+  assert open_checkpoint(tmp_path / "given")["w"][0] == 1
+  data.unlink()
+  data.symlink_to(tmp_path / "elsewhere" / "d")
+  with pytest.raises(ValueError, match=r"d leads to .*elsewhere/d, .*cp -rL"):
+    open_checkpoint(tmp_path / "given")
+
+
+def crc32c(data):
+  """The checksum at the end of a manifest."""
+  found = 2**32 - 1
+  for byte in data:
+    found ^= byte
+    for _ in range(8):
+      found = found >> 1 ^ (0x82F63B78 if found & 1 else 0)
+  return found ^ 2**32 - 1
+
+
+@pytest.mark.parametrize("place", ["../data", "/data"])
+def test_a_manifest_that_leads_outside_of_the_folder_is_an_error(
+  tmp_path, place
+):
+  """tensorstore takes no such path, though what it leads to is there."""
+  path = tmp_path / "c"
+  save_orbax(path, {"w": np.arange(6.0)})
+  base = {"driver": "file", "path": f"{path}/"}
+  old = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+  stored = {key: old.read(key).result().value for key in old.list().result()}
+  for file in [path / "manifest.ocdbt", *(path / "d").iterdir()]:
+    file.unlink()
+  spec = {"driver": "ocdbt", "base": base, "config": {"compression": None}}
+  with tensorstore.Transaction() as whole:  # one version, so one file of data
+    new = tensorstore.KvStore.open(spec).result().with_transaction(whole)
+    for key, value in stored.items():
+      new[key] = value
+  (file,) = (path / "d").iterdir()
+  assert open_checkpoint(path)["w"][5] == 5
+  own = f"d/{file.name}"
+  other = place.ljust(len(own), "x")
+  shutil.move(file, tmp_path / other.rpartition("/")[2])
+  manifest = (path / "manifest.ocdbt").read_bytes()
+  assert manifest.count(own.encode()) == 1
+  changed = manifest[:-4].replace(own.encode(), other.encode())
+  checksum = crc32c(changed).to_bytes(4, "little")
+  (path / "manifest.ocdbt").write_bytes(changed + checksum)
+  with pytest.raises(ValueError, match=f"c: .*{other}.*Invalid key"):
+    dict(open_checkpoint(path))

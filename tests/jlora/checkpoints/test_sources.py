@@ -102,7 +102,7 @@ def test_what_lies_in_memory_is_passed_over(root):
 
 
 def test_several_are_named(root):
-  files = [root / "file.safetensors", root / "models" / "folder"]
+  files = [root / "file.safetensors", str(root / "models" / "folder")]
   with pytest.raises(ValueError, match=r"file.safetensors, .*folder\. Give"):
     check_apart(root, files)
 
@@ -190,8 +190,8 @@ def test_companions_beside_the_weights_are_copied(root):
 @pytest.mark.parametrize("read", ["models/folder", SNAPSHOT, "run/3"])
 def test_companions_that_lead_elsewhere_are_refused(root, read, target):
   (root / "secret").write_text("mine")
-  if (read, target) == ("run/3", "nowhere"):  # of orbax all files are looked at
-    with pytest.raises(ValueError, match=r"notes.txt is no regular file"):
+  if read == "run/3" and target in ("nowhere", "/dev"):  # all is looked at
+    with pytest.raises(ValueError, match="notes.txt (is no regular|leads to)"):
       give(root / read, "notes.txt", root / target)
     return
   source = give(root / read, "notes.txt", root / target)

@@ -165,6 +165,34 @@ TWO = {"num_hidden_layers": 4}
       [3, 0],
       {"max_window_layers": 9},
     ),
+    # All layers are of a kind, and stay so when there are more of them.
+    (
+      {"first_k_dense_replace": 4},
+      [0, 1, 2, 3, 3],
+      {"first_k_dense_replace": 5},
+    ),
+    ({"moe_layer_start_index": 9}, [0, 1], {"moe_layer_start_index": 9}),
+    (
+      {"max_window_layers": 4, "use_sliding_window": True, "sliding_window": 8},
+      [0, 1, 2, 3, 0, 1],
+      {"max_window_layers": 6},
+    ),
+    # Lists that have as many entries as there are layers by chance.
+    (
+      {"eos_token_id": [1, 2, 3, 4], "architectures": ["a", "b", "c", "d"]},
+      [0, 0],
+      {"eos_token_id": [1, 2, 3, 4], "architectures": ["a", "b", "c", "d"]},
+    ),
+    ({"head_dim": [1, 2, 3, 4]}, [3, 0], {"head_dim": [4, 1]}),
+    # Of another stack, whose number of layers is another.
+    ({"num_layers": 3}, [0, 1, 2, 3], {"num_layers": 3}),
+    ({"num_layers": 3}, [0, 1], {"num_layers": 3}),
+    ({"num_layers": 4}, [0, 1], {"num_layers": 2}),
+    (
+      {"attention_types": [[["global", "local"], 2]]},
+      [1, 1, 2],
+      {"attention_types": [[["local", "local", "global"], 1]]},
+    ),
   ],
 )  # fmt: skip
 def test_what_follows(config, taken, wanted):
@@ -182,6 +210,9 @@ def test_what_follows(config, taken, wanted):
     ({"every_other_layer": 3}, [0, 0], "every_other_layer 3, which may speak"),
     ({"layer_map": {"0": 1}}, [0, 0], "layer_map"),
     ({"model_type": "olmo3"}, [0, 0], "of olmo3 lacks layer_types"),
+    ({"attention_types": [1, 2]}, [0, 0], "attention_types is .1, 2., needed"),
+    ({"attention_types": [[["a"], 10**12]]}, [0, 0], "how often"),
+    ({"per_layer_config": {"x": {}}}, [0, 0], "per_layer_config is"),
   ],
 )
 def test_what_cannot_follow_is_named(config, taken, said):
@@ -196,3 +227,19 @@ def test_only_the_language_model_of_several():
   assert configure_layers(nested, [0, 1, 1]) == {
     "text_config": {"num_hidden_layers": 3}, "x": 1
   }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [10**5, 10**18])
+def test_a_number_of_layers_that_no_model_has_is_refused(count):
+  with pytest.raises(ValueError, match="n_layer is 10+, needed is at most"):
+    configure_layers({"n_layer": count}, [0, 0])
+
+
+def test_a_configuration_without_a_number_of_layers_cannot_say_another():
+  """The class's own number would be taken, whatever lies in the files."""
+  nested = {"llm_config": {"num_hidden_layers": 2}}
+  for config in ({"model_type": "llama"}, nested, {"text_config": {"a": 1}}):
+    with pytest.raises(ValueError, match="none of num_hidden_layers.*3 layers"):
+      configure_layers(config, [0, 1, 1])
+    assert configure_layers(config, [0, 1]) == config
+  assert configure_layers({}, [0, 0]) == {}

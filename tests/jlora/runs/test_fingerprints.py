@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is the same is told so in every process; what differs is not."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -32,6 +33,36 @@ def closing_over(value):
   return lambda x: x + value
 
 
+def power_of(exponent):
+  """A function that calls itself, so that its closure holds it."""
+
+  def power(x, left=exponent):
+    return x * power(x, left - 1) if left else 1
+
+  return power
+
+
+class Plain:
+  def __init__(self, value):
+    self.value = value
+
+  def __call__(self, x):
+    return x + self.value
+
+  def method(self, x):
+    return x - self.value
+
+
+class Called:
+  def __call__(self, x):
+    return x
+
+
+@dataclasses.dataclass
+class Fields:
+  value: object
+
+
 # Each differs from all others.
 VALUES = {
   "function": add,
@@ -55,6 +86,16 @@ VALUES = {
   "array of jax": functools.partial(add, y=jnp.ones(3)),
   "set": lambda x: x in {"a", "b", "c"},
   "other set": lambda x: x in {"a", "b", "d"},
+  "calls itself": power_of(2),
+  "calls itself otherwise": power_of(3),
+  "object": Plain(1),
+  "other object": Plain(np.arange(3)),
+  "object of its own": Plain(Plain(1)),
+  "another class": Called(),
+  "method": Plain(1).method,
+  "other method": Plain(2).method,
+  "fields": Fields(np.zeros(10**4)),
+  "other fields": Fields(np.arange(10**4) == 5000),
 }
 
 

@@ -267,6 +267,17 @@ def test_layers_of_several_kinds_matter_only_to_gradients(tmp_path):
     run(task_arithmetic, given, tmp_path / "other", [[0.0, 1.0], [1.0, 0.0]])
 
 
+def test_a_gradient_over_a_single_layer_is_at_its_end(tmp_path):
+  """As in merges of models."""
+  given = [
+    scaled(tmp_path / f"a{i}", 1.0 + i, "f4", ("layers.0.up",))
+    for i in range(2)
+  ]
+  run(task_arithmetic, given, tmp_path / "out", [[0.0, 1.0], [5.0, 2.0]])
+  (lora,) = load_peft(tmp_path / "out").loras.values()
+  np.testing.assert_allclose(dense(lora), 2 * (1 * 1.0 + 2 * 2.0), rtol=1e-5)
+
+
 def scaled(folder, by, dtype, modules=("up",)):
   """An adapter whose first factors are times a number."""
   folder.mkdir()

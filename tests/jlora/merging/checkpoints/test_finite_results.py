@@ -11,6 +11,7 @@ import jlora
 from jlora import merging
 from jlora.checkpoints import open_checkpoint, write_safetensors
 from jlora.merging import Input, Recipe, Slice
+from jlora.merging.checkpoints.mergekit_forms import FORMS
 
 
 def merged(folder, models, method=merging.linear, **options):
@@ -125,3 +126,85 @@ def test_models_of_float64_are_merged_and_it_is_noted(tmp_path):
   both = {"a": full(1e300, "f8"), "b": full(3.0, "f8")}
   with pytest.raises(ValueError, match="w: merged it has values that float32"):
     merged(tmp_path / "far", both)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+  ("kind", "values", "fits"),
+  [
+    ("i8", [1, 2**40], False),
+    ("i8", [1, -5], True),
+    ("u4", [1, 2**31], False),
+    ("i2", [7, -7], True),
+    ("?", [True, False], True),
+  ],
+)
+def test_integers_of_another_size_do_not_wrap_around(
+  count, kind, values, fits, tmp_path
+):
+  """The reference gives the dtype, and is not merged itself."""
+  own = {"w": np.ones(2, "f4"), "n": np.asarray(values, kind)}
+  models = {"c": {**own, "n": np.zeros(2, "i4")}, "a": own, "b": own}
+  for name, tensors in models.items():
+    write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+  place = {name: str(tmp_path / f"{name}.safetensors") for name in models}
+  method = merging.passthrough if count == 1 else merging.linear
+  inputs = tuple(Input(place[name]) for name in "ab"[:count])
+  recipe = Recipe(method, (Slice(inputs),), reference=place["c"])
+  run = functools.partial(jlora.merge_checkpoints, log=io.StringIO())
+  if fits:
+    run(recipe, tmp_path / "out")
+    found = open_checkpoint(tmp_path / "out")["n"]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, values)
+    return
+  with pytest.raises(ValueError, match=r"n of .*a.safetensors is .*int32"):
+    run(recipe, tmp_path / "out")
+  assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_base_of_float64_is_noted(tmp_path):
+  models = {"base": full(0.0, "f8"), "a": full(1.0), "b": full(2.0)}
+  report, _ = merged(tmp_path, models, merging.task_arithmetic)
+  assert report.notes == ["w: float64, merged in float32"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e5m2", "floot"])
+def test_a_dtype_that_holds_no_floats_as_they_are_is_refused(dtype, tmp_path):
+  with pytest.raises(ValueError, match="dtype is .*; give bfloat16, float16"):
+    merged(tmp_path, {"a": full(1.0), "b": full(3.0)}, dtype=dtype)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_tensors_without_entries_stay(name, tmp_path):
+  form = FORMS[name]
+  tensors = {"w": full(1.0)["w"], "v": np.ones((0, 3), "f4")}
+  tensors |= {"u": np.ones(0, "f4")}
+  models = dict.fromkeys("ab", tensors)
+  if name in ("passthrough", "nearswap", "arcee_fusion"):
+    models = {"a": tensors}
+  if form.base in ("subtracted", "optional"):
+    models["base"] = tensors
+  settings = {form.numbers[key]: 0.5 for key in form.required}
+  settings = {k: v for k, v in settings.items() if k != "weight"}
+  _, out = merged(tmp_path, models, form.method, settings=settings)
+  assert {n: x.shape for n, x in out.items()} == {
+    n: x.shape for n, x in tensors.items()
+  }
+  np.testing.assert_allclose(out["w"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("method", "settings", "said"),
+  [
+    (merging.della, {}, "w: .*'density'"),
+    (merging.linear, {"foo": 1}, "w: .*'foo'"),
+    (lambda stack, weights, base=None, *, key=None: stack[0], {"t": 1}, "'t'"),
+  ],
+)
+def test_settings_that_lack_or_are_not_known(method, settings, said, tmp_path):
+  models = {"base": full(0.0), "a": full(1.0), "b": full(2.0)}
+  with pytest.raises(ValueError, match=said):
+    merged(tmp_path, models, method, settings=settings)
+  assert not (tmp_path / "out").exists()

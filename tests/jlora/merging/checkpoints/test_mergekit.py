@@ -330,7 +330,7 @@ def test_modules_of_one_kind(read):
     recipe = read({"merge_method": "linear", "modules": {name: inner}})
     assert recipe == read(LINEAR)
   with pytest.raises(
-    ValueError, match="modules are vision_tower; known is one"
+    ValueError, match="modules are vision_tower; known is.*whole.*`models`"
   ):
     read({"merge_method": "linear", "modules": {"vision_tower": inner}})
 
@@ -383,6 +383,32 @@ def test_several_recipes_in_a_file(read, tmp_path):
     file.write_text(SEVERAL.replace(*change))
     with pytest.raises(ValueError, match=said):
       read_recipes(file, "mid")
+
+
+def test_an_adapter_or_a_token_of_another_recipe_is_waited_for(tmp_path):
+  file = tmp_path / "recipes.yml"
+  one = "---\nname: one\nmerge_method: passthrough\nmodels: [{model: a}]\n"
+  token = "tokenizer: {tokens: {<x>: {source: one}}}\n"
+  for model, more, expected in (
+    ("one+l", "", "mid/one+l"),
+    ("b+one", "", "b+mid/one"),
+    ("{model: {path: b}, lora: {path: one}}", "", "b+mid/one"),
+    ("b", token, "b"),
+  ):
+    last = f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n"
+    file.write_text(f"{last}{more}{one}")
+    found = read_recipes(file, "mid")
+    assert [place and place.name for place, _ in found] == ["one", None]
+    assert found[1][1].models == [expected]
+
+
+def test_a_base_among_the_models_needs_its_weight(read):
+  """Unless it is subtracted from them."""
+  models = [{"model": "o"}, TWO[0]]
+  raw = {**LINEAR, "base_model": "o", "models": models}
+  with pytest.raises(ValueError, match="weight is not given for o"):
+    read(raw)
+  assert read({**raw, "merge_method": "ties"}).base == "o"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from jlora.formats.peft.writing import save_peft
 from jlora.loras import Lora
 from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints import trimming
-from jlora.merging.checkpoints.recipes import Recipe
+from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
 from jlora.merging.checkpoints.run import MERGE
 from jlora.runs.journal import FOLDER
 from tests.helpers.small_merges import Q, linear, run, whole, write_models
@@ -38,6 +38,9 @@ CHANGES = {
     {"method": lambda *a, **k: jlora.merging.linear(*a, **k)}, "method was",
   ),
   "settings": ({"settings": {"weight": 2.0}}, "settings was"),
+  "vocabulary": (
+    {"vocabulary": lambda *a: jlora.pairing.same_rows(*a)}, "vocabulary was",
+  ),
   "dtype": ({"dtype": "bfloat16"}, "dtype was None"),
   "key": (jax.random.key(1), r"key was \[0, 0\]"),
   "shards": (2**20, "max_shard_bytes was"),
@@ -224,3 +227,80 @@ def test_two_merges_at_once_are_one_and_an_error(models, tmp_path, monkeypatch):
   monkeypatch.setattr(merge_runs, "_place", second)
   report = run(linear(models), tmp_path / "out")
   assert run(linear(models), tmp_path / "out", resume=True) == report
+
+
+def test_functions_of_one_name_are_told_apart(models, tmp_path):
+  """Of a vocabulary as of a method."""
+  one, two = (
+    lambda path, base, finetuned, rows=rows: slice(rows) for rows in (4, 5)
+  )
+  recipe = linear(models)._replace(vocabulary=one)
+  run(recipe, tmp_path / "out")
+  with pytest.raises(ValueError, match="vocabulary code was"):
+    run(recipe._replace(vocabulary=two), tmp_path / "out", resume=True)
+
+
+def test_numbers_of_numpy_are_numbers(models, tmp_path):
+  plain = linear(models)._replace(settings={"weight": [0.5, 1.0]})
+  odd = plain._replace(settings={"weight": list(np.float32([0.5, 1.0]))})
+  report = run(odd, tmp_path / "out")
+  assert run(plain, tmp_path / "out", resume=True) == report
+
+
+def test_a_model_that_changes_while_it_is_planned(
+  models, tmp_path, monkeypatch
+):
+  """Its configuration was read, and another would be what is noted."""
+  real = merge_runs.plan_merge
+
+  def change(*args):
+    found = real(*args)
+    os.utime(tmp_path / "c" / "config.json", ns=(0, 10**9))
+    return found
+
+  monkeypatch.setattr(merge_runs, "plan_merge", change)
+  with pytest.raises(ValueError, match="c changed while"):
+    run(linear(models), tmp_path / "out")
+  assert not (tmp_path / "out" / MERGE).exists()
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"weight": []}, r"weight is \[\]"),
+    ({"weight": "x"}, "weight is 'x'"),
+    ({"weight": None}, "weight is None"),
+    ({"weight": [1.0, "x"]}, r"weight is \[1.0, 'x'\]"),
+    ({"weight": [{"filter": "q"}]}, "weight is .{'filter': 'q'}"),
+    ({"weight": [{"filter": 3, "value": 1}]}, "weight is .{'filter': 3"),
+    ({"weight": [{"value": []}]}, "weight is"),
+    ({"weight": [1.0, {"value": 1}]}, "weight is"),
+  ],
+)
+def test_settings_made_by_hand_are_checked(models, tmp_path, settings, said):
+  """What `read_recipe` would say of a file."""
+  recipe = linear(models)
+  (part,) = recipe.slices
+  first, *rest = part.inputs
+  own = part._replace(inputs=(first._replace(settings=settings), *rest))
+  for odd in (
+    recipe._replace(settings=settings),
+    recipe._replace(slices=(part._replace(settings=settings),)),
+    recipe._replace(slices=(own,)),
+  ):
+    with pytest.raises(ValueError, match=f"^{said}.*a setting is a number"):
+      run(odd, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1.5), (-1, 2), "01", 3, ()])
+def test_layers_made_by_hand_are_checked(models, tmp_path, layers):
+  part = Slice((Input(models[0], layers),))
+  with pytest.raises(ValueError, match="a are .*layers are .start, end."):
+    run(Recipe(jlora.merging.passthrough, (part,)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("slices", [(), (Slice(()),)])
+def test_a_recipe_without_models_merges_nothing(tmp_path, slices):
+  with pytest.raises(ValueError, match="give slices, each with some"):
+    run(Recipe(jlora.merging.linear, slices), tmp_path / "out")

@@ -4,6 +4,7 @@
 import copy
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -268,3 +269,65 @@ def test_layers_in_names():
   assert configure_layers(nested, [0, 1, 1]) == {
     "text_config": {"num_hidden_layers": 3}, "x": 1
   }  # fmt: skip
+
+
+BASE_OF_A_SLICE = """
+merge_method: {method}
+slices:
+  - base_model: {b}
+    sources:
+      - {{model: {b}, layer_range: [0, 1]}}
+      - {{model: {c}, layer_range: [1, 2]}}
+  - base_model: {b}
+    sources:
+      - {{model: {b}, layer_range: [1, 2]}}
+      - {{model: {c}, layer_range: [0, 1]}}
+parameters: {options}
+"""
+
+
+@pytest.mark.parametrize(
+  ("method", "options", "expected", "said"),
+  [
+    ("linear", "{weight: 1}", 1.5, "base_model .*/b of a slice: left out"),
+    ("slerp", "{t: 0.5}", 1.5, None),
+    ("karcher", "{}", 1.5, None),
+    ("multislerp", "{weight: 1}", 2.0, None),
+    ("task_arithmetic", "{weight: 3}", 4.0, None),
+  ],
+)
+def test_a_base_that_only_slices_have(
+  method, options, expected, said, three, tmp_path
+):
+  """It is merged where it is one of the models, else subtracted."""
+  _, b, c = three
+  text = BASE_OF_A_SLICE.format(method=method, b=b, c=c, options=options)
+  (tmp_path / "r.yml").write_text(text)
+  report = run(read_recipe(tmp_path / "r.yml"), tmp_path / "out")
+  found = corners(tmp_path / "out")
+  layers = [found[f"layers.{at}.q_proj"] for at in range(2)]
+  np.testing.assert_allclose(layers, expected, rtol=1e-6)
+  assert [bool(re.search(said, note)) for note in report.notes] == (
+    [True] if said else []
+  )
+
+
+def test_slices_of_an_encoder_and_a_decoder_are_refused(three, tmp_path):
+  """Also where config.json has the number of one of the two."""
+  _, b, _ = three
+  tensors = dict(open_checkpoint(b))
+  decoder = {
+    name.replace("model.layers", "model.decoder.layers"): array
+    for name, array in tensors.items()
+    if "layers.4" not in name
+  }
+  file = f"{b}/model.safetensors"
+  jlora.checkpoints.write_safetensors(file, tensors | decoder)
+  recipe = Recipe(jlora.merging.passthrough, (Slice((Input(b, (0, 2)),)),))
+  for config in ({}, {"num_hidden_layers": 5, "is_encoder_decoder": True}):
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="/b: .*list them as `models`"):
+      run(recipe, tmp_path / "out")
+  recipe = Recipe(jlora.merging.passthrough, (Slice((Input(b),)),))
+  run(recipe, tmp_path / "out")
+  assert len(open_checkpoint(tmp_path / "out")) == len(tensors | decoder)

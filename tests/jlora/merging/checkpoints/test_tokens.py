@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 import jlora
 from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.safetensors import write_safetensors
+from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints.mergekit import read_recipe
 from jlora.merging.checkpoints.run import merge_checkpoints
 
@@ -373,3 +374,157 @@ def test_trimming_a_model_as_a_whole_sees_the_same_rows(folder):
   recipe = jlora.merging.trim_models(read_recipe(folder / "r.yml"), 1.0)
   inputs = {one.model[-1]: one.settings for one in recipe.slices[0].inputs}
   assert inputs["b"]["threshold"] == 0.0  # rows that b lacks change nothing
+
+
+def only_tokens(folder):
+  """A folder with the tokenizer of "c" alone, and a recipe that names it."""
+  write(folder / "only", "c")
+  (folder / "only" / "model.safetensors").unlink()
+  (folder / "r.yml").write_text(
+    (LINEAR + "tokenizer_source: $/only\n").replace("$", str(folder))
+  )
+  return folder / "only", read_recipe(folder / "r.yml")
+
+
+def run(recipe, out, **options):
+  return merge_checkpoints(recipe, out, log=io.StringIO(), **options)
+
+
+def test_a_tokenizer_of_a_path_is_kept_apart_from_the_result(folder):
+  """Its own files would be taken for those of a result to be replaced."""
+  only, recipe = only_tokens(folder)
+  before = {file: file.read_bytes() for file in only.iterdir()}
+  with pytest.raises(ValueError, match="is or holds what is read: .*only"):
+    run(recipe, only, overwrite=True)
+  assert before == {file: file.read_bytes() for file in only.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_changed_tokenizer_of_a_path_is_noticed(folder, name):
+  only, recipe = only_tokens(folder)
+  report = run(recipe, folder / "out")
+  assert run(recipe, folder / "out", resume=True) == report
+  (only / name).write_text((only / name).read_text() + " ")
+  with pytest.raises(ValueError, match="small files was .*, is "):
+    run(recipe, folder / "out", resume=True)
+
+
+def test_a_tokenizer_that_changes_meanwhile_is_noticed(folder, monkeypatch):
+  """Rows would be in the order of one, and the files those of the other."""
+  only, recipe = only_tokens(folder)
+  real = merge_runs._write_shards
+
+  def change(*args):
+    real(*args)
+    file = only / "tokenizer.json"
+    file.write_text(file.read_text() + " ")
+
+  monkeypatch.setattr(merge_runs, "_write_shards", change)
+  with pytest.raises(ValueError, match="tokenizer.json changed while it was"):
+    run(recipe, folder / "out")
+  assert not (folder / "out" / merge_runs.MERGE).exists()
+
+
+def test_tokenizers_beside_single_files_count(folder):
+  """They lie in no folder that was given."""
+  text = LINEAR + "tokenizer_source: base\n"
+  for name in "abc":
+    text = text.replace(f"$/{name},", f"$/{name}/model.safetensors,")
+  text = text.replace("$", str(folder))
+  (folder / "r.yml").write_text(text)
+  recipe = read_recipe(folder / "r.yml")
+  report = run(recipe, folder / "out")
+  assert run(recipe, folder / "out", resume=True) == report
+  file = folder / "b" / "tokenizer.json"
+  found = json.loads(file.read_text())
+  vocabulary = found["model"]["vocab"]
+  one, two = vocabulary["a"], vocabulary["b"]
+  vocabulary |= {"a": two, "b": one}
+  file.write_text(json.dumps(found))
+  with pytest.raises(ValueError, match="tensors was .*, is "):
+    run(recipe, folder / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    '{"added_tokens_decoder": []}',
+    '{"added_tokens_decoder": "x"}',
+    '{"chat_template": ["x"]}',
+    '{"chat_template": [{"name": "default"}]}',
+    '{"chat_template": 3}',
+    "[]",
+  ],
+)
+def test_settings_of_a_tokenizer_that_are_none_are_named(folder, text):
+  more = "base_model: $/a\ntokenizer_source: union\nchat_template: auto\n"
+  (folder / "a" / "tokenizer_config.json").write_text(text)
+  with pytest.raises(ValueError, match="a/tokenizer_config.json"):
+    merge(folder, LINEAR + more)
+  assert not (folder / "out").exists()
+
+
+def test_a_decoder_of_added_tokens_that_is_null(folder):
+  settings = folder / "a" / "tokenizer_config.json"
+  given = json.loads(settings.read_text()) | {"added_tokens_decoder": None}
+  settings.write_text(json.dumps(given))
+  merge(folder, LINEAR + "base_model: $/a\ntokenizer_source: union\n")
+  copied = json.loads((folder / "out" / settings.name).read_text())
+  assert copied["added_tokens_decoder"] is None
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    {"tie_word_embeddings": True},
+    {"model_type": "gemma2"},  # which is tied where nothing says so
+    {"text_config": {"tie_word_embeddings": True, "dtype": "float32"}},
+  ],
+)
+def test_a_head_of_its_own_is_said_wherever_heads_are_tied(folder, config):
+  write(folder / "tied", "a", tied=True)
+  (folder / "tied" / "config.json").write_text(json.dumps(config))
+  text = """
+merge_method: linear
+base_model: $/tied
+models:
+- {model: $/a, parameters: {weight: 1}}
+- {model: $/tied, parameters: {weight: 1}}
+dtype: bfloat16
+"""
+  _, found, out = merge(folder, text)
+  assert HEAD in found
+  config = json.loads((out / "config.json").read_text())
+  assert config["tie_word_embeddings"] is False
+  text = config.get("text_config", {})
+  assert text in ({}, {"tie_word_embeddings": False, "dtype": "bfloat16"})
+
+
+def test_a_merge_of_single_files_by_token_has_their_tokenizer(folder):
+  """What lies beside a file does not go along else."""
+  text = LINEAR + "tokenizer_source: union\n"
+  for name in "abc":
+    text = text.replace(f"$/{name},", f"$/{name}/model.safetensors,")
+  _, found, out = merge(folder, text)
+  fast = transformers.AutoTokenizer.from_pretrained(out)
+  vocabulary = fast.get_vocab()
+  assert len(found[TABLE]) == max(vocabulary.values()) + 1
+  for token in SHARED:
+    rows = [row(*one) for one in of_all(token)]
+    wanted = np.mean(rows, axis=0)
+    np.testing.assert_allclose(found[TABLE][vocabulary[token]], wanted, 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("number", "multiple"), [(10**12, 4), (2**31, 4), (9, 10**9)]
+)
+def test_rows_without_end_are_refused(folder, number, multiple):
+  """A damaged number of a token, or padding of a recipe, in no time."""
+  file = folder / "a" / "tokenizer.json"
+  found = json.loads(file.read_text())
+  found["model"]["vocab"]["ab"] = number
+  file.write_text(json.dumps(found))
+  text = "base_model: $/a\ntokenizer: {source: base, pad_to_multiple_of: %d}\n"
+  with pytest.raises(ValueError, match="correct the number or the recipe's"):
+    merge(folder, LINEAR + text % multiple)
+  assert not (folder / "out").exists()
