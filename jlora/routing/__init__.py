@@ -13,16 +13,32 @@ from jlora.routing.mixture_folders import save_mixture as save_mixture
 from jlora.routing.mixtures import mix_experts as mix_experts
 from jlora.routing.mixtures import random_rows as random_rows
 from jlora.routing.mixtures import router_rows as router_rows
+from jlora.routing.policy_gradients import remix as remix
+from jlora.routing.policy_gradients import with_mask as with_mask
 from jlora.routing.prototype_gates import arrow as arrow
 from jlora.routing.prototype_gates import prototypes as prototypes
+from jlora.routing.selections import Selection as Selection
+from jlora.routing.selections import draw as draw
+from jlora.routing.selections import effective as effective
+from jlora.routing.selections import gate as gate
+from jlora.routing.selections import log_prob as log_prob
+from jlora.routing.selections import routed as routed
 
 __all__ = [
+  "Selection",
   "arrow",
   "by_sequence",
   "by_token",
+  "draw",
+  "effective",
+  "gate",
+  "log_prob",
   "mix_experts",
   "prototypes",
   "random_rows",
+  "remix",
+  "routed",
   "router_rows",
   "save_mixture",
+  "with_mask",
 ]
