@@ -9,6 +9,15 @@ modalities.
 
 from jlora.routing.choices import by_sequence as by_sequence
 from jlora.routing.choices import by_token as by_token
+from jlora.routing.lorweb import Basis as Basis
+from jlora.routing.lorweb import adapt_basis as adapt_basis
+from jlora.routing.lorweb import as_basis as as_basis
+from jlora.routing.lorweb import as_programs as as_programs
+from jlora.routing.lorweb import coefficients as coefficients
+from jlora.routing.lorweb import fold as fold
+from jlora.routing.lorweb import init_basis as init_basis
+from jlora.routing.lorweb import kaiming_of_stack as kaiming_of_stack
+from jlora.routing.lorweb import mixed as mixed
 from jlora.routing.mixture_folders import save_mixture as save_mixture
 from jlora.routing.mixtures import mix_experts as mix_experts
 from jlora.routing.mixtures import random_rows as random_rows
@@ -25,15 +34,24 @@ from jlora.routing.selections import log_prob as log_prob
 from jlora.routing.selections import routed as routed
 
 __all__ = [
+  "Basis",
   "Selection",
+  "adapt_basis",
   "arrow",
+  "as_basis",
+  "as_programs",
   "by_sequence",
   "by_token",
+  "coefficients",
   "draw",
   "effective",
+  "fold",
   "gate",
+  "init_basis",
+  "kaiming_of_stack",
   "log_prob",
   "mix_experts",
+  "mixed",
   "prototypes",
   "random_rows",
   "remix",
