@@ -22,6 +22,10 @@ from jlora.routing.mixture_folders import save_mixture as save_mixture
 from jlora.routing.mixtures import mix_experts as mix_experts
 from jlora.routing.mixtures import random_rows as random_rows
 from jlora.routing.mixtures import router_rows as router_rows
+from jlora.routing.modalities import Routes as Routes
+from jlora.routing.modalities import check_cache as check_cache
+from jlora.routing.modalities import routes as routes
+from jlora.routing.modalities import used_only as used_only
 from jlora.routing.policy_gradients import remix as remix
 from jlora.routing.policy_gradients import with_mask as with_mask
 from jlora.routing.prototype_gates import arrow as arrow
@@ -35,6 +39,7 @@ from jlora.routing.selections import routed as routed
 
 __all__ = [
   "Basis",
+  "Routes",
   "Selection",
   "adapt_basis",
   "arrow",
@@ -42,6 +47,7 @@ __all__ = [
   "as_programs",
   "by_sequence",
   "by_token",
+  "check_cache",
   "coefficients",
   "draw",
   "effective",
@@ -57,6 +63,8 @@ __all__ = [
   "remix",
   "routed",
   "router_rows",
+  "routes",
   "save_mixture",
+  "used_only",
   "with_mask",
 ]
