@@ -9,6 +9,7 @@ modalities.
 
 from jlora.routing.choices import by_sequence as by_sequence
 from jlora.routing.choices import by_token as by_token
+from jlora.routing.choices import given as given
 from jlora.routing.lorweb import Basis as Basis
 from jlora.routing.lorweb import adapt_basis as adapt_basis
 from jlora.routing.lorweb import as_basis as as_basis
@@ -53,6 +54,7 @@ __all__ = [
   "effective",
   "fold",
   "gate",
+  "given",
   "init_basis",
   "kaiming_of_stack",
   "log_prob",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers share: a softmax over the largest, and what they read."""
+"""What gates share: a softmax over the largest, what they read, given ones."""
 
 from typing import Any
 
@@ -37,6 +37,35 @@ def _softmax(logits):
   weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
   total = weights.sum(axis=-1, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)
+
+
+def given(params: jax.Array, x: jax.Array) -> jax.Array:
+  """Gates with numbers that are given, for all rows or one for each example.
+
+      g = params
+
+  Args:
+    params: (n,), or (examples, n).
+    x: (examples, tokens..., in), a layer's input.
+
+  Returns:
+    (n,), or (examples, 1..., n), for the `gate` of a `Gated`.
+
+  Raises:
+    ValueError: gates of other examples than x has.
+
+  Example:
+    >>> given(jnp.ones((2, 4)), jnp.ones((2, 7, 3))).shape
+    (2, 1, 4)
+  """
+  if params.ndim == 1:
+    return params
+  if params.ndim != 2 or x.ndim < 2 or len(params) != len(x):
+    raise ValueError(
+      f"Gates are given as {params.shape} for a layer's input {x.shape}; "
+      "needed is (n,), or (examples, n) with the examples on x's first axis."
+    )
+  return params.reshape(len(params), *(1,) * (x.ndim - 2), -1)
 
 
 def by_token(x: jax.Array, mask: Any = None) -> jax.Array:

@@ -18,6 +18,7 @@ from jlora.adapting.transforms import adapt
 from jlora.loras import Lora, Loras
 from jlora.messages import name_some
 from jlora.paths import key_for
+from jlora.routing.choices import given
 from jlora.selection import Select, is_linear
 from jlora.training.inits import Init, kaiming, matrices_of
 from jlora.views import ViewRule
@@ -206,12 +207,6 @@ def _weights(keys, reads, query, heads, activation, path):
   return activation(scores / math.sqrt(size // heads)).mean(axis=-2)
 
 
-def _given(params, x):
-  """Gates with the numbers that params are."""
-  del x
-  return params
-
-
 def _needs_query(params, x):
   """Raises ValueError: the gate of a program that is bound without a query."""
   del params, x
@@ -277,7 +272,7 @@ def adapt_basis(
 def _programs(basis: Basis, weights: Mapping[str, jax.Array]) -> dict:
   """Returns a basis as programs whose gates are given."""
   return {
-    path: Gated(lora, weights[path], _given)
+    path: Gated(lora, weights[path], given)
     for path, lora in basis.loras.items()
   }
 

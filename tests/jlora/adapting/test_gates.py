@@ -286,6 +286,22 @@ def test_one_hot_gates_are_adapters_by_ids_and_ones_are_their_sum():
   )
 
 
+def test_adapters_by_row_go_beside_gates():
+  program, w, x = (
+    program_of(first_row_gate),
+    draw(3, IN, OUT),
+    draw(4, 5, 7, IN),
+  )
+  bank = {"w": bank_of(seed=20)}
+  ids = jnp.array([2, -1, 0, 1, 1])
+  rows = adapt_rows(lambda p, x: x @ p["w"], strict=True)
+  found = rows(bind({"w": w}, {"w": program}), bank, ids, x)
+  for i, at in enumerate(ids.tolist()):
+    own = jax.tree.map(lambda leaf, at=at: leaf[at], bank)
+    own = w if at < 0 else apply({"w": w}, own)["w"]
+    same(found[i], reference(program, own, x[i]), rtol=1e-3, atol=1e-4)
+
+
 def test_the_gradient_of_a_gate_is_what_its_adapter_writes():
   program, w, x = program_of(constant), draw(3, IN, OUT), draw(4, 5, IN)
   gates, down = draw(5, 5, N), draw(6, 5, OUT)

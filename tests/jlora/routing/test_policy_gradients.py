@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import chex
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jlora.adapting.binding import bind
 from jlora.adapting.transforms import adapt, lora_dot
@@ -173,6 +176,39 @@ def test_a_baseline_of_all_samples_divided_by_m_is_biased():
   np.testing.assert_allclose(right, GRADIENT, atol=1e-6)
   np.testing.assert_allclose(total, np.array(GRADIENT) / 2, atol=1e-6)
   assert np.linalg.norm(total - GRADIENT) > 0.2
+
+
+def test_the_baseline_needs_no_communication():
+  """With all samples of an example on one device, whatever the others do."""
+  mesh = jax.make_mesh((8,), ("examples",))
+  place = NamedSharding(mesh, P(None, "examples"))
+  losses, log_q = (jax.device_put(numbers(i, 4, 16), place) for i in range(2))
+  slope = jax.jit(jax.grad(lambda log_q, losses: surrogate(losses, log_q)[0]))
+  text = slope.lower(log_q, losses).compile().as_text()
+  assert not re.findall(r"all-\w+|collective-\w+|reduce-scatter", text)
+  np.testing.assert_allclose(
+    slope(log_q, losses), (losses - losses.mean(0)[None]) / 3 / 16, atol=1e-6
+  )
+
+
+def test_a_step_is_a_forward_and_a_backward_pass_for_each_sample():
+  """Operations as the compiler counts them, against those of plain `train`."""
+  width = 96
+  bank = bank_of(width=width, out=width)
+  programs = {path: routed(bank, chosen=2) for path in ("v", "w")}
+  params = {path: numbers(5, width, width) for path in ("v", "w")}
+  x, sgd = numbers(4, 64, width), optax.sgd(0.1)
+  each = lambda p, x: jnp.sum(jnp.tanh(x @ p["v"]) @ p["w"], -1)  # noqa: E731
+  plain = train(lambda p, x: each(p, x).mean(), sgd)
+  ours = remix(each, sgd, sgd, samples=4)
+
+  def operations(trainer, **key):
+    step = jax.jit(trainer.update)
+    lowered = step.lower(programs, trainer.init(programs), params, x, **key)
+    return lowered.compile().cost_analysis()["flops"]
+
+  count = operations(ours, key=jax.random.key(0)) / operations(plain)
+  assert 2 < count < 4.2
 
 
 @pytest.mark.parametrize("samples", [3, 4])
