@@ -28,7 +28,7 @@ types: .venv/.test
 	$(BIN)/pyright
 
 unit: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40 $(ARGS)
 
 # Every model type of the installed transformers; an hour or two on two cores.
 test-families: .venv/.test

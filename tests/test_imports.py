@@ -27,8 +27,9 @@ ROWS = (
   "sharding ranks checkpoints editing",
   "pairing runs factoring alignment",
   "adapting formats merging/arrays models",
-  "extraction training evaluation merging/adapters",
-  "routing merging",
+  "extraction training evaluation",
+  "routing merging/adapters",
+  "merging",
   "merging/checkpoints",
   "jlora",  # its own door
   "commands",

@@ -18,6 +18,29 @@ from jlora.merging.adapters.lego import given_units as given_units
 from jlora.merging.adapters.lego import lego as lego
 from jlora.merging.adapters.lego import prune as prune
 from jlora.merging.adapters.lego import singular_units as singular_units
+from jlora.merging.adapters.recycling import closeness as closeness
+from jlora.merging.adapters.recycling import random_like as random_like
+from jlora.merging.adapters.recycling import search_weights as search_weights
+from jlora.merging.adapters.recycling import select as select
+from jlora.merging.adapters.soups import by_adapter as by_adapter
+from jlora.merging.adapters.soups import by_layer as by_layer
+from jlora.merging.adapters.soups import by_module as by_module
+from jlora.merging.adapters.soups import entropy as entropy
+from jlora.merging.adapters.soups import free as free
+from jlora.merging.adapters.soups import init_weights as init_weights
+from jlora.merging.adapters.soups import leaky as leaky
+from jlora.merging.adapters.soups import learn_weights as learn_weights
+from jlora.merging.adapters.soups import mix as mix
+from jlora.merging.adapters.soups import sigmoid as sigmoid
+from jlora.merging.adapters.soups import softmax as softmax
+from jlora.merging.adapters.soups import unit as unit
+from jlora.merging.adapters.ziplora import absolute_cosine as absolute_cosine
+from jlora.merging.adapters.ziplora import dot as dot
+from jlora.merging.adapters.ziplora import init_columns as init_columns
+from jlora.merging.adapters.ziplora import learn_columns as learn_columns
+from jlora.merging.adapters.ziplora import mean_absolute as mean_absolute
+from jlora.merging.adapters.ziplora import mean_square as mean_square
+from jlora.merging.adapters.ziplora import zip_columns as zip_columns
 from jlora.merging.arrays.averages import linear as linear
 from jlora.merging.arrays.averages import model_stock as model_stock
 from jlora.merging.arrays.averages import nearswap as nearswap
@@ -62,25 +85,41 @@ __all__ = [
   "Slice",
   "TokenSource",
   "Tokenizer",
+  "absolute_cosine",
   "arcee_fusion",
   "breadcrumbs",
+  "by_adapter",
+  "by_layer",
   "by_mass",
+  "by_module",
+  "closeness",
   "concat",
   "core_space",
   "dare",
   "della",
+  "dot",
+  "entropy",
   "fill_missing",
+  "free",
   "given_units",
+  "init_columns",
+  "init_weights",
   "iso_c",
   "karcher",
   "knots",
+  "leaky",
+  "learn_columns",
+  "learn_weights",
   "lego",
   "linear",
   "magnitude_thresholds",
   "match_l1",
+  "mean_absolute",
+  "mean_square",
   "merge",
   "merge_checkpoints",
   "merge_task_vectors",
+  "mix",
   "model_stock",
   "multislerp",
   "nearswap",
@@ -88,16 +127,23 @@ __all__ = [
   "passthrough",
   "prune",
   "ram",
+  "random_like",
   "read_inputs",
   "read_recipe",
   "read_recipes",
   "sce",
+  "search_weights",
+  "select",
+  "sigmoid",
   "singular_units",
   "slerp",
+  "softmax",
   "svd_merge",
   "task_arithmetic",
   "ties",
   "trim_models",
   "truncate",
   "tsv",
+  "unit",
+  "zip_columns",
 ]

@@ -24,6 +24,7 @@ from jlora.extraction import read_report
 from jlora.loras import Lora
 from jlora.merging import read_recipe
 from jlora.merging.checkpoints.planning import plan_merge
+from tests.fuzz.resumed import build_finished, build_killed, enter_resumed
 
 D, V = 8, 12
 LLAMA = {
@@ -239,10 +240,17 @@ def _build_pair(folder):
   _write_model(folder / "two", _llama(50), config, _tokenizer(1), shards=True)
 
 
-def _enter_pair(folder):
+def _extract(folder, out, resume=False):
   jlora.extract_checkpoint(
-    folder / "one", folder / "two", folder / "out", rank=1, log=io.StringIO()
+    *(folder / "one", folder / "two", out),
+    rank=1,
+    resume=resume,
+    log=io.StringIO(),
   )
+
+
+def _enter_pair(folder):
+  _extract(folder, folder / "out")
 
 
 def _build_merge(method):
@@ -284,9 +292,13 @@ def _recipe_in(folder):
   return recipe._replace(slices=parts, **own)
 
 
+def _merge(folder, out, resume=False):
+  recipe = _recipe_in(folder)
+  jlora.merge_checkpoints(recipe, out, resume=resume, log=io.StringIO())
+
+
 def _enter_merge(folder):
-  out = folder / "out"
-  jlora.merge_checkpoints(_recipe_in(folder), out, log=io.StringIO())
+  _merge(folder, folder / "out")
 
 
 def _build_packed(folder):
@@ -366,6 +378,21 @@ DOORS = {
   ),
   "merge_checkpoints": Door(_build_merge("passthrough"), _enter_merge, 3),
   "merge adapters": Door(_build_adapters, _enter_merge, 3),
+  "resume extract": Door(
+    build_killed(_build_pair, _extract), enter_resumed(_extract), 4
+  ),
+  "extract again": Door(
+    build_finished(_build_pair, _extract), enter_resumed(_extract), 3
+  ),
+  "resume merge": Door(
+    build_killed(_build_merge("linear"), _merge), enter_resumed(_merge), 3
+  ),
+  "merge again": Door(
+    build_finished(_build_merge("linear"), _merge), enter_resumed(_merge), 3
+  ),
+  "adapters again": Door(
+    build_finished(_build_adapters, _merge), enter_resumed(_merge), 2
+  ),
   "show": Door(_build_shown, _enter_shown, 6),
   "show an adapter": Door(
     _build_adapter, lambda folder: _show(folder / "adapter"), 2

@@ -9,6 +9,7 @@ cut short, or gets other bytes. Some names become folders, pipes or links.
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,13 +230,22 @@ def _other(old: Any, dice: random.Random) -> Any:
   return dice.choice(ODD)
 
 
-def write(files: Files, places: dict[str, str], folder: Path) -> None:
-  """Writes files into a folder, and what stands in the place of some."""
+def write(
+  files: Files, places: dict[str, str], times: dict[str, int], folder: Path
+) -> None:
+  """Fills a folder with files, and what stands in the place of some.
+
+  What was in it goes; times, in nanoseconds, are of those that did not change.
+  """
+  for old in folder.iterdir():
+    shutil.rmtree(old) if _is_folder(old) else old.unlink()
   for name, raw in files.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if name not in places:
       path.write_bytes(raw)
+      if name in times:
+        os.utime(path, ns=(times[name], times[name]))
     elif places[name] == "folder":
       path.mkdir()
     elif places[name] == "pipe":
@@ -244,6 +254,16 @@ def write(files: Files, places: dict[str, str], folder: Path) -> None:
       path.symlink_to(path.name)
     elif places[name] == "device":
       path.symlink_to("/dev/zero")
+
+
+def _is_folder(path: Path) -> bool:
+  """Whether a path is a folder itself, and no link to one."""
+  return path.is_dir() and not path.is_symlink()
+
+
+def times_of(folder: Path) -> dict[str, int]:
+  """Returns when each file was written last, in nanoseconds."""
+  return {name: (folder / name).stat().st_mtime_ns for name in read(folder)}
 
 
 def read(folder: Path) -> Files:

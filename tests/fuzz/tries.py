@@ -6,12 +6,12 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.fuzz.doors import Door
-from tests.fuzz.mutations import damage, read, write
+from tests.fuzz.mutations import damage, read, times_of, write
 
 SECONDS = 10
 GOOD = ("read", "ValueError", "OSError")
@@ -44,19 +44,32 @@ def try_all(
   for name, door in doors.items():
     if wanted and wanted[0] != name:
       continue
-    with tempfile.TemporaryDirectory() as folder:
-      door.build(Path(folder))
-      files = read(Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-      write(files, {}, Path(folder))
-      door.enter(Path(folder))  # else nothing that follows would say anything
     own = max(1, round(count * door.weight / total))
-    for number in [int(wanted[2])] if wanted else range(own):
-      dice = random.Random(f"{seed}/{name}/{number}")
-      changed, places = damage(files, dice)
-      with tempfile.TemporaryDirectory() as folder:
-        write(changed, places, Path(folder))
-        yield Try(name, number, *_outcome(door, Path(folder), bool(case)))
+    numbers = [int(wanted[2])] if wanted else range(own)
+    # All in one folder: runs that are resumed know where their inputs lie.
+    with tempfile.TemporaryDirectory() as folder:
+      yield from _try_one(name, door, Path(folder), numbers, seed, bool(case))
+
+
+def _try_one(
+  name: str,
+  door: Door,
+  folder: Path,
+  numbers: Iterable[int],
+  seed: int,
+  is_told: bool,
+) -> Iterator[Try]:
+  """Yields tries of one door, with these numbers, made in a folder."""
+  door.build(folder)
+  files, times = read(folder), times_of(folder)
+  write(files, {}, times, folder)
+  door.enter(folder)  # else nothing that follows would say anything
+  for number in numbers:
+    dice = random.Random(f"{seed}/{name}/{number}")
+    changed, places = damage(files, dice)
+    same = {n: t for n, t in times.items() if changed[n] == files[n]}
+    write(changed, places, same, folder)
+    yield Try(name, number, *_outcome(door, folder, is_told))
 
 
 def _outcome(door: Door, folder: Path, is_told: bool) -> tuple[str, str]:

@@ -118,6 +118,11 @@ def applied(base, finetuned, lora):
   return merged["kernel"]
 
 
+def two_of(lora):
+  """Two adapters of one module."""
+  return [{"w": lora}, {"w": lora}]
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """An operation, and what is true of it.
@@ -164,6 +169,32 @@ OPERATIONS = {
   "concat": Row(
     lambda b, f, lora: jlora.merging.concat([lora, lora], [1.0, -3.0]), "lora"
   ),
+  "mix": Row(
+    lambda b, f, lora: jlora.merging.mix(
+      two_of(lora), {"w": np.float32([1, -3])}
+    )["w"],
+    "lora",
+  ),
+  "columns": Row(
+    lambda b, f, lora: jlora.merging.zip_columns(
+      two_of(lora), {"w": draw(2, M)}
+    )["w"],
+    "lora",
+  ),
+  "lego": Row(
+    lambda b, f, lora: jlora.merging.lego([lora, lora], [1.0, 0.5], rank=8),
+    "lora",
+  ),
+  "random entries": Row(
+    lambda b, f, lora: jlora.merging.random_like([{"w": lora}])[0]["w"],
+    "lora",
+  ),
+  "random directions": Row(
+    lambda b, f, lora: jlora.merging.random_like(
+      [{"w": lora}], keep="spectrum"
+    )[0]["w"],
+    "lora",
+  ),
   "apply": Row(applied, "parameter"),
   "adapt": Row(adapted),
   "ties": Row(
@@ -196,6 +227,11 @@ TABLE = {
   "figures by values": (LONG[:1], [P("x", None, "y")], LONG[1:], []),
   "truncate": (SOME[:1], [P("x", "y")], [], [P("x", None, "y")]),
   "concat": (MATRIX, STACK, SOME, STACK),
+  "mix": (SOME, [P("x", "y")], SOME[:1], [P("x", None, "y")]),
+  "columns": (SOME, [P("x", "y")], SOME[:1], [P("x", None, "y")]),
+  "lego": (SOME[:1], [P("x", None, "y")], SOME[:1], []),
+  "random entries": (SOME[:1], [P("x", "y")], SOME[:1], []),
+  "random directions": (SOME[:1], [P("x", "y")], SOME[:1], []),
   "apply": (MATRIX, STACK, SOME, STACK),
   "adapt": (MATRIX, [], SOME, []),
   "ties": (SOME, [P("x", None, "y")], SOME[:1], []),

@@ -152,6 +152,44 @@ def fill_missing(adapters: Sequence[Mapping[str, Lora]]) -> list[Loras]:
   ]
 
 
+def by_path(
+  adapters: Sequence[Mapping[str, Lora]],
+) -> dict[str, dict[int, Lora]]:
+  """Turns adapters into the Loras of each module, by the adapters' places.
+
+  Args:
+    adapters: path -> Lora each; each may lack modules.
+
+  Returns:
+    path -> {place of the adapter: Lora}, in the order of first occurrence.
+
+  Raises:
+    ValueError: malformed Loras.
+
+  Example:
+    >>> one = Lora(np.ones((1, 2)), np.ones((1, 3)), np.float32(1))
+    >>> [[*own] for own in by_path([{"q": one}, {"k": one, "q": one}]).values()]
+    [[0, 1], [1]]
+  """
+  whole: dict[str, dict[int, Lora]] = {}
+  for at, own in enumerate(adapters):
+    check_loras(own)
+    for path, lora in own.items():
+      whole.setdefault(path, {})[at] = lora
+  return whole
+
+
+def leading_of(loras: Mapping[int, Lora]) -> tuple[int, ...]:
+  """Returns the leading axes of one module's Loras, as `by_path` groups them.
+
+  Example:
+    >>> one = Lora(np.ones((4, 1, 2)), np.ones((4, 1, 3)), np.ones(4))
+    >>> leading_of({0: one})
+    (4,)
+  """
+  return tuple(next(iter(loras.values())).a.shape[:-2])
+
+
 def weighted(loras: Sequence[Lora], weights: Any) -> list[tuple[Any, Any]]:
   """Returns the factors of Loras, with weights and scales multiplied into b.
 

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.adapters import (
+  LORA,
   TINY,
   draw_adapter,
   list_programs,
+  list_steps,
   time_programs,
 )
 from jlora import models
@@ -28,3 +30,18 @@ def test_programs_do_what_their_names_say():
   spent = time_programs(programs, 1)
   assert list(spent) == list(programs)
   assert min(spent.values()) > 0
+
+
+def test_steps_train_what_their_names_say():
+  run, params = models.init(TINY, jax.random.key(0))
+  adapters = [draw_adapter(params, 2, seed) for seed in range(3)]
+  tokens = jnp.arange(12).reshape(2, 6)
+  steps = list_steps(run, params, tokens, adapters)
+  with jax.numpy_dtype_promotion("standard"):  # Adam counts in int32
+    moved = {name: step() for name, step in steps.items()}
+  losses = [np.asarray(loss) for *_, loss in moved.values()]
+  np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+  path = next(iter(adapters[0]))
+  assert moved[LORA][0][path].rank == 6
+  assert moved["weights of each module"][0][path].shape == (3,)
+  assert moved["weights of each adapter"][0].keys() == {"all"}

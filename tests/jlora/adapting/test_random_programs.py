@@ -197,7 +197,7 @@ def shifted(fn, w, lora, make):
 
 
 @pytest.mark.parametrize("kind", STEPS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_adapted_is_merged_with_every_gradient(kind, data):
   fn, w, lora, view = data.draw(programs(kind))

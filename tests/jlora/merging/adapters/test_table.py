@@ -33,12 +33,26 @@ class Row:
     whole: one adapter alone comes out.
     leaves_out: weight 0 is as if the adapter were not there. It is there in
       the space of all, whose coordinates are what some methods cut by.
+    has_door: it takes Loras and weights itself; others have tests of their own.
   """
 
   method: Callable
   symmetric: bool = True
   whole: bool = True
   leaves_out: bool = True
+  has_door: bool = True
+
+
+def mixed(loras, weights):
+  """`mix` of adapters of one module."""
+  adapters = [{"w": lora} for lora in loras]
+  return jlora.merging.mix(adapters, {"w": weights})["w"]
+
+
+def zipped(loras, weights):
+  """`zip_columns` with one coefficient for all inputs."""
+  adapters = [{"w": lora} for lora in loras]
+  return jlora.merging.zip_columns(adapters, {"w": weights[:, None]})["w"]
 
 
 def core(method, **settings):
@@ -68,6 +82,8 @@ METHODS = {
   ),
   "lego": Row(functools.partial(jlora.merging.lego, rank=4), whole=False),
   "lego of all units": Row(functools.partial(jlora.merging.lego, rank=7)),
+  "mix": Row(mixed, has_door=False),
+  "columns": Row(zipped, has_door=False),
 }
 every = pytest.mark.parametrize("name", METHODS)
 WEIGHTS = np.float32([1, 0.5, 0.8])
@@ -250,7 +266,7 @@ def test_explicit_axes(name):
   close(change(merged), run(name, loras))
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].has_door])
 def test_the_door(name):
   merge, loras = METHODS[name].method, draw()
   longer = Lora(loras[0].a, np.ones((2, OUT + 1)), loras[0].scale)
