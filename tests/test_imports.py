@@ -27,8 +27,8 @@ ROWS = (
   "sharding ranks checkpoints editing",
   "pairing runs factoring alignment",
   "adapting formats merging/arrays models",
-  "extraction training evaluation routing",
-  "merging/adapters",
+  "extraction training evaluation",
+  "routing merging/adapters",
   "merging",
   "merging/checkpoints",
   "jlora",  # its own door

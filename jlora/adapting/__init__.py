@@ -12,6 +12,7 @@ from jlora.adapting.banks import make_bank as make_bank
 from jlora.adapting.binding import bind as bind
 from jlora.adapting.program_views import views_from as views_from
 from jlora.adapting.programs import Branch as Branch
+from jlora.adapting.programs import Gated as Gated
 from jlora.adapting.programs import Rows as Rows
 from jlora.adapting.programs import Shift as Shift
 from jlora.adapting.programs import prepend as prepend
@@ -23,6 +24,7 @@ from jlora.adapting.transforms import lora_dot as lora_dot
 __all__ = [
   "Adapted",
   "Branch",
+  "Gated",
   "Rows",
   "Shift",
   "adapt",

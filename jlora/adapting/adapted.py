@@ -23,7 +23,7 @@ LayerFunction = Callable[[jax.Array], jax.Array]
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("a", "b", "gate", "ids", "weights", "key"),
+  data_fields=("a", "b", "gate", "ids", "weights", "key", "router", "rows"),
   meta_fields=("rate", "batch"),
 )
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Change:
     ids: None, or (s,) the bank's adapters that are added; -1 adds none.
     weights: None, or (s,) factors of those adapters.
     key: None, or the PRNG key of the dropout of the change's input.
+    router: None, or the `Router` that gates the units by what a layer reads;
+      its leaves are (..., *w.shape).
+    rows: None, or what the router said of one product's rows: gates (..., r),
+      the rows' axes in x's order.
     rate: share of the input that is dropped; static.
     batch: number of rows that choose from the bank at once, under vmap; static.
   """
@@ -51,6 +55,8 @@ class Change:
   ids: jax.Array | None = None
   weights: jax.Array | None = None
   key: jax.Array | None = None
+  router: Any = None
+  rows: jax.Array | None = None
   rate: float = 0.0
   batch: int = 1
 
@@ -161,13 +167,21 @@ def over_lead(change: Change, function: Callable[[jax.Array], Any]) -> Change:
     >>> over_lead(change, jnp.transpose).a.shape
     (2, 1, 3)
   """
-  for _ in range(change.lead):
-    function = jax.vmap(function)
+  ndim = change.a.ndim - change.lead
+
+  def mapped(x):
+    """Applies the function to the last axes, those of the parameter."""
+    own = function
+    for _ in range(x.ndim - ndim):
+      own = jax.vmap(own)
+    return own(x)
+
   return dataclasses.replace(
     change,
-    a=function(change.a),
-    b=function(change.b),
-    gate=function(change.gate),
+    a=mapped(change.a),
+    b=mapped(change.b),
+    gate=mapped(change.gate),
+    router=jax.tree.map(mapped, change.router),
   )
 
 
@@ -228,6 +242,16 @@ def axes_with(factor: jax.Array, ndim: int) -> tuple[int, ...]:
   """
   sizes = factor.shape[factor.ndim - ndim :]
   return tuple(axis for axis, size in enumerate(sizes) if size != 1)
+
+
+def is_gated(value: Any) -> bool:
+  """Returns whether a value is an Adapted with a router.
+
+  Example:
+    >>> is_gated(Adapted(jnp.ones(2)))
+    False
+  """
+  return is_adapted(value) and any(c.router is not None for c in value.changes)
 
 
 def is_matrix(value: Adapted) -> bool:
@@ -306,7 +330,7 @@ def dense_sum(value: Adapted) -> jax.Array:
   The further rows of a table are left out.
 
   Raises:
-    ValueError: it has branches, which have no dense form.
+    ValueError: it has branches or routers, which have no dense form.
 
   Example:
     >>> dense_sum(Adapted(jnp.ones(2)))
@@ -316,6 +340,11 @@ def dense_sum(value: Adapted) -> jax.Array:
     raise ValueError(
       f"{value.path} has a branch, which can be added only to what a matmul "
       "with it writes; give the branch to a parameter that is used in one."
+    )
+  if is_gated(value):
+    raise ValueError(
+      f"{value.path} has a Gated, whose gate reads the input of a matmul; give "
+      "it to a parameter that is used in one, or a plain Lora to this one."
     )
   total = value.w
   if value.changes:

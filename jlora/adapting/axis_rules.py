@@ -39,9 +39,14 @@ def _axes(value: Adapted, function, factor_function=None) -> Adapted:
 
 
 def _transpose(operands, params):
-  """Transposes an Adapted."""
-  order = params["permutation"]
-  return _axes(operands[0], lambda x: lax.transpose(x, order))
+  """Transposes an Adapted, but not the inputs that a router reads."""
+  value, order = operands[0], params["permutation"]
+  for change in value.changes:
+    reads, writes = (axes_with(x, value.ndim) for x in (change.a, change.b))
+    inputs = [i for i in order if i in reads and i not in writes]
+    if change.router is not None and inputs != sorted(inputs):
+      return None
+  return _axes(value, lambda x: lax.transpose(x, order))
 
 
 def _squeeze(operands, params):
@@ -97,9 +102,9 @@ def _reshape(operands, params):
     return sizes
 
   factors = [
-    jax.ShapeDtypeStruct(x.shape[c.lead :], x.dtype)
+    jax.ShapeDtypeStruct(x.shape[x.ndim - value.ndim :], x.dtype)
     for c in value.changes
-    for x in (c.a, c.b, c.gate)
+    for x in (c.a, c.b, c.gate, *jax.tree.leaves(c.router))
   ]
   if any(sizes_of(factor) is None for factor in factors):
     return None
@@ -502,4 +507,14 @@ SEEN_THROUGH = (
   "stop_gradient",
   "optimization_barrier",
   *OF_W_ALONE,
+)
+
+# A gate needs all inputs of its layer at once: what cuts a parameter along
+# others leaves it as it is, and a product with a part of the inputs is refused.
+SEEN_BY_GATES = (
+  *SEEN_THROUGH,
+  "all_gather",
+  "dynamic_slice",
+  "slice",
+  "split",
 )

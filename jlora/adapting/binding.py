@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jlora.adapting.adapted import Adapted, Change, change_of, is_adapted
 from jlora.adapting.banks import as_ids
-from jlora.adapting.programs import Branch, Rows, Shift
+from jlora.adapting.gates import check_leads, gated_change
+from jlora.adapting.programs import Branch, Gated, Rows, Shift
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
 from jlora.paths import flatten, key_for, unflatten
@@ -21,7 +22,7 @@ from jlora.views import MatrixView, ViewRule, views_of
 # Traced once for all parameters of one shape.
 _laid = jax.jit(change_of, static_argnums=(1, 2))
 
-Program = Lora | Rows | Shift | Branch
+Program = Lora | Rows | Shift | Branch | Gated
 Programs = Mapping[str, Program]
 
 
@@ -31,7 +32,7 @@ class BoundPrograms(NamedTuple):
   Attributes:
     flat: path -> leaf, of all parameters.
     programs: path -> its programs, each with its weight.
-    views: path -> MatrixView, of the parameters with a Lora.
+    views: path -> MatrixView, of the parameters with a Lora or a Gated.
   """
 
   flat: dict[str, Any]
@@ -51,13 +52,13 @@ def bind(
 ) -> Any:
   """Puts programs on parameters, for a function wrapped by `adapt`.
 
-      w  →  Adapted: w, Σ_i weight_i scale_i a_iᵀ b_i, branches, rows
+      w  →  Adapted: w, Σ_i weight_i scale_i a_iᵀ b_i, branches, rows, gates
 
   Args:
     params: a pytree of arrays, or one returned by `bind`.
-    programs: path -> Lora, Rows, Shift or Branch, with paths as `flatten`
-      returns them; or several such mappings, whose programs on one parameter
-      add up.
+    programs: path -> Lora, Rows, Shift, Branch or Gated, with paths as
+      `flatten` returns them; or several such mappings, whose programs on one
+      parameter add up.
     weights: one number per mapping; None is 1 for each. With `ids`, (s,).
     ids: None; or, with one bank of Loras from `make_bank`, a scalar or (s,)
       integers: the bank's adapters that are added, -1 for none. `adapt_rows`
@@ -65,7 +66,7 @@ def bind(
     batch: under vmap over ids, the number of rows that choose at once; affects
       the way of computing, not the result.
     dropout: (rate, key) of dropout on the input of the Loras, x / (1 - rate) or
-      0, for training; each parameter gets its own key.
+      0, for training; each parameter gets its own key. Gates read all of it.
     views: rules for reading a parameter as a matrix; by default those for the
       names found.
 
@@ -76,8 +77,8 @@ def bind(
 
   Raises:
     ValueError: a path without a parameter, a program that does not fit its
-      parameter or would fit it in several ways, or not one weight per mapping;
-      names up to three.
+      parameter or would fit it in several ways, a gate's parameters without the
+      axes of layers, or not one weight per mapping; names up to three.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -97,17 +98,20 @@ def bind(
     leaf = flat[path]
     value = leaf if is_adapted(leaf) else Adapted(leaf, path=path)
     for program, weight in own:
-      if not isinstance(program, Lora):
+      if type(program) in _ADD:
         value = _ADD[type(program)](value, program, weight)
+    changes = [
+      gated_change(program, how[path], value.shape, weight)
+      for program, weight in own
+      if isinstance(program, Gated)
+    ]
     loras = [(p, weight) for p, weight in own if isinstance(p, Lora)]
     if loras:
       change = _change(loras, how[path], value.shape, ids, weights)
-      change = dataclasses.replace(change, batch=batch)
-      if dropout is not None:
-        rate, key = dropout
-        key = key_for(key, path)
-        change = dataclasses.replace(change, rate=rate, key=key)
-      value = dataclasses.replace(value, changes=(*value.changes, change))
+      changes.append(dataclasses.replace(change, batch=batch))
+    if dropout is not None:
+      changes = [_with_dropout(change, path, *dropout) for change in changes]
+    value = dataclasses.replace(value, changes=(*value.changes, *changes))
     is_bare = not (value.changes or value.branches) and value.rows is None
     flat[path] = value.w if is_bare else value
   return unflatten(flat, params, is_adapted)
@@ -148,6 +152,7 @@ def attach(
   found: dict[str, list[tuple[Program, Any]]] = {}
   for own, weight in zip(sets, each, strict=True):
     check_loras({p: x for p, x in own.items() if isinstance(x, Lora)})
+    check_loras({p: x.bank for p, x in own.items() if isinstance(x, Gated)})
     for path, program in own.items():
       found.setdefault(path, []).append((program, weight))
   missing = sorted(set(found) - set(flat))
@@ -174,8 +179,17 @@ def attach(
       f"{len(wrong)} programs do not fit: {name_some(wrong)}. A Lora needs a "
       "floating matrix (..., in, out) for its a (..., r, in), b (..., r, out); "
       "Rows a table of as many columns; a Shift the same shape; a Branch a "
-      "matrix."
+      "matrix; a Gated, to which no ids are given, a matrix as a Lora, for its "
+      "a (n, ..., r, in), b (n, ..., r, out)."
     )
+  check_leads(
+    {
+      path: (program, how[path].shape(flat[path].shape)[:-2])
+      for path, own in found.items()
+      for program, _ in own
+      if isinstance(program, Gated)
+    }
+  )
   seen = {path: view for path, view in how.items() if view is not None}
   return BoundPrograms(flat, found, seen)
 
@@ -185,10 +199,17 @@ def _matrix_of(
 ) -> tuple[int, ...] | None:
   """Returns the (..., in, out) that a parameter's first Lora is for."""
   for program, _ in programs:
-    if isinstance(program, Lora):
-      batch = program.a.shape[int(is_bank) : -2]
-      return (*batch, program.a.shape[-1], program.b.shape[-1])
+    lora, lead = _lora_of(program, is_bank)
+    if lora is not None:
+      return (*lora.a.shape[lead:-2], lora.a.shape[-1], lora.b.shape[-1])
   return None
+
+
+def _lora_of(program: Program, is_bank: bool) -> tuple[Lora | None, int]:
+  """Returns a program's Lora, if it has one, and its number of bank axes."""
+  if isinstance(program, Gated):
+    return program.bank, 1
+  return (program if isinstance(program, Lora) else None), int(is_bank)
 
 
 def _said(program: Program) -> str:
@@ -203,13 +224,13 @@ def _fits(program, leaf, view, is_bank) -> bool:
   """Returns whether a program fits a parameter."""
   if not is_floating(leaf.dtype):
     return False
-  if isinstance(program, Lora):
-    lead = program.a.shape[int(is_bank) : -2]
-    given = (*lead, program.a.shape[-1], program.b.shape[-1])
-    has_lead = program.a.ndim > 2 or not is_bank
-    return view is not None and has_lead and view.shape(leaf.shape) == given
-  if is_bank:
+  if is_bank and not isinstance(program, Lora):
     return False
+  lora, lead = _lora_of(program, is_bank)
+  if lora is not None:
+    given = (*lora.a.shape[lead:-2], lora.a.shape[-1], lora.b.shape[-1])
+    has_lead = lora.a.ndim >= 2 + lead
+    return view is not None and has_lead and view.shape(leaf.shape) == given
   if isinstance(program, Shift):
     return program.delta.shape == leaf.shape and not is_adapted(leaf)
   if isinstance(program, Rows):
@@ -242,6 +263,11 @@ def _change(loras, view, shape, ids, weights) -> Change:
     jnp.concatenate([c.b.astype(dtype) for c in changes]),
     jnp.concatenate([c.gate for c in changes]),
   )
+
+
+def _with_dropout(change: Change, path: str, rate, key) -> Change:
+  """Gives a change the dropout of its parameter."""
+  return dataclasses.replace(change, rate=rate, key=key_for(key, path))
 
 
 def _add_rows(value: Adapted, program: Rows, weight) -> Adapted:

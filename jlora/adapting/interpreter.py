@@ -7,7 +7,7 @@ rules. Control flow is rebuilt, with its bodies run in the same way.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,17 +22,24 @@ from jlora.adapting.adapted import (
   Change,
   dense_sum,
   is_adapted,
+  is_gated,
   is_matrix,
 )
-from jlora.adapting.axis_rules import AXIS_RULES, OF_W_ALONE, SEEN_THROUGH
+from jlora.adapting.axis_rules import (
+  AXIS_RULES,
+  OF_W_ALONE,
+  SEEN_BY_GATES,
+  SEEN_THROUGH,
+)
+from jlora.adapting.gates import read_gates
 from jlora.adapting.lookup_rules import LOOKUP_RULES, takes_rows
+from jlora.adapting.notes import Said
 from jlora.adapting.product_rules import PRODUCT_RULES
 from jlora.adapting.roles import Roles, counts_of_scan
 
-Said = Callable[[str, Adapted], None]
-
 _RULES = {**AXIS_RULES, **PRODUCT_RULES, **LOOKUP_RULES}
 _WITH_BRANCHES = (*SEEN_THROUGH, "dot_general")
+_WITH_GATES = (*SEEN_BY_GATES, "dot_general")
 # Entry by entry, or side by side, with an activation: an activation again.
 _JOINS = frozenset({
   "add", "add_any", "concatenate", "div", "max", "min", "mul", "pow",
@@ -53,8 +60,7 @@ def evaluate(
     jaxpr: a `jax.extend.core.Jaxpr`.
     consts: its constants.
     args: its arguments; an Adapted stands for an array of its shape and dtype.
-    said: called with the name of a primitive and an Adapted operand when a rule
-      is missing, before the dense sum is formed; may raise.
+    said: who is told of missing rules and of the notes of gates.
     roles: which of its values are activations; None is that all are made of
       parameters.
 
@@ -64,7 +70,7 @@ def evaluate(
   Example:
     >>> closed = jax.make_jaxpr(jnp.transpose)(jnp.ones((2, 3)))
     >>> evaluate(closed.jaxpr, closed.consts, [Adapted(jnp.ones((2, 3)))],
-    ...          print)[0].shape
+    ...          Said(print))[0].shape
     (3, 2)
   """
   if roles is None:
@@ -141,11 +147,19 @@ def _adapted(eqn, operands, said, roles: Roles) -> Sequence[Any]:
     value = operands[0]
     return [dataclasses.replace(value, w=_bind(eqn, [value.w])[0])]
   if name in _JOINS and _joins_activation(eqn, operands, roles):
-    _check_rows(name, operands)
+    _check_kept(name, operands)
     return _bind(eqn, map(_dense, operands))
+  if name == "dot_general":
+    operands, notes = read_gates(operands, eqn.params)
+    said.add({x.path: notes for x in operands if is_adapted(x) and notes})
   rule = _RULES.get(name)
   has_branch = any(is_adapted(x) and x.branches for x in operands)
-  if rule is not None and (not has_branch or name in _WITH_BRANCHES):
+  has_gate = any(map(is_gated, operands))
+  if (
+    rule is not None
+    and (not has_branch or name in _WITH_BRANCHES)
+    and (not has_gate or name in _WITH_GATES)
+  ):
     found = rule(operands, eqn.params)
     if found is not None:
       found = found if eqn.primitive.multiple_results else [found]
@@ -190,9 +204,15 @@ def _dense(x):
   return dense_sum(x) if is_adapted(x) else x
 
 
-def _check_rows(name, operands) -> None:
-  """Raises ValueError where further rows of a table would be lost."""
+def _check_kept(name, operands) -> None:
+  """Raises ValueError where further rows or the work of gates would be lost."""
   for x in operands:
+    if is_gated(x):
+      raise ValueError(
+        f"{x.path} has a Gated, whose gate reads the input of a matmul; its "
+        f"parameter {x.shape} goes into {name}, which has none for it. Give a "
+        "plain Lora to this parameter."
+      )
     if is_adapted(x) and x.rows is not None:
       raise ValueError(
         f"{x.path} has {len(x.rows)} further rows, which {name} does not read: "
@@ -202,10 +222,10 @@ def _check_rows(name, operands) -> None:
 
 def _densely(name, operands, said):
   """Replaces Adapted operands by their dense sums, reporting each."""
-  _check_rows(name, operands)
+  _check_kept(name, operands)
   for x in operands:
     if is_adapted(x):
-      said(name, x)
+      said.missing(name, x)
   return list(map(_dense, operands))
 
 
@@ -265,10 +285,13 @@ def _remat(eqn, operands, said, roles):
     jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"]
   )
   def run(*args):
-    """Runs the checkpointed program."""
-    return _within(params["jaxpr"], args, said, inputs, weights)
+    """Runs the checkpointed program; returns its notes as well."""
+    own = said.within()
+    return _within(params["jaxpr"], args, own, inputs, weights), own.notes
 
-  return run(*operands)
+  found, notes = run(*operands)
+  said.add(notes)
+  return found
 
 
 def _custom_vjp(eqn, operands, said, roles):
@@ -281,11 +304,14 @@ def _custom_vjp(eqn, operands, said, roles):
   inputs, inner = _flags(eqn.invars, roles), eqn.params["call_jaxpr"]
   count = eqn.params.get("num_consts", 0)
   consts, given = operands[:count], operands[count:]
+  said = said.within()
 
   @jax.custom_vjp
   def run(*args):
     """Runs the function."""
-    return list(map(_dense, _within(inner, [*consts, *args], said, inputs)))
+    found = _within(inner, [*consts, *args], said, inputs)
+    said.refuse("custom_vjp")
+    return list(map(_dense, found))
 
   def forward(*args):
     """Runs the function's own forward pass."""
@@ -341,13 +367,13 @@ def _scan(eqn, operands, said, roles):
   ]
 
   def body(carry, parts):
-    """Runs one step of the scan."""
-    own = _with_fixed(carry, fixed)
-    found = _within(closed, [*consts, *own, *parts], said, inputs)
+    """Runs one step of the scan; returns its notes as well."""
+    own, heard = _with_fixed(carry, fixed), said.within()
+    found = _within(closed, [*consts, *own, *parts], heard, inputs)
     found = _moving(found, fixed, "the result of scan", said)
-    return found[: len(carry)], found[len(carry) :]
+    return found[: len(carry)], (found[len(carry) :], heard.notes)
 
-  carry, stacks = lax.scan(
+  carry, (stacks, notes) = lax.scan(
     body,
     carry,
     stacked,
@@ -355,6 +381,7 @@ def _scan(eqn, operands, said, roles):
     reverse=params["reverse"],
     unroll=params["unroll"],
   )
+  said.add(notes)
   return [*_with_fixed(carry, fixed), *stacks]
 
 
@@ -406,6 +433,9 @@ def _slices_first(value: Adapted, length: int) -> Adapted:
         own[name] = jnp.broadcast_to(each, (length, *each.shape))
     if change.key is not None:
       own["key"] = jax.random.split(change.key, length)
+    own["router"] = jax.tree.map(
+      lambda leaf: first(leaf.ndim - value.ndim, leaf), change.router
+    )
     return dataclasses.replace(change, **own)
 
   return dataclasses.replace(
@@ -423,7 +453,7 @@ def _while(eqn, operands, said, roles):
   inputs, carry = _flags(eqn.invars, roles), operands[start:]
   moves = [True] * len(carry)
   fixed = _fixed(body.jaxpr, len(for_body), carry)
-  name = "the carry of while"
+  name, said = "the carry of while", said.within()
 
   def go_on(carry):
     """Runs the loop's condition."""
@@ -434,6 +464,7 @@ def _while(eqn, operands, said, roles):
     """Runs the loop's body once."""
     given = [*for_body, *_with_fixed(carry, fixed)]
     found = _within(body, given, said, [*inputs[split:start], *moves])
+    said.refuse("while")
     return _moving(found, fixed, name, said)
 
   found = lax.while_loop(go_on, step, _moving(carry, fixed, name, said))
@@ -443,11 +474,12 @@ def _while(eqn, operands, said, roles):
 def _cond(eqn, operands, said, roles):
   """Rebuilds a `lax.cond` or `lax.switch`."""
   index, *given = operands
-  inputs = _flags(eqn.invars[1:], roles)
+  inputs, said = _flags(eqn.invars[1:], roles), said.within()
 
   def branch(closed, *args):
     """Runs one branch."""
     found = _within(closed, args, said, inputs)
+    said.refuse("cond")
     return _densely("the result of cond", found, said)
 
   branches = eqn.params["branches"]
@@ -458,11 +490,12 @@ def _cond(eqn, operands, said, roles):
 def _shard_map(eqn, operands, said, roles):
   """Rebuilds a `jax.shard_map`."""
   params = eqn.params
-  inputs = _flags(eqn.invars, roles)
+  inputs, said = _flags(eqn.invars, roles), said.within()
 
   def run(*args):
     """Runs the program on one shard."""
     found = _within(params["jaxpr"], args, said, inputs)
+    said.refuse("shard_map")
     return tuple(_densely("the result of shard_map", found, said))
 
   specs = tuple(
@@ -490,7 +523,7 @@ def _spec(value: Adapted, spec: P) -> Adapted:
   axes = [*spec, *[None] * (value.ndim - len(spec))]
 
   def own(lead, x):
-    """Returns the spec of a factor, unsharded where it does not vary."""
+    """Returns the spec of a part, unsharded where it does not vary."""
     sizes = zip(axes, x.shape[lead:], strict=True)
     return P(*[None] * lead, *(a if n > 1 else None for a, n in sizes))
 
@@ -506,6 +539,9 @@ def _spec(value: Adapted, spec: P) -> Adapted:
         name: None if getattr(change, name) is None else P()
         for name in ("ids", "weights", "key")
       },
+      router=jax.tree.map(
+        lambda leaf: own(leaf.ndim - value.ndim, leaf), change.router
+      ),
     )
 
   rows = None if value.rows is None else P()

@@ -24,6 +24,7 @@ from jlora.adapting.adapted import (
   without_bank,
 )
 from jlora.adapting.banks import chosen
+from jlora.adapting.labels import Labels, label
 
 with epy.lazy_imports():  # the kernels cost a quarter of a second to import
   from pallas_kernels import lora_dot as kernels
@@ -48,12 +49,8 @@ def _dot_general(operands, params):
 def _product(value: Adapted, x: Any, items: Any, is_left: bool):
   """Computes the product of value and x, in either order."""
   params = dict(items)
-  contracted, batched = params["dimension_numbers"]
-  own, others = (0, 1) if is_left else (1, 0)
-  names = _names(
-    value.ndim, x.ndim, contracted[own], contracted[others],
-    batched[own], batched[others], is_left,
-  )  # fmt: skip
+  numbers = params["dimension_numbers"]
+  names = label(value.ndim, x.ndim, numbers, is_left=is_left)
   y = None
   if _is_plain(value, x, params, names):
     y = _fused(value, x, names)
@@ -72,30 +69,7 @@ def _product(value: Adapted, x: Any, items: Any, is_left: bool):
 _product_once = jax.jit(_product, static_argnums=(2, 3))
 
 
-class _Names:
-  """Axis labels of a product, as integers: w's axes first, then x's others."""
-
-  def __init__(self, x, out, contracted):
-    self.x, self.out, self.contracted = x, out, contracted
-
-
-def _names(
-  ndim, x_ndim, own_contracted, x_contracted, own_batch, x_batch, is_left
-):
-  """Labels the axes of a product with x and of its result."""
-  shared = dict(
-    zip((*x_contracted, *x_batch), (*own_contracted, *own_batch), strict=True)
-  )
-  free = iter(range(ndim, ndim + x_ndim))
-  x = [shared[i] if i in shared else next(free) for i in range(x_ndim)]
-  taken = {*own_contracted, *own_batch}
-  left_over = [i for i in range(ndim) if i not in taken]
-  of_x = [name for name in x if name >= ndim]
-  both = (left_over, of_x) if is_left else (of_x, left_over)
-  return _Names(x, [*own_batch, *both[0], *both[1]], tuple(own_contracted))
-
-
-def _is_plain(value, x, params, names) -> bool:
+def _is_plain(value, x, params, names: Labels) -> bool:
   """Returns whether `lora_dot` can compute this product with its change."""
   precision = params.get("precision")
   default = precision is None or all(
@@ -130,6 +104,8 @@ def _fused(value: Adapted, x, names):
     return None
   a, b = lax.reshape(a, (rank, k)), lax.reshape(b, (rank, n))
   gate = lax.reshape(change.gate, (rank,))
+  if change.rows is not None:
+    gate = change.rows * gate.reshape((1,) * len(names.rows) + (rank,))
   x = _moved(x, names.x.index(axis), -1)
   y = kernels.lora_dot(x, value.w, a, b, gate, transpose_w=axis == 1)
   return y if names.out[-1] < 2 else jnp.moveaxis(y, -1, 0)
@@ -168,22 +144,24 @@ def _through(change: Change, x, shape, names, params):
     for name, axes in on.items()
   }
   first, second = ("a", "b") if meets["a"] >= meets["b"] else ("b", "a")
-  steps = [first, "gate", second]
-  found, labels = x.astype(dtype), names.x
-  for i, name in enumerate(steps):
+  steps = []
+  for name in (first, "gate", second):
     factor = getattr(change, name)
     axes = axes_with(factor, ndim)
     sizes = (factor.shape[0], *(shape[axis] for axis in axes))
-    later = set(names.out)
-    for other in steps[i + 1 :]:
-      later |= {rank, *axes_with(getattr(change, other), ndim)}
-    kept = [n for n in dict.fromkeys([*labels, rank, *axes]) if n in later]
     own = _of_gates(dtype) if name == "gate" else dtype
+    steps.append((factor.reshape(sizes), [rank, *axes], own))
+  if change.rows is not None:
+    steps.insert(1, (change.rows, [*names.rows, rank], _of_gates(dtype)))
+  found, labels = x.astype(dtype), [*names.x]
+  for i, (factor, own_labels, own) in enumerate(steps):
+    later = {*names.out, *(n for _, each, _ in steps[i + 1 :] for n in each)}
+    kept = [n for n in dict.fromkeys([*labels, *own_labels]) if n in later]
     found = jnp.einsum(
       found.astype(own),
       labels,
-      factor.reshape(sizes).astype(own),
-      [rank, *axes],
+      factor.astype(own),
+      own_labels,
       kept,
       precision=params.get("precision"),
       preferred_element_type=jnp.float32,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs on a base model other than Loras: `Rows`, `Shift`, `Branch`.
+"""The programs on a base model other than Loras.
 
 A program is what `bind` puts on one parameter: a Lora; `Rows`, further rows of
-a table; `Shift`, a dense change of a small parameter; or `Branch`, any function
-of the layer's input.
+a table; `Shift`, a dense change of a small parameter; `Gated`, a bank of Loras
+weighed by what the layer reads; or `Branch`, any function of the layer's input.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jlora.loras import Lora
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +86,66 @@ class Branch:
     """Computes `weight · function(params, x)`."""
     found = self.function(self.params, x)
     return found * jnp.asarray(self.weight, found.dtype)
+
+
+def call(params: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+  """Calls parameters that are themselves a function, such as a module.
+
+  Args:
+    params: a callable pytree.
+    x: (..., in).
+
+  Returns:
+    `params(x)`.
+
+  Example:
+    >>> call(jax.tree_util.Partial(jnp.dot, jnp.eye(2)), jnp.ones(2))
+    Array([1., 1.], dtype=float32)
+  """
+  return params(x)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("bank", "params"),
+  meta_fields=("gate",),
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gated:
+  """A bank of Loras whose weights are computed from what the layer reads.
+
+      y = x w + Σ_i g_i scale_i (x a_iᵀ) b_i,   g = gate(params, x)
+
+  That is one Lora of rank n r with a gate on its rank axis for every row of x.
+
+  `adapt` finds x where the parameter is multiplied. Between the parameter and
+  its product it may be transposed, reshaped, cast and sliced along axes that
+  are not summed over; scan, remat, jit, vmap and cond are passed through.
+  Anything else (a convolution, a look-up, `ragged_dot`, a product with a part
+  of the inputs or from the other side) is an error that names the operation.
+
+  Attributes:
+    bank: a (n, ..., r, in), b (n, ..., r, out), scale (n, ...): one path of
+      `make_bank`; axes between are those of scanned layers or experts.
+    params: the gate's parameters, any pytree of arrays. For a parameter with
+      layers or experts, each leaf begins with the same axes.
+    gate: (params, x) -> g, static: pass the same object, or one that compares
+      equal, in every call. x is (..., in) in the order in which the model has
+      its rows, all axes that are summed over joined into the last; g
+      broadcasts to (..., n). It may return (g, note), of which `adapt` hands
+      on the notes if asked. By default params are called with x.
+
+  Example:
+    >>> bank = Lora(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 1)), jnp.ones(2))
+    >>> by_sign = lambda params, x: jnp.stack([x[..., 0] > 0, x[..., 0] < 0],
+    ...                                       -1).astype(x.dtype)
+    >>> Gated(bank, (), by_sign).gate((), jnp.array([[2.0, 0.0, 0.0]]))
+    Array([[1., 0.]], dtype=float32)
+  """
+
+  bank: Lora
+  params: Any
+  gate: Callable[[Any, jax.Array], Any] = call
 
 
 def prepend(tokens: jax.Array, table: Any, count: int) -> jax.Array:

@@ -17,6 +17,7 @@ from etils import epy
 from jlora.adapting.adapted import Adapted, dense_sum, is_adapted
 from jlora.adapting.binding import Programs, attach
 from jlora.adapting.interpreter import evaluate
+from jlora.adapting.notes import Notes, Said
 from jlora.adapting.programs import Shift
 from jlora.adapting.roles import Roles
 from jlora.loras import Lora, dense
@@ -56,8 +57,8 @@ def apply(
   Raises:
     ValueError: a path without a parameter or whose parameter is not a floating
       matrix, or a shape that does not fit; names up to three with both shapes.
-      A parameter that can be read in several ways with that shape.
-      Not one weight per adapter. A program without a dense form (Rows, Branch).
+      A parameter that can be read in several ways with that shape. Not one
+      weight per adapter. A program without a dense form (Rows, Branch, Gated).
 
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(0.5))
@@ -91,7 +92,7 @@ def apply(
 
 
 def adapt(
-  fn: Callable[..., Any], *, strict: bool = False
+  fn: Callable[..., Any], *, strict: bool = False, has_notes: bool = False
 ) -> Callable[..., Any]:
   """Wraps a function so that it computes with parameters from `bind`.
 
@@ -119,6 +120,9 @@ def adapt(
     fn: a pure function of pytrees. It must not look at the values of arrays;
       other arguments (numbers, strings) are passed on as they are.
     strict: raise an error where a rule is missing.
+    has_notes: return (result, notes): what the functions of `Gated`s returned
+      beside their gates, {path: one for each product, in the program's order}.
+      Notes made in a scan are stacked. Without it they are left out.
 
   Returns:
     A function of the same arguments, any array of which may be Adapted; its
@@ -128,7 +132,8 @@ def adapt(
 
   Raises:
     ValueError: from the returned function, with `strict`, where a rule is
-      missing.
+      missing; where a `Gated`'s gate would not see all of the layer's input, or
+      its notes could not leave a cond, while, shard_map or custom_vjp.
 
   Warns:
     UserWarning: from the returned function, without `strict`, where a rule is
@@ -173,11 +178,14 @@ def adapt(
       if strict:
         raise ValueError(_no_rule(missing))
 
-    found = evaluate(closed.jaxpr, closed.consts, given, said, roles)
+    notes: Notes = {}
+    told = Said(said, notes if has_notes else None)
+    found = evaluate(closed.jaxpr, closed.consts, given, told, roles)
     found = [dense_sum(x) if is_adapted(x) else x for x in found]
     if missing:
       warnings.warn(_no_rule(missing), stacklevel=2)
-    return jax.tree.unflatten(jax.tree.structure(shape), found)
+    result = jax.tree.unflatten(jax.tree.structure(shape), found)
+    return (result, notes) if has_notes else result
 
   return run
 
@@ -241,7 +249,11 @@ def lora_dot(
     Array([[1.5, 1.5]], dtype=float32)
   """
   scale = jnp.broadcast_to(lora.scale, (lora.rank,)).astype(jnp.float32)
-  gate = scale if gate is None else scale * gate.astype(jnp.float32)
+  if gate is None:
+    gate = scale
+  else:
+    gate = jnp.atleast_1d(gate).astype(jnp.float32)
+    gate = gate * scale.reshape((1,) * (gate.ndim - 1) + scale.shape)
   return kernels.lora_dot(
     x, w, lora.a, lora.b, gate, implementation=implementation
   )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from etils import epy
 
 from jlora.adapting.binding import Program, bind
-from jlora.adapting.programs import Branch, Rows, Shift
+from jlora.adapting.programs import Branch, Gated, Rows, Shift
 from jlora.adapting.transforms import adapt, apply
 from jlora.loras import Lora
 from jlora.views import ViewRule
@@ -33,6 +33,7 @@ _TRAINED = {
   Rows: ("rows",),
   Shift: ("delta",),
   Branch: ("params",),
+  Gated: ("bank", "params"),
 }
 
 
@@ -154,7 +155,8 @@ def train(
 
   Returns:
     Trainer. It trains a and b of a Lora, the rows of Rows, the delta of a
-    Shift, the params of a Branch; scales and weights stay. Jit `update` and
+    Shift, the params of a Branch, the bank's a and b and the params of a Gated;
+    scales and weights stay. Jit `update` and
     donate programs and state. Beside the base, a step holds one gradient of the
     programs and the optimiser's state (two copies for Adam).
 
@@ -233,17 +235,23 @@ def trained_part(programs: Programs) -> dict[str, dict[str, Any]]:
     programs: path -> program.
 
   Returns:
-    {path: {field: arrays}}; the arrays are not copied.
+    {path: {field: arrays}}, of a Gated {path: {"bank": {field: arrays},
+    "params": ...}}; the arrays are not copied.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 2)), jnp.zeros((1, 1)), jnp.float32(1))
     >>> [*trained_part({"w": lora})["w"]]
     ['a', 'b']
   """
-  return {
-    path: {name: getattr(program, name) for name in _TRAINED[type(program)]}
-    for path, program in programs.items()
-  }
+  return {path: _part_of(program) for path, program in programs.items()}
+
+
+def _part_of(program: Any) -> Any:
+  """Returns the trained fields of a program, and what is none as it is."""
+  fields = _TRAINED.get(type(program))
+  if fields is None:
+    return program
+  return {name: _part_of(getattr(program, name)) for name in fields}
 
 
 def with_part(
@@ -257,9 +265,21 @@ def with_part(
     Array([[1.]], dtype=float32)
   """
   return {
-    path: dataclasses.replace(program, **part[path])
-    for path, program in programs.items()
+    path: _with(program, part[path]) for path, program in programs.items()
   }
+
+
+def _with(program: Any, part: Any) -> Any:
+  """Replaces the trained fields of a program, and what is none as a whole."""
+  fields = _TRAINED.get(type(program))
+  if fields is None:
+    return part
+  own = {
+    name: _with(getattr(program, name), part[name])
+    for name in fields
+    if name in part
+  }
+  return dataclasses.replace(program, **own)
 
 
 def lora_plus(ratio: float) -> "optax.GradientTransformation":
