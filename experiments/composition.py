@@ -79,6 +79,15 @@ WORKS = {
     has_entropy=True,
   ),
 }
+#: Methods that are compared with another than the plain sum.
+COMPARED = (
+  ("dot 1e-5", "no penalty"),
+  ("dot 1e-4", "no penalty"),
+  ("TSV in Core Space", "SVD of the sum"),
+  ("LEGO, singular units", "SVD of the sum"),
+  ("LEGO, given units", "SVD of the sum"),
+  ("leaky, with the own LoRA", "leaky, with the own LoRA, random entries"),
+)
 #: Methods that the figure names.
 NAMED = (
   "base",
@@ -169,10 +178,16 @@ def run(
   for seed in range(seeds):
     for name in works:
       rows += measure_all(name, seed, only, folder, smoke)
-  for name in works:
-    own = [row for row in rows if row["work"] == name]
-    table = compositions.as_table(own, WORKS[name].measures, ("sum", PLAIN))
-    print(f"\n{WORKS[name].title}\n\n{table}\n", flush=True)
+  tables = {WORKS[name].title: [name] for name in works}
+  styles = [name for name in works if name in digit_skills.STYLES]
+  if len(styles) > 1:
+    tables["digits, all styles"] = styles
+  for title, names in tables.items():
+    own = [row for row in rows if row["work"] in names]
+    measures = WORKS[names[0]].measures
+    table = compositions.as_table(own, measures, ("sum", PLAIN))
+    differences = compositions.as_differences(own, measures, COMPARED)
+    print(f"\n{title}\n\n{table}\n\n{differences}\n", flush=True)
   print(compositions.as_overview(rows, {x: WORKS[x].title for x in works}))
   return rows
 

@@ -13,7 +13,7 @@ from jlora.extraction.report import REPORT, read_report
 from jlora.formats.packed import SHAPES, packed_shapes
 from jlora.formats.peft.config import read_adapter_config
 from jlora.formats.peft.layouts import CONFIG, TENSORS, VLLM
-from jlora.merging.checkpoints.run import MERGE, read_merge
+from jlora.merging.checkpoints.report import MERGE, read_merge
 from jlora.messages import name_some
 
 _LARGEST = 5

@@ -42,17 +42,35 @@ def cosine(left: Lora, right: Lora) -> float:
     -1.0
   """
   left, right = _of_one_parameter(left, right)
-  norms = _inner(left, left) * _inner(right, right)
-  return _inner(left, right) / norms**0.5 if norms > 0 else float("nan")
+  norms = inner_product(left, left) * inner_product(right, right)
+  return inner_product(left, right) / norms**0.5 if norms > 0 else float("nan")
 
 
-def _inner(left: Lora, right: Lora) -> float:
-  """Computes the inner product of two changes."""
+def inner_product(left: Lora, right: Lora) -> float:
+  """Computes the inner product of two changes, over all layers of a stack.
+
+      <Δ, Δ'> = Σ scale scale' Σ (a a'ᵀ) ⊙ (b b'ᵀ)
+
+  Args:
+    left: a (..., r, in), b (..., r, out).
+    right: of the same parameter.
+
+  Returns:
+    A number, in float64. O((in + out) r r') on the host.
+
+  Example:
+    >>> lora = Lora(np.ones((1, 2)), np.ones((1, 3)), np.float32(2))
+    >>> inner_product(lora, lora)
+    24.0
+  """
   a, b = (
-    x.astype(np.float64) @ y.astype(np.float64).T
+    np.einsum(
+      "...ri,...si->...rs", *(np.asarray(z, np.float64) for z in (x, y))
+    )
     for x, y in ((left.a, right.a), (left.b, right.b))
   )
-  return float(left.scale) * float(right.scale) * float(np.sum(a * b))
+  scale = np.asarray(left.scale, np.float64) * np.asarray(right.scale)
+  return float(np.sum(scale[..., None, None] * a * b))
 
 
 def _of_one_parameter(left: Lora, right: Lora) -> tuple[Lora, Lora]:

@@ -156,9 +156,9 @@ def train(
   Returns:
     Trainer. It trains a and b of a Lora, the rows of Rows, the delta of a
     Shift, the params of a Branch, the bank's a and b and the params of a Gated;
-    scales and weights stay. Jit `update` and
-    donate programs and state. Beside the base, a step holds one gradient of the
-    programs and the optimiser's state (two copies for Adam).
+    scales and weights stay. Jit `update` and donate programs and state. Beside
+    the base, a step holds one gradient of the programs and the optimiser's
+    state (two copies for Adam).
 
   Raises:
     ValueError: a dropout outside [0, 1); from `update`, dropout without a key,

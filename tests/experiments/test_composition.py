@@ -153,6 +153,9 @@ def test_differences_are_paired_by_seed(tmp_path):
   assert lines[2].startswith("| sum | 1 and 1 | 0.400 ± 0.200 | +0.000 ± 0.000")
   assert "| 0.500 ± 0.200 | +0.100 ± 0.000 | 0.500 ± 0.000 |" in lines[3]
   assert lines[3].endswith("| 1,234 | 2.0 |")
+  pairs = [("other", "1 and 1"), ("other", "not measured")]
+  less = figures.as_differences(rows, {"both": "both"}, pairs).splitlines()
+  assert less[2:] == ["| other | 1 and 1 | +0.100 ± 0.000 |"]
   plots.save_figure(
     tmp_path / "x.png", lambda: figures.draw(rows, {"thick": "t"}, ["other"])
   )

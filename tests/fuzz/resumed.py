@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 from jlora.extraction.report import REPORT
-from jlora.merging.checkpoints.run import MERGE
+from jlora.merging.checkpoints.report import MERGE
 from jlora.runs.journal import FOLDER, Journal
 from tests.helpers.small_pairs import files_of
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.lib.models.loops import Draw
+from experiments.lib.models.loops import Draw, adapter_run, side_by_side
 from jlora.loras import Loras
 
 Figures = dict[str, float]
@@ -82,6 +83,34 @@ class Work(NamedTuple):
   draws: Mapping[str, Draw]
   validate: Callable[[Loras], float]
   test: Callable[[Loras], Figures]
+
+
+def train_rehearsed(
+  loss: Callable[..., jax.Array],
+  recipe: Recipe,
+  params: Any,
+  start: Callable[[jax.Array, int], Loras],
+  sources: tuple[Draw, Draw],
+  seed: int,
+) -> Loras:
+  """Trains an adapter on its own examples and on as many of neither skill.
+
+  Args:
+    loss: (params, *inputs, target) -> ().
+    recipe: of the adapter.
+    params: of the base.
+    start: (key, rank) -> Loras that change nothing yet.
+    sources: its own examples, and plain ones.
+    seed: of the start and of the batches.
+
+  Returns:
+    Loras.
+  """
+  rng = np.random.default_rng([seed, 4])
+  batches = side_by_side(*sources)(rng, recipe.steps, recipe.batch)
+  loras = start(jax.random.key(seed), recipe.rank)
+  run = adapter_run(loss, recipe.rate, recipe.steps)
+  return run(loras, (params,), batches)[0]
 
 
 def divergence(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -43,13 +43,13 @@ def group(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 def as_table(
   rows: Sequence[Row], measures: Mapping[str, str], plain: tuple[str, str]
 ) -> str:
-  """Formats the rows of a work as a Markdown table.
+  """Formats the rows of a work, or of like works, as a Markdown table.
 
-  ± is the standard error of the mean over seeds. The second column of figures
-  is the difference of the first to a plain sum, paired by seeds.
+  ± is the standard error of the mean over works and seeds. The second column
+  of figures is the difference of the first to a plain sum of the same adapters.
 
   Args:
-    rows: of one work, all seeds.
+    rows: of one work, all seeds, or of works with the same measures.
     measures: name of a figure -> title.
     plain: kind and method of the plain sum.
 
@@ -63,18 +63,51 @@ def as_table(
     "|" + "---|" * (len(heads) + 4),
   ]
   groups = group(rows)
-  base = _by_seed(groups.get(plain, []), first)
+  base = _by_pair(groups.get(plain, []), first)
   for (kind, method), own in groups.items():
-    values = _by_seed(own, first)
-    pairs = [values[seed] - base[seed] for seed in values if seed in base]
+    values = _by_pair(own, first)
+    pairs = [values[pair] - base[pair] for pair in values if pair in base]
     cells = [with_error(list(values.values()))]
     cells.append(with_error(pairs, sign=True) if pairs else "")
-    cells += [with_error(list(_by_seed(own, x).values())) for x in others]
+    cells += [with_error(list(_by_pair(own, x).values())) for x in others]
     trained = f"{own[0]['trained']:,}"
     seconds = f"{np.median([row['seconds'] for row in own]):.1f}"
     lines.append(
       f"| {kind} | {method} | {' | '.join(cells)} | {trained} | {seconds} |"
     )
+  return "\n".join(lines)
+
+
+def as_differences(
+  rows: Sequence[Row],
+  measures: Mapping[str, str],
+  compared: Sequence[tuple[str, str]],
+) -> str:
+  """Formats differences of methods to others as a Markdown table.
+
+  Args:
+    rows: of works with the same measures.
+    measures: name of a figure -> title.
+    compared: methods, each with the one that is taken off.
+
+  Returns:
+    Lines, for what was measured of both: means over the same adapters, with
+    standard errors.
+  """
+  heads = " | ".join(measures.values())
+  lines = [f"| method | less | {heads} |", "|" + "---|" * (len(measures) + 2)]
+  for names in compared:
+    found = []
+    for measure in measures:
+      one, other = (
+        _by_pair([row for row in rows if row["method"] == name], measure)
+        for name in names
+      )
+      both = one.keys() & other.keys()
+      found.append([one[pair] - other[pair] for pair in sorted(both)])
+    if found[0]:
+      cells = " | ".join(with_error(each, sign=True) for each in found)
+      lines.append(f"| {' | '.join(names)} | {cells} |")
   return "\n".join(lines)
 
 
@@ -107,10 +140,10 @@ def as_overview(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
 def _overview_cells(rows: Sequence[Row]) -> list[str]:
   """Formats what asks for both, and what is kept of each."""
   kept = [
-    f"{np.mean(list(_by_seed(rows, name).values())):.3f}"
+    f"{np.mean(list(_by_pair(rows, name).values())):.3f}"
     for name in ("first", "second")
   ]
-  both = with_error(list(_by_seed(rows, "both").values()))
+  both = with_error(list(_by_pair(rows, "both").values()))
   return [both, ", ".join(kept)]
 
 
@@ -134,9 +167,9 @@ def with_error(values: Sequence[float], *, sign: bool = False) -> str:
   return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
-def _by_seed(rows: Sequence[Row], name: str) -> dict[int, float]:
-  """Returns a figure of each seed."""
-  return {row["seed"]: row["figures"][name] for row in rows}
+def _by_pair(rows: Sequence[Row], name: str) -> dict[tuple[str, int], float]:
+  """Returns a figure of each work and seed, which has its own two adapters."""
+  return {(row["work"], row["seed"]): row["figures"][name] for row in rows}
 
 
 def draw(

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from experiments.lib.adapters.works import Figures, Functions, Recipe, Work
+from experiments.lib.adapters.works import (
+  Figures,
+  Functions,
+  Recipe,
+  Work,
+  train_rehearsed,
+)
 from experiments.lib.data.digits import (
   CLASSES,
   PIXELS,
@@ -30,12 +36,7 @@ from experiments.lib.data.digits import (
   train_judges,
 )
 from experiments.lib.models.digit_models import Denoiser, blur_all, denoise
-from experiments.lib.models.loops import (
-  Draw,
-  adapter_run,
-  side_by_side,
-  whole_run,
-)
+from experiments.lib.models.loops import Draw, whole_run
 from jlora.loras import Loras
 from jlora.merging import mean_square
 from jlora.paths import matching
@@ -235,12 +236,9 @@ def train_subject(seed: int, size: Size) -> Loras:
 
 def _rehearsed(params, own: Draw, plain: Draw, size: Size, seed: int) -> Loras:
   """Trains an adapter on its own digits and on plain ones of others."""
-  recipe = size.recipe
-  rng = np.random.default_rng([seed, 4])
-  batches = side_by_side(own, plain)(rng, recipe.steps, recipe.batch)
-  start = _start(params, jax.random.key(seed), recipe.rank)
-  run = adapter_run(make_functions(size).loss, recipe.rate, recipe.steps)
-  return run(start, (params,), batches)[0]
+  start = functools.partial(_start, params)
+  loss = make_functions(size).loss
+  return train_rehearsed(loss, size.recipe, params, start, (own, plain), seed)
 
 
 def _start(params: Any, key: jax.Array, rank: int) -> Loras:

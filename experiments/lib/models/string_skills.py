@@ -22,6 +22,7 @@ from experiments.lib.adapters.works import (
   Recipe,
   Work,
   divergence,
+  train_rehearsed,
 )
 from experiments.lib.data.strings import (
   LENGTH,
@@ -35,12 +36,7 @@ from experiments.lib.data.strings import (
   vocabulary,
   write,
 )
-from experiments.lib.models.loops import (
-  Draw,
-  adapter_run,
-  side_by_side,
-  whole_run,
-)
+from experiments.lib.models.loops import Draw, whole_run
 from jlora import models
 from jlora.loras import Loras
 from jlora.paths import matching
@@ -205,12 +201,9 @@ def _init(size: Size, key: jax.Array) -> Any:
 
 def _rehearsed(params, own: Draw, plain: Draw, size: Size, seed: int) -> Loras:
   """Trains an adapter on its own texts and on texts of known operations."""
-  recipe = size.recipe
-  rng = np.random.default_rng([seed, 4])
-  batches = side_by_side(own, plain)(rng, recipe.steps, recipe.batch)
-  start = _start(params, jax.random.key(seed), recipe.rank)
-  run = adapter_run(make_functions(size).loss, recipe.rate, recipe.steps)
-  return run(start, (params,), batches)[0]
+  start = functools.partial(_start, params)
+  loss = make_functions(size).loss
+  return train_rehearsed(loss, size.recipe, params, start, (own, plain), seed)
 
 
 def _start(params: Any, key: jax.Array, rank: int) -> Loras:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jlora.factoring.factorisers import recompress
 from jlora.loras import Lora, Loras, check_loras, from_factors
@@ -240,6 +241,19 @@ def finite(a: Any, b: Any) -> tuple[tuple[Any, Any], Any]:
   zero, one, nan = np.float32(0), np.float32(1), np.float32(np.nan)
   a, b = (xp.where(both[..., None, None], x, zero) for x in (a, b))
   return (a, b), xp.where(both, one, nan)
+
+
+def as_factors(_: Any, a: Any, b: Any, *rest: Any) -> tuple[Any, Any]:
+  """Returns how factors made of others lie on a mesh: as the first ones do.
+
+  For `over_leading`, of a key, a and b.
+
+  Example:
+    >>> [tuple(spec) for spec in as_factors(None, (None, "x"), (None, "y"))]
+    [(None, 'x'), (None, 'y')]
+  """
+  left, right = (PartitionSpec(*x[:-2], None, x[-1]) for x in (a, b))
+  return left, right
 
 
 def _joined(loras: Sequence[Lora], weights: Any) -> Lora:

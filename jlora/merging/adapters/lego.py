@@ -13,11 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jlora.factoring.factorisers import recompress
 from jlora.loras import Lora
-from jlora.merging.adapters.concatenation import concat, finite, weighted
+from jlora.merging.adapters.concatenation import (
+  as_factors,
+  concat,
+  finite,
+  weighted,
+)
 from jlora.numerics.backends import library_of, over_leading
 
 # A cluster whose a's or b's cancel to less than this writes noise.
@@ -150,7 +154,7 @@ def lego(
     _merged, units=units, rank=rank, restarts=restarts, steps=steps
   )
   with jax.default_matmul_precision("highest"):
-    a, b = over_leading(one, len(leading), keys, *arrays, places=_as_first)
+    a, b = over_leading(one, len(leading), keys, *arrays, places=as_factors)
   dtype = loras[0].a.dtype
   b = jnp.float32(omega) * b
   return Lora(a.astype(dtype), b.astype(dtype), jnp.asarray(scale))
@@ -169,12 +173,6 @@ def _merged(key, *flat, units, rank, restarts, steps):
   is_aligned = units is not given_units
   shares = _clusters(a, b, rank, key, restarts, steps, is_aligned)
   return _centroids(a, b, shares)
-
-
-def _as_first(_: Any, a: Any, b: Any, *rest: Any) -> tuple[Any, Any]:
-  """Returns how the results lie on a mesh: as the first Lora's factors."""
-  left, right = (PartitionSpec(*x[:-2], None, x[-1]) for x in (a, b))
-  return left, right
 
 
 def _clusters(a, b, count, key, restarts, steps, is_aligned):

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
+from jlora.evaluation.conflicts import inner_product
 from jlora.loras import Lora, Loras, check_loras
-from jlora.merging.adapters.concatenation import finite
+from jlora.merging.adapters.concatenation import as_factors, finite
 from jlora.messages import name_some
 from jlora.numerics.backends import over_leading, words_of
 from jlora.numerics.linalg import thin_qr
@@ -74,7 +74,7 @@ def random_like(
     )
     leaves = keys, jnp.asarray(lora.a), jnp.asarray(lora.b)
     a, b = over_leading(
-      makers[keep], lora.a.ndim - 2, *leaves, places=_as_factors
+      makers[keep], lora.a.ndim - 2, *leaves, places=as_factors
     )
     return Lora(a, b, lora.scale)
 
@@ -83,11 +83,6 @@ def random_like(
     check_loras(own)
     made.append({path: random(path, at, lora) for path, lora in own.items()})
   return made
-
-
-def _as_factors(_: Any, a: Any, b: Any) -> tuple[Any, Any]:
-  """Returns how the results lie on a mesh: as the factors do."""
-  return tuple(PartitionSpec(*x[:-2], None, x[-1]) for x in (a, b))  # pyright: ignore
 
 
 def _entries_like(key, a, b):
@@ -190,20 +185,12 @@ def closeness(one: Mapping[str, Lora], other: Mapping[str, Lora]) -> float:
       f"The adapters have no module in common: {name_some(sorted(one))} and "
       f"{name_some(sorted(other))}."
     )
-  inner = sum(_inner(one[path], other[path]) for path in sorted(shared))
-  squares = [sum(_inner(x, x) for x in own.values()) for own in (one, other)]
+  inner = sum(inner_product(one[path], other[path]) for path in sorted(shared))
+  squares = [
+    sum(inner_product(x, x) for x in own.values()) for own in (one, other)
+  ]
   length = math.prod(squares) ** 0.5
   return inner / length if length > 0 else float("nan")
-
-
-def _inner(left: Lora, right: Lora) -> float:
-  """Computes the inner product of two changes, all layers of a stack."""
-  a, b = (
-    np.einsum("...ri,...si->...rs", np.float64(x), np.float64(y))
-    for x, y in ((left.a, right.a), (left.b, right.b))
-  )
-  scale = np.asarray(left.scale, np.float64) * np.asarray(right.scale)
-  return float(np.sum(scale[..., None, None] * a * b))
 
 
 def search_weights(

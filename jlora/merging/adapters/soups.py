@@ -405,15 +405,16 @@ def learn_weights(
 
   def update(z, state, params, adapters, *batch):
     """Takes a step; returns weights, state and the loss before the step."""
+    z = dict(z)
 
     def value_of(z):
       """Computes the loss of weights."""
       own = mix(adapters, z, activation=activation, granularity=granularity)
       return through(loss, params, own, batch).astype(jnp.float32)
 
-    value, gradient = jax.value_and_grad(value_of)(dict(z))
-    change, state = optimiser.update(gradient, state, dict(z))
-    moved: Any = optax.apply_updates(dict(z), change)
+    value, gradient = jax.value_and_grad(value_of)(z)
+    change, state = optimiser.update(gradient, state, z)
+    moved: Any = optax.apply_updates(z, change)
     return moved, state, value
 
   return Learner(lambda z: optimiser.init(dict(z)), update)
@@ -439,6 +440,6 @@ def entropy(logits: Any, where: Any = None) -> jax.Array:
     AdaMerging (Yang et al., 2024), arXiv 2310.02575.
   """
   logs = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
+  shares = jnp.exp(logs)
   logs = jnp.where(jnp.isneginf(logs), jnp.float32(0), logs)
-  shares = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
   return jnp.mean(-jnp.sum(shares * logs, axis=-1), where=where)

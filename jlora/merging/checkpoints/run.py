@@ -7,36 +7,23 @@ recipe ─► plan ─► read, merge (threads) ─► shards, one after the oth
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.checksums import checksum_of
-from jlora.checkpoints.documents import (
-  NULL,
-  OBJECT,
-  SIZE,
-  TEXT,
-  check_fields,
-  either,
-  list_of,
-  read_object,
-  record_of,
-)
 from jlora.checkpoints.huggingface import plan_shards, write_index
 from jlora.checkpoints.new_files import (
   move,
   noted,
   remove_temporaries,
-  replace_text,
   sync_folder,
 )
 from jlora.checkpoints.safetensors import stream_safetensors
@@ -58,6 +45,13 @@ from jlora.merging.checkpoints.planning import (
 )
 from jlora.merging.checkpoints.reading import Piece
 from jlora.merging.checkpoints.recipes import Recipe
+from jlora.merging.checkpoints.report import (
+  MERGE,
+  MergeReport,
+  describe_recipe,
+  finished_merge,
+  write_merge,
+)
 from jlora.messages import name_some
 from jlora.numerics.backends import words_of
 from jlora.pairing.pairs import names_of
@@ -67,14 +61,11 @@ from jlora.runs.fingerprints import (
   describe_versions,
   hash_lines,
   identify,
-  name_of,
   stamp_inputs,
 )
-from jlora.runs.finished import check_run, describe_run
 from jlora.runs.journal import (
   FOLDER,
   Journal,
-  check_fingerprint,
   check_folder,
   check_no_link,
   open_journal,
@@ -83,27 +74,6 @@ from jlora.runs.journal import (
 from jlora.runs.lock import hold_folder
 from jlora.runs.pool import Task, finish_in_order, open_pool
 from jlora.runs.progress import Progress
-
-MERGE = "merge.json"
-
-
-class MergeReport(NamedTuple):
-  """What a merge did; stored as `merge.json`.
-
-  Attributes:
-    settings: the recipe and versions.
-    tensors: how many were written.
-    nbytes: their bytes.
-    notes: what was unusual, by name of the tensor or model.
-    run: what made it, as hashes, and checksums of the files beside it: by these
-      a resumed run knows it again.
-  """
-
-  settings: dict[str, Any]
-  tensors: int
-  nbytes: int
-  notes: list[str]
-  run: dict[str, Any] | None = None
 
 
 def merge_checkpoints(
@@ -176,7 +146,7 @@ def merge_checkpoints(
   """
   out = Path(out)
   settings = {
-    **_describe(recipe),
+    **describe_recipe(recipe),
     "jlora": metadata.version("jlora"),
     "key": words_of(key).tolist(),
     "max_shard_bytes": max_shard_bytes,
@@ -202,7 +172,7 @@ def merge_checkpoints(
     if resume or overwrite:
       remove_leftovers(out)
     if resume and not (out / FOLDER).exists() and (out / MERGE).exists():
-      return _finished(out / MERGE, settings, marks)
+      return finished_merge(out / MERGE, settings, marks)
     check_folder(out, MERGE, resume=resume, overwrite=overwrite)
     journal = open_journal(out, marks, resume=resume)
     _write_shards(plan, merger, journal, shards, log)
@@ -210,9 +180,7 @@ def merge_checkpoints(
     check_unchanged(inputs, stamps)
     _check_companions(plan, digests)
     report = _report_of(plan, merger, settings)
-    made = describe_run(out, marks, files, _results(report))
-    report = report._replace(run=made)
-    replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
+    report = write_merge(out, report, marks, files)
     journal.close()
   return report
 
@@ -239,45 +207,6 @@ def _report_of(
   )
 
 
-_INPUT = record_of({"model": TEXT})
-_SLICE = record_of({"inputs": list_of(_INPUT)})
-_FIELDS = {
-  "settings": OBJECT,
-  "tensors": SIZE,
-  "nbytes": SIZE,
-  "notes": list_of(TEXT),
-  "run": either(OBJECT, NULL),
-}
-_SETTINGS = {
-  "base": either(TEXT, NULL),
-  "method": TEXT,
-  "slices": list_of(_SLICE),
-}
-
-
-def read_merge(path: str | os.PathLike) -> MergeReport:
-  """Reads the report of a merge.
-
-  Args:
-    path: a `merge.json`.
-
-  Returns:
-    MergeReport.
-
-  Raises:
-    ValueError: no such file, or it is no report of a merge.
-
-  Example:
-    >>> read_merge("/nowhere/merge.json")
-    Traceback (most recent call last):
-    ...
-    ValueError: /nowhere/merge.json cannot be read: No such file or directory
-  """
-  found = read_object(path, _FIELDS, required=_FIELDS.keys() - {"run"})
-  check_fields(found["settings"], _SETTINGS, f"{path}: settings")
-  return MergeReport(**{name: found[name] for name in found.keys() & _FIELDS})
-
-
 def _merge_adapters(
   recipe: Recipe, out: Path, key, settings, *, resume: bool, overwrite: bool
 ) -> MergeReport:
@@ -293,7 +222,7 @@ def _merge_adapters(
     if resume or overwrite:
       remove_leftovers(out)
     if resume and (out / MERGE).exists():
-      return _finished(out / MERGE, settings, marks)
+      return finished_merge(out / MERGE, settings, marks)
     check_folder(out, MERGE, resume=resume, overwrite=overwrite)
     with noted() as files:
       notes = plan.notes + write_adapters(plan, out, key)
@@ -301,11 +230,7 @@ def _merge_adapters(
     spec = open_checkpoint(out / TENSORS).spec
     nbytes = sum(one.nbytes for one in spec.values())
     report = MergeReport(settings, len(spec), nbytes, notes)
-    report = report._replace(
-      run=describe_run(out, marks, files, _results(report))
-    )
-    replace_text(out / MERGE, json.dumps(report._asdict(), indent=2) + "\n")
-  return report
+    return write_merge(out, report, marks, files)
 
 
 def _marks_of(
@@ -367,54 +292,9 @@ def _companions_of(plan: MergePlan) -> list[Path]:
   return [file for file in found if file.name not in made]
 
 
-def _finished(
-  file: Path, settings: dict[str, Any], marks: dict[str, Any]
-) -> MergeReport:
-  """Returns the report of a finished merge if it is the one asked for."""
-  try:
-    report = read_merge(file)
-  except ValueError as error:
-    raise ValueError(f"{error}. Use overwrite=True.") from error
-  check_fingerprint(file, report.settings, settings)
-  check_run(file, report.run, marks, _results(report))
-  return report
-
-
-def _results(report: MergeReport) -> dict[str, Any]:
-  """Returns what a report tells, without what made it."""
-  return {k: v for k, v in report._asdict().items() if k != "run"}
-
-
 def _spec_of(plan: MergePlan) -> dict[str, tuple]:
   """Returns name -> (shape, dtype) of the result."""
   return {job.name: (job.shape, job.dtype) for job in plan.jobs}
-
-
-def _describe(recipe: Recipe) -> dict[str, Any]:
-  """Returns a recipe as values that JSON can hold."""
-  slices = [
-    {
-      "inputs": [
-        {**one._asdict(), "settings": dict(one.settings)} for one in part.inputs
-      ],
-      "settings": dict(part.settings),
-      "base": part.base,
-    }
-    for part in recipe.slices
-  ]
-  plain = {
-    **recipe._asdict(),
-    "method": name_of(recipe.method),
-    "vocabulary": name_of(recipe.vocabulary),
-    "settings": dict(recipe.settings),
-    "slices": slices,
-  }
-  return json.loads(json.dumps(plain, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-  """Returns a number of NumPy, or whatever else JSON has not, as it has it."""
-  return value.item() if hasattr(value, "item") else str(value)
 
 
 _SHARDS = "shards"

@@ -14,7 +14,7 @@ from jlora.merging.arrays.sparsifiers import match_l1
 from jlora.merging.checkpoints import merger
 from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints.recipes import Recipe
-from jlora.merging.checkpoints.run import MERGE
+from jlora.merging.checkpoints.report import MERGE
 from jlora.runs.journal import FOLDER
 from jlora.runs.pool import open_pool
 from tests.helpers.kills import Killed, count_operations, killed_at

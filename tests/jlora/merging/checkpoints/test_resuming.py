@@ -15,7 +15,7 @@ from jlora.loras import Lora
 from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints import trimming
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
-from jlora.merging.checkpoints.run import MERGE
+from jlora.merging.checkpoints.report import MERGE
 from jlora.runs.journal import FOLDER
 from tests.helpers.small_merges import Q, linear, run, whole, write_models
 from tests.helpers.small_pairs import draw, files_of

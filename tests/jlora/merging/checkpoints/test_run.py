@@ -24,7 +24,8 @@ from jlora.merging.checkpoints import merger
 from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints.merger import Merger
 from jlora.merging.checkpoints.recipes import Input, Recipe, Slice
-from jlora.merging.checkpoints.run import MERGE, merge_checkpoints
+from jlora.merging.checkpoints.report import MERGE
+from jlora.merging.checkpoints.run import merge_checkpoints
 from jlora.runs.journal import FOLDER
 from jlora.runs.pool import open_pool
 from tests.jlora.checkpoints.test_quantised import quantise

@@ -18,6 +18,7 @@ from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.safetensors import write_safetensors
 from jlora.merging.checkpoints import run as merge_runs
 from jlora.merging.checkpoints.mergekit import read_recipe
+from jlora.merging.checkpoints.report import MERGE
 from jlora.merging.checkpoints.run import merge_checkpoints
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -422,7 +423,7 @@ def test_a_tokenizer_that_changes_meanwhile_is_noticed(folder, monkeypatch):
   monkeypatch.setattr(merge_runs, "_write_shards", change)
   with pytest.raises(ValueError, match="tokenizer.json changed while it was"):
     run(recipe, folder / "out")
-  assert not (folder / "out" / merge_runs.MERGE).exists()
+  assert not (folder / "out" / MERGE).exists()
 
 
 def test_tokenizers_beside_single_files_count(folder):
