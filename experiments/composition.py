@@ -5,15 +5,17 @@
     [--only=TEXT,...] [--out=FOLDER] [--cache=FOLDER] [--smoke]
 
 Two adapters of one base, put together by every method of `jlora.merging`, and
-beside them the controls: random adapters, and LoRAs that are trained. Works are
-digits of a new class in a style, and strings under two operations. Prints a
-table a work: what asks for both, what is kept of each skill, how far the base
-moved elsewhere, the numbers trained and the seconds.
+beside them the controls: random adapters, and models that are trained. Works
+are digits of a new class in a style, strings under two operations, and the
+words of one text in the form of another. Prints a table a work: what asks for
+both, what is kept of each skill, how far the base moved elsewhere, the numbers
+trained and the seconds; then all works side by side, unit-wise merges at
+several ranks, and what a pool of adapters is worth.
 
 --out keeps a row a file; a second run goes on with it, and draws the figure.
 
-Takes half an hour of processor time. Expect learned columns to be ahead of the
-plain sum, orthogonal ones not of others, and a LoRA to need the skills' data.
+Takes an hour of processor time. Expect learned columns to be ahead of the plain
+sum, orthogonal ones not of others, and a LoRA to need the skills' data.
 """
 
 import functools
@@ -28,11 +30,24 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from experiments.lib.adapters import pools
 from experiments.lib.adapters.benches import Bench, measure
-from experiments.lib.adapters.compositions import PLAIN, Method, methods
+from experiments.lib.adapters.compositions import (
+  BESIDE,
+  FEW,
+  PLAIN,
+  SEARCH,
+  TRAINED,
+  WHOLE,
+  ZIPS,
+  Method,
+  methods,
+)
+from experiments.lib.adapters.equal_ranks import MERGES
+from experiments.lib.adapters.weighings import ENTROPIC, MIXES
 from experiments.lib.adapters.works import Work
 from experiments.lib.figures import compositions, plots
-from experiments.lib.models import digit_skills, string_skills
+from experiments.lib.models import digit_skills, string_skills, text_skills
 from jlora.commands import keep_compilations
 
 Row = dict[str, Any]
@@ -48,6 +63,8 @@ class Opening(NamedTuple):
     smoke: a size of seconds.
     measures: name of a figure -> its title in tables, "both" first.
     has_entropy: whether predictions are distributions.
+    is_loss: whether smaller figures are better.
+    gap: the figure of which a pool closes a share.
   """
 
   title: str
@@ -56,6 +73,8 @@ class Opening(NamedTuple):
   smoke: Any
   measures: Mapping[str, str]
   has_entropy: bool = False
+  is_loss: bool = False
+  gap: str = "both"
 
 
 #: Every work that is compared.
@@ -77,16 +96,38 @@ WORKS = {
     string_skills.SMOKE,
     string_skills.MEASURES,
     has_entropy=True,
+    gap="nats",
+  ),
+  "texts": Opening(
+    "words in a form, nats a token",
+    text_skills.open_work,
+    text_skills.FULL,
+    text_skills.SMOKE,
+    text_skills.MEASURES,
+    has_entropy=True,
+    is_loss=True,
   ),
 }
 #: Methods that are compared with another than the plain sum.
 COMPARED = (
-  ("dot 1e-5", "no penalty"),
-  ("dot 1e-4", "no penalty"),
+  *(
+    (f"dot {x}", "no penalty") for x in ("1e-6", "1e-5", "1e-4", "1e-3", "0.01")
+  ),
   ("TSV in Core Space", "SVD of the sum"),
   ("LEGO, singular units", "SVD of the sum"),
   ("LEGO, given units", "SVD of the sum"),
+  ("free, the 64", "LoRA on the 64"),
   ("leaky, with the own LoRA", "leaky, with the own LoRA, random entries"),
+  *(
+    (f"{one}{own}", f"{other}{own}")
+    for own in ("", ", with own")
+    for one, other in (
+      ("3 of least loss", "3 of random entries"),
+      ("3 of least loss", "3 of random directions"),
+      ("3 of least loss", "3 at random"),
+    )
+  ),
+  ("3 of least loss, with own", pools.OWN),
 )
 #: Methods that the figure names.
 NAMED = (
@@ -101,6 +142,16 @@ NAMED = (
   "LoRA on both skills' data",
   "LoRA on the 64 and both skills' data",
 )
+
+
+#: Methods of the table that puts works side by side.
+SHOWN = (
+  *BESIDE, PLAIN, "best of 16, on validation",
+  *(x.name for x in MERGES if x.name != "LEGO, given units"),
+  *ZIPS,
+  *(x for x in MIXES if not x.startswith("leaky")), *ENTROPIC, SEARCH,
+  "random entries, 1 and 1", FEW, *TRAINED, *WHOLE,
+)  # fmt: skip
 
 
 def measure_all(
@@ -188,7 +239,11 @@ def run(
     table = compositions.as_table(own, measures, ("sum", PLAIN))
     differences = compositions.as_differences(own, measures, COMPARED)
     print(f"\n{title}\n\n{table}\n\n{differences}\n", flush=True)
-  print(compositions.as_overview(rows, {x: WORKS[x].title for x in works}))
+  titles = {name: WORKS[name].title for name in works}
+  gaps = {name: WORKS[name].gap for name in works}
+  print(compositions.as_overview(rows, titles, SHOWN))
+  print(f"\n{compositions.as_units(rows, titles, MERGES[0].name)}")
+  print(f"\n{compositions.as_gaps(rows, titles, gaps, ('base', pools.OWN))}")
   return rows
 
 
@@ -203,9 +258,10 @@ def main(_: list[str]) -> None:
     rows = run(values.works, seeds, values.only, folder, values.smoke)
     if values.out:
       titles = {name: opening.title for name, opening in WORKS.items()}
+      losses = [name for name, opening in WORKS.items() if opening.is_loss]
       plots.save_figure(
         folder / "composition.png",
-        lambda: compositions.draw(rows, titles, NAMED),
+        lambda: compositions.draw(rows, titles, NAMED, losses),
       )
   print(f"{time.process_time() - began:.0f} s of processor time")
 

@@ -9,13 +9,26 @@ import numpy as np
 import pytest
 
 from experiments import composition
-from experiments.lib.adapters import benches, compositions, equal_ranks
-from experiments.lib.data import strings
+from experiments.lib.adapters import (
+  benches,
+  compositions,
+  equal_ranks,
+  unit_ranks,
+  works,
+)
+from experiments.lib.adapters.weighings import ENTROPIC
+from experiments.lib.data import forms, strings
 from experiments.lib.figures import compositions as figures
 from experiments.lib.figures import plots
-from experiments.lib.models import digit_skills, loops, string_skills
+from experiments.lib.models import (
+  digit_skills,
+  loops,
+  string_skills,
+  token_skills,
+)
 from jlora.loras import Lora, dense
 from jlora.merging import task_arithmetic
+from jlora.training import init_lora
 
 
 def draw(*shape, seed=0):
@@ -127,6 +140,54 @@ def test_spoiled_columns_keep_entries_or_means():
   assert np.ptp(means, axis=1).max() == 0
 
 
+def test_paragraphs_are_dealt_once_and_forms_keep_their_words():
+  found = forms.paragraphs("pydoc")
+  parts = forms.split(found)
+  assert sorted(x for part in parts for x in part) == sorted(found)
+  for paragraph in found[:40]:
+    words = paragraph.split()
+    assert forms.plain(paragraph).split() == words
+    marked, *others = forms.item(paragraph).split()
+    assert (marked, others) == ("*", words)
+    assert [x for x in forms.quoted(paragraph).split() if x != ">"] == [
+      x for x in words if x != ">"
+    ]
+  encode = forms.tokenizer("".join(found[:40]), 300)
+  tokens = encode(forms.item(found[50]))
+  assert tokens.dtype == np.int32
+  assert 0 <= tokens.min() <= tokens.max() < 300
+
+
+def test_gaps_and_errors_of_units():
+  rows = [row(i, "base", 0.2, "beside") for i in range(2)]
+  rows += [row(i, "own", 0.6 + 0.2 * i, "pool") for i in range(2)]
+  rows += [row(i, "all", 0.3 + 0.2 * i, "pool") for i in range(2)]
+  found = figures.as_gaps(rows, {"thick": "t"}, {"thick": "both"},
+                          ("base", "own"))  # fmt: skip
+  assert found.splitlines()[-1] == "| all | 0.400 ± 0.100 | 0.375 ± 0.125 |"
+  units = [row(0, f"r, {x}", 0.5, "units") for x in ("SVD", "LEGO")]
+  for one, error in zip(units, (0.25, 0.5), strict=True):
+    one["notes"] = {"error, best scale": error}
+  lines = figures.as_units(units, {"thick": "t"}, "SVD").splitlines()
+  assert lines[2] == "| r, SVD | 0.250 | 1.00 | 0.500 |"
+  assert lines[3] == "| r, LEGO | 0.500 | 2.00 | 0.500 |"
+
+
+def test_errors_are_those_of_dense_changes():
+  pair = [{"w": x} for x in pair_of()]
+  whole = benches.add(pair, (1.0, 1.0))
+  one, other = unit_ranks.errors_of(whole, whole)
+  assert max(one, other) == pytest.approx(0, abs=1e-6)
+  wanted, half = np.asarray(dense(whole["w"])), dense(pair[0]["w"])
+  found = unit_ranks.errors_of(pair[0], whole)
+  size = np.linalg.norm(wanted)
+  assert found[0] == pytest.approx(
+    np.linalg.norm(half - wanted) / size, rel=1e-4
+  )
+  best = min(np.linalg.norm(c * half - wanted) for c in np.linspace(0, 3, 3001))
+  assert found[1] == pytest.approx(best / size, rel=1e-4)
+
+
 def test_a_loop_takes_every_batch_once():
   run = loops.whole_run(lambda p, x: ((p - x) ** 2).sum(), 0.1, 50)
   batches = (np.ones((50, 3), np.float32),)
@@ -168,40 +229,128 @@ def test_names_of_rows_are_their_own():
     assert len({composition.slug(x) for x in rows}) == len(rows)
     known = {x.name for x in rows}
     assert known >= {*composition.NAMED}
+    shown = {*composition.SHOWN} - (set() if has_entropy else {*ENTROPIC})
+    assert known >= shown
+    assert known >= {x for pair in composition.COMPARED for x in pair}
 
 
-FEW = {
-  "turned": ["base", "1 and 1", "1e-5: their means", "search of", "at random"],
-  "strings": ["base", "1 and 1", "free, the 64", "unlabelled", "64 and both"],
-}
+#: A row of each kind, and where a kind has several programs, of each.
+KINDS = (
+  "base", "1 and 1", "best of 16", "SVD of the sum", "at random",
+  "dot 1e-5: their means", "clipped from 0.3, unlabelled", "search of",
+  "3 of random entries, with own", "all but the skills",
+  "LoRA on the 64 and both", "everything trained on both",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_smoke(name, tmp_path, capsys, monkeypatch):
+def tiny_work(seed, size):
+  """A matrix as the model: it maps four numbers to logits of three answers."""
+  del size
+  rng = np.random.default_rng(seed)
+  params = {"w": rng.standard_normal((4, 3)).astype(np.float32)}
+
+  def predict(params, x):
+    return x @ params["w"]
+
+  def loss(params, x, answer):
+    return token_skills.losses(predict(params, x), answer).mean()
+
+  def some():
+    a, b = (rng.standard_normal((2, x)).astype(np.float32) for x in (4, 3))
+    return {"w": Lora(a, b, np.float32(1))}
+
+  def source(wanted):
+    def draws(rng, steps, rows):
+      x = rng.standard_normal((steps, rows, 4)).astype(np.float32)
+      return x, (x @ wanted["w"]).argmax(-1)
+
+    return draws
+
+  first, second = some(), some()
+  mine = {
+    "first": {"w": params["w"] + dense(first["w"])},
+    "second": {"w": params["w"] + dense(second["w"])},
+    "both": {"w": params["w"] + dense(first["w"]) + dense(second["w"])},
+  }
+  draws = {
+    "first": source(mine["first"]), "second": source(mine["second"]),
+    "plain": source(params),
+    **dict.fromkeys(("few", "five", "learned", "chosen", "many"),
+                    source(mine["both"])),
+    "unlabelled": lambda *shape: source(params)(*shape)[:1],
+  }  # fmt: skip
+  held = draws["many"](np.random.default_rng(9), 1, 64)
+
+  def right(params):
+    return -float(loss(params, held[0][0], held[1][0]))
+
+  def test(params):
+    moved = float(np.abs(np.asarray(params["w"] - mine["both"]["w"])).max())
+    return {
+      "both": right(params),
+      "first": 0.5,
+      "second": 0.5,
+      "distance": moved,
+    }
+
+  def start(key, rank):
+    return init_lora(params, rank, key, alpha=float(rank))
+
+  functions = works.Functions(predict, loss, works.divergence)
+  recipe = works.Recipe(2, 30, 30, 3e-2, 8, 8, 8, 5)
+  return works.Work(
+    functions, recipe, params, start, (first, second), draws, right, test,
+    lambda: [some(), some()],
+  )  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  opening = composition.WORKS["texts"]._replace(open=tiny_work)
+  monkeypatch.setattr(composition, "WORKS", {"tiny": opening})
+  return opening
+
+
+def test_every_kind_of_row(tiny, tmp_path, capsys, monkeypatch):
   with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
-    rows = composition.run([name], 1, FEW[name], tmp_path, smoke=True)
+    rows = composition.run(["tiny"], 1, KINDS, tmp_path, smoke=True)
   known = {x["method"]: x for x in rows}
-  assert all(any(text in x for text in FEW[name]) for x in known)
-  assert known["base"]["figures"]["distance"] == pytest.approx(0, abs=1e-6)
-  assert known[compositions.PLAIN]["figures"]["distance"] > 0
-  if name == "turned":
-    columns = known["dot 1e-5: their means"]
-    assert 0 < columns["notes"]["moved"] <= 0.01 * 300 * 1.5
-    assert columns["trained"] == 2 * (64 + 32 + 64 + 16 + 32 + 64 + 32 + 16)
-  else:
-    free = known["free, the 64"]
-    assert free["trained"] == 2 * 4  # a layer of four matrices, two adapters
-    assert free["notes"]["weights"] != [1, 1]
+  assert {x["kind"] for x in rows} == {*figures._LOOKS}
+  plain, base = known[compositions.PLAIN], known["base"]
+  assert plain["figures"]["distance"] == pytest.approx(0, abs=1e-5)
+  assert base["figures"]["both"] < plain["figures"]["both"]
+  spoiled = known["dot 1e-5: their means"]
+  assert 0 < spoiled["notes"]["moved"] <= 0.01 * 300 * 1.5
+  assert spoiled["trained"] == 2 * 4
+  recycled = known["3 of random entries, with own"]
+  assert len(recycled["notes"]["chosen"]) == 3
+  assert recycled["trained"] == 4 + 2 * (4 + 3)
+  assert known["all but the skills"]["notes"]["chosen"] == [2, 3]
+  whole = known["everything trained on both skills' data"]
+  assert whole["trained"] == 12
+  units = known["r, LEGO, clusters at random"]["notes"]
+  assert len(units["errors"]) == len(units["both"]) == unit_ranks.STARTS
+  least = known["r, SVD of the sum"]["notes"]["error, best scale"]
+  assert 0 < least <= units["error, best scale"]
   said = capsys.readouterr().out
   assert f"| sum | {compositions.PLAIN} |" in said
 
   def opened(*_):
     raise AssertionError("a finished work was opened again")
 
-  shut = composition.WORKS[name]._replace(open=opened)
-  monkeypatch.setitem(composition.WORKS, name, shut)
-  again = composition.run([name], 1, FEW[name], tmp_path, smoke=True)
+  monkeypatch.setitem(composition.WORKS, "tiny", tiny._replace(open=opened))
+  again = composition.run(["tiny"], 1, KINDS, tmp_path, smoke=True)
   assert json.dumps(again) == json.dumps(rows)
+
+
+@pytest.mark.parametrize("name", ["turned", "strings", "texts"])
+def test_smoke(name, tmp_path):
+  few = ["base", "1 and 1"]
+  with jax.numpy_dtype_promotion("standard"):
+    rows = composition.run([name], 1, few, tmp_path, smoke=True)
+  known = {x["method"]: x for x in rows}
+  assert known["base"]["figures"]["distance"] == pytest.approx(0, abs=1e-6)
+  assert known[compositions.PLAIN]["figures"]["distance"] > 0
 
 
 def test_adapters_of_a_work_start_as_nothing_and_learn_apart():

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+import jlora
 from experiments.lib.adapters.works import Work
 from experiments.lib.models.loops import (
   adapter_run,
@@ -43,11 +44,15 @@ class Made(NamedTuple):
     loras: the composed adapter.
     trained: how many numbers data have set, beside the skills' adapters.
     notes: further figures, for the row's file.
+    params: the whole model, where it is no adapter on the base.
+    others: the same from other starts; the row has the medians of all.
   """
 
   loras: Loras
   trained: int = 0
   notes: Mapping[str, Any] = {}
+  params: Any = None
+  others: Sequence[Loras] = ()
 
 
 class Bench:
@@ -123,11 +128,24 @@ def measure(bench: Bench, make: Callable[[Bench], Made]) -> dict[str, Any]:
   bench.borrowed, began = 0.0, time.monotonic()
   made = jax.block_until_ready(make(bench))
   seconds = time.monotonic() - began + bench.borrowed
+  work = bench.work
+  if made.params is not None:
+    figures, notes = work.test(made.params), dict(made.notes)
+  else:
+    found = [
+      work.test(jlora.apply(work.params, x)) for x in (made.loras, *made.others)
+    ]
+    figures = {
+      name: float(np.median([x[name] for x in found])) for name in found[0]
+    }
+    notes = dict(made.notes)
+    if made.others:
+      notes["both"] = [round(x["both"], 5) for x in found]
   return {
-    "figures": bench.work.test(made.loras),
+    "figures": figures,
     "seconds": round(seconds, 3),
     "trained": made.trained,
-    "notes": dict(made.notes),
+    "notes": notes,
   }
 
 
@@ -141,7 +159,11 @@ def choose(bench: Bench, made: Mapping[Any, Loras]) -> tuple[Any, Loras]:
   Returns:
     The name, and the Loras.
   """
-  scores = {name: bench.work.validate(loras) for name, loras in made.items()}
+  work = bench.work
+  scores = {
+    name: work.validate(jlora.apply(work.params, loras))
+    for name, loras in made.items()
+  }
   best = max(scores, key=lambda name: scores[name])
   return best, made[best]
 

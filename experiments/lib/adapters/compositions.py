@@ -3,54 +3,45 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from experiments.lib.adapters import pools, unit_ranks
 from experiments.lib.adapters.benches import (
   SOURCES,
   Bench,
   Made,
-  Rule,
   add,
   choose,
   columns_run,
-  constant,
   count_of,
   on_host,
   scaled,
-  weights_run,
 )
-from experiments.lib.adapters.equal_ranks import MERGES, Merge
-from experiments.lib.models.loops import schedule
-from jlora.loras import Loras
-from jlora.merging import (
-  by_module,
-  entropy,
-  free,
-  init_columns,
-  init_weights,
-  leaky,
-  mix,
-  random_like,
-  search_weights,
-  softmax,
-  unit,
-  zip_columns,
+from experiments.lib.adapters.equal_ranks import MERGES, SCALES, Merge
+from experiments.lib.adapters.weighings import (
+  ENTROPIC,
+  MIXES,
+  few_lora,
+  learned,
+  pool_of,
+  searched,
 )
-from jlora.paths import key_for
+from experiments.lib.models.loops import whole_run
+from jlora.merging import by_module, init_columns, zip_columns
 
 #: The row that others are compared with.
 PLAIN = "1 and 1"
+#: Rows of which there is one.
+SEARCH = "search of 40, five examples (LoraHub)"
+FEW = "LoRA on the 64"
 _GRID = (0.75, 1.0, 1.25)
-# What is tried on validation: weights of a sum, scales of what was merged, and
-# learning rates of a LoRA on few examples.
+# Weights of a sum that are tried on validation.
 _SWEPT = (0.75, 1.0, 1.25, 1.5)
-_SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)
-_RATES = (1e-3, 3e-3, 1e-2)
 
 
 class Method(NamedTuple):
@@ -86,30 +77,6 @@ class Zip(NamedTuple):
   then: Callable[..., np.ndarray] | None = None
 
 
-class Mix(NamedTuple):
-  """How one weight a module and adapter is learned.
-
-  Attributes:
-    pool: as `pool_of` names it.
-    activation: of `mix`.
-    start: of all z; None draws them from N(0, 1).
-    source: of batches.
-    rate: learning rate.
-    steps: updates.
-    rule: of the optimiser.
-    is_labelled: whether targets are used; otherwise entropy is made small.
-  """
-
-  pool: str
-  activation: Callable
-  start: float | None
-  source: str
-  rate: float = 5e-2
-  steps: int = 200
-  rule: Rule = schedule
-  is_labelled: bool = True
-
-
 def methods(*, has_entropy: bool) -> list[Method]:
   """Lists all rows of a work's table.
 
@@ -120,18 +87,21 @@ def methods(*, has_entropy: bool) -> list[Method]:
     Methods, what is to be compared with first.
   """
   mixes = {**MIXES, **(ENTROPIC if has_entropy else {})}
-  search = "search of 40, five examples (LoraHub)"
   return [
     *_rows("beside", weighted, "weights", BESIDE),
     *_rows("sum", weighted, "weights", SUMS),
     Method("sum", "best of 16, on validation", best_sum),
     *_rows("rank r", merged, "how", {x.name: x for x in MERGES}),
+    *_rows("units", unit_ranks.by_units, "how", unit_ranks.ROWS),
     *_rows("columns", zipped, "how", {**ZIPS, **SPOILED}),
     *_rows("weights", learned, "how", mixes),
-    Method("weights", search, searched),
+    Method("weights", SEARCH, searched),
+    Method("pool", pools.OWN, pools.alone),
+    *_rows("pool", pools.recycled, "how", pools.ROWS),
     *_rows("control", random_sum, "pool", RANDOM),
-    Method("control", "LoRA on the 64", trained_on_few),
+    Method("control", FEW, trained_on_few),
     *_rows("control", trained, "source", TRAINED),
+    *_rows("control", trained_whole, "source", WHOLE),
   ]  # fmt: skip
 
 
@@ -183,7 +153,7 @@ def merged(bench: Bench, *, how: Merge) -> Made:
       path: how.then(x, [own[path] for own in pair], rng)
       for path, x in loras.items()
     }
-  best, loras = choose(bench, {x: scaled(loras, x) for x in _SCALES})
+  best, loras = choose(bench, {x: scaled(loras, x) for x in SCALES})
   return Made(loras, 1, {"scale": best})
 
 
@@ -191,8 +161,11 @@ def merged(bench: Bench, *, how: Merge) -> Made:
 ZIPS = {
   "dot 0.01, rate 5e-5, 100 steps (published)": Zip(0.01, 5e-5, 100),
   "no penalty": Zip(),
+  "dot 1e-6": Zip(1e-6),
   "dot 1e-5": Zip(1e-5),
   "dot 1e-4": Zip(1e-4),
+  "dot 1e-3": Zip(1e-3),
+  "dot 0.01": Zip(1e-2),
   "no penalty, one number a module": Zip(granularity=by_module),
 }
 
@@ -276,40 +249,6 @@ def learn(bench: Bench, how: Zip) -> tuple[Any, dict[str, float]]:
   return columns, notes
 
 
-_OWN = "own and "
-_CAT = Mix("skills", softmax, 0.0, "skills")
-_RECYCLED = Mix("skills", leaky, 0.0, "few", steps=100)
-#: Ways to learn weights.
-MIXES = {
-  "softmax from N(0, 1), skills' data, rate 1e-4 (CAT, published)": Mix(
-    "skills", softmax, None, "skills", 1e-4, 200
-  ),
-  "softmax, skills' data (CAT)": _CAT,
-  "softmax, the 64": _CAT._replace(source="few"),
-  "free, skills' data": Mix("skills", free, 1.0, "skills"),
-  "free, the 64": Mix("skills", free, 1.0, "few"),
-  "free, the 64, random entries": Mix("random entries", free, 1.0, "few"),
-  "free, the 64, random directions": Mix("random spectra", free, 1.0, "few"),
-  "leaky, the 64 (Recycling)": _RECYCLED,
-  "leaky, random entries": _RECYCLED._replace(pool="random entries"),
-  "leaky, random directions": _RECYCLED._replace(pool="random spectra"),
-  "leaky, with the own LoRA": _RECYCLED._replace(pool="own and skills"),
-  "leaky, with the own LoRA, random entries": _RECYCLED._replace(
-    pool="own and random entries"
-  ),
-  "leaky, with the own LoRA, random directions": _RECYCLED._replace(
-    pool="own and random spectra"
-  ),
-}
-#: Those that need the entropy of predictions.
-ENTROPIC = {
-  "clipped from 0.3, unlabelled (AdaMerging)": Mix(
-    "skills", unit, 0.3, "unlabelled", 1e-3, 500, constant, is_labelled=False
-  ),
-  "clipped from 0.3, the 64": Mix(
-    "skills", unit, 0.3, "few", 1e-3, 500, constant
-  ),
-}
 #: Random adapters that are added.
 RANDOM = {
   "random entries, 1 and 1": "random entries",
@@ -324,122 +263,16 @@ TRAINED = {
 }
 
 
-def learned(bench: Bench, *, how: Mix) -> Made:
-  """Learns one weight a module and adapter."""
-  work, pool = bench.work, pool_of(bench, how.pool)
-  key = jax.random.key(bench.seed) if how.start is None else None
-  z = init_weights(pool, how.start or 0.0, key=key)
-  loss = work.functions.loss
-  if not how.is_labelled:
-    loss = entropy_of(work.functions.predict)
-  run = weights_run(loss, how.activation, how.rule, how.rate, how.steps)
-  batches = bench.batches(how.source, how.steps, work.recipe.shown)
-  z, losses = run(z, (work.params, pool), batches)
-  shares = {path: how.activation(x) for path, x in z.items()}
-  means = np.mean([np.asarray(x) for x in shares.values()], axis=0)
-  notes = {
-    "weights": [round(float(x), 4) for x in means],
-    "loss": float(np.mean(np.asarray(losses)[-10:])),
-  }
-  loras = mix(pool, z, activation=how.activation)
-  own = pool[0] if how.pool.startswith(_OWN) else {}
-  return Made(loras, count_of(z) + count_of(own), notes)
-
-
-@functools.cache
-def entropy_of(predict: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Returns the entropy of predictions as a loss, (params, *inputs) -> ()."""
-
-  def loss(params, *inputs):
-    """Computes the mean entropy."""
-    return entropy(predict(params, *inputs))
-
-  return loss
-
-
-def pool_of(bench: Bench, name: str) -> list[Loras]:
-  """Returns the adapters that a pool's weights are of.
-
-  Args:
-    bench: work and seed.
-    name: "skills", "random entries", "random spectra"; with "own and " before
-      it also the LoRA that was trained on the target's few examples.
-
-  Returns:
-    Adapters.
-  """
-  skills = list(bench.work.adapters)
-  pools = {
-    "skills": lambda: skills,
-    "random entries": lambda: _random(bench, "entries"),
-    "random spectra": lambda: _random(bench, "spectrum"),
-  }
-  own = [few_lora(bench)[1]] if name.startswith(_OWN) else []
-  return [*own, *pools[name.removeprefix(_OWN)]()]
-
-
-def _random(bench: Bench, keep: Literal["entries", "spectrum"]) -> list[Loras]:
-  """Draws random adapters in place of both."""
-  key = key_for(jax.random.key(bench.seed), keep)
-  return random_like(bench.work.adapters, key, keep=keep)
+#: What all parameters are trained on.
+WHOLE = {
+  "everything trained on both skills' data": "skills, rehearsed",
+  "everything trained on much target data and the skills'": "target and skills",
+}
 
 
 def random_sum(bench: Bench, *, pool: str) -> Made:
   """Adds random adapters."""
   return Made(add(pool_of(bench, pool), (1.0, 1.0)))
-
-
-@functools.cache
-def _sum_loss(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Compiles the loss of a weighted sum of adapters."""
-
-  @jax.jit
-  def value(params, adapters, weights, *batch):
-    """Computes it."""
-    return loss(jlora.apply(params, adapters, list(weights)), *batch)
-
-  return value
-
-
-def searched(bench: Bench) -> Made:
-  """Searches one weight for each adapter, without gradients."""
-  work = bench.work
-  value = _sum_loss(work.functions.loss)
-  batch = tuple(x[0] for x in bench.batches("five", 1, work.recipe.batch))
-  pair = list(work.adapters)
-
-  def loss(weights):
-    """Computes the loss on five examples, and a little of the weights' size."""
-    weights = jnp.asarray(weights, jnp.float32)
-    size = float(np.abs(np.asarray(weights)).mean())
-    return float(value(work.params, pair, weights, *batch)) + 0.05 * size
-
-  key = jax.random.key(bench.seed)
-  weights = np.asarray(search_weights(loss, len(pair), key=key))
-  notes = {"weights": [round(float(x), 4) for x in weights]}
-  return Made(add(pair, weights.tolist()), len(pair), notes)
-
-
-def few_lora(bench: Bench) -> tuple[tuple[float, int], Loras]:
-  """Trains a LoRA on the target's few examples, as it validates best.
-
-  Args:
-    bench: work and seed.
-
-  Returns:
-    Learning rate and steps, of several short ones and of that of a skill; and
-    the LoRA.
-  """
-  recipe = bench.work.recipe
-  tried = [(rate, recipe.few_steps) for rate in _RATES]
-  tried.append((recipe.rate, recipe.steps))
-
-  def make():
-    """Trains one for each rate and length."""
-    made = {how: bench.train("few", recipe.rank, *how) for how in tried}
-    return choose(bench, made)
-
-  return bench.once("few", make)
 
 
 def trained_on_few(bench: Bench) -> Made:
@@ -454,3 +287,13 @@ def trained(bench: Bench, *, source: str) -> Made:
   steps = recipe.joint_steps if source in SOURCES else recipe.steps
   loras = bench.train(source, 2 * recipe.rank, recipe.rate, steps)
   return Made(loras, count_of(loras))
+
+
+def trained_whole(bench: Bench, *, source: str) -> Made:
+  """Trains all parameters of the base on a source, at a third of the rate."""
+  work = bench.work
+  recipe = work.recipe
+  run = whole_run(work.functions.loss, recipe.rate / 3, recipe.joint_steps)
+  batches = bench.batches(source, recipe.joint_steps, recipe.batch)
+  params, _ = run(work.params, (), batches)
+  return Made({}, count_of(params), params=params)

@@ -28,6 +28,8 @@ from jlora.merging import (
 
 DENSITY = 0.5
 RESTARTS = 16
+#: Scales of what was merged, of which one is chosen on validation.
+SCALES = (0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def through_dense(
@@ -158,4 +160,11 @@ MERGES = (
   Merge("LEGO, singular units", _LEGO),
   Merge("LEGO, given units", _part(lego, units=given_units, restarts=RESTARTS)),
   Merge("LEGO, clusters at random", _LEGO, at_random),
+)
+#: Those that are compared at several ranks.
+UNITS = (
+  MERGES[0],
+  Merge("LEGO, singular units", lego),
+  Merge("LEGO, given units", _part(lego, units=given_units)),
+  Merge("LEGO, clusters at random", lego, at_random),
 )

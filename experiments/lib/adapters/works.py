@@ -5,7 +5,7 @@ A work asks for two skills at once of a base whose adapters were trained apart.
 Methods know nothing else of it, so that a further one is a further module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,13 +66,15 @@ class Work(NamedTuple):
     start: (key, rank) -> Loras that change nothing yet.
     adapters: the two skills' adapters.
     draws: name of a source -> Draw of (*inputs, target): "first" and "second"
-      of one skill, "plain" of neither, "few", "five" and "many" of the target;
-      and "unlabelled" of inputs alone, where predictions have an entropy.
-    validate: Loras -> a number that is higher for better ones, on data that
+      of one skill, "plain" of neither, "few", "five" and "many" of the target,
+      "learned" and "chosen" of four fifths and one fifth of the few; and
+      "unlabelled" of inputs alone, where predictions have an entropy.
+    validate: params -> a number that is higher for better ones, on data that
       neither training nor `test` sees.
-    test: Loras -> figures: "both" of what asks for both skills, "first" and
+    test: params -> figures: "both" of what asks for both skills, "first" and
       "second" of what is kept of each, "distance" from the base on what neither
       is about.
+    library: makes adapters of other skills of the same base.
   """
 
   functions: Functions
@@ -81,8 +83,19 @@ class Work(NamedTuple):
   start: Callable[[jax.Array, int], Loras]
   adapters: tuple[Loras, Loras]
   draws: Mapping[str, Draw]
-  validate: Callable[[Loras], float]
-  test: Callable[[Loras], Figures]
+  validate: Callable[[Any], float]
+  test: Callable[[Any], Figures]
+  library: Callable[[], Sequence[Loras]]
+
+
+def four_fifths(count: int) -> int:
+  """Counts those of few examples that are learned from; others choose.
+
+  Example:
+    >>> four_fifths(64)
+    51
+  """
+  return count * 4 // 5
 
 
 def train_rehearsed(

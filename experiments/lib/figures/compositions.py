@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and draws compositions of two skills, means over seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ _LOOKS = {
   "beside": ("#000000", "*"),
   "sum": ("#0072B2", "o"),
   "rank r": ("#E69F00", "s"),
+  "units": ("#F0E442", "h"),
   "columns": ("#009E73", "D"),
   "weights": ("#D55E00", "^"),
+  "pool": ("#CC79A7", "v"),
   "control": ("#7F7F7F", "P"),
 }
 
@@ -111,12 +113,15 @@ def as_differences(
   return "\n".join(lines)
 
 
-def as_overview(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
-  """Formats the rows of all works as one Markdown table.
+def as_overview(
+  rows: Sequence[Row], titles: Mapping[str, str], named: Sequence[str]
+) -> str:
+  """Formats rows of all works as one Markdown table.
 
   Args:
     rows: of all works and seeds.
     titles: work -> title.
+    named: methods that have a row.
 
   Returns:
     Lines: for each work what asks for both, with the standard error over seeds,
@@ -129,11 +134,97 @@ def as_overview(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
     "|" + "---|" * (2 + 2 * len(works)),
   ]
   for (kind, method), own in group(rows).items():
+    if method not in named:
+      continue
     cells = []
     for name in works:
       there = [row for row in own if row["work"] == name]
       cells += _overview_cells(there) if there else ["", ""]
     lines.append(f"| {kind} | {method} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def as_units(rows: Sequence[Row], titles: Mapping[str, str], best: str) -> str:
+  """Formats merges at several ranks: how far from the sum, what they compose.
+
+  Args:
+    rows: of all works and seeds; those of kind "units" are used, whose methods
+      are "rank, name" and whose figures are medians over starts.
+    titles: work -> title.
+    best: the name whose errors others are divided by.
+
+  Returns:
+    Lines: for each work the relative distance to the plain sum with the best
+    number before the merge, how often that of `best` at the same rank it is,
+    and what asks for both; means over seeds.
+  """
+  own = [row for row in rows if row["kind"] == "units"]
+  works = [name for name in titles if any(r["work"] == name for r in own)]
+  heads = " | ".join(f"{titles[name]}: error | x | both" for name in works)
+  lines = [f"| method | {heads} |", "|" + "---|" * (1 + 3 * len(works))]
+  errors = {
+    (row["method"], row["work"], row["seed"]): row["notes"]["error, best scale"]
+    for row in own
+  }
+  for (_, method), found in group(own).items():
+    least, cells = f"{method.split(', ')[0]}, {best}", []
+    for name in works:
+      there = [row for row in found if row["work"] == name]
+      pairs = [
+        [errors.get((x, name, row["seed"])) for x in (method, least)]
+        for row in there
+      ]
+      ratios = [one / other for one, other in pairs if other]
+      cells.append(with_error([one for one, _ in pairs]))
+      cells.append(f"{np.mean(ratios):.2f}" if ratios else "")
+      cells.append(_overview_cells(there)[0] if there else "")
+    lines.append(f"| {method} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def as_gaps(
+  rows: Sequence[Row],
+  titles: Mapping[str, str],
+  figures: Mapping[str, str],
+  ends: tuple[str, str],
+) -> str:
+  """Formats which share of the way from one method to another pools go.
+
+      (pool - base) / (own - base), a figure of each
+
+  Args:
+    rows: of all works and seeds; those of kind "pool" are used.
+    titles: work -> title.
+    figures: work -> its figure.
+    ends: methods at whose figures the way begins and ends.
+
+  Returns:
+    Lines: the figure and the share, means over seeds.
+  """
+  works = [
+    name for name in titles
+    if any(r["work"] == name and r["kind"] == "pool" for r in rows)
+  ]  # fmt: skip
+  heads = " | ".join(f"{titles[x]}: {figures[x]} | share" for x in works)
+  lines = [f"| pool | {heads} |", "|" + "---|" * (1 + 2 * len(works))]
+  methods = dict.fromkeys(
+    [*ends, *(row["method"] for row in rows if row["kind"] == "pool")]
+  )
+  for method in methods:
+    cells = []
+    for name in works:
+      there = [row for row in rows if row["work"] == name]
+      first, last, values = (
+        _by_pair([row for row in there if row["method"] == x], figures[name])
+        for x in (*ends, method)
+      )
+      shares = [
+        (value - first[pair]) / (last[pair] - first[pair])
+        for pair, value in values.items()
+        if first.get(pair) != last.get(pair)
+      ]
+      cells += [with_error(list(values.values())), with_error(shares)]
+    lines.append(f"| {method} | {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
@@ -161,6 +252,8 @@ def with_error(values: Sequence[float], *, sign: bool = False) -> str:
     >>> with_error([1.0, 2.0, 3.0]), with_error([0.5], sign=True)
     ('2.000 ± 0.577', '+0.500')
   """
+  if not values:
+    return ""
   mean = f"{np.mean(values):{'+' if sign else ''}.3f}"
   if len(values) < 2:
     return mean
@@ -173,30 +266,42 @@ def _by_pair(rows: Sequence[Row], name: str) -> dict[tuple[str, int], float]:
 
 
 def draw(
-  rows: Sequence[Row], titles: Mapping[str, str], named: Sequence[str]
+  rows: Sequence[Row],
+  titles: Mapping[str, str],
+  named: Sequence[str],
+  losses: Collection[str] = (),
 ) -> Figure:
   """Draws what is composed against what is kept, a panel a work.
 
   Args:
-    rows: of all works, which need "both", "first" and "second".
+    rows: of all works, which need "both", "first" and "second"; those of kinds
+      "units" and "pool" are left out.
     titles: work -> title.
     named: methods that are numbered, and named beside the panels.
+    losses: works whose figures are better if they are smaller.
 
   Returns:
-    Figure: a point a method, means over seeds, bars of one standard error.
+    Figure: a point a method, means over seeds, bars of one standard error;
+    better is right and up.
   """
+  rows = [row for row in rows if row["kind"] not in ("units", "pool")]
   works = [name for name in titles if any(r["work"] == name for r in rows)]
-  figure = Figure(figsize=(3.7 * len(works) + 2.9, 4.4))
-  panels = figure.subplots(1, len(works), squeeze=False, sharey=True)[0]
+  figure = Figure(figsize=(3.4 * len(works) + 2.9, 4.4), layout="constrained")
+  panels = figure.subplots(1, len(works), squeeze=False)[0]
   for axes, name in zip(panels, works, strict=True):
     own = [row for row in rows if row["work"] == name]
     for (kind, method), group_rows in group(own).items():
       number = named.index(method) + 1 if method in named else None
       _draw_point(axes, kind, number, group_rows)
-    axes.set_title(titles[name])
+    axes.set_title(titles[name], fontsize=9)
     axes.set_xlabel("kept: the mean of both skills alone")
     axes.grid(color="0.92", lw=0.6)
     axes.margins(0.06)
+    if name in losses:
+      axes.invert_xaxis()
+      axes.invert_yaxis()
+    else:
+      axes.set_ylim(-0.04, 1.04)
   panels[0].set_ylabel("composed: both skills asked for at once")
   handles, labels = panels[-1].get_legend_handles_labels()
   panels[-1].legend(

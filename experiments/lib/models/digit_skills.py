@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jlora
 from experiments.lib.adapters.works import (
   Figures,
   Functions,
   Recipe,
   Work,
+  four_fifths,
   train_rehearsed,
 )
 from experiments.lib.data.digits import (
@@ -43,6 +43,12 @@ from jlora.paths import matching
 from jlora.training import init_lora
 
 STYLES: dict[str, Style] = {"thick": thicken, "turned": rotate}
+#: Styles of which there are adapters that nothing asks for.
+OTHERS: dict[str, Style] = {
+  "mirrored": lambda images: _rows(images)[..., ::-1].reshape(images.shape),
+  "upside down": lambda images: _rows(images)[:, ::-1].reshape(images.shape),
+  "lowered": lambda images: np.roll(_rows(images), 2, 1).reshape(images.shape),
+}
 SUBJECT = 9
 #: Sample and image figures; the first three are shares.
 MEASURES = {
@@ -127,7 +133,22 @@ def open_work(style: str, seed: int, size: Size) -> Work:
     draws=draws,
     validate=samplers[1].mean_share,
     test=samplers[0].figures,
+    library=functools.partial(_library, style, seed, size),
   )
+
+
+def _library(style: str, seed: int, size: Size) -> list[Loras]:
+  """Trains adapters of other styles, which listen to the same flag."""
+  parts, params = split_parts(seed), train_base(seed, size)
+  plain, made = draw_of(parts.others, 0), []
+  others = {
+    name: x for name, x in {**STYLES, **OTHERS}.items() if name != style
+  }
+  for turn, change in enumerate(others.values()):
+    own = Digits(change(parts.styled.images), parts.styled.labels)
+    start = 1000 * (turn + 1) + seed
+    made.append(_rehearsed(params, draw_of(own, 1), plain, size, start))
+  return made
 
 
 def _sources(change: Style, parts: Parts, few: int, seed: int):
@@ -137,12 +158,15 @@ def _sources(change: Style, parts: Parts, few: int, seed: int):
   )
   rng = np.random.default_rng([seed, 1])
   some = rng.choice(len(target.labels), few, replace=False)
+  cut = four_fifths(few)
   return {
     "first": draw_of(parts.subject, 0),
     "second": draw_of(styled, 1),
     "plain": draw_of(parts.others, 0),
     "few": draw_of(_at(target, some), 1),
     "five": draw_of(_at(target, some[:5]), 1),
+    "learned": draw_of(_at(target, some[:cut]), 1),
+    "chosen": draw_of(_at(target, some[cut:]), 1),
     "many": draw_of(target, 1),
   }
 
@@ -288,7 +312,7 @@ def draw_of(data: Digits, styled: int) -> Draw:
 
 
 class Sampler:
-  """Figures of adapters on a base: what is drawn, and how far it moved.
+  """Figures of parameters: what is drawn, and how far from the base it is.
 
   Every call begins from the same noise.
   """
@@ -297,7 +321,7 @@ class Sampler:
     self, size: Size, params: Any, judges: Judges, held: Digits, seed: int
   ):
     """Draws the noise, and images of what neither skill is about."""
-    self.params, self.judges = params, judges
+    self.judges = judges
     self._model = make_model(size)
     rng = np.random.default_rng([seed, 3])
     self._noise = rng.standard_normal((size.count, PIXELS), np.float32)
@@ -309,18 +333,16 @@ class Sampler:
     self._base = np.asarray(self._predict(params, *inputs))
     self._error = float(np.mean((self._base - clean) ** 2))
 
-  def mean_share(self, loras: Loras) -> float:
+  def mean_share(self, params: Any) -> float:
     """Returns the mean of the shares of both, of first and of second."""
-    shares = self._shares(jlora.apply(self.params, loras))
-    return float(np.mean([*shares.values()]))
+    return float(np.mean([*self._shares(params).values()]))
 
-  def figures(self, loras: Loras) -> Figures:
+  def figures(self, params: Any) -> Figures:
     """Returns both, first, second and distance.
 
     The distance is that of predictions for held-out plain digits of other
     classes, as a share of the base's own error.
     """
-    params = jlora.apply(self.params, loras)
     moved = np.asarray(self._predict(params, *self._inputs)) - self._base
     distance = float(np.mean(moved**2)) / self._error
     return {**self._shares(params), "distance": distance}
@@ -347,6 +369,11 @@ class Sampler:
 
 
 _compiled = functools.cache(jax.jit)
+
+
+def _rows(images: np.ndarray) -> np.ndarray:
+  """Returns images (n, 64) as (n, 8, 8)."""
+  return images.reshape(-1, 8, 8)
 
 
 def _with(data: Digits, wanted: Callable[[np.ndarray], np.ndarray]) -> Digits:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jlora
@@ -21,7 +20,7 @@ from experiments.lib.adapters.works import (
   Functions,
   Recipe,
   Work,
-  divergence,
+  four_fifths,
   train_rehearsed,
 )
 from experiments.lib.data.strings import (
@@ -37,6 +36,12 @@ from experiments.lib.data.strings import (
   write,
 )
 from experiments.lib.models.loops import Draw, whole_run
+from experiments.lib.models.token_skills import (
+  Examiner,
+  compiled,
+  draw_from,
+  functions_of,
+)
 from jlora import models
 from jlora.loras import Loras
 from jlora.paths import matching
@@ -64,6 +69,7 @@ class Size(NamedTuple):
     moving: operations known to the base that move positions.
     coding: those that substitute symbols.
     count: texts a figure.
+    others: further moves, and further codes, of which there are adapters.
   """
 
   width: int
@@ -74,10 +80,11 @@ class Size(NamedTuple):
   moving: int
   coding: int
   count: int
+  others: int = 2
 
 
-FULL = Size(64, 2, 1500, 48, Recipe(4, 500, 1000, 3e-3, 48, 16), 6, 6, 1024)
-SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 5, 3e-3, 8, 8, 8, 5), 2, 2, 16)
+FULL = Size(64, 2, 2000, 48, Recipe(8, 1000, 1000, 3e-3, 48, 16), 16, 6, 1024)
+SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 5, 3e-3, 8, 8, 8, 5), 2, 2, 16, 1)
 
 
 def open_work(seed: int, size: Size) -> Work:
@@ -94,12 +101,15 @@ def open_work(seed: int, size: Size) -> Work:
   params, pairs = train_base(seed, size), _pairs(known)
   rng = np.random.default_rng([seed, 1])
   few = write(rng, known, pairs["both"], (size.recipe.few,))
+  cut = four_fifths(len(few))
   draws = {
     "first": draw_of(known, pairs["first"]),
     "second": draw_of(known, pairs["second"]),
     "plain": draw_of(known, pairs["distance"]),
-    "few": _draw_from(few),
-    "five": _draw_from(few[:5]),
+    "few": draw_from(few, LENGTH),
+    "five": draw_from(few[:5], LENGTH),
+    "learned": draw_from(few[:cut], LENGTH),
+    "chosen": draw_from(few[cut:], LENGTH),
     "many": draw_of(known, pairs["both"]),
   }
   adapters = (
@@ -111,7 +121,7 @@ def open_work(seed: int, size: Size) -> Work:
   summed = jlora.apply(params, list(adapters))
   guessed = answered(predict, summed, texts)
   validate, test = (
-    Examiner(size, params, known, pairs, 2 * seed + i, count)
+    _examiner(size, params, known, 2 * seed + i, count)
     for i, count in ((1, size.count // 2), (0, size.count))
   )
   return Work(
@@ -120,10 +130,30 @@ def open_work(seed: int, size: Size) -> Work:
     params=params,
     start=functools.partial(_start, params),
     adapters=adapters,
-    draws={**draws, "unlabelled": _draw_from(guessed, is_labelled=False)},
+    draws={**draws, "unlabelled": draw_from(guessed, None)},
     validate=validate.mean_likelihood,
-    test=test.figures,
+    test=functools.partial(_examine, test),
+    library=functools.partial(_library, seed, size),
   )
+
+
+def _library(seed: int, size: Size) -> list[Loras]:
+  """Trains adapters of other moves and other codes under the new names."""
+  known = draw_operations(seed, size.moving, size.coding)
+  params, made = train_base(seed, size), []
+  plain = draw_of(known, known_pairs(known))
+  for turn in range(size.others):
+    # Those of another seed, which nobody has learned.
+    there = draw_operations(1000 * (turn + 1) + seed, size.moving, size.coding)
+    moves, codes = known.moves.copy(), known.codes.copy()
+    moves[known.mover] = there.moves[there.mover]
+    codes[known.coder] = there.codes[there.coder]
+    other = known._replace(moves=moves, codes=codes)
+    for i, pairs in enumerate((move_pairs(other), code_pairs(other))):
+      own = draw_of(other, pairs)
+      start = 1000 * (turn + 1) + 2 * seed + i
+      made.append(_rehearsed(params, own, plain, size, start))
+  return made
 
 
 def _pairs(known: Operations) -> dict[str, list[tuple[int, int]]]:
@@ -136,28 +166,9 @@ def _pairs(known: Operations) -> dict[str, list[tuple[int, int]]]:
   }
 
 
-@functools.cache
 def make_functions(size: Size) -> Functions:
   """Makes what methods need of the model, once for all seeds."""
-  model = models.build(_config(size))
-
-  def predict(params, tokens) -> Any:
-    """Predicts the answer's symbols, each from the text before it."""
-    return model(params, tokens[:, :-1])[:, -LENGTH:]
-
-  def loss(params, tokens, answer):
-    """Computes the mean loss of a symbol of the answer, in nats."""
-    return _losses(predict(params, tokens), answer).mean()
-
-  return Functions(predict, loss, divergence)
-
-
-def _losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
-  """Returns the loss of every symbol."""
-  # A comparison, not a gather, whose gradient would be a scatter.
-  columns = jnp.arange(logits.shape[-1])[None, None]
-  wanted = jnp.where(columns == answer[..., None], logits, 0.0).sum(-1)
-  return jax.nn.logsumexp(logits, axis=-1) - wanted
+  return functions_of(_config(size), LENGTH)
 
 
 def _config(size: Size) -> dict[str, Any]:
@@ -223,17 +234,6 @@ def draw_of(known: Operations, pairs: Sequence[tuple[int, int]]) -> Draw:
   return draw
 
 
-def _draw_from(texts: np.ndarray, *, is_labelled: bool = True) -> Draw:
-  """Makes a source of texts (n, TOKENS) that are there already."""
-
-  def draw(rng, steps, rows):
-    """Draws texts evenly."""
-    tokens = texts[rng.integers(0, len(texts), (steps, rows))]
-    return (tokens, tokens[..., -LENGTH:]) if is_labelled else (tokens,)
-
-  return draw
-
-
 def answered(
   predict: Callable[..., jax.Array], params: Any, tokens: np.ndarray
 ) -> np.ndarray:
@@ -247,7 +247,7 @@ def answered(
   Returns:
     (n, TOKENS) int32.
   """
-  run = _compiled(predict)
+  run = compiled(predict)
   found = tokens.copy()
   found[:, -LENGTH:] = 0
   for i in range(LENGTH):
@@ -256,56 +256,28 @@ def answered(
   return found
 
 
-class Examiner:
-  """Figures of adapters on a base, of the same texts at every call."""
-
-  def __init__(
-    self,
-    size: Size,
-    params: Any,
-    known: Operations,
-    pairs: dict[str, list[tuple[int, int]]],
-    seed: int,
-    count: int,
-  ):
-    """Writes the texts."""
-    self.params = params
-    self._predict = _compiled(make_functions(size).predict)
-    rng = np.random.default_rng([seed, 3])
-    self._texts = {
-      name: write(rng, known, own, (count,)) for name, own in pairs.items()
-    }
-    self._base = self._predict(params, self._texts["distance"])
-
-  def mean_likelihood(self, loras: Loras) -> float:
-    """Returns minus the nats a symbol, the mean of both, first and second."""
-    params = jlora.apply(self.params, loras)
-    names = ("both", "first", "second")
-    return -float(np.mean([self._examined(params, x)[1] for x in names]))
-
-  def figures(self, loras: Loras) -> Figures:
-    """Returns both, first, second, distance and nats.
-
-    The distance is KL(base ‖ base with adapters), nats a symbol, on texts of
-    operations that the base knows.
-    """
-    params = jlora.apply(self.params, loras)
-    names = ("both", "first", "second")
-    found = {name: self._examined(params, name) for name in names}
-    moved = self._predict(params, self._texts["distance"])
-    return {
-      **{name: right for name, (right, _) in found.items()},
-      "distance": float(divergence(self._base, moved)),
-      "nats": found["both"][1],
-    }
-
-  def _examined(self, params: Any, name: str) -> tuple[float, float]:
-    """Returns the share of answers that are right, and nats a symbol."""
-    tokens = self._texts[name]
-    logits, answer = self._predict(params, tokens), tokens[:, -LENGTH:]
-    right = (np.asarray(logits).argmax(axis=-1) == answer).all(axis=-1)
-    nats = _losses(logits, jnp.asarray(answer)).mean()
-    return float(np.mean(right)), float(nats)
+def _examiner(
+  size: Size, params: Any, known: Operations, seed: int, count: int
+) -> Examiner:
+  """Writes the texts of all figures."""
+  rng = np.random.default_rng([seed, 3])
+  texts = {
+    name: write(rng, known, own, (count,))
+    for name, own in _pairs(known).items()
+  }
+  return Examiner(make_functions(size).predict, params, texts, LENGTH)
 
 
-_compiled = functools.cache(jax.jit)
+def _examine(examiner: Examiner, params: Any) -> Figures:
+  """Returns both, first, second, distance and nats.
+
+  The distance is KL(base ‖ parameters), nats a symbol, on texts of operations
+  that the base knows.
+  """
+  names = ("both", "first", "second")
+  found = {name: examiner.examined(params, name) for name in names}
+  return {
+    **{name: right for name, (right, _) in found.items()},
+    "distance": examiner.distance(params),
+    "nats": found["both"][1],
+  }
