@@ -133,7 +133,7 @@ def measure(bench: Bench, make: Callable[[Bench], Made]) -> dict[str, Any]:
     figures, notes = work.test(made.params), dict(made.notes)
   else:
     found = [
-      work.test(jlora.apply(work.params, x)) for x in (made.loras, *made.others)
+      work.test(summed(work.params, x)) for x in (made.loras, *made.others)
     ]
     figures = {
       name: float(np.median([x[name] for x in found])) for name in found[0]
@@ -161,11 +161,17 @@ def choose(bench: Bench, made: Mapping[Any, Loras]) -> tuple[Any, Loras]:
   """
   work = bench.work
   scores = {
-    name: work.validate(jlora.apply(work.params, loras))
+    name: work.validate(summed(work.params, loras))
     for name, loras in made.items()
   }
   best = max(scores, key=lambda name: scores[name])
   return best, made[best]
+
+
+@jax.jit
+def summed(params: Any, loras: Loras) -> Any:
+  """Adds an adapter to the base, as one program for each set of ranks."""
+  return jlora.apply(params, loras)
 
 
 def count_of(tree: Any) -> int:

@@ -80,10 +80,10 @@ class Size(NamedTuple):
   moving: int
   coding: int
   count: int
-  others: int = 2
+  others: int = 1
 
 
-FULL = Size(64, 2, 2000, 48, Recipe(8, 1000, 1000, 3e-3, 48, 16), 16, 6, 1024)
+FULL = Size(64, 2, 2000, 48, Recipe(8, 1000, 1000, 3e-3, 32, 8), 16, 6, 512)
 SMOKE = Size(16, 1, 10, 8, Recipe(2, 5, 5, 3e-3, 8, 8, 8, 5), 2, 2, 16, 1)
 
 

@@ -160,24 +160,29 @@ def lego(
   return Lora(a.astype(dtype), b.astype(dtype), jnp.asarray(scale))
 
 
-@functools.partial(
-  jax.jit, static_argnames=("units", "rank", "restarts", "steps")
-)
 def _merged(key, *flat, units, rank, restarts, steps):
   """Merges the Loras of one layer, their factors one after the other."""
+  a, b, inner = _sorted(flat, units)
+  is_aligned = units is not given_units
+  shares = _clusters(inner, rank, key, restarts, steps, is_aligned)
+  return _centroids(a, b, shares)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sorted(flat, units):
+  """Returns all units, the longest first, and their inner products."""
   own = [units(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True)]
   a, b = (jnp.concatenate(x) for x in zip(*own, strict=True))
   # The order of adapters must not matter to what is drawn.
   order = jnp.argsort(-_lengths(a, b))
   a, b = a[order], b[order]
-  is_aligned = units is not given_units
-  shares = _clusters(a, b, rank, key, restarts, steps, is_aligned)
-  return _centroids(a, b, shares)
+  return a, b, a @ a.T + b @ b.T
 
 
-def _clusters(a, b, count, key, restarts, steps, is_aligned):
+# Apart from what knows how wide a layer is: compiled once for all widths.
+@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
+def _clusters(inner, count, key, restarts, steps, is_aligned):
   """Clusters units; returns the share of each unit in each centroid, signed."""
-  inner = a @ a.T + b @ b.T
   length = jnp.diagonal(inner)
   # Units of zeros, as padding or of weight 0, belong nowhere.
   there = (length > 1e-12 * jnp.max(length)).astype(jnp.float32)
@@ -260,6 +265,7 @@ def _lengths(a, b):
   return jnp.sqrt((a**2).sum(1) + (b**2).sum(1))
 
 
+@jax.jit
 def _centroids(a, b, shares):
   """Returns the units of the result: centroids, as long as their members."""
   mean = jnp.abs(shares) @ _lengths(a, b)
