@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import jlora
 from experiments.lib.adapters.benches import (
   Bench,
   Made,
@@ -24,8 +23,10 @@ from experiments.lib.adapters.benches import (
 from experiments.lib.adapters.equal_ranks import SCALES, UNITS, Merge
 from jlora.loras import Loras, dense
 from jlora.merging import svd_merge
+from jlora.paths import key_for
 
 STARTS = 10
+_ONES = np.ones(2, np.float32)
 #: Ranks in those of one adapter; at twice its rank all units are kept.
 RANKS = {"r / 2": Fraction(1, 2), "r": Fraction(1), "3 r / 2": Fraction(3, 2)}
 
@@ -85,9 +86,14 @@ def merge_at(pair: Sequence[Loras], how: Merge, rank: int, start: int) -> Loras:
     Loras of NumPy arrays.
   """
   key = jax.random.key(start)
-  settings = {"rank": rank}
+  # Not by `merge`, which would compile the clustering for every width anew.
   loras = on_host(
-    jlora.merge(pair, method=how.call, key=key, settings=settings)
+    {
+      path: how.call(
+        [own[path] for own in pair], _ONES, key=key_for(key, path), rank=rank
+      )
+      for path in pair[0]
+    }
   )
   if how.then is None:
     return loras
@@ -111,7 +117,8 @@ def errors_of(loras: Loras, whole: Loras) -> tuple[float, float]:
     Both.
 
   Example:
-    >>> one = {"w": jlora.Lora(np.ones((1, 2)), np.ones((1, 2)), np.float64(1))}
+    >>> from jlora.loras import Lora
+    >>> one = {"w": Lora(np.ones((1, 2)), np.ones((1, 2)), np.float64(1))}
     >>> errors_of(one, scaled(one, 2))
     (0.5, 0.0)
   """

@@ -82,7 +82,7 @@ class Size(NamedTuple):
   others: int = 4
 
 
-FULL = Size(48, 2, 384, 3000, 8, Recipe(8, 600, 1200, 3e-3, 8, 8))
+FULL = Size(48, 2, 384, 3000, 8, Recipe(8, 600, 800, 3e-3, 8, 8))
 SMOKE = Size(
   16, 1, 260, 10, 8, Recipe(2, 5, 5, 3e-3, 8, 8, 8, 5), 17, 12, 16, 1
 )
