@@ -236,7 +236,8 @@ def test_names_of_rows_are_their_own():
 
 #: A row of each kind, and where a kind has several programs, of each.
 KINDS = (
-  "base", "1 and 1", "best of 16", "SVD of the sum", "at random",
+  "base", "1 and 1", "best of 16", "TIES, then SVD", "r, SVD of the sum",
+  "r, LEGO, clusters at random",
   "dot 1e-5: their means", "clipped from 0.3, unlabelled", "search of",
   "3 of random entries, with own", "all but the skills",
   "LoRA on the 64 and both", "everything trained on both",

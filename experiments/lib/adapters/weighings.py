@@ -115,10 +115,17 @@ MIXES = {
 #: Those that need the entropy of predictions.
 ENTROPIC = {
   "clipped from 0.3, unlabelled (AdaMerging)": Mix(
-    "skills", unit, 0.3, "unlabelled", 1e-3, 500, constant, is_labelled=False
+    "skills",
+    unit,
+    0.3,
+    "unlabelled",
+    1e-3,
+    500,
+    rule=constant,
+    is_labelled=False,
   ),
   "clipped from 0.3, the 64": Mix(
-    "skills", unit, 0.3, "few", 1e-3, 500, constant
+    "skills", unit, 0.3, "few", 1e-3, 500, rule=constant
   ),
 }
 

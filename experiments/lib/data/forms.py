@@ -95,7 +95,9 @@ def quoted(paragraph: str) -> str:
     >>> quoted("And it was so.")
     '> And it was so.\n>\n'
   """
-  lines = textwrap.wrap(paragraph, 58, break_long_words=False)
+  lines = textwrap.wrap(
+    paragraph, 58, break_long_words=False, break_on_hyphens=False
+  )
   return "".join(f"> {line}\n" for line in lines) + ">\n"
 
 
