@@ -104,6 +104,9 @@ def add(
     k: unused.
     factor: unused.
 
+  Returns:
+    The Lora.
+
   Example:
     >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(1))
     >>> add(lora, None, None, 1) is lora
@@ -128,6 +131,9 @@ def project(
     w_target: (..., in, out).
     k: how many leading singular vectors.
     factor: finds them.
+
+  Returns:
+    Lora of rank r.
 
   Example:
     >>> lora = Lora(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.float32(1))
