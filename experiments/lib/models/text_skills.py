@@ -18,6 +18,7 @@ from experiments.lib.adapters.works import (
   Functions,
   Recipe,
   Work,
+  divergence,
   four_fifths,
   train_rehearsed,
 )
@@ -139,7 +140,15 @@ def open_work(seed: int, size: Size) -> Work:
 
 def make_functions(size: Size) -> Functions:
   """Makes what methods need of the model, once for all seeds."""
-  return functions_of(_config(size), size.length)
+  return functions_of(_config(size), size.length, _missed)
+
+
+def _missed(found: jax.Array, wanted: jax.Array) -> jax.Array:
+  """Computes KL(wanted ‖ found): what is likely alone must be in the sum.
+
+  The other direction lets a sum leave out what is unsure, and costs nats.
+  """
+  return divergence(wanted, found)
 
 
 def _config(size: Size) -> dict[str, Any]:

@@ -15,21 +15,28 @@ from experiments.lib.models.loops import Draw
 from jlora import models
 
 
-def functions_of(config: Mapping[str, Any], length: int) -> Functions:
+def functions_of(
+  config: Mapping[str, Any],
+  length: int,
+  distance: Callable[..., jax.Array] = divergence,
+) -> Functions:
   """Makes what methods need of a transformer, once for all seeds.
 
   Args:
     config: of config.json.
     length: tokens at the end of each text that are predicted.
+    distance: (found, wanted) -> (), of `learn_columns`.
 
   Returns:
     Functions of texts (n, tokens), and of their ends (n, length) as targets.
   """
-  return _functions(json.dumps(config, sort_keys=True), length)
+  return _functions(json.dumps(config, sort_keys=True), length, distance)
 
 
 @functools.cache
-def _functions(config: str, length: int) -> Functions:
+def _functions(
+  config: str, length: int, distance: Callable[..., jax.Array]
+) -> Functions:
   """Makes them for a config as text."""
   model = models.build(json.loads(config))
 
@@ -41,7 +48,7 @@ def _functions(config: str, length: int) -> Functions:
     """Computes the mean loss of a predicted token, in nats."""
     return losses(predict(params, tokens), answer).mean()
 
-  return Functions(predict, loss, divergence)
+  return Functions(predict, loss, distance)
 
 
 def losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
