@@ -245,10 +245,10 @@ KINDS = (
 
 
 def tiny_work(seed, size):
-  """A matrix as the model: it maps four numbers to logits of three answers."""
+  """A matrix as the model: it maps 12 numbers to logits of eight answers."""
   del size
   rng = np.random.default_rng(seed)
-  params = {"w": rng.standard_normal((4, 3)).astype(np.float32)}
+  params = {"w": rng.standard_normal((12, 8)).astype(np.float32)}
 
   def predict(params, x):
     return x @ params["w"]
@@ -257,12 +257,12 @@ def tiny_work(seed, size):
     return token_skills.losses(predict(params, x), answer).mean()
 
   def some():
-    a, b = (rng.standard_normal((2, x)).astype(np.float32) for x in (4, 3))
+    a, b = (rng.standard_normal((2, x)).astype(np.float32) for x in (12, 8))
     return {"w": Lora(a, b, np.float32(1))}
 
   def source(wanted):
     def draws(rng, steps, rows):
-      x = rng.standard_normal((steps, rows, 4)).astype(np.float32)
+      x = rng.standard_normal((steps, rows, 12)).astype(np.float32)
       return x, (x @ wanted["w"]).argmax(-1)
 
     return draws
@@ -322,13 +322,13 @@ def test_every_kind_of_row(tiny, tmp_path, capsys, monkeypatch):
   assert base["figures"]["both"] < plain["figures"]["both"]
   spoiled = known["dot 1e-5: their means"]
   assert 0 < spoiled["notes"]["moved"] <= 0.01 * 300 * 1.5
-  assert spoiled["trained"] == 2 * 4
+  assert spoiled["trained"] == 2 * 12
   recycled = known["3 of random entries, with own"]
   assert len(recycled["notes"]["chosen"]) == 3
-  assert recycled["trained"] == 4 + 2 * (4 + 3)
+  assert recycled["trained"] == 4 + 2 * (12 + 8)
   assert known["all but the skills"]["notes"]["chosen"] == [2, 3]
   whole = known["everything trained on both skills' data"]
-  assert whole["trained"] == 12
+  assert whole["trained"] == 96
   units = known["r, LEGO, clusters at random"]["notes"]
   assert len(units["errors"]) == len(units["both"]) == unit_ranks.STARTS
   least = known["r, SVD of the sum"]["notes"]["error, best scale"]
@@ -360,14 +360,15 @@ def test_adapters_of_a_work_start_as_nothing_and_learn_apart():
   for own in work.adapters:
     assert {path.split("/")[0] for path in own} == {"h"}
     assert max(float(np.abs(x.b).max()) for x in own.values()) > 0
-  fresh = work.start(jax.random.key(0), 3)
-  assert work.test(fresh)["distance"] == pytest.approx(0, abs=1e-6)
+  fresh, base = work.start(jax.random.key(0), 3), work.params
+  found = work.test(benches.summed(base, fresh))
+  assert found["distance"] == pytest.approx(0, abs=1e-6)
   assert {x.rank for x in fresh.values()} == {3}
   large = {
     path: dataclasses.replace(x, scale=500 * x.scale)
     for path, x in work.adapters[0].items()
   }
-  assert work.test(large)["distance"] > 1e-3
+  assert work.test(benches.summed(base, large))["distance"] > 1e-3
   texts = work.draws["unlabelled"](np.random.default_rng(0), 2, 3)
   assert len(texts) == 1
   assert texts[0].shape == (2, 3, strings.TOKENS)

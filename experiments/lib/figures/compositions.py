@@ -221,7 +221,7 @@ def as_gaps(
       shares = [
         (value - first[pair]) / (last[pair] - first[pair])
         for pair, value in values.items()
-        if first.get(pair) != last.get(pair)
+        if pair in first.keys() & last.keys() and first[pair] != last[pair]
       ]
       cells += [with_error(list(values.values())), with_error(shares)]
     lines.append(f"| {method} | {' | '.join(cells)} |")
