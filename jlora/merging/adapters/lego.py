@@ -98,8 +98,11 @@ def lego(
   long as a layer is wide is read twice. (An own k-means, because clustering
   must run under jit and know that m and -m are one change.)
 
-  In error at equal rank `svd_merge` is the best there is; take this where units
-  are to keep their meaning.
+  In error at equal rank `svd_merge` is the best there is, and the better
+  default: for two adapters of a small language model this was 1.34, 1.63 and
+  1.63 times as far from their sum at r / 2, r and 3 r / 2 (one seed of
+  `experiments.composition`, medians of ten keys). Take this where units are to
+  keep their meaning.
 
   Args:
     loras: n Loras of one parameter; ranks may differ.
