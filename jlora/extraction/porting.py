@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jlora.factoring.factorisers import Factoriser, svd
 from jlora.loras import Lora, check_loras
+from jlora.numerics.meshes import run_automatic
 
 _RIGHT_ANGLE = 1e-4  # a cosine below this is one
 #: (lora, w_source, w_target, k, factor) -> Lora
@@ -65,8 +67,8 @@ def port(
   Returns:
     Lora in float32, of rank r; of rank 2 r by `both_parts`. The same change for
     any (R a, R⁻ᵀ b) and for any signs or order of singular vectors. Nothing of
-    a weight's size is formed but its own bases. Sharding: as the factoriser's,
-    then products with thin factors. Pure.
+    a weight's size is formed but its own bases. Factors lie as they did; of
+    sharded weights nothing is gathered that the factoriser does not. Pure.
 
   Raises:
     ValueError: a malformed Lora, weights of another shape, or k out of range.
@@ -87,7 +89,21 @@ def port(
   and is worse than `add` without; `rotate` is the rotation that needs no pairs.
   """
   k = _checked({"lora": lora}, {"lora": (w_source, w_target)}, k)
-  return (method or add)(lora, w_source, w_target, k, factor)
+  run = method or add
+
+  def carry(a, b, scale, w_source, w_target):
+    """Carries the Lora with all axes Auto."""
+    return run(Lora(a, b, scale), w_source, w_target, k, factor)
+
+  weights = (jnp.asarray(w, jnp.float32) for w in (w_source, w_target))
+  parts = (jnp.asarray(x) for x in (lora.a, lora.b, lora.scale))
+  return run_automatic(
+    carry,
+    (*parts, *weights),
+    lambda a, b, scale, *_: Lora(
+      *(PartitionSpec(*x) for x in (a, b, scale))  # pyright: ignore
+    ),
+  )
 
 
 def add(
