@@ -53,13 +53,14 @@ class Room:
   `bank` anew each time.
 
   Args:
-    shapes: path -> (..., in, out), of the modules that adapters may change.
+    shapes: path -> (..., in, out), of the modules that adapters may change; a
+      room without modules is for the base alone.
     slots: adapters that it holds at once.
     rank: the largest of an adapter's modules.
     dtype: of the factors; adapters are rounded to it.
 
   Raises:
-    ValueError: no modules, or slots or a rank below 1.
+    ValueError: slots or a rank below 1, or a module that is no matrix.
 
   Example:
     >>> room = Room({"w": (3, 2)}, slots=2, rank=4)
@@ -78,11 +79,11 @@ class Room:
     dtype: Any = jnp.float32,
   ):
     short = [f"{p} {shape}" for p, shape in shapes.items() if len(shape) < 2]
-    if not shapes or short or slots < 1 or rank < 1:
+    if short or slots < 1 or rank < 1:
       raise ValueError(
-        f"A room of {slots} slots of rank {rank} for {len(shapes)} modules "
-        f"cannot be made; needed are at least 1 of each, and (..., in, out) "
-        f"for every module, not {name_some(short) or 'none'}."
+        f"A room of {slots} slots of rank {rank} cannot be made; needed are at "
+        f"least 1 of each, and (..., in, out) for all of {len(shapes)} modules"
+        f"{'' if not short else f', not {name_some(short)}'}."
       )
     self.shapes = dict(shapes)
     self.slots, self.rank, self.dtype = slots, rank, jnp.dtype(dtype)

@@ -205,13 +205,16 @@ class Adapters:
       loading: done.
 
     Returns:
-      A Lease; None while all slots are in use.
+      A Lease; None while all slots are in use, or if it was replaced
+      since it was asked for.
 
     Raises:
       Refused: it cannot be read, does not fit, or its name is gone.
     """
     with self._lock:
       self.check(name)
+      if not self.is_current(name, loading):
+        return None
       if lease := self.room.hold(name):
         return lease
       try:

@@ -10,6 +10,7 @@ its adapter back before the next turn.
 import collections
 import dataclasses
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from jlora.adapting.serving import Lease
 from jlora.commands.serving.adapters import Adapters, Loading
 from jlora.commands.serving.decoding import Bank, Choice, Decoder, Rows
 from jlora.commands.serving.refusals import Refused, closing
+from jlora.loras import Lora
 from jlora.routing.modalities import check_cache
 
 
@@ -101,6 +103,8 @@ class Batcher:
     self._rows: list[_Row | None] = [None] * decoder.sizes.rows
     self._news = threading.Condition()
     self._has_news = self._is_closed = self._is_over = False
+    self._then: Callable[[], None] = lambda: None
+    self.failure: Exception | None = None
     self._thread = threading.Thread(target=self._run, name="batcher")
 
   def start(self) -> None:
@@ -112,10 +116,10 @@ class Batcher:
     """Runs every program once, on nothing."""
     room, sizes = self.adapters.room, self.decoder.sizes
     name = "nothing yet"
-    path, (*lead, into, out) = next(iter(room.shapes.items()))
-    blank = _zero_lora(lead, into, out)
-    room.give_back(room.fill(name, {path: blank}))
-    room.forget(name)
+    for path, (*lead, into, out) in [*room.shapes.items()][:1]:
+      blank = _zero_lora(lead, into, out)
+      room.give_back(room.fill(name, {path: blank}))
+      room.forget(name)
     one = _choice(1)
     self.decoder.read(room.bank, 0, -1, [0] * sizes.piece, 0, 0, one)
     self._say([None] * sizes.rows)
@@ -151,11 +155,19 @@ class Batcher:
       self._is_closed = True
     self._wake()
 
-  def stop(self) -> None:
-    """Ends the thread; jobs that are not done hear that it is over."""
+  def halt(self) -> None:
+    """Ends the thread soon; jobs that are not done hear that it is over."""
     with self._news:
       self._is_closed = self._is_over = True
     self._wake()
+
+  def when_over(self, call: Callable[[], None]) -> None:
+    """Has something called when the thread ends, however it does."""
+    self._then = call
+
+  def stop(self) -> None:
+    """Ends the thread, and waits for that."""
+    self.halt()
     if self._thread.is_alive():
       self._thread.join()
 
@@ -183,7 +195,8 @@ class Batcher:
             self._has_news = False
     except Exception as error:  # a program failed: nobody is left waiting
       trouble = Refused(500, "failed", f"The server failed: {error!r}")
-      raise
+      self.failure = error
+      traceback.print_exception(error)
     finally:
       with self._news:
         self._is_closed = True
@@ -192,6 +205,7 @@ class Batcher:
         self._rows = [None] * len(self._rows)
       for job in left:
         job.tell(Said(error=trouble))
+      self._then()
 
   def _turn(self) -> bool:
     """Does something for every row; returns whether there was a row."""
@@ -258,7 +272,10 @@ class Batcher:
     self._ask(job)
     if job.adapter is None or job.loading is None or not self._is_read(job):
       return None
-    return self.adapters.lease(job.adapter, job.loading)
+    lease = self.adapters.lease(job.adapter, job.loading)
+    if not self.adapters.is_current(job.adapter, job.loading):
+      self._wake()  # replaced just now: ask again, in the next turn
+    return lease
 
   def _seat(self, job: Job, lease: Lease | None) -> _Row:
     """Gives a job a row."""
@@ -346,9 +363,7 @@ def _choice(rows: int, steps: int = 0) -> Choice:
   return Choice(np.zeros(rows, np.float32), np.zeros(shape, np.float32))
 
 
-def _zero_lora(lead: Sequence[int], into: int, out: int):
+def _zero_lora(lead: Sequence[int], into: int, out: int) -> Lora:
   """Returns a Lora that changes nothing."""
-  from jlora.loras import Lora
-
   parts = ((*lead, 1, into), (*lead, 1, out), tuple(lead))
   return Lora(*(np.zeros(shape, np.float32) for shape in parts))  # pyright: ignore

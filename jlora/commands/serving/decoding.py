@@ -8,7 +8,7 @@ order that does not depend on the others.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,6 +159,35 @@ class Decoder:
     return found
 
 
+def count_compilations() -> Callable[[], int]:
+  """Returns what counts the programs that are compiled from now on.
+
+  Example:
+    >>> count = count_compilations()
+    >>> _ = jax.jit(lambda x: x + 1)(np.float32(1))
+    >>> count()
+    1
+  """
+  found = _compilations()
+  start = len(found)
+  return lambda: len(found) - start
+
+
+@functools.cache
+def _compilations() -> list[str]:
+  """Returns a list that grows with every compiled program."""
+  found: list[str] = []
+
+  def heard(event: str, seconds: float, **_: Any) -> None:
+    """Notes a compilation."""
+    del seconds
+    if event.endswith("backend_compile_duration"):
+      found.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(heard)
+  return found
+
+
 def empty_cache(model: Model, params: Any, sizes: Sizes) -> Any:
   """Makes a cache of zeros for all rows."""
   tokens = jax.ShapeDtypeStruct((sizes.rows, 1), jnp.int32)
@@ -178,6 +207,9 @@ def _read(
   part = jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache
   )
+  # What the row held before might be NaN, which a mask does not take away.
+  is_first = start == 0
+  part = jax.tree.map(lambda x: jnp.where(is_first, jnp.zeros_like(x), x), part)
   logits, part = _extended(model, length)(
     bind(params, own), tokens, start, skip, part
   )
