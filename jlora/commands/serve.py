@@ -87,7 +87,9 @@ _DTYPE = flags.DEFINE_enum(
   "Of parameters, adapters and the computation.",
   flag_values=_FLAGS,
 )
-_ROOM = _integer("room", 64, "Adapters on the device at once.")
+_ROOM = _integer(
+  "room", 64, "Adapters on the device at once; 0 serves the base alone.", 0
+)
 _RANK = _integer(
   "rank",
   None,
@@ -181,10 +183,12 @@ def _service() -> "Service":
   base = open_base(_BASE.value)
   tokenizer = open_tokenizer(folder)
   model, params = load(folder, dtype=jnp.dtype(_DTYPE.value))
-  found = survey(Path(_ADAPTERS.value), base)
+  found = Survey({}, {}, {}, 0)
+  if _ROOM.value:
+    found = survey(Path(_ADAPTERS.value), base)
   room = Room(
-    _shapes(found, flatten(params)),
-    slots=_ROOM.value,
+    _shapes(found, flatten(params)) if _ROOM.value else {},
+    slots=max(_ROOM.value, 1),
     rank=_RANK.value or max(found.rank, _HEADROOM),
     dtype=_DTYPE.value,
   )

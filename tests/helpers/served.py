@@ -28,7 +28,7 @@ from jlora.commands.serving.text import open_tokenizer
 from jlora.loras import Lora
 from jlora.paths import flatten
 
-VOCABULARY = 60
+VOCABULARY, END = 60, 44
 CONFIG = {
   "model_type": "llama",
   "vocab_size": VOCABULARY,
@@ -37,7 +37,7 @@ CONFIG = {
   "num_hidden_layers": 1,
   "num_attention_heads": 2,
   "num_key_value_heads": 1,
-  "eos_token_id": 7,
+  "eos_token_id": END,
 }
 SIZES = Sizes(rows=4, length=48, piece=8, steps=3)
 WORDS = [f"w{i}" for i in range(VOCABULARY)]
@@ -117,7 +117,7 @@ def running(base: Path, adapters: Path, *, room=3, queue=64, timeout=60, **rest)
     batcher,
     names,
     open_tokenizer(base),
-    frozenset([7]),
+    frozenset([END]),
     Limits(8, 24, 32, VOCABULARY),
     2**16,
     timeout,

@@ -122,7 +122,7 @@ async def _body(service: Service, request: Request) -> bytes:
 
 
 async def _health(service: Service, request: Request) -> Response:
-  """Tells how busy the server is."""
+  """Tells how busy the server is, and what it has cost."""
   del request
   return JSONResponse(
     {
@@ -130,6 +130,7 @@ async def _health(service: Service, request: Request) -> Response:
       **service.batcher.counts,
       "in_slots": service.adapters.room.names,
       "compilations": service.compilations(),
+      "processor_seconds": time.process_time(),
     }
   )
 

@@ -125,10 +125,11 @@ class Batcher:
     self._say([None] * sizes.rows)
 
   def submit(self, jobs: Sequence[Job]) -> None:
-    """Puts jobs at the end of the queue, all or none.
+    """Puts jobs at the end of the queue, all or none; begins to read adapters.
 
     Raises:
-      Refused: the queue is too long, or the server is being stopped.
+      Refused: the queue is too long, an adapter is not known, or the server is
+        being stopped.
     """
     with self._news:
       if self._is_closed:
@@ -140,6 +141,8 @@ class Batcher:
           f"{len(self._queue)} texts are waiting, of {self._most} that may; "
           "ask again later.",
         )
+      for job in jobs:
+        self._ask(job)
       self._queue.extend(jobs)
     self._wake()
 

@@ -90,9 +90,10 @@ def wait_until(condition, seconds=60):
     time.sleep(0.01)
 
 
-def is_idle(server):
+def busy(server):
+  """(texts that are continued, texts that wait)."""
   found = health(server)
-  return found["running"] == found["waiting"] == 0
+  return found["running"], found["waiting"]
 
 
 def refusal(call, *args, **kwargs):
@@ -126,6 +127,23 @@ def apart(work, name, prompts, count):
     model, params, jnp.asarray(padded), 20, lengths=jnp.asarray(lengths)
   )
   return np.asarray(said)[: len(prompts), :count].tolist()
+
+
+class Gate:
+  """Lets a decoder's turns pass, or stops them."""
+
+  def __init__(self, server, monkeypatch):
+    decoder = server.service.batcher.decoder
+    self.is_open, say = threading.Event(), decoder.say
+    self.is_open.set()
+    self.calls = 0
+
+    def gated(*args):
+      self.calls += 1
+      assert self.is_open.wait(60)
+      return say(*args)
+
+    monkeypatch.setattr(decoder, "say", gated)
 
 
 def test_every_answer_is_that_of_its_adapter_alone(work, server):
@@ -189,22 +207,21 @@ def test_texts_streams_stops_and_ends(work, server):
     stopped = ask(client, "a1", "w1 w2 w3", 8, stop=[f" {words[at]}", "zz"])
     assert stopped.choices[0].text == " ".join(words[:at])
     assert stopped.choices[0].finish_reason == "stop"
-  wait_until(lambda: is_idle(server))
+  wait_until(lambda: busy(server) == (0, 0))
 
 
-def test_a_text_is_over_at_the_models_end(server):
-  """7 is the base's eos_token_id; it is not part of the text."""
-  options = {"temperature": 2.0, "seed": 0}
+def test_a_text_is_over_at_the_models_end(work, server):
+  """At the base's eos_token_id, which is not part of the text."""
+  prompts = draw_prompts(5, seed=5)
+  whole = apart(work, "a1", prompts, 20)
   with server.client() as client:
-    prompts = [[i] for i in range(8)]
-    whole = tokens_of(ask(client, "base", prompts, 30, **options))
     exact = {"return_token_ids": True}
-    found = ask(client, "base", prompts, 30, **options, extra_body=exact)
-  ended = [7 in said for said in whole]
+    found = ask(client, "a1", prompts, 20, extra_body=exact)
+  ended = [served.END in said for said in whole]
   assert any(ended)
   for choice, said, end in zip(found.choices, whole, ended, strict=True):
     assert choice.finish_reason == ("stop" if end else "length")
-    assert choice.token_ids == (said[: said.index(7)] if end else said)
+    assert choice.token_ids == said[: said.index(served.END)] if end else said
 
 
 def test_the_models_are_listed(server):
@@ -276,36 +293,37 @@ def test_damaged_requests(server, body, headers, status, words):
   assert health(server)["status"] == "ok"
 
 
-def test_a_client_that_goes_away_leaves_nothing_behind(server):
-  room = server.service.adapters.room
+def test_a_client_that_goes_away_leaves_nothing_behind(server, monkeypatch):
+  room, gate = server.service.adapters.room, Gate(server, monkeypatch)
   with server.client() as client:
     before = tokens_of(ask(client, "a5", [4, 2], 6))
-    for _ in range(3):
-      stream = ask(client, "a5", [4, 2], 24, stream=True)
-      next(iter(stream))
-      stream.close()
-    wait_until(lambda: is_idle(server))
+    stream = ask(client, "a5", [4, 2], 32, stream=True)
+    next(iter(stream))
+    gate.is_open.clear()
+    stream.close()
     body = json.dumps({"model": "a5", "prompt": [1], "max_tokens": 32})
     host, port = server.url.split("/")[2].split(":")
-    for _ in range(3):  # not a stream: it goes while nothing is sent
-      with socket.create_connection((host, int(port))) as line:
-        line.sendall(
-          b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-          b"Content-Type: application/json\r\n"
-          + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
-    with socket.create_connection((host, int(port))) as line:
-      line.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Len")
-    wait_until(lambda: is_idle(server))
-    assert not room.is_full
-    assert not +room._users
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with contextlib.ExitStack() as lines:
+      for text in (head, head + body[:9].encode(), head + body.encode()):
+        line = socket.create_connection((host, int(port)))
+        lines.enter_context(line).sendall(text)
+      # One is whole: it runs, while nothing is sent.
+      wait_until(lambda: sum(busy(server)) >= 1)
+    time.sleep(0.3)  # until the server has heard that they are gone
+    calls = gate.calls
+    gate.is_open.set()
+    wait_until(lambda: busy(server) == (0, 0) and not +room._users)
+    assert gate.calls <= calls + 2  # of ten that either would have taken
     assert tokens_of(ask(client, "a5", [4, 2], 6)) == before
 
 
 def test_adapters_come_and_go_while_others_run(work, own):
   names = {i: f"a{i}" for i in range(COUNT)}
   source = work[0] / "adapters"
-  with own(room=2) as server, server.client() as client:
+  with own() as server, server.client() as client:
     url = {"load": "/v1/load_lora_adapter", "unload": "/v1/unload_lora_adapter"}
 
     def load(name, folder, **more):
@@ -364,7 +382,7 @@ def spoil(folder, name, how):
 def test_a_damaged_folder_harms_no_other(own):
   shutil.copytree(own.folder / "a0", own.folder / "a3")
   spoil(own.folder, "a3", "cut")
-  with own(room=2) as server, server.client() as client:
+  with own() as server, server.client() as client:
     before = tokens_of(ask(client, "a0", [3, 1], 6))
     assert {x.id for x in client.models.list()} == {"base", "a0", "a1", "a2"}
     found = refusal(ask, client, "a3", [1])
@@ -385,56 +403,41 @@ def test_a_damaged_folder_harms_no_other(own):
     assert tokens_of(ask(client, "a2", [3, 1], 6)) == before
 
 
-class Gate:
-  """Lets a decoder's turns pass, or stops them."""
-
-  def __init__(self, server, monkeypatch):
-    decoder = server.service.batcher.decoder
-    self.is_open, say = threading.Event(), decoder.say
-    self.is_open.set()
-
-    def gated(*args):
-      assert self.is_open.wait(60)
-      return say(*args)
-
-    monkeypatch.setattr(decoder, "say", gated)
-
-
 def test_a_full_room_and_a_full_queue_wait_or_say_so(work, own, monkeypatch):
-  """One slot: a1 waits for a0, the base passes it; two may wait."""
-  with own(room=1, queue=2, timeout=3) as server, server.client() as client:
-    gate, said = Gate(server, monkeypatch), {}
-    wanted = {x: apart(work, x, [[1, 2]], 9)[0] for x in ("a0", "a1", "base")}
+  """Three slots: a3 waits for one of them, and the base passes it."""
+  shutil.copytree(work[0] / "adapters" / "a3", own.folder / "a3")
+  names = ("a0", "a1", "a2", "a3", "base")
+  wanted = {name: apart(work, name, [[1, 2]], 9)[0] for name in names}
+  with own(queue=4, timeout=3) as server, server.client() as client:
+    batcher, gate = server.service.batcher, Gate(server, monkeypatch)
+    seat, seated = batcher._seat, []
 
-    def get(key, name):
-      try:
-        said[key] = tokens_of(ask(client, name, [1, 2], 9))[0]
-      except openai.APIStatusError as error:
-        said[key] = error.status_code, error.code
+    def noted(job, lease):
+      seated.append(job.adapter or "base")
+      return seat(job, lease)
 
-    def begin(key, name):
-      thread = threading.Thread(target=get, args=(key, name))
-      thread.start()
-      return thread
+    def get(name):
+      return tokens_of(ask(client, name, [1, 2], 9))[0]
 
+    monkeypatch.setattr(batcher, "_seat", noted)
     gate.is_open.clear()
-    threads = [begin("first", "a0")]
-    wait_until(lambda: health(server)["running"] == 1)
-    threads += [begin("second", "a1"), begin("third", "base")]
-    wait_until(lambda: health(server)["waiting"] == 2)
-    found = refusal(ask, client, "a0", [1])
-    assert found[:2] == (503, "queue_full")
-    gate.is_open.set()
-    for thread in threads:
-      thread.join()
-    assert said == {
-      "first": wanted["a0"], "second": wanted["a1"], "third": wanted["base"]
-    }  # fmt: skip
+    with concurrent.futures.ThreadPoolExecutor(5) as clients:
+      said = {}
+      for count, name in enumerate(names):
+        said[name] = clients.submit(get, name)
+        wait_until(lambda n=count: sum(busy(server)) == n + 1)
+      assert busy(server) == (1, 4)
+      shelf = server.service.adapters._shelf  # filled in the background
+      wait_until(lambda: sorted(shelf.names) == ["a0", "a1", "a2", "a3"])
+      assert refusal(ask, client, "a0", [1])[:2] == (503, "queue_full")
+      gate.is_open.set()
+      assert {name: x.result() for name, x in said.items()} == wanted
+    assert seated == ["a0", "a1", "a2", "base", "a3"]
     gate.is_open.clear()  # nothing is said any more: time runs out
     assert refusal(ask, client, "a0", [1], 9)[:2] == (504, "timeout")
     gate.is_open.set()
-    wait_until(lambda: is_idle(server))
-    assert tokens_of(ask(client, "a1", [1, 2], 9)) == [wanted["a1"]]
+    wait_until(lambda: busy(server) == (0, 0))
+    assert get("a1") == wanted["a1"]
 
 
 def test_a_failed_program_is_told_to_all_and_ends_the_server(own, monkeypatch):
@@ -501,12 +504,12 @@ def test_sigterm_in_the_middle_of_an_answer(work, tmp_path):
     assert lines[0].startswith("12 adapters; a room of 2 slots of rank 16 ")
     url = lines[-1].split()[-1]
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-    stream = iter(ask(client, "a2", [5, 6, 7], 30, stream=True))
+    stream = iter(ask(client, "a2", [5, 6, 7], 20, stream=True))
     parts = [next(stream)]
     process.send_signal(signal.SIGTERM)
     parts += stream
     said = sum((part.choices[0].token_ids for part in parts), [])
-    assert said == apart(work, "a2", [[5, 6, 7]], 30)[0]
+    assert said == apart(work, "a2", [[5, 6, 7]], 20)[0]
     assert process.wait(60) == 0
     assert process.stdout.read() == "stopped\n"
   finally:
