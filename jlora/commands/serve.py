@@ -155,7 +155,9 @@ def main(words: Sequence[str]) -> None:
     need(module)
   from jlora.commands.serving import server
 
-  with contextlib.closing(server.bind(_ADDRESS.value, _PORT.value)) as listening:
+  with contextlib.closing(
+    server.bind(_ADDRESS.value, _PORT.value)
+  ) as listening:
     keep_compilations(_CACHE.value)
     service = _service()
     service.batcher.start()
@@ -195,9 +197,7 @@ def _service() -> "Service":
   _say_what_there_is(found, room)
   name = _NAME.value or folder.resolve().name
   nbytes = int(_HOST.value * 2**20)
-  adapters = Adapters(
-    Path(_ADAPTERS.value), base, name, found, room, nbytes
-  )
+  adapters = Adapters(Path(_ADAPTERS.value), base, name, found, room, nbytes)
   length = _LENGTH.value or min(512, getattr(model.shape, "positions", 512))
   sizes = Sizes(_ROWS.value, length, _PIECE.value, _STEPS.value)
   batcher = Batcher(Decoder(model, params, sizes), adapters, _QUEUE.value)
@@ -282,8 +282,8 @@ COMMAND = Command(
   more="For hosting extracted adapters, and comparing them with their "
   "finetunes, on the reference models: every row of a batch has its own "
   "adapter, and its answer does not depend on the others. It is no rival of "
-  "vLLM, which has paged caches, kernels and more models: serve from there what "
-  "must be fast. Needs jlora[serve]. Routes: /v1/completions, /v1/models, "
+  "vLLM, which has paged caches, kernels and more models: what must be fast is "
+  "served from there. Needs jlora[serve]. Routes: /v1/completions, /v1/models, "
   "/v1/load_lora_adapter, /v1/unload_lora_adapter, /health.",
 )
 

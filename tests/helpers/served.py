@@ -103,7 +103,9 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(base: Path, adapters: Path, *, room=3, queue=64, timeout=60, **rest):
+def running(
+  base: Path, adapters: Path, *, room=3, queue=64, timeout=60, **rest
+):
   """Serves a base and adapters until the end of a block."""
   known = open_base(str(base))
   model, params = models.load(base)

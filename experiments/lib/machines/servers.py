@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jlora serve` in a process of its own, and many clients that ask it at once."""
+"""`jlora serve` in a process of its own, and clients that ask it at once."""
 
 import asyncio
 import contextlib

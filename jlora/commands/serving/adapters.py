@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters that a server knows: folders, host memory, slots on the device.
 
-    folder  ─►  Shelf, in the background  ─►  Room, when a request starts
+folder  ─►  Shelf, in the background  ─►  Room, when a request starts
 """
 
 import concurrent.futures

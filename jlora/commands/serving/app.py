@@ -117,7 +117,9 @@ async def _body(service: Service, request: Request) -> bytes:
             f"The request has more than {service.body:,} bytes; send less.",
           )
   except TimeoutError as error:
-    raise Refused(408, "timeout", "The request did not come in time.") from error
+    raise Refused(
+      408, "timeout", "The request did not come in time."
+    ) from error
   return bytes(found)
 
 
@@ -207,7 +209,9 @@ async def _pieces(
 
   ends = frozenset() if wanted.ignores_ends else service.ends
   jobs = [
-    Job(tokens, adapter, wanted.limit, wanted.temperature, seed, ends, teller(i))
+    Job(
+      tokens, adapter, wanted.limit, wanted.temperature, seed, ends, teller(i)
+    )
     for i, (tokens, seed) in enumerate(
       zip(wanted.prompts, wanted.seeds, strict=True)
     )

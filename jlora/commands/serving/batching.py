@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuous batching: rows of one batch that come and go on their own.
 
-    queue ─► a free row, an adapter in a slot ─► prompt, a piece a turn ─► tokens
+    queue ─► a free row, an adapter in a slot ─► pieces of the prompt ─► tokens
 
 One thread runs all programs. A job that is done or cancelled gives its row and
 its adapter back before the next turn.
@@ -310,9 +310,7 @@ class Batcher:
     """Reads a piece of a row's prompt; after the last one it says a token."""
     piece = self.decoder.sizes.piece
     ids, bank = self._bank([row])
-    choice = Choice(
-      np.array([row.job.temperature], np.float32), row.chance[:1]
-    )
+    choice = Choice(np.array([row.job.temperature], np.float32), row.chance[:1])
     part, row.unread = row.unread[:piece], row.unread[piece:]
     token = self.decoder.read(
       bank, place, int(ids[0]), part, row.at, row.skip, choice

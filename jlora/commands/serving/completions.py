@@ -35,9 +35,7 @@ _HEAT = Kind(
   lambda x: type(x) in (int, float) and 0 <= x <= 2,
 )
 _STOPS = either(TEXT, list_of(TEXT), NULL)
-_PROMPTS = either(
-  TEXT, list_of(TEXT), list_of(SIZE), list_of(list_of(SIZE))
-)
+_PROMPTS = either(TEXT, list_of(TEXT), list_of(SIZE), list_of(list_of(SIZE)))
 #: Field -> what it may hold.
 FIELDS = {
   "model": TEXT,

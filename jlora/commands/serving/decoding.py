@@ -191,9 +191,7 @@ def _compilations() -> list[str]:
 def empty_cache(model: Model, params: Any, sizes: Sizes) -> Any:
   """Makes a cache of zeros for all rows."""
   tokens = jax.ShapeDtypeStruct((sizes.rows, 1), jnp.int32)
-  first = functools.partial(
-    model.extend, span=Span(0, sizes.length), cache={}
-  )
+  first = functools.partial(model.extend, span=Span(0, sizes.length), cache={})
   _, cache = jax.eval_shape(first, params, tokens)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
 
@@ -204,9 +202,7 @@ def _read(
 ):
   """Reads a piece into one row of the cache."""
   own = jax.tree.map(lambda x: x[0], fetch_rows(bank, ids))
-  part = jax.tree.map(
-    lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache
-  )
+  part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
   # What the row held before might be NaN, which a mask does not take away.
   is_first = start == 0
   part = jax.tree.map(lambda x: jnp.where(is_first, jnp.zeros_like(x), x), part)
@@ -281,12 +277,12 @@ def choose(logits: jax.Array, choice: Choice) -> jax.Array:
   def by_chance():
     """Chooses by chance where there is a temperature."""
     hot = choice.temperature > 0
-    divisor = jnp.where(hot, choice.temperature, jnp.ones_like(hot, jnp.float32))
+    divisor = jnp.where(
+      hot, choice.temperature, jnp.ones_like(hot, jnp.float32)
+    )
     total = jnp.cumsum(jax.nn.softmax(logits / divisor[:, None]), -1)
     is_before = total <= (choice.chance * total[:, -1])[:, None]
     drawn = jnp.minimum(is_before.sum(-1), logits.shape[-1] - 1)
     return jnp.where(hot, drawn.astype(jnp.int32), best)
 
-  return jax.lax.cond(
-    jnp.any(choice.temperature > 0), by_chance, lambda: best
-  )
+  return jax.lax.cond(jnp.any(choice.temperature > 0), by_chance, lambda: best)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rooms of slots and shelves of adapters: what is kept, replaced and refused."""
+"""Rooms of slots, shelves of adapters: what is kept, replaced and refused."""
 
 import logging
 import threading
@@ -70,7 +70,9 @@ def test_slots_are_written_in_place_and_nothing_is_compiled(caplog):
 def test_the_least_recently_used_goes_and_never_one_in_use():
   room = Room(SHAPES, slots=3, rank=4)
   leases = {name: room.fill(name, draw(1, i)) for i, name in enumerate("abc")}
-  with pytest.raises(ValueError, match="All 3 slots are in use, by a, b, c; gi"):
+  with pytest.raises(
+    ValueError, match="All 3 slots are in use, by a, b, c; gi"
+  ):
     room.fill("d", draw(1, 3))
   assert room.is_full
   assert room.names == ["a", "b", "c"]
@@ -133,7 +135,10 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
   turned = {"q/kernel": Lora(*(draw(1, 1)["q/kernel"].b,) * 2, np.float32(1))}
   for loras, words in (
     (draw(3, 1), "q/kernel has rank 3, up/kernel has rank 3"),
-    (draw(1, 1) | {"other": draw(1, 1)["q/kernel"]}, "other is no module of it"),
+    (
+      draw(1, 1) | {"other": draw(1, 1)["q/kernel"]},
+      "other is no module of it",
+    ),
     (bad, "q/kernel is not finite in float32"),
     (turned, r"q/kernel is for \(4, 4\), needed is \(6, 4\)"),
     ({}, "it changes none"),
@@ -299,9 +304,8 @@ def test_what_is_forgotten_while_it_is_read_is_not_kept():
     shelf.forget("a")
     new = shelf.ask("a")
     go.set()
-    assert (old.result(60)["q/kernel"].rank, new.result(60)["q/kernel"].rank) == (
-      1, 2
-    )  # fmt: skip
+    assert old.result(60)["q/kernel"].rank == 1
+    assert new.result(60)["q/kernel"].rank == 2
     assert shelf.ask("a").result()["q/kernel"].rank == 2
 
 

@@ -152,7 +152,10 @@ def test_every_answer_is_that_of_its_adapter_alone(work, server):
   prompts = draw_prompts(5)
   asked = [(name, i) for name in names for i in range(5)]
   order = np.random.default_rng(1).permutation(len(asked))
-  with concurrent.futures.ThreadPoolExecutor(6) as clients, server.client() as c:
+  with (
+    concurrent.futures.ThreadPoolExecutor(6) as clients,
+    server.client() as c,
+  ):
     said = clients.map(
       lambda at: tokens_of(ask(c, asked[at][0], prompts[asked[at][1]]))[0],
       order,
@@ -163,7 +166,9 @@ def test_every_answer_is_that_of_its_adapter_alone(work, server):
   for name in names:
     wanted = apart(work, name, prompts, 6)
     assert [found[name, i] for i in range(5)] == wanted
-  every = {tuple(map(tuple, (found[name, i] for i in range(5)))) for name in names}
+  every = {
+    tuple(map(tuple, (found[name, i] for i in range(5)))) for name in names
+  }
   assert len(every) == len(names)  # or a wrong adapter would not be seen
 
 
@@ -172,7 +177,9 @@ def test_chance_depends_on_the_seed_alone(server):
   with server.client() as client:
     hot = {"temperature": 1.5, "seed": 11}
     alone = tokens_of(ask(client, "a3", prompt, 9, **hot))
-    crowd = tokens_of(ask(client, "a3", [[1, 2], prompt, prompt], 9, **hot | {"seed": 10}))
+    crowd = tokens_of(
+      ask(client, "a3", [[1, 2], prompt, prompt], 9, **hot | {"seed": 10})
+    )
     assert crowd[1:2] == alone  # seeds of prompts count up
     assert crowd[2] != alone[0]
     assert tokens_of(ask(client, "a3", prompt, 9, **hot)) == alone
@@ -231,6 +238,20 @@ def test_the_models_are_listed(server):
   assert found["a3"].parent == "base"
 
 
+def test_nothing_of_the_extra_is_loaded_until_something_is_served():
+  code = (
+    "import sys, jlora.adapting, jlora.commands.serve; "
+    "print(*{'starlette', 'uvicorn', 'tokenizers'} & sys.modules.keys())"
+  )
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert found.stdout == "\n", found.stderr
+
+
 REFUSED = (
   (dict(model="a99"), 404, "model_not_found", "no model a99; did you mean a"),
   (dict(prompt=[60]), 400, "too_long", "token id 60, at most 59"),
@@ -239,7 +260,12 @@ REFUSED = (
   (dict(prompt=[[1]] * 9), 400, "too_long", "prompts 9, at most 8"),
   (dict(max_tokens=33), 400, "too_long", "max_tokens 33, at most 32"),
   (dict(prompt=[1] * 24, max_tokens=26), 400, "too_long", "answer 49, at most"),
-  (dict(max_tokens=0), 400, "bad_request", "max_tokens is 0, needed is an inte"),
+  (
+    dict(max_tokens=0),
+    400,
+    "bad_request",
+    "max_tokens is 0, needed is an inte",
+  ),
   (dict(temperature=-1.0), 400, "bad_request", "temperature is -1.0, needed"),
   (dict(n=2, top_p=0.5), 400, "not_supported", "2 fields .*: n, top_p; leave"),
   (dict(extra_body={"min_p": 1}), 400, "not_supported", "1 fields .*: min_p;"),
