@@ -107,6 +107,15 @@ class Room:
     with self._lock:
       return list(self._held)
 
+  def has(self, name: str) -> bool:
+    """Returns whether an adapter is in a slot.
+
+    Args:
+      name: of the adapter.
+    """
+    with self._lock:
+      return name in self._held
+
   @property
   def is_full(self) -> bool:
     """Returns whether every slot is in use, so that `fill` would raise."""

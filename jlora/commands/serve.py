@@ -46,7 +46,7 @@ _FLAGS = flags.FlagValues()  # apart from those of other commands
 _HEADROOM = 16  # the least rank of a room, for what is loaded later
 
 
-def _integer(name: str, default: int | None, text: str, least: int = 1):
+def _integer(name: str, default: int | None, text: str, least: int = 1) -> Any:
   """Defines a flag for an integer."""
   return flags.DEFINE_integer(
     name, default, text, lower_bound=least, flag_values=_FLAGS

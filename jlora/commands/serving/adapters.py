@@ -182,6 +182,26 @@ class Adapters:
       near = nearest(name, [self.base_name, *self._folders])
     raise Refused(404, "model_not_found", f"There is no model {name}{near}")
 
+  def is_in_slot(self, name: str) -> bool:
+    """Returns whether an adapter is on the device.
+
+    Raises:
+      Refused: there is none of that name.
+    """
+    with self._lock:
+      self.check(name)
+      return self.room.has(name)
+
+  def hold(self, name: str) -> Lease | None:
+    """Holds an adapter that is in a slot; None if it is not.
+
+    Raises:
+      Refused: there is none of that name.
+    """
+    with self._lock:
+      self.check(name)
+      return self.room.hold(name)
+
   def ask(self, name: str) -> Loading:
     """Begins to bring an adapter to host memory, if it is not there.
 
@@ -215,7 +235,7 @@ class Adapters:
       self.check(name)
       if not self.is_current(name, loading):
         return None
-      if lease := self.room.hold(name):
+      if lease := self.room.hold(name):  # since it was asked for
         return lease
       try:
         loras = loading.future.result(timeout=0)

@@ -142,8 +142,11 @@ class Batcher:
           "ask again later.",
         )
       for job in jobs:
-        self._ask(job)
+        if job.adapter is not None:
+          self.adapters.check(job.adapter)
       self._queue.extend(jobs)
+      for job in [*self._queue][: len(self._rows)]:
+        self._ask(job)
     self._wake()
 
   def cancel(self, jobs: Sequence[Job]) -> None:
@@ -233,7 +236,8 @@ class Batcher:
     with self._news:
       waiting = list(self._queue)
     is_full = False
-    for job in waiting:
+    # Those far behind are not read yet: host memory is for those in front.
+    for job in waiting[: 2 * len(self._rows)]:
       free = [i for i, row in enumerate(self._rows) if row is None]
       if not job.is_cancelled:
         try:
@@ -256,10 +260,10 @@ class Batcher:
       self._queue.remove(job)
 
   def _ask(self, job: Job) -> None:
-    """Begins to read a job's adapter, long before there is a row for it."""
-    if job.adapter is None:
-      return
+    """Begins to read a job's adapter before there is a row for it."""
     adapters = self.adapters
+    if job.adapter is None or adapters.is_in_slot(job.adapter):
+      return
     if job.loading and adapters.is_current(job.adapter, job.loading):
       return
     job.loading = adapters.ask(job.adapter)
@@ -272,8 +276,12 @@ class Batcher:
 
   def _lease(self, job: Job) -> Lease | None:
     """Brings a job's adapter to a slot; None if it has none, or not yet."""
+    if job.adapter is None:
+      return None
+    if lease := self.adapters.hold(job.adapter):
+      return lease
     self._ask(job)
-    if job.adapter is None or job.loading is None or not self._is_read(job):
+    if job.loading is None or not self._is_read(job):
       return None
     lease = self.adapters.lease(job.adapter, job.loading)
     if not self.adapters.is_current(job.adapter, job.loading):

@@ -178,9 +178,9 @@ def _compilations() -> list[str]:
   """Returns a list that grows with every compiled program."""
   found: list[str] = []
 
-  def heard(event: str, seconds: float, **_: Any) -> None:
+  def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
     """Notes a compilation."""
-    del seconds
+    del duration_secs, kwargs
     if event.endswith("backend_compile_duration"):
       found.append(event)
 
