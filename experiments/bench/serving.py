@@ -183,7 +183,7 @@ def storm(sizes: Storm, folder: pathlib.Path) -> dict[str, Any]:
   asked = draw_requests(sizes, list(loras))
   plain = [x for x in asked if not x.leaves and x.model != _DAMAGED]
   flags_ = (f"--room={sizes.room}", f"--rows={sizes.rows}", "--length=96")
-  flags_ += (f"--queue={2 * sizes.clients}", "--host_mib=2")
+  flags_ += (f"--queue={2 * sizes.clients}", "--host_mib=4")
   with serving(folder / "base", folder / "adapters", *flags_) as server:
     began = time.perf_counter()
     answers = ask_all(server, asked, sizes.clients)

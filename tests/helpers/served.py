@@ -74,14 +74,19 @@ def write_adapters(folder: Path, params: Any, count: int) -> dict[str, Any]:
   """Writes adapters a0, a1, ... of ranks 1 to 4; returns them."""
   found = {f"a{i}": draw_adapter(params, 1 + i % 4, i) for i in range(count)}
   for name, loras in found.items():
-    jlora.save_peft(
-      folder / name,
-      loras,
-      like=flatten(params),
-      rename=models.hf_name,
-      model_type="llama",
-    )
+    write_adapter(folder / name, params, loras)
   return found
+
+
+def write_adapter(folder: Path, params: Any, loras: dict[str, Lora]) -> None:
+  """Writes an adapter as PEFT would."""
+  jlora.save_peft(
+    folder,
+    loras,
+    like=flatten(params),
+    rename=models.hf_name,
+    model_type="llama",
+  )
 
 
 class Running(NamedTuple):

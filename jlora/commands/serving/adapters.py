@@ -85,7 +85,7 @@ def read_adapter(folder: Path, base: Base) -> Loras:
     ValueError: a folder that cannot be read, that does not fit the base, or
       that changes more than a Lora can: biases, or whole tensors.
   """
-  found = load_peft(folder, like=base.spec, config=base.config)
+  found = load_peft(folder, like=base.spec, config=base.config, on_host=True)
   if others := [*found.biases, *found.full]:
     raise ValueError(
       f"{folder} also changes {len(others)} biases or whole tensors: "

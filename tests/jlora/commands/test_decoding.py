@@ -101,6 +101,17 @@ def test_a_row_is_the_same_bit_by_bit_wherever_and_beside_whomever(small):
   )
 
 
+def test_the_base_is_the_same_with_and_without_a_room(small):
+  model, params, loras, shapes = small
+  room = Room(shapes, slots=4, rank=4)
+  for i, own in enumerate(loras):
+    room.fill(str(i), own)
+  beside = run(Decoder(model, params, SIZES), room.bank, {0: 2, 1: -1})[1]
+  bare = run(Decoder(model, params, SIZES), Room({}, slots=1).bank, {1: -1})[1]
+  assert beside[0] == bare[0]
+  jax.tree.map(np.testing.assert_array_equal, beside[1], bare[1])
+
+
 def test_what_is_not_finite_stays_in_its_row(small):
   """An adapter that overflows spoils neither its neighbours nor who follows."""
   model, params, loras, shapes = small

@@ -26,6 +26,8 @@ import pytest
 import jlora
 from jlora import models
 from jlora.checkpoints import write_safetensors
+from jlora.commands import entry, serve
+from jlora.commands.serving.decoding import count_compilations
 from tests.helpers import served
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -252,6 +254,43 @@ def test_nothing_of_the_extra_is_loaded_until_something_is_served():
   assert found.stdout == "\n", found.stderr
 
 
+def command(capsys, *words):
+  """The command in this process: its exit code, and the error it told."""
+  return entry.run(serve.COMMAND, words), capsys.readouterr().err
+
+
+def test_without_its_packages_it_says_what_to_install(capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "uvicorn", None)
+  code, said = command(capsys, "--base=x", "--adapters=y")
+  assert code == 1
+  assert said == (
+    "error: `jlora serve` needs uvicorn: pip install 'jlora[serve]'\n"
+  )
+
+
+def test_mistakes_are_told_before_anything_is_served(work, tmp_path, capsys):
+  base, own = f"--base={work[0]}/base", f"--adapters={work[0]}/adapters"
+  rest = ("--port=0", f"--cache={tmp_path}")
+  taken = socket.create_server(("127.0.0.1", 0))
+  port = taken.getsockname()[1]
+  with contextlib.closing(taken):
+    for words, says in (
+      ((base, own, f"--port={port}"), f"127.0.0.1:{port} cannot be listened o"),
+      ((base, own, "a"), "only flags are taken, got a"),
+      ((f"--base={tmp_path}", own, *rest), "holds no checkpoint"),
+      ((base, "--adapters=/nowhere", *rest), "/nowhere is no folder; give one"),
+      (
+        (base, own, *rest, "--rank=2", "--modules=("),
+        "--modules=( is no regex",
+      ),
+      ((base, own, *rest, "--modules=x"), "--modules=x finds none of layers/0"),
+      ((base, own, *rest, "--length=32"), "length above 32"),
+    ):
+      code, said = command(capsys, *words)
+      assert (code, says in said) == (1, True), said
+      assert said.count("\n") == 1
+
+
 REFUSED = (
   (dict(model="a99"), 404, "model_not_found", "no model a99; did you mean a"),
   (dict(prompt=[60]), 400, "too_long", "token id 60, at most 59"),
@@ -386,7 +425,30 @@ def test_adapters_come_and_go_while_others_run(work, own):
     assert unload("new") == (200, "Success: new is unloaded.")
     assert unload("new")[0] == 404
     assert refusal(ask, client, "new", [1])[:2] == (404, "model_not_found")
-    assert health(server)["compilations"] == 0
+
+
+def test_a_later_adapter_of_another_shape_compiles_nothing(work, own):
+  """Of a rank that there was none of, in a server of three adapters."""
+  shutil.rmtree(own.folder / "a2")  # the one of rank 3
+  few = {
+    path: lora
+    for path, lora in served.draw_adapter(work[2], 3, 77).items()
+    if "mlp" in path
+  }
+  served.write_adapter(own.folder / "few", work[2], few)
+  few_there = own.folder / "few"
+  few_there.rename(own.folder.parent / "few")
+  with own() as server, server.client() as client:
+    (own.folder.parent / "few").rename(few_there)
+    compiled = count_compilations()
+    given = {"lora_name": "few", "lora_path": "few"}
+    path = "/v1/load_lora_adapter"
+    assert post(server, json.dumps(given), path)[0] == 200
+    said = tokens_of(ask(client, "few", [1, 2], 20))[0]
+    assert compiled() == health(server)["compilations"] == 0
+  params = jlora.apply(work[2], few)
+  wanted = models.generate(work[1], params, jnp.array([[1, 2]]), 20)
+  assert said == np.asarray(wanted)[0].tolist()
 
 
 def spoil(folder, name, how):
