@@ -181,51 +181,55 @@ def storm(sizes: Storm, folder: pathlib.Path) -> dict[str, Any]:
   broken.mkdir()
   (broken / "adapter_config.json").write_text("{")
   asked = draw_requests(sizes, list(loras))
+  # By adapter, so that each is read from its folder once where one is asked.
   plain = [x for x in asked if not x.leaves and x.model != _DAMAGED]
+  plain.sort(key=lambda one: one.model)
+  last = plain[:: max(len(plain) // sizes.clients, 1)][: sizes.clients] * 2
   flags_ = (f"--room={sizes.room}", f"--rows={sizes.rows}", "--length=96")
   flags_ += (f"--queue={2 * sizes.clients}", "--host_mib=4")
   with serving(folder / "base", folder / "adapters", *flags_) as server:
     began = time.perf_counter()
     answers = ask_all(server, asked, sizes.clients)
     seconds = time.perf_counter() - began
-    after = server.health()
     print(f"storm: {seconds:.0f} s, {len(asked)} requests", flush=True)
-    # By adapter, so that each is read from its folder once.
-    plain.sort(key=lambda one: one.model)
+    after = server.health()
     alone = ask_all(server, plain, 1)
     print("storm: asked again, one at a time", flush=True)
-    last = plain[:: max(len(plain) // sizes.clients, 1)][: sizes.clients]
     ending = ask_all(
-      server, last * 2, sizes.clients,
+      server, last, sizes.clients,
       lambda done: server.process.terminate() if done == 3 else None,
     )  # fmt: skip
     code = server.process.wait(600)
-  apart = answer_apart(folder, loras, plain)
-  one_by_one = {
-    one: answer.tokens for one, answer in zip(plain, alone, strict=True)
-  }
-  got = dict(zip(asked, answers, strict=True))
+  got = list(zip(asked, answers, strict=True))
+  one_by_one = dict(zip(plain, (x.tokens for x in alone), strict=True))
   return {
     "sizes": sizes._asdict(),
     "seconds": seconds,
-    "answers": sum(got[x].tokens is not None for x in plain),
-    "differ from one at a time": sum(
-      got[x].tokens != one_by_one[x] for x in plain
-    ),
-    "differ from summed weights": sum(got[x].tokens != apart[x] for x in plain),
-    "distinct answers": len({tuple(got[x].tokens or ()) for x in plain}),
+    **_compared(got, one_by_one, answer_apart(folder, loras, plain)),
     "compilations after the start": after["compilations"],
     "running or waiting in the end": after["running"] + after["waiting"],
-    "damaged, told": _told(got, asked, "is damaged"),
     "damaged, asked": sum(x.model == _DAMAGED for x in asked),
-    "at SIGTERM": _ending(last * 2, ending, one_by_one),
+    "damaged, told": _told(got, "is damaged"),
+    "at SIGTERM": _ending(last, ending, one_by_one),
     "exit code": code,
   }
 
 
-def _told(got: dict[Asked, Answered], asked, words: str) -> int:
+def _compared(got, one_by_one, apart) -> dict[str, int]:
+  """Counts answers, and those that differ from what each adapter says alone."""
+  said = [(one, found.tokens) for one, found in got if one in apart]
+  return {
+    "asked": len(said),
+    "answered": sum(tokens is not None for _, tokens in said),
+    "differ from one at a time": sum(x != one_by_one[one] for one, x in said),
+    "differ from summed weights": sum(x != apart[one] for one, x in said),
+    "distinct answers": len({tuple(x or ()) for _, x in said}),
+  }
+
+
+def _told(got: Sequence[tuple[Asked, Answered]], words: str) -> int:
   """Counts requests for the damaged adapter that were told of it."""
-  return sum(x.model == _DAMAGED and words in got[x].error for x in asked)
+  return sum(x.model == _DAMAGED and words in y.error for x, y in got)
 
 
 def _ending(asked, answers: Sequence[Answered], wanted) -> dict[str, int]:

@@ -206,17 +206,18 @@ def _service() -> "Service":
     adapters,
     tokenizer,
     _ends(base.config),
-    Limits(
-      _PROMPTS.value,
-      _PROMPT.value or length,
-      _TOKENS.value or length,
-      model.shape.vocab,
-    ),
+    _limits(length, model.shape.vocab),
     int(_BODY.value * 2**20),
     _TIMEOUT.value,
     server.hosts_of(_ADDRESS.value),
     int,
   )
+
+
+def _limits(length: int, vocabulary: int) -> Limits:
+  """Returns what a request may ask for."""
+  prompt, tokens = _PROMPT.value or length, _TOKENS.value or length
+  return Limits(_PROMPTS.value, prompt, tokens, vocabulary)
 
 
 def _shapes(found: Survey, params: Mapping[str, jax.Array]):

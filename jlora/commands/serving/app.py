@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -197,25 +198,12 @@ async def _pieces(
   heard: asyncio.Queue[tuple[int, Said]] = asyncio.Queue()
   loop = asyncio.get_running_loop()
 
-  def teller(index: int) -> Callable[[Said], None]:
-    """Returns what hands a text's words to this loop."""
+  def tell(index: int, said: Said) -> None:
+    """Hands a text's words over from the batcher's thread."""
+    if not loop.is_closed():
+      loop.call_soon_threadsafe(heard.put_nowait, (index, said))
 
-    def tell(said: Said) -> None:
-      """Hands words over from the batcher's thread."""
-      if not loop.is_closed():
-        loop.call_soon_threadsafe(heard.put_nowait, (index, said))
-
-    return tell
-
-  ends = frozenset() if wanted.ignores_ends else service.ends
-  jobs = [
-    Job(
-      tokens, adapter, wanted.limit, wanted.temperature, seed, ends, teller(i)
-    )
-    for i, (tokens, seed) in enumerate(
-      zip(wanted.prompts, wanted.seeds, strict=True)
-    )
-  ]
+  jobs = _jobs(service, wanted, adapter, tell)
   scripts = [Transcript(service.tokenizer, wanted.stops) for _ in jobs]
   open_ = set(range(len(jobs)))
   deadline = loop.time() + service.timeout
@@ -241,6 +229,30 @@ async def _pieces(
     ) from error
   finally:
     service.batcher.cancel(jobs)
+
+
+def _jobs(
+  service: Service,
+  wanted: Wanted,
+  adapter: str | None,
+  tell: Callable[[int, Said], None],
+) -> list[Job]:
+  """Makes a job for each text of a request."""
+  ends = frozenset() if wanted.ignores_ends else service.ends
+  return [
+    Job(
+      tokens,
+      adapter,
+      wanted.limit,
+      wanted.temperature,
+      seed,
+      ends,
+      functools.partial(tell, i),
+    )
+    for i, (tokens, seed) in enumerate(
+      zip(wanted.prompts, wanted.seeds, strict=True)
+    )
+  ]
 
 
 async def _whole(wanted: Wanted, pieces: AsyncIterator[Answer]) -> Response:
