@@ -70,12 +70,13 @@ class Speed(NamedTuple):
   hidden: int = 512
   rows: int = 32
   rank: int = 8
-  count: int = 65
-  turns: int = 7
+  layers: int = 2
+  count: int = 33
+  turns: int = 5
 
 
 QUICK_STORM = Storm(6, 40, 5, 2, 3, 6, 4)
-QUICK_SPEED = Speed(64, 4, 2, 9, 2)
+QUICK_SPEED = Speed(64, 4, 2, 1, 9, 2)
 
 
 def config_of(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def _ending(asked, answers: Sequence[Answered], wanted) -> dict[str, int]:
 
 def speed(sizes: Speed, folder: pathlib.Path) -> dict[str, Any]:
   """Times a batch of adapters and a batch of the base, in turns."""
-  config = config_of(sizes.hidden, 4, 2048)
+  config = config_of(sizes.hidden, sizes.layers, 2048)
   names = list(write_models(folder, config, [sizes.rank] * sizes.rows))
   rng = np.random.default_rng(0)
   prompts = [
@@ -269,7 +270,8 @@ def speed(sizes: Speed, folder: pathlib.Path) -> dict[str, Any]:
     for turn in range(sizes.turns + 1):
       for kind, (_, asked) in kinds.items():
         found = _timed(servers[kind], asked, prompts, sizes)
-        if turn:
+        print(f"speed: turn {turn}, {kind}: {found}", flush=True)
+        if turn:  # the first one is not counted
           figures[kind].append(found)
   return {"sizes": sizes._asdict(), **_ratios(figures)}
 
