@@ -11,6 +11,7 @@ until they are asked for.
 
 import asyncio
 import contextlib
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,13 +154,13 @@ def main(words: Sequence[str]) -> None:
     raise ValueError(f"only flags are taken, got {' '.join(words)}")
   for module in ("starlette", "uvicorn"):
     need(module)
-  from jlora.commands.serving import server
-
+  # It is written on those packages.
+  server = importlib.import_module("jlora.commands.serving.server")
   with contextlib.closing(
     server.bind(_ADDRESS.value, _PORT.value)
   ) as listening:
     keep_compilations(_CACHE.value)
-    service = _service()
+    service = _service(server)
     service.batcher.start()
     service = service._replace(compilations=count_compilations())
     life = server.Life(service, listening, _GRACE.value)
@@ -177,10 +178,8 @@ async def _live(life: Any, line: str) -> None:
   print("stopped", flush=True)
 
 
-def _service() -> "Service":
+def _service(server: Any) -> "Service":
   """Reads the base and its adapters, and makes what answers requests."""
-  from jlora.commands.serving import app, server
-
   folder = Path(_BASE.value)
   base = open_base(_BASE.value)
   tokenizer = open_tokenizer(folder)
@@ -201,7 +200,7 @@ def _service() -> "Service":
   length = _LENGTH.value or min(512, getattr(model.shape, "positions", 512))
   sizes = Sizes(_ROWS.value, length, _PIECE.value, _STEPS.value)
   batcher = Batcher(Decoder(model, params, sizes), adapters, _QUEUE.value)
-  return app.Service(
+  return server.Service(
     batcher,
     adapters,
     tokenizer,

@@ -277,7 +277,7 @@ def test_mistakes_are_told_before_anything_is_served(work, tmp_path, capsys):
     for words, says in (
       ((base, own, f"--port={port}"), f"127.0.0.1:{port} cannot be listened o"),
       ((base, own, "a"), "only flags are taken, got a"),
-      ((f"--base={tmp_path}", own, *rest), "holds no checkpoint"),
+      ((f"--base={tmp_path}", own, *rest), "holds neither safetensors"),
       ((base, "--adapters=/nowhere", *rest), "/nowhere is no folder; give one"),
       (
         (base, own, *rest, "--rank=2", "--modules=("),
