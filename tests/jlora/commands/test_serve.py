@@ -283,7 +283,7 @@ def test_mistakes_are_told_before_anything_is_served(work, tmp_path, capsys):
         (base, own, *rest, "--rank=2", "--modules=("),
         "--modules=( is no regex",
       ),
-      ((base, own, *rest, "--modules=x"), "--modules=x finds none of layers/0"),
+      ((base, own, *rest, "--modules=x"), "--modules=x finds none of head/ker"),
       ((base, own, *rest, "--length=32"), "length above 32"),
     ):
       code, said = command(capsys, *words)
