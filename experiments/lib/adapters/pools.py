@@ -7,7 +7,7 @@ of the target's own LoRA. Then one weight a module and adapter is learned.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jlora
 from experiments.lib.adapters.benches import Bench, Made, count_of, weights_run
 from experiments.lib.adapters.weighings import RATES
 from experiments.lib.models.loops import schedule
-from jlora.loras import Loras
+from jlora.loras import Lora, Loras
 from jlora.merging import (
   closeness,
   init_weights,
@@ -79,19 +79,20 @@ def but_skills(bench: Bench, pool: Sequence[Loras]) -> list[int]:
   return [*range(len(bench.work.adapters), len(pool))]
 
 
-#: Rows: who chooses, and what the pool is.
+_POOLS = {
+  f"{CHOSEN} of least loss": Recycle(by_loss),
+  f"{CHOSEN} at random": Recycle(at_random),
+  f"{CHOSEN} closest": Recycle(by_closeness),
+  "all": Recycle(everything),
+  "all but the skills": Recycle(but_skills),
+  f"{CHOSEN} of random entries": Recycle(by_loss, "entries"),
+  f"{CHOSEN} of random directions": Recycle(by_loss, "spectrum"),
+}
+#: Rows: what the pool is, without the target's own LoRA and with it.
 ROWS = {
-  f"{title}, {name}" if name else title: Recycle(choose, keep, has_own)
-  for title, choose, keep in (
-    (f"{CHOSEN} of least loss", by_loss, None),
-    (f"{CHOSEN} at random", at_random, None),
-    (f"{CHOSEN} closest", by_closeness, None),
-    ("all", everything, None),
-    ("all but the skills", but_skills, None),
-    (f"{CHOSEN} of random entries", by_loss, "entries"),
-    (f"{CHOSEN} of random directions", by_loss, "spectrum"),
-  )
-  for name, has_own in (("", False), ("with own", True))
+  f"{title}{name}": how._replace(has_own=has_own)
+  for title, how in _POOLS.items()
+  for name, has_own in (("", False), (", with own", True))
 }
 
 
@@ -150,7 +151,7 @@ def own_lora(bench: Bench) -> tuple[tuple[float, int], Loras]:
   return bench.once("own", make)
 
 
-def judged(bench: Bench, loras: Loras) -> float:
+def judged(bench: Bench, loras: Mapping[str, Lora]) -> float:
   """Computes the loss on the fifth of the examples that chooses."""
   work = bench.work
   batch = tuple(x[0] for x in bench.batches("chosen", 1, _JUDGED))

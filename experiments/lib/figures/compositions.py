@@ -171,8 +171,8 @@ def as_units(rows: Sequence[Row], titles: Mapping[str, str], best: str) -> str:
     for name in works:
       there = [row for row in found if row["work"] == name]
       pairs = [
-        [errors.get((x, name, row["seed"])) for x in (method, least)]
-        for row in there
+        (errors[method, name, seed], errors.get((least, name, seed)))
+        for seed in (row["seed"] for row in there)
       ]
       ratios = [one / other for one, other in pairs if other]
       cells.append(with_error([one for one, _ in pairs]))
@@ -303,10 +303,14 @@ def draw(
     else:
       axes.set_ylim(-0.04, 1.04)
   panels[0].set_ylabel("composed: both skills asked for at once")
-  handles, labels = panels[-1].get_legend_handles_labels()
+  known = {}  # a work may lack a kind
+  for axes in panels:
+    handles, labels = axes.get_legend_handles_labels()
+    known.update(zip(labels, handles, strict=True))
   panels[-1].legend(
-    handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8
-  )
+    known.values(), known.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.0),
+    fontsize=8,
+  )  # fmt: skip
   names = "\n".join(f"{i}  {name}" for i, name in enumerate(named, 1))
   panels[-1].text(
     1.04, 0.0, names, transform=panels[-1].transAxes, va="bottom", fontsize=7,
