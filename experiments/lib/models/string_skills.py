@@ -147,15 +147,28 @@ def make_functions(size: Size) -> Functions:
 
   def loss(params, tokens, answer):
     """Computes the mean loss of a symbol of the answer, in nats."""
-    return _losses(predict(params, tokens), answer).mean()
+    return symbol_losses(predict(params, tokens), answer).mean()
 
   return Functions(predict, loss, divergence)
 
 
-def _losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
-  """Returns the loss of every symbol."""
+def symbol_losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
+  """Computes the loss of every symbol of an answer.
+
+  Args:
+    logits: (..., length, vocabulary).
+    answer: (..., length) integers.
+
+  Returns:
+    (..., length) in nats.
+
+  Example:
+    >>> symbol_losses(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), int)).round(4)
+    Array([[1.3863]], dtype=float32)
+  """
   # A comparison, not a gather, whose gradient would be a scatter.
-  columns = jnp.arange(logits.shape[-1])[None, None]
+  columns = jnp.arange(logits.shape[-1])
+  columns = columns.reshape((1,) * answer.ndim + columns.shape)
   wanted = jnp.where(columns == answer[..., None], logits, 0.0).sum(-1)
   return jax.nn.logsumexp(logits, axis=-1) - wanted
 
@@ -304,7 +317,7 @@ class Examiner:
     tokens = self._texts[name]
     logits, answer = self._predict(params, tokens), tokens[:, -LENGTH:]
     right = (np.asarray(logits).argmax(axis=-1) == answer).all(axis=-1)
-    nats = _losses(logits, jnp.asarray(answer)).mean()
+    nats = symbol_losses(logits, jnp.asarray(answer)).mean()
     return float(np.mean(right)), float(nats)
 
 
