@@ -127,9 +127,11 @@ FEW = {
 
 @pytest.mark.parametrize("name", FEW)
 def test_smoke(name, tmp_path, capsys, monkeypatch):
-  with jax.numpy_dtype_promotion("standard"):  # optax counts in int32
-    with jax.numpy_rank_promotion("allow"):
-      rows = routing.run([name], 1, FEW[name], tmp_path, smoke=True)
+  with (
+    jax.numpy_dtype_promotion("standard"),  # optax counts in int32
+    jax.numpy_rank_promotion("allow"),  # biases of Flax
+  ):
+    rows = routing.run([name], 1, FEW[name], tmp_path, smoke=True)
   known = {row["method"]: row for row in rows}
   assert all(any(text in x for text in FEW[name]) for x in known)
   assert f"| {rows[0]['method']} |" in capsys.readouterr().out
