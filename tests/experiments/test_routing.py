@@ -117,14 +117,15 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 FEW = {
-  "regimes": ["ReMix", "softmax top-k, logits of 6", "over all", "rank k r"],
-  "llama": ["frozen", "logits of 0.1"],
-  "modalities": ["table", "alone", "finetuned"],
-  "analogies": ["rank 32", "N = 4", "uniform"],
-  "library": ["asked for", "plain sum", "Arrow, 2", "random prototypes, 1"],
+  "regimes": ["probability of sets", "no baseline", "logits of 6"],
+  "llama": ["logits of 6"],
+  "modalities": ["table", "finetuned"],
+  "analogies": ["rank 32", "uniform"],
+  "library": ["plain sum", "Arrow, 2"],
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", FEW)
 def test_smoke(name, tmp_path, capsys, monkeypatch):
   with (
@@ -145,16 +146,13 @@ def test_smoke(name, tmp_path, capsys, monkeypatch):
 
 
 def check_regimes(known):
-  assert {"ReMix", "ReMix, no baseline"} <= {*known}
-  assert "effective at first" not in known["ReMix"]["figures"]
+  assert known["ReMix, no baseline"]["course"] == []
   hard = known["softmax top-k, logits of 6"]
   assert 1 <= hard["figures"]["effective at first"] <= 2
-  whole = known["softmax over all, logits of 1"]["figures"]
-  assert 2 < whole["effective at first"] <= 4
 
 
 def check_llama(known):
-  soft = known["softmax top-k, logits of 0.1"]
+  soft = known["softmax top-k, logits of 6"]
   assert len(soft["course"]) == 3  # steps
 
 
@@ -166,7 +164,6 @@ def check_analogies(known):
   assert known[analogies.EVEN]["apart"] < 1e-6
   tasks = known[analogies.ONE]["tasks"]
   assert [len(tasks[x]) for x in ("seen", "unseen")] == [24, 8]
-  assert "other" in known["N = 4, r = 8"]["figures"]
 
 
 def check_library(known):
