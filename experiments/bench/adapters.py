@@ -240,17 +240,19 @@ def main(_: list[str]) -> None:
     """Generates tokens after prompts."""
     return models.generate(run, params, tokens, values.steps)
 
-  for title, function, given in (
+  tables = [
     (f"scoring {shape[0]} x {shape[1]} tokens", run, tokens),
     (f"decoding {shape[0]} x {values.steps} tokens", decode, tokens[:, :16]),
-  ):
+  ]
+  for title, function, given in tables[values.only_decoding :]:
     programs = list_programs(function, params, given, adapters, counts)
     found = time_programs(programs, values.turns)
     print(f"| {title} | seconds | x base |\n|---|---|---|")
     for name, seconds in found.items():
       print(f"| {name} | {seconds:.3f} | {seconds / found['base']:.2f} |")
     print(flush=True)
-  tell_steps(values.quick, values.turns)
+  if not values.only_decoding:
+    tell_steps(values.quick, values.turns)
 
 
 if __name__ == "__main__":
@@ -262,6 +264,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("layers", None, "Of the model, in place of all 30.")
   flags.DEFINE_integer("turns", 5, "Timed runs of each program.")
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
+  flags.DEFINE_bool("only_decoding", False, "Nothing but the second table.")
   flags.DEFINE_bool("only_learning", False, "Nothing but the last table.")
   flags.DEFINE_bool("quick", False, "Tiny sizes: does it run?")
   app.run(main)

@@ -119,7 +119,7 @@ def test_differences_are_paired_by_seed(tmp_path):
 FEW = {
   "regimes": ["probability of sets", "no baseline", "logits of 6"],
   "llama": ["logits of 6"],
-  "modalities": ["table", "finetuned"],
+  "modalities": ["table", "finetuned", "the sum"],
   "analogies": ["rank 32", "uniform"],
   "library": ["plain sum", "Arrow, 2"],
 }

@@ -273,9 +273,9 @@ def watched(
     alone, and the mean effective number of adapters over examples and modules.
   """
   del dropout
-  factor, *batch = batch
+  factor, *given = batch
   bound = bind(params, programs)
-  losses, notes = adapt(loss, has_notes=True)(bound, *batch)
+  losses, notes = adapt(loss, has_notes=True)(bound, *given)
   noted = [note for found in notes.values() for note in found]
   seen = [note for note in noted if isinstance(note, Seen)]
   value = losses.mean()
@@ -316,7 +316,7 @@ def without_baseline(
     That mean over examples; and the mean loss, and zero.
   """
   del dropout
-  keys, *batch = batch
+  keys, *given = batch
 
   def one(key):
     """Computes losses and log Q under one selection."""
@@ -328,7 +328,7 @@ def without_baseline(
       )
       for path, x in programs.items()
     }
-    losses, notes = adapt(loss, has_notes=True)(bind(params, drawn), *batch)
+    losses, notes = adapt(loss, has_notes=True)(bind(params, drawn), *given)
     return losses, sum(x.log_prob for found in notes.values() for x in found)
 
   losses, log_q = jax.vmap(one)(keys)
@@ -356,7 +356,7 @@ def _run(
       return programs, state, (value, jnp.float32(0))
 
     return compile_steps(init, keyed)
-  through = without_baseline if kind == "no baseline" else watched
+  through: Any = without_baseline if kind == "no baseline" else watched
   both = optax.multi_transform({"adapters": rule, "router": slow}, _label)
   init, update = train(loss, both, through=through, has_aux=True)
 

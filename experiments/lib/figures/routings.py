@@ -93,7 +93,8 @@ def as_differences(
   groups = by_method(rows)
   for names in compared:
     if all(name in groups for name in names):
-      cells = [_difference(*(groups[x] for x in names), m) for m in measures]
+      one, other = (groups[name] for name in names)
+      cells = [_difference(one, other, measure) for measure in measures]
       lines.append(f"| {' | '.join(names)} | {' | '.join(cells)} |")
   return "\n".join(lines)
 

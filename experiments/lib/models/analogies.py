@@ -318,7 +318,9 @@ def _basis_run(size: Size, mix: Any):
   """
   loss = make_functions(size)[1]
   rule = schedule(size.rate, size.steps)
-  more = {} if mix is None else {"through": functools.partial(mixed, mix=mix)}
+  more: Any = (
+    {} if mix is None else {"through": functools.partial(mixed, mix=mix)}
+  )
   init, update = train(loss, rule, **more)
 
   def step(programs, state, params, images, codes, task, i, j):
@@ -450,9 +452,9 @@ def examine(
 
 
 @functools.cache
-def _losses_of_one(seed: int, size: Size) -> np.ndarray:
-  """Returns the losses of one LoRA's training."""
-  return train_method(open_task(seed, size), size, METHODS[ONE], seed)[1]
+def _trained(seed: int, size: Size, name: str):
+  """Trains a method of METHODS once."""
+  return train_method(open_task(seed, size), size, METHODS[name], seed)
 
 
 def measure(name: str, seed: int, size: Size) -> dict[str, Any]:
@@ -468,7 +470,7 @@ def measure(name: str, seed: int, size: Size) -> dict[str, Any]:
     uniform gates "apart", how far losses are from those of one LoRA at most.
   """
   task, method = open_task(seed, size), METHODS[name]
-  programs, losses = train_method(task, size, method, seed)
+  programs, losses = _trained(seed, size, name)
   errors, right = examine(task, size, method, programs, seed)
   figures = {
     "seen": float(right[task.seen].mean()),
@@ -485,6 +487,6 @@ def measure(name: str, seed: int, size: Size) -> dict[str, Any]:
     _, other = examine(task, size, method, programs, seed, is_other=True)
     figures["other"] = float(other[task.seen].mean())
   if name == EVEN:
-    apart = np.abs(losses / _losses_of_one(seed, size) - 1)
+    apart = np.abs(losses / _trained(seed, size, ONE)[1] - 1)
     more["apart"] = float(apart.max())
   return {"figures": figures, **more}

@@ -463,7 +463,7 @@ def _everything(seed: int, size: Size) -> dict[str, float]:
   found = {}
   for name, text in zip(MODALITIES, ("text", "text, tone"), strict=True):
     params, branch = train_everything(seed, size, name)
-    own = dict.fromkeys(MODALITIES, branch)
+    own: dict[str, Any] = {x: branch for x in MODALITIES}
     shares = judge.shares(judge.mixed(params, own, bank, none))
     found |= {name: shares[name], text: shares["text"]}
   return found
@@ -487,7 +487,8 @@ def _summed(seed: int, size: Size) -> dict[str, float]:
   judge = Judge(open_task(seed, size), size)
   bank, _, projectors = table_of(seed, size)
   each = [jax.tree.map(lambda x, i=i: x[i], bank) for i in range(2)]
-  one, _ = routes({"sum": concat(each, [1.0, 1.0])}, {"any": "sum", (): None})
+  both = {path: concat([x[path] for x in each], [1.0, 1.0]) for path in bank}
+  one, _ = routes({"sum": both}, {"any": "sum", (): None})
   ids = np.zeros(3 * judge.count, np.int32)
   shares = judge.shares(judge.mixed(judge.task.params, projectors, one, ids))
   return {**shares, "text, tone": shares["text"]}
