@@ -63,10 +63,10 @@ def save_merged(
 
   Raises:
     ValueError: the folder exists or would be a part of the base, small files
-      are links to elsewhere, a path or shape is not the base's, a change is
-      for integers, or a changed tensor is not finite or not in the dtype it is
-      stored in; of others, entries that this dtype does not hold; or a dtype of
-      integers or float8. Nothing is then written.
+      are links to elsewhere, a path or shape is not the base's, a change is no
+      array or for integers, or a changed tensor is not finite or not in the
+      dtype it is stored in; of others, entries that this dtype does not hold;
+      or a dtype of integers or float8. Nothing is then written.
 
   Example:
     >>> import tempfile
@@ -140,6 +140,13 @@ def check_changes(base, loras, views, biases, full) -> None:
     raise ValueError(
       f"{len(unknown)} changes are for parameters that the base does not have:"
       f" {name_some(unknown)}."
+    )
+  changes = [*biases.items(), *full.items()]
+  lists = [path for path, value in changes if not hasattr(value, "dtype")]
+  if lists:
+    raise ValueError(
+      f"{len(lists)} changes are no arrays: {name_some(lists)}. Use np.asarray "
+      "with the dtype they should have."
     )
   whole = _cut_off(base, {*loras, *biases}, full)
   if whole:

@@ -50,7 +50,8 @@ _INTERMEDIATES = flags.DEFINE_string(
   "intermediates",
   None,
   "The file holds several recipes: the folder for the results of those with a "
-  "name, on which others build. What is finished there is taken as it is.",
+  "name, on which others build. What is finished there is taken as it is, but "
+  "with --overwrite made anew.",
   flag_values=_FLAGS,
 )
 _WHOLE = flags.DEFINE_float(
@@ -145,7 +146,7 @@ def _recipes() -> list[tuple[Path | None, Recipe]]:
 
 
 def _merge(recipe: Recipe, out: str, is_last: bool) -> None:
-  """Runs one recipe; what other recipes build on goes on where it stopped."""
+  """Runs one recipe; what others build on is kept, unless it is overwritten."""
   if _VOCABULARY.value is not None:
     if recipe.tokenizer is not None:
       raise ValueError(
@@ -164,7 +165,7 @@ def _merge(recipe: Recipe, out: str, is_last: bool) -> None:
     out,
     key=seed_words(_SEED.value),
     max_shard_bytes=int(_SHARD.value * 2**20),
-    resume=_RESUME.value or not is_last,
+    resume=_RESUME.value or not (is_last or _OVERWRITE.value),
     overwrite=_OVERWRITE.value,
   )
   if _JSON.value:

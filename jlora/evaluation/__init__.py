@@ -3,6 +3,8 @@
 
 from jlora.evaluation.conflicts import compare_adapters as compare_adapters
 from jlora.evaluation.conflicts import find_intruders as find_intruders
+from jlora.evaluation.interference import Interference as Interference
+from jlora.evaluation.interference import interference as interference
 from jlora.evaluation.outputs import Divergence as Divergence
 from jlora.evaluation.outputs import Score as Score
 from jlora.evaluation.outputs import divergence_of as divergence_of
@@ -19,12 +21,14 @@ from jlora.evaluation.weights import spectral_norm as spectral_norm
 __all__ = [
   "Comparison",
   "Divergence",
+  "Interference",
   "Score",
   "compare",
   "compare_adapters",
   "compare_layers",
   "divergence_of",
   "find_intruders",
+  "interference",
   "link_layers",
   "mean_kl",
   "overlap",

@@ -3,10 +3,19 @@
 
 extract(base, finetuned)                   trees in memory
 extract_checkpoint(base, finetuned, out)   disk to disk, resumable
+port_adapter(loras, source, target)        an adapter for an updated base
 """
 
 from jlora.extraction.assembly import Policy as Policy
 from jlora.extraction.card import write_card as write_card
+from jlora.extraction.ported_adapters import Ported as Ported
+from jlora.extraction.ported_adapters import port_adapter as port_adapter
+from jlora.extraction.porting import add as add
+from jlora.extraction.porting import both_parts as both_parts
+from jlora.extraction.porting import find_spaces as find_spaces
+from jlora.extraction.porting import port as port
+from jlora.extraction.porting import project as project
+from jlora.extraction.porting import rotate as rotate
 from jlora.extraction.report import REPORT as REPORT
 from jlora.extraction.report import Report as Report
 from jlora.extraction.report import change_of_weights as change_of_weights
@@ -24,15 +33,23 @@ from jlora.extraction.trees import extract as extract
 
 __all__ = [
   "Policy",
+  "Ported",
   "REPORT",
   "Report",
+  "add",
+  "both_parts",
   "change_of_weights",
   "extract",
   "extract_checkpoint",
+  "find_spaces",
   "ledger_lines",
   "module_type",
   "noise_rank",
+  "port",
+  "port_adapter",
+  "project",
   "read_report",
+  "rotate",
   "rounding_line",
   "total_up",
   "type_table",

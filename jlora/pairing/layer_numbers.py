@@ -237,13 +237,14 @@ _BY_NUMBER = re.compile(
 
 
 def configure_layers(
-  config: Mapping[str, Any], taken: Sequence[int]
+  config: Mapping[str, Any], taken: Sequence[int], stored: int | None = None
 ) -> dict[str, Any]:
   """Makes the config.json of a model put together from a reference's layers.
 
   Args:
     config: of the reference.
     taken: for each new layer the number of the reference's layer it is like.
+    stored: how many layers the reference's files hold, if that is known.
 
   Returns:
     A new configuration: `num_hidden_layers` (or `n_layer`, `num_layers`) is the
@@ -279,13 +280,13 @@ def configure_layers(
       found = _renumbered(found, taken, count)
     # Another number is of other layers.
     found |= {key: len(taken) for key, own in given.items() if own == count}
-  elif config and not is_nested and taken != list(range(len(taken))):
+  elif config and not is_nested and taken != list(range(stored or len(taken))):
     raise ValueError(
       f"config.json has none of {', '.join(_COUNTS)}, so that it cannot say "
       f"that the model has {len(taken)} layers now; write it there."
     )
   if is_nested:
-    found["text_config"] = configure_layers(found["text_config"], taken)
+    found["text_config"] = configure_layers(found["text_config"], taken, stored)
   return found
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loras trained: started, stepped, saved and refined.
+"""Loras trained: started, stepped, saved and distilled.
 
 Any program of `adapting` is trained on a frozen base with any optax optimiser.
 """
 
+from jlora.training.distillation import distil as distil
 from jlora.training.inits import by_rank as by_rank
 from jlora.training.inits import by_root as by_root
 from jlora.training.inits import gaussian as gaussian
@@ -13,8 +14,6 @@ from jlora.training.inits import orthogonal as orthogonal
 from jlora.training.inits import principal as principal
 from jlora.training.inits import relative_to_base as relative_to_base
 from jlora.training.inits import split_base as split_base
-from jlora.training.refinement import Refiner as Refiner
-from jlora.training.refinement import refine as refine
 from jlora.training.snapshots import Snapshot as Snapshot
 from jlora.training.snapshots import load_snapshot as load_snapshot
 from jlora.training.snapshots import save_snapshot as save_snapshot
@@ -26,12 +25,12 @@ from jlora.training.trainer import train as train
 from jlora.training.trainer import trained_part as trained_part
 
 __all__ = [
-  "Refiner",
   "Snapshot",
   "Trainer",
   "beside",
   "by_rank",
   "by_root",
+  "distil",
   "gaussian",
   "init_lora",
   "kaiming",
@@ -39,7 +38,6 @@ __all__ = [
   "lora_plus",
   "orthogonal",
   "principal",
-  "refine",
   "relative_to_base",
   "save_snapshot",
   "split_base",

@@ -118,6 +118,19 @@ def applied(base, finetuned, lora):
   return merged["kernel"]
 
 
+def carried(method):
+  """A Lora carried between weights of eight directions over noise."""
+
+  def run(base, finetuned, lora):
+    source = finetuned - base
+    target = source * jnp.linspace(0.5, 1.5, N)[None, :]
+    return jlora.extraction.port(
+      lora, source, target, method=method, k=8, factor=jlora.factoring.krylov
+    )
+
+  return run
+
+
 def two_of(lora):
   """Two adapters of one module."""
   return [{"w": lora}, {"w": lora}]
@@ -195,6 +208,8 @@ OPERATIONS = {
     )[0]["w"],
     "lora",
   ),
+  "project": Row(carried(jlora.extraction.project), "lora", sums=SPAN),
+  "rotate": Row(carried(jlora.extraction.rotate), "lora", sums=SPAN),
   "apply": Row(applied, "parameter"),
   "adapt": Row(adapted),
   "ties": Row(
@@ -232,6 +247,8 @@ TABLE = {
   "lego": (SOME[:1], [P("x", None, "y")], SOME[:1], []),
   "random entries": (SOME[:1], [P("x", "y")], SOME[:1], []),
   "random directions": (SOME[:1], [P("x", "y")], SOME[:1], []),
+  "project": (SOME[:1], [], SOME[:1], []),
+  "rotate": (SOME, [], SOME[:1], []),
   "apply": (MATRIX, STACK, SOME, STACK),
   "adapt": (MATRIX, [], SOME, []),
   "ties": (SOME, [P("x", None, "y")], SOME[:1], []),

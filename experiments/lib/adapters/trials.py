@@ -273,7 +273,7 @@ def fit(
   schedule = optax.warmup_cosine_decay_schedule(
     learning_rate / 10, learning_rate, steps // 10 + 1, steps + 1
   )
-  init, update = training.refine(ladder.model, optax.adam(schedule))
+  init, update = training.distil(ladder.model, optax.adam(schedule))
   step = jax.jit(update, donate_argnums=(0, 1))
   loras = jax.tree.map(jnp.array, loras)
   state, rng = init(loras), np.random.default_rng(seed)
@@ -283,7 +283,7 @@ def fit(
   for at in range(steps):
     rows = jnp.asarray(tokens[order[2 * at : 2 * at + 2]])
     loras, state, value = step(
-      loras, state, ladder.base, ladder.finetuned, rows
+      loras, state, ladder.base, ladder.finetuned, {}, rows
     )
     if at % max(steps // 5, 1) == 0:
       print(f"  refining: step {at}, {value:.5f} nats", flush=True)

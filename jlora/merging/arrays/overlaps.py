@@ -24,7 +24,7 @@ def ram(
 ) -> Any:
   """Averages entries that several models change, adds those of one (RAM).
 
-      θ = θ_0 + Σ_{alone} l_i w_i δ_i + Σ_{share} w_i δ_i / Σ_{share} w_i
+      θ = θ_0 + Σ_{alone} l_i w_i δ_i + Σ_{share} w_i δ_i / Σ_{share} |w_i|
 
   A model changes an entry where |δ_i| > ε; it is alone where no other model
   does. Training by reinforcement changes few entries, and each task others: a
@@ -34,7 +34,8 @@ def ram(
 
   Args:
     stack: (n, ...) floating.
-    weights: (n,); the paper uses ones.
+    weights: (n,); the paper uses ones. A negative one subtracts what a model
+      changes, so that shared entries are divided by Σ |w_i|.
     base: (...).
     key: unused; there so that all methods have the same arguments.
     epsilon: ε, in the parameters' own units.
@@ -71,7 +72,7 @@ def ram(
   lift = along_models(1 + strength * xp.clip(ratio, 0, bound), deltas)
   added = over_models(xp.where(alone, lift * weights * deltas, 0.0))
   total = over_models(xp.where(shared, weights * deltas, 0.0))
-  share = over_models(xp.where(shared, weights, 0.0))
+  share = over_models(xp.where(shared, xp.abs(weights), 0.0))
   merged = given.base + added + divided(total, share)
   return merged.astype(stack.dtype)
 

@@ -258,7 +258,7 @@ def breadcrumbs(
     (...) in the stack's dtype. Under sharding only counts move between devices.
 
   Raises:
-    ValueError: no base, a density outside [0, 1], or as `read_inputs`.
+    ValueError: no base, a density or γ outside [0, 1], or as `read_inputs`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -271,6 +271,7 @@ def breadcrumbs(
   """
   given = read_inputs("breadcrumbs", stack, weights, base, needs_base=True)
   check_range(density)
+  check_range(gamma, name="gamma")
   merged = merge_task_vectors(
     given,
     sparsify=[

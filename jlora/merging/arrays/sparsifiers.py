@@ -275,8 +275,10 @@ def keep_middle(
   return rescale(delta, _where(kept | (density >= 1), delta), density)
 
 
-def check_range(density: Any, margin: Any = 0.0) -> None:
-  """Raises unless densities are 1 or within [margin, 1 - margin], or traced.
+def check_range(
+  density: Any, margin: Any = 0.0, *, name: str = "density"
+) -> None:
+  """Raises unless shares are 1 or within [margin, 1 - margin], or traced.
 
   Example:
     >>> check_range(0.9, 0.15)
@@ -294,7 +296,7 @@ def check_range(density: Any, margin: Any = 0.0) -> None:
   if wrong.any():
     widest = margins[wrong].max()
     raise ValueError(
-      f"density {given.tolist()} must lie in [{widest:g}, {1 - widest:g}], or "
+      f"{name} {given.tolist()} must lie in [{widest:g}, {1 - widest:g}], or "
       "be 1."
     )
 

@@ -64,6 +64,7 @@ def plan_companions(
   recipe: Recipe,
   models: Mapping[str, Any],
   taken: list[int],
+  stored: int,
   has_head: bool,
   tokens: TokenPlan | None,
 ) -> Companions:
@@ -73,6 +74,7 @@ def plan_companions(
     recipe: the merge.
     models: name -> open checkpoint, the reference first.
     taken: for each layer of the result, its layer in the reference.
+    stored: how many layers the reference has.
     has_head: whether the result has a head of its own.
     tokens: the result's tokens, if rows are merged by token.
 
@@ -87,7 +89,7 @@ def plan_companions(
   folder = _folder(first.path)
   texts: dict[str, str] = {}
   notes: list[str] = []
-  config = configure(first, recipe.dtype, taken, has_head)
+  config = configure(first, recipe.dtype, taken, stored, has_head)
   source, left_out, copied = folder, frozenset(), ()
   if tokens is not None:
     is_own = models.get(tokens.source) is first
@@ -132,7 +134,11 @@ def place_companions(companions: Companions, out: Path) -> None:
 
 
 def configure(
-  first: Any, dtype: str | None, taken: list[int], has_head: bool
+  first: Any,
+  dtype: str | None,
+  taken: list[int],
+  stored: int,
+  has_head: bool,
 ) -> dict[str, Any]:
   """Returns config.json with changed layers, dtypes and tied head.
 
@@ -140,6 +146,7 @@ def configure(
     first: the reference, an open checkpoint.
     dtype: of the result's floating tensors; None is the reference's.
     taken: for each layer of the result, its layer in the reference.
+    stored: how many layers the reference has.
     has_head: whether the result has a head of its own.
 
   Raises:
@@ -147,7 +154,7 @@ def configure(
   """
   config = config_as(getattr(first, "base", first), dtype)
   if config and taken:
-    config = configure_layers(config, taken)
+    config = configure_layers(config, taken, stored)
   if config and has_head and HEAD not in first.spec:
     # Many model types are tied where their configuration says nothing.
     for level in (config, config.get("text_config")):

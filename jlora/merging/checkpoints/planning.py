@@ -193,7 +193,9 @@ def plan_merge(
     _other_tokens(recipe, models, jobs) if tokens is None else tokens.notes
   )
   notes += buffers_left_out(models)
-  small = plan_companions(recipe, models, taken, HEAD in names, tokens)
+  small = plan_companions(
+    recipe, models, taken, layers.count, HEAD in names, tokens
+  )
   notes += small.notes
   return MergePlan(models, reference, jobs, config, taken, notes, small)
 

@@ -120,6 +120,8 @@ def test_float8_weights_become_bfloat16(tmp_path):
     ({"loras": {"model.layers.0.q_proj.weight": lora_of(6, 4)}}, "do not fit"),
     ({"biases": {"model.layers.0.q_proj.bias": np.ones(5)}}, "do not fit"),
     ({"full": {"nowhere": np.ones(5)}}, "does not have: nowhere"),
+    ({"full": {"model.layers.0.q_proj.bias": [1.0] * 4}}, "no arrays: model"),
+    ({"biases": {"model.layers.0.q_proj.bias": [1.0] * 4}}, "no arrays: model"),
   ],
 )
 def test_what_does_not_fit_is_refused_before_writing(

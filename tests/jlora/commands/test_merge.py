@@ -69,11 +69,18 @@ def test_several_recipes_build_on_each_other(run, tmp_path):
   assert code == 1
   assert "--intermediates=DIR" in said.err
   flags.append(f"--intermediates={tmp_path / 'mid'}")
-  for again in ([], ["--overwrite"]):  # what is finished is taken as it is
-    code, said = run(*flags, *again)
-    assert code == 0
-    assert jlora.open_checkpoint(out)["w"].tolist() == [9, 9]
+  code, said = run(*flags)
+  assert code == 0
+  assert jlora.open_checkpoint(out)["w"].tolist() == [9, 9]
   assert jlora.open_checkpoint(tmp_path / "mid/thrice")["w"].tolist() == [3, 3]
+  half["models"] = [{"model": path, "parameters": {"scale": 4}}]
+  both = [{"merge_method": "passthrough", **one} for one in (last, half)]
+  file.write_text(yaml.dump_all(both))
+  code, said = run(*flags)
+  assert code == 1  # what is finished is of another recipe
+  code, said = run(*flags, "--overwrite")
+  assert code == 0
+  assert jlora.open_checkpoint(out)["w"].tolist() == [12, 12]
   file.write_text(yaml.dump_all([both[1]]))
   code, said = run(*flags)
   assert "every recipe" in said.err

@@ -207,6 +207,13 @@ def test_breadcrumbs_keeps_its_share_for_any_gamma(gamma, wanted):
   close(sparsifiers.keep_middle(delta, 0.6, gamma=gamma), wanted)
 
 
+@pytest.mark.parametrize("gamma", [-0.1, 1.5, [0.1, 2.0]])
+def test_breadcrumbs_refuses_a_gamma_that_is_no_share(gamma):
+  stack = jnp.ones((2, 5))
+  with pytest.raises(ValueError, match="gamma .* must lie in"):
+    pruning.breadcrumbs(stack, [1, 1], jnp.zeros(5), density=0.5, gamma=gamma)
+
+
 def test_settings_of_each_model():
   base = jnp.zeros(5)
   stack = jnp.stack([jnp.array([3.0, -5, 1, 2, -4])] * 2)
@@ -285,6 +292,13 @@ def test_ram():
       bound=bound,
     )
     close(found, wanted, atol=1e-5)
+
+
+def test_ram_subtracts_what_a_negative_weight_is_of():
+  """Shared entries are not turned around, nor added where weights cancel."""
+  stack, base = np.float32([[1, 2, 0], [0, 4, 6]]), np.zeros(3, np.float32)
+  close(overlaps.ram(stack, [-1.0, -1.0], base), (-1, -3, -6))
+  close(overlaps.ram(stack, [1.0, -1.0], base), (1, -1, -6))
 
 
 def softmax(x):

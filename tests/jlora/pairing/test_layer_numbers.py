@@ -241,5 +241,8 @@ def test_a_configuration_without_a_number_of_layers_cannot_say_another():
   for config in ({"model_type": "llama"}, nested, {"text_config": {"a": 1}}):
     with pytest.raises(ValueError, match="none of num_hidden_layers.*3 layers"):
       configure_layers(config, [0, 1, 1])
-    assert configure_layers(config, [0, 1]) == config
+    with pytest.raises(ValueError, match="none of num_hidden_layers.*2 layers"):
+      configure_layers(config, [0, 1], 4)
+    for stored in (None, 2):
+      assert configure_layers(config, [0, 1], stored) == config
   assert configure_layers({}, [0, 0]) == {}
