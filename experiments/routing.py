@@ -175,7 +175,7 @@ def slug(method: str) -> str:
 
   Example:
     >>> slug("N = 32, r = 1")
-    'n-32-r-1-e14a3d6b'
+    'n-32-r-1-e8a1b5a9'
   """
   short = re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
   return f"{short[:48].strip('-')}-{zlib.crc32(method.encode()):08x}"
