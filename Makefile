@@ -10,7 +10,7 @@ FOREIGN := .venv/foreign
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
   test-gpu bench-gpu test-families test-foreign test-merges fuzz \
-  bench-scoring bench-sweep clean
+  bench-scoring bench-serving bench-sweep clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.quickstart $(ARGS)
@@ -50,6 +50,9 @@ bench: .venv/.demo
 
 bench-scoring: .venv/.test
 	$(BIN)/python -m experiments.bench.scoring $(ARGS)
+
+bench-serving: .venv/.test
+	$(BIN)/python -m experiments.bench.serving $(ARGS)
 
 bench-sweep: .venv/.demo
 	$(BIN)/python -m experiments.bench.sweep $(ARGS)

@@ -182,4 +182,4 @@ def test_every_name_that_moved_is_where_the_changelog_says():
     if not hasattr(importlib.import_module(home), name)
   ]
   assert not gone
-  assert sum(len(names) for _, names in moved()) == 125
+  assert sum(len(names) for _, names in moved()) == 123

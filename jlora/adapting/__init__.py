@@ -17,6 +17,10 @@ from jlora.adapting.programs import Rows as Rows
 from jlora.adapting.programs import Shift as Shift
 from jlora.adapting.programs import prepend as prepend
 from jlora.adapting.rows import adapt_rows as adapt_rows
+from jlora.adapting.serving import Lease as Lease
+from jlora.adapting.serving import Room as Room
+from jlora.adapting.serving import Shelf as Shelf
+from jlora.adapting.serving import fetch_rows as fetch_rows
 from jlora.adapting.transforms import adapt as adapt
 from jlora.adapting.transforms import apply as apply
 from jlora.adapting.transforms import lora_dot as lora_dot
@@ -25,12 +29,16 @@ __all__ = [
   "Adapted",
   "Branch",
   "Gated",
+  "Lease",
+  "Room",
   "Rows",
+  "Shelf",
   "Shift",
   "adapt",
   "adapt_rows",
   "apply",
   "bind",
+  "fetch_rows",
   "lora_dot",
   "make_bank",
   "prepend",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users run: `jlora extract`, `merge`, `plan`, `show`, `verify`.
+"""What users run: `jlora extract`, `merge`, `plan`, `port`, `serve`, and so on.
 
 Each is also `python -m jlora.commands.NAME`. The names here are what other
 scripts need; nothing is imported before it is asked for, so that `jlora` alone

@@ -37,6 +37,14 @@ COMMANDS = {
     "What an extraction would take elsewhere, and what would bound it.",
     "jlora plan --model=config.json --chip=v5e --devices=16",
   ),
+  "port": Glance(
+    "An adapter for another base of the same shapes, such as an update.",
+    "jlora port ADAPTER --from=DIR --to=DIR --out=DIR",
+  ),
+  "serve": Glance(
+    "A base and many adapters behind an HTTP server, as OpenAI's clients ask.",
+    "jlora serve --base=DIR --adapters=DIR",
+  ),
   "show": Glance(
     "A checkpoint, adapter or report at a glance, from its headers.",
     "jlora show DIR",

@@ -121,6 +121,7 @@ def load_peft(
   like: Mapping[str, Any] | None = None,
   model_type: str | None = None,
   config: Mapping[str, Any] | None = None,
+  on_host: bool = False,
 ) -> PeftAdapter:
   """Reads the Loras, biases and whole tensors of a PEFT adapter folder.
 
@@ -135,6 +136,8 @@ def load_peft(
     config: the contents of the base's config.json, used with `like`: then the
       adapter has the names of the model's modules, or those on disk as one for
       vLLM can have, and `like` those on disk.
+    on_host: whether arrays are NumPy's. JAX's take a small program for each
+      shape, which is compiled when it is new.
 
   Returns:
     PeftAdapter, in the dtypes of the file; by the names of `like` where
@@ -186,12 +189,15 @@ def load_peft(
     for wrapper in wrappers
     if "bias" in wrapper.keys
   }
+  as_array: Any = np.asarray if on_host else jnp.asarray
   loras = {
-    paths.get(each.name, each.name): _read(each, file, base)
+    paths.get(each.name, each.name): jax.tree.map(
+      as_array, _read(each, file, base)
+    )
     for each in wrappers
   }
   whole = {
-    paths.get(name, name): jnp.asarray(file[key]) for name, key in full.items()
+    paths.get(name, name): as_array(file[key]) for name, key in full.items()
   }
   if stored is not None:
     loras = revert_loras(loras, conversions, stored)
@@ -199,7 +205,7 @@ def load_peft(
   return PeftAdapter(
     loras,
     {
-      paths.get(name, name): jnp.asarray(bias)
+      paths.get(name, name): as_array(bias)
       for name, bias in biases.items()
       if bias.any()
     },
@@ -376,7 +382,7 @@ def _layout(
 
 
 def _read(wrapper: StoredLora, file: Checkpoint, base: Base | None) -> Lora:
-  """Reads the Lora of a layer; a stack of one becomes a plain matrix.
+  """Reads the Lora of a layer, in NumPy; a stack of one becomes a matrix.
 
   Unless the base has a parameter of three axes there.
   """
@@ -385,7 +391,7 @@ def _read(wrapper: StoredLora, file: Checkpoint, base: Base | None) -> Lora:
   is_stack = base and path and len(base.shapes[path]) > 2
   if wrapper.layout is EXPERTS and len(a) == 1 and not is_stack:
     a, b, scale = a[0], b[0], scale[0]
-  return Lora(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale))
+  return Lora(a, b, scale)
 
 
 def _without_tied_head(wrappers: list[StoredLora], full, file, shapes):

@@ -3,6 +3,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -122,3 +123,22 @@ def test_a_bias_has_the_rows_of_b(tmp_path):
   write(tmp_path, {"lora_bias": True}, bias)
   with pytest.raises(ValueError, match="1 LoRA layers are not whole"):
     load_peft(tmp_path)
+
+
+def test_on_the_host_it_reads_the_same_and_compiles_nothing(tmp_path, caplog):
+  """Of a shape that no other test has."""
+  normal = np.random.default_rng(0).standard_normal
+  write(
+    tmp_path,
+    {"r": 5, "lora_alpha": 3, "modules_to_save": ["norm"]},
+    {
+      f"{KEY}.lora_A.weight": normal((5, 83), np.float32),
+      f"{KEY}.lora_B.weight": normal((89, 5), np.float32),
+      "base_model.model.norm.weight": normal((97,), np.float32),
+    },
+  )
+  with jax.log_compiles(), caplog.at_level("DEBUG", "jax"):
+    found = load_peft(tmp_path, on_host=True)
+  assert not [x for x in caplog.messages if "ompil" in x or "tracing" in x]
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
+  jax.tree.map(np.testing.assert_array_equal, found, load_peft(tmp_path))
