@@ -6,10 +6,10 @@
 A random float32 model of SmolLM2-135M's shape, random adapters on all matrices
 of the layers. One program each, in turns in one process: the base, the adapter
 merged, one adapter bound to all rows, and a bank from which every row takes its
-own. Scoring is one batch of --rows x --length tokens; decoding is --steps
-tokens after a prompt of 16, with a cache. Learning is a step of the weights of
-30 adapters beside one of a LoRA of their total rank, on a Llama of 30 million
-parameters. Compiling does not count.
+own, as is chosen and by each of both ways. Scoring is one batch of --rows x
+--length tokens; decoding is --steps tokens after a prompt of 16, with a cache.
+Learning is a step of the weights of 30 adapters beside one of a LoRA of their
+total rank, on a Llama of 30 million parameters. Compiling does not count.
 
 Takes 5 minutes on two cores, and learning 3. Expect 1.0 to 1.2 times the base
 when scoring, up to 1.7 times when decoding, and no more than the LoRA's time
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +88,7 @@ def list_programs(
   Returns:
     name -> a compiled program without arguments, the base first.
   """
-  base, adapted, rows = (
-    jax.jit(run), jax.jit(jlora.adapt(run)), jax.jit(jlora.adapt_rows(run)),
-  )  # fmt: skip
+  base, adapted = jax.jit(run), jax.jit(jlora.adapt(run))
   merged = jax.jit(jlora.apply)(params, adapters[0])
   programs = {
     "base": functools.partial(base, params, tokens),
@@ -101,10 +100,42 @@ def list_programs(
   for count in counts:
     bank = jlora.make_bank(adapters[:count])
     ids = jnp.arange(len(tokens)) % count
-    programs[f"a row its own of {count}"] = functools.partial(
-      rows, params, bank, ids, tokens
-    )
+    given = params, bank, ids, tokens
+    for name, forced in WAYS.items():
+      programs[f"a row its own of {count}{name}"] = functools.partial(
+        compile_way(run, forced, given), *given
+      )
   return programs
+
+
+#: Both ways to give rows adapters of their own, and the one that is chosen;
+#: what they are forced by, as fields of the machine whose costs are counted.
+WAYS: dict[str, dict[str, float]] = {
+  "": {},
+  ", masked": {"thin": 1e12},
+  ", fetched": {"thin": 0.0, "cached": 0.0, "cache": 2**62},
+}
+
+
+def compile_way(run: Any, forced: dict[str, float], given: tuple) -> Any:
+  """Compiles `adapt_rows` of a function, with what is chosen forced.
+
+  Args:
+    run: `(params, tokens) -> array`.
+    forced: of WAYS.
+    given: parameters, bank, ids and tokens.
+
+  Returns:
+    A compiled function of them.
+  """
+  backend = jax.default_backend()
+  jax.clear_caches()  # of products, which are traced once for all functions
+  with mock.patch.dict("jlora.adapting.banks.MACHINES") as machines:
+    own = machines.get(backend, machines["tpu"])
+    machines[backend] = own._replace(**forced)
+    program = jax.jit(jlora.adapt_rows(run)).lower(*given).compile()
+  jax.clear_caches()
+  return program
 
 
 def list_steps(
@@ -194,7 +225,9 @@ def main(_: list[str]) -> None:
     tell_steps(values.quick, values.turns)
     return
   keep_compilations(values.cache)
-  config = TINY if values.quick else SMOLLM2
+  config: dict[str, Any] = TINY if values.quick else SMOLLM2
+  if values.layers:
+    config = {**config, "num_hidden_layers": values.layers}
   run, params = models.init(config, jax.random.key(0))
   counts = [int(count) for count in values.counts]
   adapters = [
@@ -207,17 +240,19 @@ def main(_: list[str]) -> None:
     """Generates tokens after prompts."""
     return models.generate(run, params, tokens, values.steps)
 
-  for title, function, given in (
+  tables = [
     (f"scoring {shape[0]} x {shape[1]} tokens", run, tokens),
     (f"decoding {shape[0]} x {values.steps} tokens", decode, tokens[:, :16]),
-  ):
+  ]
+  for title, function, given in tables[values.only_decoding :]:
     programs = list_programs(function, params, given, adapters, counts)
     found = time_programs(programs, values.turns)
     print(f"| {title} | seconds | x base |\n|---|---|---|")
     for name, seconds in found.items():
       print(f"| {name} | {seconds:.3f} | {seconds / found['base']:.2f} |")
     print(flush=True)
-  tell_steps(values.quick, values.turns)
+  if not values.only_decoding:
+    tell_steps(values.quick, values.turns)
 
 
 if __name__ == "__main__":
@@ -226,8 +261,10 @@ if __name__ == "__main__":
   flags.DEFINE_integer("rows", 8, "Of the batch.")
   flags.DEFINE_integer("length", 128, "Tokens of a row that are scored.")
   flags.DEFINE_integer("steps", 16, "Tokens that are decoded.")
+  flags.DEFINE_integer("layers", None, "Of the model, in place of all 30.")
   flags.DEFINE_integer("turns", 5, "Timed runs of each program.")
   flags.DEFINE_string("cache", None, "Folder; ~/.cache/jlora by default.")
+  flags.DEFINE_bool("only_decoding", False, "Nothing but the second table.")
   flags.DEFINE_bool("only_learning", False, "Nothing but the last table.")
   flags.DEFINE_bool("quick", False, "Tiny sizes: does it run?")
   app.run(main)

@@ -7,7 +7,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,18 +119,70 @@ def laned(change: Change) -> Change:
   )
 
 
-# Operations that take as long as moving one byte. TPU: v5e by its data sheet.
-# CPU: measured on two x86 cores, products of float32.
-RIDGES = {"tpu": 240, "cpu": 10}
+class Machine(NamedTuple):
+  """What work costs on a machine, in bytes moved to and from memory.
+
+  Attributes:
+    ridge: operations of a large product that take as long as moving a byte.
+    cache: bytes of copies that are read again before they leave it.
+    cached: what a byte costs there, in bytes of memory.
+    thin: how much longer an operation takes in products of one row's adapter.
+    overlaps: whether bytes move while products run.
+  """
+
+  ridge: float
+  cache: int
+  cached: float
+  thin: float
+  overlaps: bool
+
+
+# TPU: v5e by its data sheet. CPU: fitted to times of both ways on one of two
+# x86 cores of 512 KiB of L2 each: 2, 8 and 32 rows, 1 and 16 tokens, float32.
+MACHINES = {
+  "tpu": Machine(ridge=240, cache=0, cached=1.0, thin=1, overlaps=True),
+  "cpu": Machine(ridge=10, cache=2**20, cached=0.3, thin=4, overlaps=False),
+}
+
+
+def costs(change: Change, tokens: int, machine: Machine) -> tuple[float, float]:
+  """Counts what `laned` and `without_bank` cost, for each number of an adapter.
+
+      laned: n (size + 2 batch tokens / ridge),
+      fetched: s batch (3 size price + 2 thin tokens / ridge)
+
+  A fetched number is read, written and read again: at the price of the cache
+  where the copies of all rows fit there. The larger of bytes and operations
+  counts, not the sum, on a machine that does both at once.
+
+  Args:
+    change: of a bank, with ids.
+    tokens: number of vectors that each row multiplies with its adapters.
+    machine: of MACHINES, or another.
+
+  Returns:
+    Bytes of memory in whose time each is done, over numbers of an adapter.
+
+  Example:
+    >>> bank = Change(jnp.ones((3, 2, 3, 1)), jnp.ones((3, 2, 1, 5)),
+    ...               jnp.ones((3, 2, 1, 1)), jnp.array([1]), batch=64)
+    >>> costs(bank, 1, Machine(128, 0, 1.0, 1, overlaps=False))
+    (15.0, 769.0)
+  """
+  several = 0 if change.ids is None else len(change.ids)
+  count, rows = len(change.a), several * change.batch
+  size = change.a.dtype.itemsize
+  largest = max(change.a.size, change.b.size) // max(count, 1)
+  fits = rows * largest * size <= machine.cache
+  price = machine.cached if fits else 1.0
+  both = max if machine.overlaps else lambda *x: sum(x)
+  work = 2 * tokens / machine.ridge
+  laned = count * both(size, change.batch * work)
+  return laned, rows * both(3 * size * price, machine.thin * work)
 
 
 def chosen(change: Change, tokens: int) -> Change:
   """Resolves a bank's ids by `laned` or `without_bank`, whichever costs less.
-
-      laned: n max(4, 2 batch tokens / ridge),
-      fetched: s batch max(12, 2 tokens / ridge)
-
-  in bytes moved per number of an adapter; `ridge` converts operations to bytes.
 
   Args:
     change: with or without ids.
@@ -139,20 +191,18 @@ def chosen(change: Change, tokens: int) -> Change:
   Returns:
     Change without ids.
 
-  Approximation: costs are counted, not measured; see `RIDGES`.
+  Approximation: costs are counted by `costs`, not measured.
 
   Example:
-    >>> bank = Change(jnp.ones((3, 2, 3, 1)), jnp.ones((3, 2, 1, 5)),
-    ...               jnp.ones((3, 2, 1, 1)), jnp.array([1]), batch=64)
+    >>> bank = Change(jnp.ones((8, 2, 3, 1)), jnp.ones((8, 2, 1, 5)),
+    ...               jnp.ones((8, 2, 1, 1)), jnp.array([1]), batch=64)
     >>> chosen(bank, 1).a.shape[0], chosen(bank, 4096).a.shape[0]
-    (6, 2)
+    (16, 2)
   """
   if change.ids is None:
     return change
-  ridge = RIDGES.get(jax.default_backend(), RIDGES["tpu"])
-  work = 2 * tokens / ridge
-  in_lanes = len(change.a) * max(4, change.batch * work)
-  fetched = len(change.ids) * change.batch * max(12, work)
+  machine = MACHINES.get(jax.default_backend(), MACHINES["tpu"])
+  in_lanes, fetched = costs(change, tokens, machine)
   return laned(change) if in_lanes < fetched else without_bank(change)
 
 

@@ -46,12 +46,12 @@ def _functions(
 
   def loss(params, tokens, answer):
     """Computes the mean loss of a predicted token, in nats."""
-    return losses(predict(params, tokens), answer).mean()
+    return token_losses(predict(params, tokens), answer).mean()
 
   return Functions(predict, loss, distance)
 
 
-def losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
+def token_losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
   """Computes the loss of every token.
 
   Args:
@@ -62,7 +62,7 @@ def losses(logits: jax.Array, answer: jax.Array) -> jax.Array:
     (..., tokens), nats.
 
   Example:
-    >>> losses(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), int)).round(4)
+    >>> token_losses(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), int)).round(4)
     Array([[0.6931]], dtype=float32)
   """
   # A comparison, not a gather, whose gradient would be a scatter.
@@ -144,7 +144,7 @@ def _examiner_of(
     """Computes both."""
     logits, answer = predict(params, tokens), tokens[:, -length:]
     right = (logits.argmax(axis=-1) == answer).all(axis=-1)
-    return right.mean(), losses(logits, answer).mean()
+    return right.mean(), token_losses(logits, answer).mean()
 
   return examine
 

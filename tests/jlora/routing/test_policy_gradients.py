@@ -178,6 +178,49 @@ def test_a_baseline_of_all_samples_divided_by_m_is_biased():
   assert np.linalg.norm(total - GRADIENT) > 0.2
 
 
+def variance(slopes, p, losses, advantages):
+  """E|g - E g|² of Σ_m advantages_m ∇ log Q_m over all pairs of draws.
+
+  slopes (draws, n), p (draws,), losses (draws,), advantages of two losses.
+  """
+  first, second = np.meshgrid(losses, losses, indexing="ij")
+  mine, other = advantages(jnp.float32([first.ravel(), second.ravel()]))
+  weight = np.outer(p, p).ravel()
+  i, j = (x.ravel() for x in np.indices(first.shape))
+  found = np.float64(mine)[:, None] * slopes[i]
+  found += np.float64(other)[:, None] * slopes[j]
+  mean = weight @ found
+  return mean, weight @ ((found - mean) ** 2).sum(1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_leaving_one_out_has_a_quarter_of_the_variance(seed):
+  """Two samples of three of six adapters; losses N(3, 1), as in the spec."""
+  rng = np.random.default_rng(seed)
+  logits = rng.standard_normal(6)
+  exact = probabilities(np.exp(logits) / np.exp(logits).sum(), 3)
+  orders, p = jnp.array([*exact]), np.array([*exact.values()])
+  of_set = {tuple(x): 3 + rng.standard_normal()
+            for x in itertools.combinations(range(6), 3)}  # fmt: skip
+  losses = np.array([of_set[tuple(sorted(x))] for x in exact])
+  slopes = jax.vmap(lambda ids: jax.grad(log_prob)(jnp.float32(logits), ids))
+  slopes = np.float64(slopes(orders))
+
+  @jax.vmap
+  def leave_one_out(pair):
+    score = lambda log_q: surrogate(pair[:, None], log_q)[0]  # noqa: E731
+    return jax.grad(score)(jnp.zeros((2, 1)))[:, 0]
+
+  ours = lambda pairs: leave_one_out(pairs.T).T  # noqa: E731
+  none = lambda pairs: pairs / 2  # noqa: E731
+  mean, less = variance(slopes, p, losses, ours)
+  other, more = variance(slopes, p, losses, none)
+  wanted = (p * losses) @ slopes
+  np.testing.assert_allclose(mean, wanted, atol=1e-5)
+  np.testing.assert_allclose(other, wanted, atol=1e-5)
+  assert 4 * less < more
+
+
 def test_the_baseline_needs_no_communication():
   """With all samples of an example on one device, whatever the others do."""
   mesh = jax.make_mesh((8,), ("examples",))
