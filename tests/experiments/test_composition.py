@@ -254,7 +254,7 @@ def tiny_work(seed, size):
     return x @ params["w"]
 
   def loss(params, x, answer):
-    return token_skills.losses(predict(params, x), answer).mean()
+    return token_skills.token_losses(predict(params, x), answer).mean()
 
   def some():
     a, b = (rng.standard_normal((2, x)).astype(np.float32) for x in (12, 8))
