@@ -24,10 +24,8 @@ data.
 import functools
 import json
 import pathlib
-import re
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,13 +41,13 @@ from experiments.lib.adapters.compositions import (
   TRAINED,
   WHOLE,
   ZIPS,
-  Method,
   methods,
 )
 from experiments.lib.adapters.equal_ranks import MERGES
 from experiments.lib.adapters.weighings import ENTROPIC, MIXES
 from experiments.lib.adapters.works import Work
 from experiments.lib.figures import compositions, plots
+from experiments.lib.measures import kept_rows
 from experiments.lib.models import digit_skills, string_skills, text_skills
 from jlora.commands import keep_compilations
 
@@ -175,7 +173,8 @@ def measure_all(
   opening = WORKS[name]
   bench: Bench | None = None
   for method in methods(has_entropy=opening.has_entropy):
-    file = folder / name / str(seed) / f"{slug(method)}.json"
+    named = f"{method.kind} {method.name}"
+    file = kept_rows.file_of(folder, name, seed, named)
     if file.exists():
       yield json.loads(file.read_text())
     elif not only or any(text in method.name for text in only):
@@ -189,24 +188,11 @@ def measure_all(
         "work": name, "seed": seed, "kind": method.kind, "method": method.name,
         **measure(bench, method.make),
       }  # fmt: skip
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps(row, indent=1) + "\n")
+      kept_rows.keep(file, row)
       said = {key: round(x, 3) for key, x in row["figures"].items()}
       spent = f"{row['seconds']:.1f} s {row['notes']}"
       print(f"  {method.kind}: {method.name} {said} {spent}", flush=True)
       yield row
-
-
-def slug(method: Method) -> str:
-  """Names a method's file.
-
-  Example:
-    >>> slug(Method("sum", "1 and 1", lambda bench: None))
-    'sum-1-and-1-2e8e7ac1'
-  """
-  whole = f"{method.kind} {method.name}"
-  short = re.sub(r"[^a-z0-9]+", "-", whole.lower()).strip("-")
-  return f"{short[:48].strip('-')}-{zlib.crc32(whole.encode()):08x}"
 
 
 def run(

@@ -18,10 +18,8 @@ their adapters, and prototypes to lose to the plain sum.
 import functools
 import json
 import pathlib
-import re
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from absl import app, flags
 
 from experiments.lib.adapters import routers
 from experiments.lib.figures import plots, routings
+from experiments.lib.measures import kept_rows
 from experiments.lib.models import (
   analogies,
   hidden_regimes,
@@ -149,7 +148,7 @@ def measure_all(
   bed = BEDS[name]
   size = bed.smoke if smoke else bed.full
   for method in bed.methods:
-    file = folder / name / str(seed) / f"{slug(method)}.json"
+    file = kept_rows.file_of(folder, name, seed, method)
     if file.exists():
       yield json.loads(file.read_text())
     elif not only or any(text in method for text in only):
@@ -160,25 +159,11 @@ def measure_all(
         "seconds": time.monotonic() - began,
         "processor": time.process_time() - spent,
       }  # fmt: skip
-      file.parent.mkdir(parents=True, exist_ok=True)
-      half = file.with_suffix(".part")
-      half.write_text(json.dumps(row, indent=1) + "\n")
-      half.replace(file)
+      kept_rows.keep(file, row)
       said = {key: round(x, 4) for key, x in row["figures"].items()}
       print(f"  {name} {seed}: {method} {said} {row['seconds']:.0f} s",
             flush=True)  # fmt: skip
       yield row
-
-
-def slug(method: str) -> str:
-  """Names a method's file.
-
-  Example:
-    >>> slug("N = 32, r = 1")
-    'n-32-r-1-e8a1b5a9'
-  """
-  short = re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
-  return f"{short[:48].strip('-')}-{zlib.crc32(method.encode()):08x}"
 
 
 def run(

@@ -31,12 +31,7 @@ from jlora.formats.peft.reading import PeftAdapter, load_peft
 from jlora.formats.peft.writing import save_peft
 from jlora.messages import name_some
 
-_METHODS = {
-  "add": add,
-  "project": project,
-  "both_parts": both_parts,
-  "rotate": rotate,
-}
+_METHODS = {one.__name__: one for one in (add, project, both_parts, rotate)}
 _REPORT = "port.json"
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands

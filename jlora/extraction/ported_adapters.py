@@ -117,9 +117,12 @@ def port_adapter(
   _check_shapes(given, places, old, new)
   found, rows = {}, {}
   for path, to in places.items():
-    weights = old.matrix(path), new.matrix(to)
-    ported = port(loras[path], *weights, method=method, k=k, factor=factor)
-    row = {"source": path, **_figures(loras[path], ported, *weights, k, factor)}
+    lora, once = loras[path], _remembered(factor)
+    before = jnp.asarray(old.matrix(path), jnp.float32)
+    after = jnp.asarray(new.matrix(to), jnp.float32)
+    ported = port(lora, before, after, method=method, k=k, factor=once)
+    figures = _figures(lora, ported, before, after, k, once)
+    row: dict[str, Any] = {"source": path, **figures}
     row["is_kept"] = not row["kept"] < keep
     rows[to] = row
     if row["is_kept"]:
@@ -201,18 +204,32 @@ def _figures(lora, ported, w_source, w_target, k, factor) -> dict[str, Any]:
   """Computes what a module's weights say of its port."""
   most = min(w_source.shape[-2:])
   k = max(1, most // 4) if k is None else k
-  old, new = (jnp.asarray(w, jnp.float32) for w in (w_source, w_target))
-  source, target = (find_spaces(w, k, factor) for w in (old, new))
-  size, length = (float(jnp.linalg.norm(w)) for w in (old, new))
+  source, target = (find_spaces(w, k, factor) for w in (w_source, w_target))
+  size, length = (float(jnp.linalg.norm(w)) for w in (w_source, w_target))
+  moved = float(jnp.linalg.norm(w_target - w_source))
   before, after = _length(lora), _length(ported)
   return {
     "kept": after / before if before else float("nan"),
-    "drift": float(jnp.linalg.norm(new - old)) / size if size else float("nan"),
+    "drift": moved / size if size else float("nan"),
     "read_alike": _alike(source.reads, target.reads),
     "write_alike": _alike(source.writes, target.writes),
     "length": length / size if size else float("nan"),
     "k": k,
   }
+
+
+def _remembered(factor: Factoriser) -> Factoriser:
+  """Returns a factoriser that factors each of two weights once for each k."""
+  found: dict[tuple[int, int], Any] = {}
+
+  def run(w, k, key=None):
+    """Factors a weight, or returns what was found."""
+    at = id(w), k
+    if at not in found:
+      found[at] = w, factor(w, k, key)  # w: so that its id stays its own
+    return found[at][1]
+
+  return run
 
 
 def _length(lora: Lora) -> float:

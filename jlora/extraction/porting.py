@@ -40,72 +40,6 @@ class Spaces(NamedTuple):
   writes: jax.Array
 
 
-def port(
-  lora: Lora,
-  w_source: Any,
-  w_target: Any,
-  *,
-  method: Port | None = None,
-  k: int | None = None,
-  factor: Factoriser = svd,
-) -> Lora:
-  """Carries a Lora of one weight to another weight of the same shape.
-
-  With all of a square weight's directions `project` is `add`, whatever the
-  target: it can differ only by what it removes. So compare it with removing a
-  random part of the same size before crediting the spaces.
-
-  Args:
-    lora: a (..., r, in), b (..., r, out).
-    w_source: (..., in, out), the weight that it was made on.
-    w_target: (..., in, out), the weight that it is for.
-    method: `add`, which is None, `project`, `both_parts` or `rotate`.
-    k: how many leading singular vectors a space has; None is min(in, out).
-      Beyond a weight's rank there are none.
-    factor: finds them: `svd`, or `krylov` where k is small.
-
-  Returns:
-    Lora in float32, of rank r; of rank 2 r by `both_parts`. The same change for
-    any (R a, R⁻ᵀ b) and for any signs or order of singular vectors. Nothing of
-    a weight's size is formed but its own bases. Factors lie as they did; of
-    sharded weights nothing is gathered that the factoriser does not. Pure.
-
-  Raises:
-    ValueError: a malformed Lora, weights of another shape, or k out of range.
-
-  Example:
-    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(1))
-    >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))[:, :2]
-    >>> port(lora, w, w, method=project).a.round(4)
-    Array([[1., 1., 0.]], dtype=float32)
-
-  References:
-    LoRA-X (arXiv 2501.16559): `project`. ProLoRA (2506.04244): `both_parts`.
-    Cross-LoRA (2508.05232) is `project` at k = 320 for weights of one shape:
-    its least-squares map has the solution U_t U_sᵀ.
-
-  Approximation: no official code was found. Pairing singular vectors by index,
-  as their formulas for weights of other shapes do, needs their signs matched
-  and is worse than `add` without; `rotate` is the rotation that needs no pairs.
-  """
-  k = _checked({"lora": lora}, {"lora": (w_source, w_target)}, k)
-  run = method or add
-
-  def carry(a, b, scale, w_source, w_target):
-    """Carries the Lora with all axes Auto."""
-    return run(Lora(a, b, scale), w_source, w_target, k, factor)
-
-  weights = (jnp.asarray(w, jnp.float32) for w in (w_source, w_target))
-  parts = (jnp.asarray(x) for x in (lora.a, lora.b, lora.scale))
-  return run_automatic(
-    carry,
-    (*parts, *weights),
-    lambda a, b, scale, *_: Lora(
-      *(PartitionSpec(*x) for x in (a, b, scale))  # pyright: ignore
-    ),
-  )
-
-
 def add(
   lora: Lora, w_source: Any, w_target: Any, k: int, factor: Factoriser = svd
 ) -> Lora:
@@ -270,6 +204,71 @@ def find_spaces(w: Any, k: int, factor: Factoriser = svd) -> Spaces:
   )
 
 
+def port(
+  lora: Lora,
+  w_source: Any,
+  w_target: Any,
+  *,
+  method: Port = add,
+  k: int | None = None,
+  factor: Factoriser = svd,
+) -> Lora:
+  """Carries a Lora of one weight to another weight of the same shape.
+
+  With all of a square weight's directions `project` is `add`, whatever the
+  target: it can differ only by what it removes. So compare it with removing a
+  random part of the same size before crediting the spaces.
+
+  Args:
+    lora: a (..., r, in), b (..., r, out).
+    w_source: (..., in, out), the weight that it was made on.
+    w_target: (..., in, out), the weight that it is for.
+    method: `add`, `project`, `both_parts` or `rotate`.
+    k: how many leading singular vectors a space has; None is min(in, out).
+      Beyond a weight's rank there are none.
+    factor: finds them: `svd`, or `krylov` where k is small.
+
+  Returns:
+    Lora in float32, of rank r; of rank 2 r by `both_parts`. The same change for
+    any (R a, R⁻ᵀ b) and for any signs or order of singular vectors. Nothing of
+    a weight's size is formed but its own bases. Factors lie as they did; of
+    sharded weights nothing is gathered that the factoriser does not. Pure.
+
+  Raises:
+    ValueError: a malformed Lora, weights of another shape, or k out of range.
+
+  Example:
+    >>> lora = Lora(jnp.ones((1, 3)), jnp.ones((1, 2)), jnp.float32(1))
+    >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))[:, :2]
+    >>> port(lora, w, w, method=project).a.round(4)
+    Array([[1., 1., 0.]], dtype=float32)
+
+  References:
+    LoRA-X (arXiv 2501.16559): `project`. ProLoRA (2506.04244): `both_parts`.
+    Cross-LoRA (2508.05232) is `project` at k = 320 for weights of one shape:
+    its least-squares map has the solution U_t U_sᵀ.
+
+  Approximation: no official code was found. Pairing singular vectors by index,
+  as their formulas for weights of other shapes do, needs their signs matched
+  and is worse than `add` without; `rotate` is the rotation that needs no pairs.
+  """
+  k = _checked(lora, w_source, w_target, k)
+
+  def carry(a, b, scale, w_source, w_target):
+    """Carries the Lora with all axes Auto."""
+    return method(Lora(a, b, scale), w_source, w_target, k, factor)
+
+  weights = (jnp.asarray(w, jnp.float32) for w in (w_source, w_target))
+  parts = (jnp.asarray(x) for x in (lora.a, lora.b, lora.scale))
+  return run_automatic(
+    carry,
+    (*parts, *weights),
+    lambda a, b, scale, *_: Lora(
+      *(PartitionSpec(*x) for x in (a, b, scale))  # pyright: ignore
+    ),
+  )
+
+
 _times = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -303,19 +302,17 @@ def _turned(rows: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
   return rows + turned + _times("...ri,...ni->...rn", across, bent)
 
 
-def _checked(loras, weights, k) -> int:
-  """Returns k; raises unless Loras, weights and k fit."""
-  check_loras(loras)
-  for path, lora in loras.items():
-    wanted = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
-    shapes = [tuple(w.shape) for w in weights[path]]
-    if shapes != [wanted, wanted]:
-      raise ValueError(
-        f"{path} is of a weight {wanted}; w_source is {shapes[0]} and w_target "
-        f"{shapes[1]}. Needed is one shape for all three."
-      )
-    most = min(wanted[-2:])
-    if k is not None and not 1 <= k <= most:
-      raise ValueError(f"k is {k}; a weight {wanted} has 1 to {most}.")
-    k = most if k is None else k
-  return k
+def _checked(lora: Lora, w_source: Any, w_target: Any, k: int | None) -> int:
+  """Returns k; raises unless the Lora, both weights and k fit."""
+  check_loras({"lora": lora})
+  wanted = (*lora.a.shape[:-2], lora.a.shape[-1], lora.b.shape[-1])
+  shapes = [tuple(w.shape) for w in (w_source, w_target)]
+  if shapes != [wanted, wanted]:
+    raise ValueError(
+      f"The Lora is of a weight {wanted}; w_source is {shapes[0]} and w_target "
+      f"{shapes[1]}. Needed is one shape for all three."
+    )
+  most = min(wanted[-2:])
+  if k is not None and not 1 <= k <= most:
+    raise ValueError(f"k is {k}; a weight {wanted} has 1 to {most}.")
+  return most if k is None else k

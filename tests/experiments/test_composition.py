@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from experiments.lib.adapters.weighings import ENTROPIC
 from experiments.lib.data import forms, strings
 from experiments.lib.figures import compositions as figures
 from experiments.lib.figures import plots
+from experiments.lib.measures import kept_rows
 from experiments.lib.models import (
   digit_skills,
   loops,
@@ -226,7 +228,11 @@ def test_differences_are_paired_by_seed(tmp_path):
 def test_names_of_rows_are_their_own():
   for has_entropy in (False, True):
     rows = compositions.methods(has_entropy=has_entropy)
-    assert len({composition.slug(x) for x in rows}) == len(rows)
+    files = {
+      kept_rows.file_of(pathlib.Path(), "work", 0, f"{x.kind} {x.name}")
+      for x in rows
+    }
+    assert len(files) == len(rows)
     known = {x.name for x in rows}
     assert known >= {*composition.NAMED}
     shown = {*composition.SHOWN} - (set() if has_entropy else {*ENTROPIC})
