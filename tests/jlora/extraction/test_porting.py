@@ -203,6 +203,22 @@ def test_a_weight_of_lower_rank_has_no_more_directions(method):
   assert rank == 2
 
 
+def test_directions_without_a_counterpart_stay():
+  """At a right angle, or where one weight has fewer of them."""
+  rng = np.random.default_rng(7)
+  one = lora_of(rng, 1, 2, 1)
+  across = jnp.eye(2)[:, :1], jnp.eye(2)[:, 1:]
+  close(dense(port(one, *across, method=rotate)), dense(one))
+  lora = lora_of(rng, 2, 6, 6)
+  low, high = (
+    jnp.float32(rng.standard_normal((6, r)) @ rng.standard_normal((r, 6)))
+    for r in (2, 3)
+  )
+  for pair in ((low, high), (high, low)):
+    found = dense(port(lora, *pair, method=rotate, k=5))
+    close(np.linalg.norm(found), np.linalg.norm(dense(lora)), atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused():
   rng = np.random.default_rng(6)
   lora, (w, _) = lora_of(rng, 2, 6, 5), weights(rng, 6, 5)
