@@ -90,8 +90,6 @@ METHODS: dict[str, tuple[tuple[dict, ...], dict, bool]] = {
   "della": (_WHOLE, {}, True),
   "della_linear": (_WHOLE, {}, True),
 }
-_BY_SIZE = ("linear", "slerp", "ties", "dare_ties", "della", "breadcrumbs")
-_BY_SIZE += ("sce", "karcher", "model_stock")
 _TIMED = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear")
 _FRANKENMERGE = "passthrough"
 _MASKED = "dare_linear with its mask"
@@ -162,7 +160,7 @@ class Bench:
     for size in self._sizes:
       if not (self._work / size).exists():
         pairs.write_family(self._work / size, config_of(size))
-      for method in self._taken(list(_BY_SIZE)):
+      for method in self._taken(list(METHODS)):
         recipe = self.write_recipe(method, size, {"dtype": "bfloat16"})
         used = []
         for command in (self._ours, self._theirs):
