@@ -194,6 +194,7 @@ def run(
     table = routings.as_table(own, bed.measures)
     less = routings.as_differences(own, bed.measures, bed.compared)
     print(f"\n{bed.title}\n\n{table}\n\n{less}\n", flush=True)
+    print(routings.as_task_differences(own, bed.compared), flush=True)
     rows += own
   return rows
 

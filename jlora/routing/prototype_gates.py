@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
-from jlora.factoring.factorisers import recompress
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
-from jlora.numerics.backends import library_of
+from jlora.numerics.backends import library_of, over_leading
+from jlora.numerics.linalg import thin_svd, triangle_of
+from jlora.numerics.sums import exponent_of
 from jlora.routing.choices import softmax_of_largest
 from jlora.routing.mixtures import check_chosen
+from jlora.runs.pool import open_pool
 
 _ALIKE = 0.999  # ratio of singular values above which we warn
+_SIGNS = np.float32(-1), np.float32(1)
 
 
 def prototypes(bank: Mapping[str, Lora]) -> dict[str, jax.Array]:
@@ -39,8 +43,9 @@ def prototypes(bank: Mapping[str, Lora]) -> dict[str, jax.Array]:
     between are the axes of scanned layers or experts. Zero for an adapter that
     changes nothing there; NaN where its scale is 0, as `make_bank` has it for
     an adapter without the module: `arrow` gives it no share. Exact, from the
-    factors alone: O((in + out) r²) each; units of padding do not matter. The
-    same whatever basis (R a, R⁻ᵀ b) an adapter is kept in. Pure.
+    factors alone: O((in + out) r²) each; units of padding do not matter. On a
+    host, three modules at a time. The same whatever basis (R a, R⁻ᵀ b) an
+    adapter is kept in. Pure.
 
   Raises:
     ValueError: malformed Loras, or one without an axis of adapters.
@@ -67,8 +72,8 @@ def prototypes(bank: Mapping[str, Lora]) -> dict[str, jax.Array]:
       "them one bank with make_bank."
     )
   found, alike = {}, []
-  for path, lora in bank.items():
-    found[path], ratio = _directions(lora)
+  for path, (rows, ratio) in _all_directions(bank).items():
+    found[path] = library_of(bank[path].a).asarray(rows)
     if not isinstance(ratio, Tracer) and np.max(ratio, initial=0) > _ALIKE:
       alike.append(f"{path} ({float(np.max(ratio)):.4f})")
   if alike:
@@ -81,23 +86,72 @@ def prototypes(bank: Mapping[str, Lora]) -> dict[str, jax.Array]:
   return found
 
 
+def _all_directions(bank: Mapping[str, Lora]) -> dict[str, tuple[Any, Any]]:
+  """Returns the directions of every path; on a host in threads of NumPy.
+
+  LAPACK on one thread for each matrix is many times as fast there as XLA, which
+  would compile a program for every shape.
+  """
+  if not all(map(_is_on_host, jax.tree.leaves(bank))):
+    return {path: _directions(lora) for path, lora in bank.items()}
+  with open_pool() as pool:
+    jobs = {
+      path: pool.submit(_directions, jax.tree.map(np.asarray, lora))
+      for path, lora in bank.items()
+    }
+    return {path: job.result() for path, job in jobs.items()}
+
+
+def _is_on_host(x: Any) -> bool:
+  """Returns whether an array is NumPy's, or JAX's on one CPU."""
+  if isinstance(x, Tracer):
+    return False
+  devices = x.devices() if isinstance(x, jax.Array) else ()
+  return len(devices) < 2 and all(one.platform == "cpu" for one in devices)
+
+
 def _directions(lora: Lora) -> tuple[Any, Any]:
   """Returns (..., n, in) directions, and s_2 / s_1 of each, 0 for rank 1."""
   xp = library_of(lora.a)
-  factors = recompress(lora.a, lora.b, 2)
-  first = factors.s[..., 0]
-  changes = first > 0
-  rows = xp.where(changes[..., None], factors.u[..., 0], np.float32(0))
-  is_there = lora.scale != 0
-  rows = xp.where(is_there[..., None], rows, np.float32(np.nan))
-  if factors.s.shape[-1] > 1:
-    second = factors.s[..., 1]
-    ratio = xp.where(
-      changes & is_there, second / xp.where(changes, first, 1), 0
+  with jax.default_matmul_precision("highest"):
+    rows, first, ratio = over_leading(
+      _reaction,
+      lora.a.ndim - 2,
+      lora.a,
+      lora.b,
+      places=lambda a, _: (
+        PartitionSpec(*a[:-2], a[-1]),
+        PartitionSpec(*a[:-2]),
+        PartitionSpec(*a[:-2]),
+      ),
     )
-  else:
-    ratio = xp.zeros_like(first)
-  return xp.moveaxis(rows, 0, -2), ratio
+  is_there = lora.scale != 0
+  rows = xp.where((first > 0)[..., None], rows, np.float32(0))
+  rows = xp.where(is_there[..., None], rows, np.float32(np.nan))
+  return xp.moveaxis(rows, 0, -2), xp.where(is_there, ratio, np.float32(0))
+
+
+def _reaction(a: Any, b: Any) -> tuple[Any, Any, Any]:
+  """Returns u_1, s_1 but for a power of two, and s_2 / s_1 of `aᵀ b`.
+
+  With aᵀ = q_a r_a and bᵀ = q_b r_b, u_1 is along aᵀ r_bᵀ w for the first right
+  singular vector w of r_a r_bᵀ: neither q is formed.
+  """
+  xp = library_of(a)
+  a, b = (
+    x * xp.ldexp(xp.float32(1), -exponent_of(x))
+    for x in (
+      a.astype(np.float32, copy=False),
+      b.astype(np.float32, copy=False),
+    )
+  )
+  triangle = triangle_of(b.T)
+  _, s, vt = thin_svd(triangle_of(a.T) @ triangle.T)
+  row = (vt[0] @ triangle) @ a
+  row = row / xp.maximum(xp.linalg.norm(row), np.finfo(np.float32).tiny)
+  row = row * xp.where(row[xp.argmax(xp.abs(row))] < 0, *_SIGNS)
+  above = xp.maximum(s[0], np.finfo(np.float32).tiny)
+  return row, s[0], s[1] / above if len(s) > 1 else xp.zeros_like(s[0])
 
 
 @functools.partial(

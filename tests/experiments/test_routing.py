@@ -116,6 +116,20 @@ def test_differences_are_paired_by_seed(tmp_path):
   assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_errors_are_over_tasks_of_all_seeds():
+  shares = {("a", 0): [0.5, 0.7], ("b", 0): [0.2, 0.6],
+            ("a", 1): [0.9], ("b", 1): [0.7]}  # fmt: skip
+  rows = [
+    {"method": name, "seed": seed, "tasks": {"seen": own}}
+    for (name, seed), own in shares.items()
+  ]
+  table = routings.as_task_differences(rows, [("a", "b"), ("a", "c")])
+  # 0.3, 0.1 and 0.2: 0.1 / sqrt(3)
+  assert table.splitlines()[2:] == ["| a | b | +0.200 ± 0.058 |"]
+  assert "seen, over 3" in table
+  assert routings.as_task_differences([{"method": "a", "seed": 0}], []) == ""
+
+
 FEW = {
   "regimes": ["probability of sets", "no baseline", "logits of 6"],
   "llama": ["logits of 6"],

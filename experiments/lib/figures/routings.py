@@ -99,6 +99,57 @@ def as_differences(
   return "\n".join(lines)
 
 
+def as_task_differences(
+  rows: Sequence[Row], compared: Sequence[tuple[str, str]]
+) -> str:
+  """Formats differences of methods, with standard errors over tasks.
+
+  Args:
+    rows: of a testbed; those with "tasks", {part: share of each task}, count.
+    compared: methods, each with the one that is taken off.
+
+  Returns:
+    Lines: means over pairs of a task and a seed, and how many these are; ""
+    where no row has tasks.
+
+  Example:
+    >>> rows = [{"method": m, "seed": 0, "tasks": {"seen": [x, x + 0.2]}}
+    ...         for m, x in (("a", 0.5), ("b", 0.25))]
+    >>> print(as_task_differences(rows, [("a", "b")]))
+    | method | less | seen, over 2 |
+    |---|---|---|
+    | a | b | +0.250 ± 0.000 |
+  """
+  known = {
+    (row["method"], row["seed"]): row["tasks"]
+    for row in rows
+    if row.get("tasks")
+  }
+  parts = list(next(iter(known.values()), {}))
+  lines, counts = [], {}
+  for one, other in compared:
+    seeds = [s for name, s in known if name == one and (other, s) in known]
+    less = {
+      part: [
+        x - y
+        for seed in seeds
+        for x, y in zip(known[one, seed][part], known[other, seed][part],
+                        strict=True)
+      ]
+      for part in parts
+    }  # fmt: skip
+    if seeds:
+      counts |= {part: len(values) for part, values in less.items()}
+      cells = [with_error(values, sign=True) for values in less.values()]
+      lines.append(f"| {one} | {other} | {' | '.join(cells)} |")
+  if not lines:
+    return ""
+  heads = " | ".join(f"{part}, over {count}" for part, count in counts.items())
+  return "\n".join(
+    [f"| method | less | {heads} |", "|" + "---|" * (len(counts) + 2), *lines]
+  )
+
+
 def _difference(rows: Sequence[Row], others: Sequence[Row], name: str) -> str:
   """Formats the mean difference of a figure, paired by seeds."""
   one, other = (

@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jlora
 from experiments.bench.adapters import (
@@ -19,6 +20,7 @@ from experiments.bench.adapters import (
 from jlora import models
 
 
+@pytest.mark.long
 def test_programs_do_what_their_names_say():
   run, params = models.init(TINY, jax.random.key(0))
   adapters = [draw_adapter(params, 2, seed) for seed in range(2)]
@@ -51,6 +53,7 @@ def test_ways_are_forced():
   assert masked > 3 * fetched
 
 
+@pytest.mark.long
 def test_steps_train_what_their_names_say():
   run, params = models.init(TINY, jax.random.key(0))
   adapters = [draw_adapter(params, 2, seed) for seed in range(3)]

@@ -4,12 +4,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.bench import routing
 from experiments.bench.adapters import TINY
 from jlora import models
 
 
+@pytest.mark.long
 def test_steps_and_calls_do_what_their_names_say():
   run, params = models.init({**TINY, "num_hidden_layers": 1}, jax.random.key(0))
   tokens, traces = jnp.arange(12).reshape(2, 6), []
@@ -27,3 +29,12 @@ def test_steps_and_calls_do_what_their_names_say():
   plain, folded, mixed = (np.asarray(call()) for call in calls.values())
   np.testing.assert_allclose(folded, mixed, atol=1e-5)
   assert plain.shape == mixed.shape
+
+
+def test_a_library_has_all_matrices_of_its_layers():
+  bank = routing.draw_library(2, 3, 2)
+  assert len(bank) == 2 * len(routing.LAYER)
+  assert bank["1/down"].a.shape == (3, 2, 8192)
+  assert bank["0/k"].b.shape == (3, 2, 512)
+  wall, spent = routing.time_prototypes({"0/k": bank["0/k"]})
+  assert min(wall, spent) > 0

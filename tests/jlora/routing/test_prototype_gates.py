@@ -17,8 +17,7 @@ from jlora.adapting.rows import adapt_rows
 from jlora.adapting.transforms import adapt, apply
 from jlora.loras import Lora, dense
 from jlora.merging.adapters.concatenation import concat
-from jlora.routing import prototype_gates
-from jlora.routing.prototype_gates import arrow
+from jlora.routing.prototype_gates import arrow, prototypes
 
 IN, OUT, N = 6, 5, 4
 
@@ -26,12 +25,6 @@ IN, OUT, N = 6, 5, 4
 def draw(seed, *shape):
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-
-def prototypes(bank):
-  """Of arrays on the host, for which nothing is compiled."""
-  found = prototype_gates.prototypes(jax.tree.map(np.asarray, bank))
-  return jax.tree.map(jnp.asarray, found)
 
 
 def adapters_of(count=N, path="w", seed=0):
@@ -218,7 +211,10 @@ def test_edges():
   np.testing.assert_allclose(
     jnp.abs(prototypes(wide)["w"]), jnp.abs(rows), atol=1e-5
   )
-  compiled = jax.jit(prototype_gates.prototypes)(bank)["w"]
+  plain = prototypes(jax.tree.map(np.asarray, bank))["w"]
+  assert isinstance(plain, np.ndarray)
+  np.testing.assert_array_equal(plain, rows)
+  compiled = jax.jit(prototypes)(bank)["w"]
   np.testing.assert_allclose(jnp.abs(compiled), jnp.abs(rows), atol=1e-5)
 
 
