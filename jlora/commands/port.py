@@ -11,28 +11,25 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from jlora.checkpoints.new_files import check_new, new_folder, replace_text
-from jlora.checkpoints.packed_formats import check_dequantised
-from jlora.checkpoints.sources import check_apart
+from jlora.checkpoints.documents import (
+  NULL,
+  TEXT,
+  check_fields,
+  either,
+  read_object,
+)
 from jlora.commands import entry
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import COMMANDS, Command
-from jlora.extraction.ported_adapters import Ported, port_adapter
+from jlora.extraction.port_run import port_checkpoint
 from jlora.extraction.porting import add, both_parts, project, rotate
-from jlora.factoring.factorisers import krylov, svd
-from jlora.formats.peft.reading import PeftAdapter, load_peft
-from jlora.formats.peft.writing import save_peft
 from jlora.messages import name_some
 
 _METHODS = {one.__name__: one for one in (add, project, both_parts, rotate)}
-_REPORT = "port.json"
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands
 
@@ -49,7 +46,7 @@ _TO = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
   "out",
   None,
-  "Folder of the new adapter; must not exist.",
+  "Folder of the new adapter, new or empty.",
   required=True,
   flag_values=_FLAGS,
 )
@@ -77,6 +74,19 @@ _KEEP = flags.DEFINE_float(
   upper_bound=1.0,
   flag_values=_FLAGS,
 )
+_MAP = flags.DEFINE_string(
+  "map",
+  None,
+  "JSON file {name in the old base: name in the new one, or null}; a name that "
+  'ends in "." stands for all in it, as "model.layers.5.": "model.layers.6.".',
+  flag_values=_FLAGS,
+)
+_RESUME = flags.DEFINE_bool(
+  "resume", False, "Go on with an unfinished run in --out.", flag_values=_FLAGS
+)
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Replace what is in --out.", flag_values=_FLAGS
+)
 _BASE_MODEL = flags.DEFINE_string(
   "base_model",
   None,
@@ -100,104 +110,45 @@ def main(words: Sequence[str]) -> None:
 
   Raises:
     ValueError: not one folder, one that cannot be read, that stores whole
-      tensors, or that does not fit one of the bases. Nothing is then written.
+      tensors, or that does not fit one of the bases, or a folder to write to
+      that is not empty.
   """
   if len(words) != 1:
     raise ValueError(f"one adapter must be given: {COMMANDS['port'].example}")
   keep_compilations(_CACHE.value)
-  source, target = (open_checkpoint(one.value) for one in (_FROM, _TO))
-  for checkpoint in (source, target):
-    check_dequantised(checkpoint)
-  out = Path(_OUT.value)
-  check_new(out)
-  check_apart(out, [source, target])
-  adapter = load_peft(words[0], like=source.spec, config=source.config)
-  _check_whole(words[0], adapter, source)
-  ported = port_adapter(
-    adapter.loras,
-    source,
-    target,
+  report = port_checkpoint(
+    words[0],
+    _FROM.value,
+    _TO.value,
+    _OUT.value,
     method=_METHODS[_METHOD.value],
     k=_K.value,
     keep=_KEEP.value,
-    factor=svd if _K.value is None else krylov,
+    paths=None if _MAP.value is None else _read_map(_MAP.value),
+    base_model=_BASE_MODEL.value,
+    resume=_RESUME.value,
+    overwrite=_OVERWRITE.value,
   )
-  if not ported.loras:
-    raise ValueError(
-      f"Of no module a share of {_KEEP.value} is kept, so that nothing is left "
-      "to write; lower --keep."
-    )
-  report = _write(out, words[0], adapter, ported, target)
   if _JSON.value:
     print(json.dumps(report))
     return
   for line in _lines(report):
     print(line)
-  print(f"written: {out}")
+  print(f"written: {_OUT.value}")
 
 
-def _check_whole(folder: str, adapter: PeftAdapter, source: Checkpoint) -> None:
-  """Raises if an adapter holds what is no change of its base."""
-  own = [  # PEFT stores an embedding's table beside its Lora
-    path
-    for path, value in adapter.full.items()
-    if path not in source or not np.array_equal(source[path], value)
-  ]
-  if own:
-    raise ValueError(
-      f"{folder} stores {len(own)} whole tensors (modules_to_save): "
-      f"{name_some(own)}; on another base they would undo its update. Extract "
-      "the adapter anew, without them."
-    )
-  if not adapter.loras:
-    raise ValueError(f"{folder} holds no Loras.")
-
-
-def _write(
-  out: Path,
-  folder: str,
-  adapter: PeftAdapter,
-  ported: Ported,
-  target: Checkpoint,
-) -> dict[str, Any]:
-  """Writes the adapter and port.json, which it returns; whole or not at all."""
-  first = next(iter(adapter.loras.values()))
-  with new_folder(out) as partial:
-    left = save_peft(
-      partial,
-      ported.loras,
-      like=target.spec,
-      biases=adapter.biases or None,
-      dtype=first.a.dtype,
-      base_model=_BASE_MODEL.value or str(target.path),
-      task_type="auto",
-      config=target.config,
-    )
-    report = _report(folder, ported, left)
-    replace_text(partial / _REPORT, json.dumps(report, indent=2) + "\n")
-  return report
-
-
-def _report(
-  folder: str, ported: Ported, left: Mapping[str, str]
-) -> dict[str, Any]:
-  """Returns what port.json says."""
-  return {
-    "adapter": folder,
-    "source": _FROM.value,
-    "target": _TO.value,
-    "method": _METHOD.value,
-    "keep": _KEEP.value,
-    "modules": ported.rows,
-    "left_out": ported.left_out,
-    "not_representable": dict(left),
-  }
+def _read_map(file: str) -> dict[str, str | None]:
+  """Reads a map of paths."""
+  found = read_object(file)
+  kinds = dict.fromkeys(found, either(TEXT, NULL))
+  return check_fields(found, kinds, file)
 
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
   """Formats the figures of all modules together, and what is left out."""
   rows = report["modules"]
-  found = [f"{len(rows)} modules by {report['method']}"]
+  carried = sum(row["is_kept"] for row in rows.values())
+  found = [f"{carried} of {len(rows)} modules carried by {report['method']}"]
   for name in ("kept", "drift", "read_alike", "write_alike"):
     values = [row[name] for row in rows.values() if row[name] == row[name]]
     if values:
@@ -206,8 +157,15 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"{name}: median {statistics.median(values):.3f}, "
         f"{lowest:.3f} to {highest:.3f}"
       )
+  for to, row in rows.items():
+    if "carried_rows" in row:
+      found.append(
+        f"{to}: rows matched, {row['carried_rows']} carried, "
+        f"{row['new_rows']} new, {row['lost_rows']} changed ones lost"
+      )
   for name, paths in (
     ("left out, too little is kept", report["left_out"]),
+    ("left out by the map", report["unmapped"]),
     ("not representable", report["not_representable"]),
   ):
     if paths:
@@ -221,13 +179,14 @@ COMMAND = Command(
   _FLAGS,
   required=("from", "to", "out"),
   groups={
-    "Input": {"from": "DIR", "to": "DIR"},
+    "Input": {"from": "DIR", "to": "DIR", "map": "FILE"},
     "Method": {"method": "", "k": "N", "keep": "X"},
     "Output": {"out": "DIR", "base_model": "NAME", "json": ""},
-    "Run": {"cache": "DIR"},
+    "Run": {"resume": "", "overwrite": "", "cache": "DIR"},
   },
-  more="The adapter is a PEFT folder; both bases have the same shapes. `add` "
-  "costs nothing and is the baseline. Weights do not tell how a model behaves: "
+  more="The adapter is a PEFT folder; both bases have the same shapes, but for "
+  "vocabularies: rows are matched by tokens of both tokenizers. `add` costs "
+  "nothing and is the baseline. Weights do not tell how a model behaves: "
   "measure the result. port.json has the figures of each module.",
 )
 

@@ -88,21 +88,21 @@ def interference(
   def measure(params, whole, on, rank, inputs, targets):
     """Computes outputs and loss with the adapters that are on."""
     cut = [
-      {path: _cut(lora, rank) for path, lora in own.items()}
-      for own in whole.values()
+      {path: _cut(lora, rank) for path, lora in own.items()} for own in whole
     ]
     bound = bind(params, cut, on, views=views)
     found = adapt(outputs)(bound, *inputs)
     return found.astype(jnp.float32), loss(found, targets)
 
-  rows = []
+  rows, listed = [], list(whole.values())
   for rank in ranks:
     row = Interference(rank, {}, {}, {}, {})
     for name, (inputs, targets) in batches.items():
       count = len(whole)
       sets = [*jnp.eye(count), jnp.zeros(count), jnp.ones(count)]
       each = [
-        measure(params, whole, on, jnp.int32(rank), inputs, targets)
+        # A list: jit would sort the names of a dict, not what is on.
+        measure(params, listed, on, jnp.int32(rank), inputs, targets)
         for on in sets
       ]
       (*alone, none, together) = (float(value) for _, value in each)

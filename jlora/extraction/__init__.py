@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns two checkpoints into Loras and a report of what was lost.
 
-extract(base, finetuned)                   trees in memory
-extract_checkpoint(base, finetuned, out)   disk to disk, resumable
-port_adapter(loras, source, target)        an adapter for an updated base
+extract(base, finetuned)                        trees in memory
+extract_checkpoint(base, finetuned, out)        disk to disk, resumable
+port_adapter(loras, source, target)             an adapter for an updated base
+port_checkpoint(adapter, source, target, out)   likewise, disk to disk
 """
 
 from jlora.extraction.assembly import Policy as Policy
 from jlora.extraction.card import write_card as write_card
+from jlora.extraction.port_planning import expand_map as expand_map
+from jlora.extraction.port_planning import match_rows as match_rows
+from jlora.extraction.port_run import PORT as PORT
+from jlora.extraction.port_run import port_checkpoint as port_checkpoint
 from jlora.extraction.ported_adapters import Ported as Ported
 from jlora.extraction.ported_adapters import port_adapter as port_adapter
 from jlora.extraction.porting import add as add
@@ -32,6 +37,7 @@ from jlora.extraction.run import extract_checkpoint as extract_checkpoint
 from jlora.extraction.trees import extract as extract
 
 __all__ = [
+  "PORT",
   "Policy",
   "Ported",
   "REPORT",
@@ -39,14 +45,17 @@ __all__ = [
   "add",
   "both_parts",
   "change_of_weights",
+  "expand_map",
   "extract",
   "extract_checkpoint",
   "find_spaces",
   "ledger_lines",
+  "match_rows",
   "module_type",
   "noise_rank",
   "port",
   "port_adapter",
+  "port_checkpoint",
   "project",
   "read_report",
   "rotate",

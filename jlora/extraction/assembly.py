@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from jlora.extraction.report import (
 )
 from jlora.factoring.deltas import difference
 from jlora.factoring.figures import row_of
-from jlora.formats.peft.conversions import Lazy, together
+from jlora.formats.lazy import Lazy
+from jlora.formats.peft.conversions import together
 from jlora.formats.peft.layouts import Profile
 from jlora.formats.peft.parts import Base, Rename, module_of, tied_beside
 from jlora.formats.peft.writing import save_peft
@@ -178,6 +180,11 @@ def write_adapter(
     model_type=plan.model_type,
     config=plan.config,
     rename=rename,
+    fingerprint={
+      path: said
+      for path in ranks
+      if (said := journal[path]["figures"].get("fingerprint"))
+    },
     overwrite=True,
   )
   outcomes = {
@@ -198,7 +205,8 @@ def write_adapter(
     for side, checkpoint in (("base", plan.base), ("finetuned", plan.finetuned))
     for name in checkpoint.companions
   ]
-  ledger = keep_ledger(plan.pairing, outcomes, scales)
+  left_out = {"base": plan.base.left_out, "finetuned": plan.finetuned.left_out}
+  ledger = keep_ledger(plan.pairing, outcomes, scales, left_out)
   totals = total_up(modules, ledger)
   totals |= count_unmatched(plan.base, plan.finetuned, plan.pairing)
   return Report(settings, modules, totals, ledger)
@@ -284,15 +292,18 @@ def keep_ledger(
   pairing: Pairing,
   outcomes: Mapping[str, tuple[str, str]],
   scales: Iterable[tuple[str, str]] = (),
+  left_out: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
   """Lists what became of every tensor of both checkpoints, each exactly once.
 
-  Pairs that share a tensor (a tied head, fused experts) make one row.
+  Pairs that share a tensor (a tied head, fused experts) make one row, and so
+  does all that a side leaves out for one reason.
 
   Args:
     pairing: all pairs and the names without partner.
     outcomes: path -> (status, why) of every pair.
     scales: (side, name) of what lies beside quantised weights.
+    left_out: side -> {name: why} of what was not opened.
 
   Returns:
     Rows {base: [names], finetuned: [names], status, why}.
@@ -319,6 +330,11 @@ def keep_ledger(
     _single(side, name, "unchanged", describe_companion(name))
     for side, name in scales
   ]
+  for side, reasons in left_out.items():
+    for why in dict.fromkeys(reasons.values()):
+      names = [name for name, own in reasons.items() if own == why]
+      row = _single(side, names[0], "not representable", f"left out: {why}")
+      rows.append(row | {side: names})
   return rows
 
 

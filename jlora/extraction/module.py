@@ -9,6 +9,7 @@ shared by all threads.
 """
 
 import functools
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from jlora.factoring.deltas import survey
 from jlora.factoring.factorisers import Factoriser
 from jlora.factoring.figures import Measured, summarise
 from jlora.factoring.rounding import ulp_histogram
+from jlora.formats.fingerprints import describe_sample, sample_of
 from jlora.loras import exchange
 from jlora.numerics.backends import library_of, wide_dtype, words_of
 from jlora.pairing.comparison import (
@@ -37,6 +39,7 @@ from jlora.pairing.comparison import (
   read_pair,
   stored_dtype,
 )
+from jlora.pairing.pairs import TensorPart
 from jlora.paths import key_for
 from jlora.runs.compiled import Programs
 from jlora.selection import is_floating
@@ -186,6 +189,7 @@ class Extractor:
     pair, view = job.pair, job.matrix_view
     shape = view.shape(pair.shape)
     rank = min(job.rank, *shape[-2:])
+    sample = self._sample(left)
     measured = self._measured(pair.path, left, right, view, rank, stored)
     norm = np.asarray(measured.certificate.norm)
     if not np.all(np.isfinite(norm)):
@@ -213,7 +217,26 @@ class Extractor:
       "a": np.asarray(measured.lora.a),
       "b": np.asarray(measured.lora.b),
     }
-    return Outcome("extracted", "", arrays, {"shape": list(shape), **figures})
+    figures["shape"] = list(shape)
+    size = float(measured.base_norm)
+    # Where the base has this parameter by this name, and float32 its norm.
+    if pair.base == TensorPart(pair.path) and math.isfinite(size):
+      figures["fingerprint"] = describe_sample(
+        pair.path, sample, pair.shape, size
+      )
+    return Outcome("extracted", "", arrays, figures)
+
+  def _sample(self, left: Any) -> np.ndarray:
+    """Returns the base's numbers that its fingerprint is of.
+
+    Of a cut array every process that has a part gets all.
+    """
+    at = sample_of(left.shape)
+    if not isinstance(left, jax.Array):
+      return np.array(left[at])
+    sharding: Any = left.sharding
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return np.asarray(jax.jit(lambda x: x[at], out_shardings=whole)(left))
 
   def _measured(self, path, left, right, view, rank, stored) -> Measured:
     """Runs `measure_parameter` on the host, or its compiled form."""

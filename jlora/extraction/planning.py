@@ -20,7 +20,7 @@ from jlora.runs.fingerprints import (
   hash_lines,
 )
 from jlora.selection import Select, is_floating
-from jlora.views import MatrixView
+from jlora.views import CONV1D, CONV2D, CONV3D, MatrixView
 
 # `krylov` multiplies a module with 11 blocks of rank + 16 rows each. A matrix
 # whose short side is smaller than all of these together is multiplied once.
@@ -28,6 +28,8 @@ _PRODUCTS, _OVERSAMPLE = 11, 16
 # How many operations of a product take as long as reading an entry of both
 # tensors and everything done to it once. Only the rough ratio matters.
 _PER_ENTRY = 160
+
+_CONVOLUTIONS = (CONV1D, CONV2D, CONV3D)
 
 AS_ASKED = "as asked for"
 
@@ -109,6 +111,7 @@ def plan_jobs(
   rank: int,
   rename: Rename | Sequence[tuple[str, str]] | None = None,
   whole: str | None = None,
+  conv_rank: int | None = None,
 ) -> Plan:
   """Plans what is done with each pair, from headers alone.
 
@@ -121,6 +124,7 @@ def plan_jobs(
     rename: of `save_peft`.
     whole: regex of whole names of tensors that are not factored, but stored as
       the finetune has them.
+    conv_rank: the rank of convolutions over 1 x 1; None is `rank`.
 
   Returns:
     Plan. No tensor is read.
@@ -151,10 +155,12 @@ def plan_jobs(
       kind = kind._replace(view=None, why=AS_ASKED)
     view = kind.view
     taken = view is not None and select(pair.path, base.spec[pair.base.name])
+    is_kernel = view in _CONVOLUTIONS and math.prod(pair.shape[2:]) > 1
+    own = rank if conv_rank is None or not is_kernel else conv_rank
     job = ModuleJob(
       pair,
       view,
-      rank if taken else 0,
+      own if taken else 0,
       _bytes_on_disk(base, finetuned, pair),
       why=kind.why,
     )

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from jlora.factoring.factorisers import Factoriser, svd
 from jlora.loras import Lora, check_loras
+from jlora.numerics.backends import library_of
 from jlora.numerics.meshes import run_automatic
 
 _RIGHT_ANGLE = 1e-4  # a cosine below this is one
@@ -195,7 +196,7 @@ def find_spaces(w: Any, k: int, factor: Factoriser = svd) -> Spaces:
     Array([[1., 0.],
            [0., 0.]], dtype=float32)
   """
-  found = factor(jnp.asarray(w, jnp.float32), k)
+  found = factor(library_of(w).asarray(w, jnp.float32), k)
   least = max(w.shape[-2:]) * jnp.finfo(jnp.float32).eps
   is_there = found.s > least * found.s[..., :1]
   writes = jnp.swapaxes(found.vt, -1, -2)
@@ -258,8 +259,13 @@ def port(
     """Carries the Lora with all axes Auto."""
     return method(Lora(a, b, scale), w_source, w_target, k, factor)
 
-  weights = (jnp.asarray(w, jnp.float32) for w in (w_source, w_target))
-  parts = (jnp.asarray(x) for x in (lora.a, lora.b, lora.scale))
+  parts = tuple(jnp.asarray(x) for x in (lora.a, lora.b, lora.scale))
+  if method is add:  # nothing is to be known of weights
+    return add(Lora(*parts), None, None, k)
+  # NumPy's stay NumPy's: a factoriser need not be compiled for them.
+  weights = (
+    library_of(w).asarray(w, jnp.float32) for w in (w_source, w_target)
+  )
   return run_automatic(
     carry,
     (*parts, *weights),

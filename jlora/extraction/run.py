@@ -19,7 +19,7 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 
-from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.hub import model_name
 from jlora.checkpoints.new_files import noted
 from jlora.checkpoints.packed_formats import check_dequantised
@@ -42,6 +42,7 @@ from jlora.extraction.planning import (
 from jlora.extraction.report import REPORT, Report, read_report, write_report
 from jlora.extraction.workers import factor_missing
 from jlora.factoring.factorisers import Factoriser, krylov
+from jlora.formats.components import open_pair
 from jlora.formats.peft.layouts import PEFT, Profile
 from jlora.formats.peft.parts import Rename
 from jlora.formats.peft.writing import check_consumer
@@ -59,7 +60,7 @@ from jlora.runs.finished import check_run, describe_run
 from jlora.runs.journal import (
   FOLDER,
   Journal,
-  check_fingerprint,
+  check_settings,
   remove_leftovers,
 )
 from jlora.runs.lock import hold_folder
@@ -77,6 +78,7 @@ def extract_checkpoint(
   out: str | os.PathLike,
   *,
   rank: int = 64,
+  conv_rank: int | None = None,
   policy: Policy | None = None,
   factor: Factoriser = krylov,
   select: Select = is_matrix,
@@ -88,6 +90,10 @@ def extract_checkpoint(
   task_type: str | None = "auto",
   rename: Rename | Sequence[tuple[str, str]] | None = None,
   whole: str | None = None,
+  components: Sequence[str] | None = None,
+  variant: str | None = None,
+  names: str | None = None,
+  float8: str | None = None,
   resume: bool = False,
   overwrite: bool = False,
   split_bytes: int = 2**31,
@@ -111,11 +117,14 @@ def extract_checkpoint(
   process reading its own part.
 
   Args:
-    base: a checkpoint that `open_checkpoint` opens.
+    base: a checkpoint that `jlora.formats.open_components` opens: what
+      `open_checkpoint` does, a pipeline's folder, or a single file.
     finetuned: the finetune; names may differ as `pair_up` says.
     out: output folder, new or empty; neither an input nor a folder that holds
       one. One run at a time writes to it.
     rank: rank of every module, and the most that a policy may give.
+    conv_rank: the same of convolutions over 1 x 1, of PyTorch's layout; None is
+      `rank`.
     policy: from all Spectra to {path: rank}; None keeps `rank` everywhere.
     factor: the factoriser.
     select: `(path, spec) -> bool`, which matrices are factored; others that
@@ -135,6 +144,13 @@ def extract_checkpoint(
       the finetune has them, changed or not. PEFT replaces whole modules, so
       give all of a module: what the ledger leaves out for that reason is
       carried with `jlora.extraction.whole_of(report)`.
+    components: of a pipeline's folder or a single file, as for
+      `open_components`: None is all but the autoencoder and its like.
+    variant: of folders, as `name.fp16.safetensors`, as for `open_checkpoint`.
+    names: "diffusers" turns the names of the original's authors into those of
+      diffusers on both sides; None leaves them, and refuses a pair of both.
+    float8: "cast" reads float8 weights without a scale as values, as for
+      `open_checkpoint`.
     resume: go on with an unfinished run of the same inputs and options in
       `out`, or return the report of a finished one, if all that made it is the
       same and all that it wrote is as it was. `policy` and `select` count by
@@ -197,6 +213,14 @@ def extract_checkpoint(
     "dtype": jnp.dtype(dtype).name,
     "factor": name_of(factor),
   }
+  opening = {
+    "components": None if components is None else list(components),
+    "variant": variant,
+    "names": names,
+    "float8": float8,
+  }
+  chosen = opening | {"conv_rank": conv_rank}
+  options |= {k: v for k, v in chosen.items() if v is not None}
   settings = _settings_of(
     base, finetuned, profile, vocabulary, options, task_type, rename, whole
   )
@@ -206,7 +230,7 @@ def extract_checkpoint(
   plan, stamps = processes.everywhere(
     lambda: _plan(
       base, finetuned, vocabulary, select, rank, rename, whole,
-      allow_unmatched, profile, out,
+      allow_unmatched, profile, out, conv_rank, opening,
     )
   )  # fmt: skip
   base_model = model_name(base) if base_model is None else base_model
@@ -333,12 +357,14 @@ def _plan(
   allow_unmatched,
   profile,
   out,
+  conv_rank,
+  opening,
 ) -> tuple[Plan, dict[str, Any]]:
   """Opens both checkpoints, pairs their tensors and plans what is done.
 
   Returns the plan, and stamps of the inputs from before it was made.
   """
-  left, right = open_checkpoint(base), open_checkpoint(finetuned)
+  left, right = open_pair(base, finetuned, **opening)
   stamps = stamp_inputs({"base": left, "finetuned": right})
   check_apart(out, [left, right])
   check_dequantised(left)
@@ -346,7 +372,7 @@ def _plan(
   has_table = any(is_table(name) for name in left.spec)
   tokens = read_both_tokens(left.path, right.path) if has_table else None
   pairing = pair_up(left.spec, right.spec, vocabulary=vocabulary, tokens=tokens)
-  plan = plan_jobs(left, right, pairing, select, rank, rename, whole)
+  plan = plan_jobs(left, right, pairing, select, rank, rename, whole, conv_rank)
   if plan.about is not None:
     check_consumer(plan.about, profile)
   if not allow_unmatched:
@@ -375,7 +401,7 @@ def _check_options(settings: dict[str, Any], others: dict[str, Any]) -> None:
     options = {k: v for k, v in settings.items() if k not in paths}
     processes.check_same_facts(processes.versions() | options | others)
   for name, value in (settings | others).items():
-    if name in ("rank", "split_bytes") and value < 1:
+    if name in ("rank", "conv_rank", "split_bytes") and value < 1:
       raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
@@ -388,7 +414,7 @@ def _check_finished(
 ) -> None:
   """Raises unless the finished run in a folder is the one that is asked for."""
   report, file = read_report(out), out / REPORT
-  check_fingerprint(file, report.settings, settings)
+  check_settings(file, report.settings, settings)
   made = report.run if isinstance(report.run, dict) else {}
   unlisted = made.get("unlisted")
   check_run(file, made, marks, _told(report, unlisted))

@@ -341,6 +341,7 @@ def test_a_killed_process_ends_all_and_the_run_resumes(pair, tmp_path):
   assert found == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("where", "said"),
   [

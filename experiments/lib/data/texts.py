@@ -2,6 +2,7 @@
 """Provides texts as tokens, with disjoint training and held-out parts."""
 
 import os
+import pathlib
 import platform
 from collections.abc import Callable, Iterator
 from pydoc_data import topics
@@ -24,6 +25,17 @@ def pydoc() -> str:
 def pydoc_source() -> str:
   """Names the Python version whose help `pydoc` returns, for tables."""
   return f"pydoc of Python {platform.python_version()}"
+
+
+def library() -> str:
+  """Returns the source of the modules that Python's own library begins with.
+
+  Files of its folder in order of their names, without packages. Another version
+  of Python has other ones.
+  """
+  folder = pathlib.Path(os.__file__).parent
+  files = sorted(folder.glob("*.py"))
+  return "".join(file.read_text("utf-8", "replace") for file in files)
 
 
 #: name -> cache folder -> the whole text.

@@ -52,20 +52,46 @@ def compile_steps(
     >>> run(0, (10,), (np.arange(3),))[0].tolist()
     30
   """
+  part = compile_part(update)
 
   @jax.jit
   def run(trained, frozen, batches):
     """Takes all steps."""
+    trained, _, values = part(trained, init(trained), frozen, batches)
+    return trained, values
+
+  return run
+
+
+def compile_part(update: Callable[..., tuple]) -> Callable[..., tuple]:
+  """Compiles some steps of a training that goes on after them.
+
+  Args:
+    update: (trained, state, *frozen, *batch) -> (trained, state, value).
+
+  Returns:
+    (trained, state, frozen, batches) -> trained, state and all values; batches
+    as for `compile_steps`.
+
+  Example:
+    >>> part = compile_part(lambda x, s, k, b: (x + k * b, s + 1, x))
+    >>> [x.tolist() for x in part(0, 0, (10,), (np.arange(3),))]
+    [30, 3, [0, 0, 10]]
+  """
+
+  @jax.jit
+  def part(trained, state, frozen, batches):
+    """Takes the steps."""
 
     def step(carry, batch):
       """Takes one."""
       trained, state, value = update(*carry, *frozen, *batch)
       return (trained, state), value
 
-    carry, values = jax.lax.scan(step, (trained, init(trained)), batches)
-    return carry[0], values
+    (trained, state), values = jax.lax.scan(step, (trained, state), batches)
+    return trained, state, values
 
-  return run
+  return part
 
 
 @functools.cache

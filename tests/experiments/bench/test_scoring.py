@@ -54,6 +54,7 @@ def test_scorers_that_disagree_are_no_comparison(monkeypatch):
     _rows()
 
 
+@pytest.mark.long
 def test_both_are_run_and_agree():
   """In processes of their own, on a tiny model."""
   sizes = scoring.QUICK._replace(turns=1)
@@ -73,6 +74,7 @@ def test_a_worker_that_fails_is_named(tmp_path):
     list(rows)
 
 
+@pytest.mark.long
 def test_smollm2_says_what_transformers_says():
   """Losses in nats per token of 512 tokens of pydoc and 1,024 of the Bible."""
   folder = smollm2.cache_folder() / "smollm2-135m-instruct"

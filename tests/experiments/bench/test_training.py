@@ -69,6 +69,7 @@ def test_memory_is_told_beside_theory(monkeypatch):
   assert rows[3].value == pytest.approx(300 * 2**20 / (2 * 4 * 83008), rel=0.2)
 
 
+@pytest.mark.long
 def test_both_take_the_same_steps():
   """In processes of their own, on a tiny model: losses agree in every turn."""
   sizes = training.QUICK._replace(turns=1)

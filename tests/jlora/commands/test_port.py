@@ -11,10 +11,15 @@ import transformers
 from peft import PeftModel
 
 from jlora.checkpoints import open_checkpoint, write_safetensors
-from jlora.commands import entry, port
+from jlora.commands import entry, port, verdicts
 from jlora.extraction import extract_checkpoint, port_adapter, rotate
 from jlora.factoring import krylov
-from jlora.formats import load_peft
+from jlora.formats import (
+  OtherBaseWarning,
+  check_fingerprint,
+  load_peft,
+  read_fingerprint,
+)
 from jlora.loras import dense
 from tests.helpers.tiny_models import write_model
 
@@ -72,7 +77,12 @@ def test_peft_loads_it_and_adds_what_was_meant(made, capsys):
   found = in_peft(made / "new", made / "out")
   np.testing.assert_allclose(found, dense(wanted.loras[Q]), atol=1e-5)
   report = json.loads((made / "out" / "port.json").read_text())
-  assert report["modules"] == wanted.rows
+  assert report["modules"].keys() == wanted.rows.keys()
+  for name, row in wanted.rows.items():
+    assert report["modules"][name] == pytest.approx(row, abs=1e-5)
+  known = read_fingerprint(made / "out")
+  assert known.keys() == wanted.loras.keys()
+  assert check_fingerprint(known, new) == []
   config = json.loads((made / "out" / "adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == str(made / "new")
 
@@ -105,6 +115,36 @@ def test_what_cannot_be_carried_is_refused_and_nothing_is_written(made, capsys):
   write_safetensors(made / "new" / "model.safetensors", tensors)
   assert "1 weights have no Lora's shape" in refused()
   assert "one adapter must be given" in _without_adapter(made, capsys)
+
+
+def test_layers_go_where_a_map_says(made, capsys):
+  """The first layer's Loras to the second, and those of the second nowhere."""
+  mapped = {"model.layers.0.": "model.layers.1.", "model.layers.1.": None}
+  (made / "map.json").write_text(json.dumps(mapped))
+  assert run(made, f"--map={made / 'map.json'}", "--json") == 0
+  report = json.loads(capsys.readouterr().out)
+  to = Q.replace("layers.0", "layers.1")
+  assert report["modules"][to]["source"] == Q
+  assert to in report["unmapped"]
+  assert not any(".0." in name for name in report["modules"])
+  (made / "map.json").write_text('{"h.0.": "h.1."}')
+  assert run(made, f"--map={made / 'map.json'}", "--overwrite") == 1
+  assert "1 names are mapped that the adapter does not" in (
+    capsys.readouterr().err
+  )
+
+
+def test_another_base_is_told_by_the_commands(made):
+  """Where it is ported from, and where PEFT is asked about it."""
+  adapter = str(made / "adapter")
+  shutil.copytree(made / "new", made / "other")
+  flags = [f"--from={made / 'other'}", f"--to={made / 'new'}"]
+  flags += [f"--out={made / 'out'}", f"--cache={made / 'cache'}"]
+  with pytest.warns(OtherBaseWarning, match="14 of 14 weights"):
+    assert entry.run(port.COMMAND, [adapter, *flags]) == 0
+  with pytest.warns(OtherBaseWarning, match="14 of 14 weights"):
+    verdicts.check(adapter, made / "new")
+  verdicts.check(adapter, made / "old")
 
 
 def _without_adapter(made, capsys):

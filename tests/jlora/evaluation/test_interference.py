@@ -70,6 +70,18 @@ def test_layers_in_a_row_multiply(given):
   assert rows[0].together != rows[1].together
 
 
+def test_losses_are_under_the_names_of_their_adapters(given):
+  """Whatever the order of the names."""
+  params, batches, one, two = given
+  adapters = {"b": {"first": one}, "a": {"first": two}}
+  (row,) = interference(in_series, loss, params, adapters, batches, [3])
+  for name, lora in (("b", one), ("a", two)):
+    there = {**params, "first": params["first"] + dense(lora)}
+    (x,), targets = batches["own"]
+    wanted = float(loss(in_series(there, x), targets))
+    assert row.alone["own"][name] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_an_adapter_with_itself_is_added_twice(given):
   params, batches, one, _ = given
   adapters = {"one": {"first": one}, "again": {"first": one}}

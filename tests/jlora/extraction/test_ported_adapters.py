@@ -8,6 +8,7 @@ import pytest
 import jlora
 from jlora.checkpoints import write_safetensors
 from jlora.extraction import port_adapter, project
+from jlora.formats import OtherBaseWarning, fingerprint
 from jlora.loras import Lora, dense
 
 NAMES = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
@@ -87,6 +88,29 @@ def test_layers_are_mapped_where_they_are_other_ones(pair):
   assert list(found.loras) == [third]
   assert found.rows[third]["source"] == NAMES[1]
   assert found.left_out == [NAMES[0]]
+
+
+def test_rows_of_a_table_are_carried_where_they_are(pair):
+  """Of a tree the caller says which; both sides of a matrix may have them."""
+  old, _, loras = pair
+  name, rows = NAMES[0], [2, -1, 0, 3, 1]
+  grown = {name: np.random.default_rng(5).standard_normal((5, 6))}
+  lora = {name: loras[name]}
+  found = port_adapter(lora, old, grown, rows={name: rows})
+  before, after = dense(loras[name]), dense(found.loras[name])
+  np.testing.assert_allclose(after[:, [2, 4, 0, 3]], before, atol=1e-6)
+  assert not np.any(after[:, 1])
+  assert found.rows[name]["kept"] == pytest.approx(1)
+  with pytest.raises(ValueError, match=r"no rows in common: .*: 0 to 4 of 4"):
+    port_adapter(lora, old, grown, rows={name: [0, 1, 2, 3, 4]})
+
+
+def test_a_source_that_is_another_is_told(pair):
+  old, new, loras = pair
+  known = fingerprint(old, loras)
+  port_adapter(loras, old, new, fingerprint=known)  # warnings are errors
+  with pytest.warns(OtherBaseWarning, match="2 of 2 weights"):
+    port_adapter(loras, new, old, fingerprint=known)
 
 
 def test_what_does_not_fit_is_refused(pair):
