@@ -1,5 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. BUILD.md has the rest.
 PYTHON ?= python3
+# Python compiles what it imports; pip would compile all of torch first.
+INSTALL := pip install --quiet --no-compile --editable
 BIN := .venv/bin
 # The accelerators' compilers stay out of the environment of everything else.
 AOT := .venv/aot
@@ -9,7 +11,8 @@ GPU := .venv/gpu
 FOREIGN := .venv/foreign
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  test-gpu bench-gpu test-families test-foreign test-merges fuzz \
+  test-gpu bench-gpu test-long test-families test-foreign test-formats \
+  test-merges fuzz \
   bench-scoring bench-serving bench-sweep clean
 
 demo: .venv/.demo
@@ -18,7 +21,9 @@ demo: .venv/.demo
 smoke: .venv/.demo
 	$(BIN)/python -m experiments.quickstart --smoke
 
-test: lint types unit
+# Types are checked beside the tests: alone they would leave a core idle.
+test: lint
+	$(MAKE) --jobs=2 types unit
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -30,6 +35,10 @@ types: .venv/.test
 unit: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40 $(ARGS)
 
+# Tests that `make test` leaves out, for their time.
+test-long: .venv/.test
+	$(BIN)/python -m pytest -m long $(ARGS)
+
 # Every model type of the installed transformers; an hour or two on two cores.
 test-families: .venv/.test
 	$(BIN)/python -m tests.families $(ARGS)
@@ -38,8 +47,15 @@ test-families: .venv/.test
 test-merges: .venv/.test
 	$(BIN)/python -m tests.merges $(ARGS)
 
+# Adapters in diffusers' own loaders.
+test-formats: .venv/.test
+	$(BIN)/$(INSTALL) '.[formats]'
+	$(BIN)/python -m pytest $(ARGS) \
+	  tests/jlora/formats/test_consumers.py
+
 test-foreign: $(FOREIGN)/.done
 	$(FOREIGN)/bin/python -m tests.foreign $(ARGS)
+	$(FOREIGN)/bin/python -m pytest tests/jlora/formats/test_jax_consumers.py
 
 # Damaged files through every door; ten thousand take some minutes.
 fuzz: .venv/.test
@@ -80,26 +96,26 @@ format: .venv/.test
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[experiments]'
+	$(BIN)/$(INSTALL) '.[experiments]'
 	touch $@
 
 .venv/.test: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[experiments,test]'
+	$(BIN)/$(INSTALL) '.[experiments,test]'
 	touch $@ .venv/.demo
 
 $(AOT)/.done: .venv/bin/python pyproject.toml
 	.venv/bin/python -m venv $(AOT)
-	$(AOT)/bin/pip install --quiet --editable '.[aot]'
+	$(AOT)/bin/$(INSTALL) '.[aot]'
 	touch $@
 
 $(GPU)/.done: .venv/bin/python pyproject.toml
 	.venv/bin/python -m venv $(GPU)
-	$(GPU)/bin/pip install --quiet --editable '.[test-gpu]'
+	$(GPU)/bin/$(INSTALL) '.[test-gpu]'
 	touch $@
 
 $(FOREIGN)/.done: .venv/bin/python pyproject.toml
 	.venv/bin/python -m venv $(FOREIGN)
-	$(FOREIGN)/bin/pip install --quiet --editable '.[foreign]'
+	$(FOREIGN)/bin/$(INSTALL) '.[foreign]'
 	touch $@
 
 clean:

@@ -156,6 +156,107 @@ def ratio(spectra: Mapping[str, Any], divisor: float) -> dict[str, int]:
   )
 
 
+def norm(spectra: Mapping[str, Any], share: float) -> dict[str, int]:
+  """Returns the smallest ranks that keep a share of each change's norm.
+
+      rank = min {k : √(Σ_{i≤k} σ_i²) ≥ share √(Σ σ_i²)}
+
+  `sv_fro` of kohya's scripts; `energy` of the share squared.
+
+  Args:
+    spectra: path -> (..., r) singular values, descending, all there are.
+    share: in (0, 1].
+
+  Returns:
+    {path: rank}, in 0..r; 0 where the change is zero.
+
+  Raises:
+    ValueError: share outside (0, 1], or a malformed spectrum.
+
+  Example:
+    >>> norm({"q": [4.0, 2.0, 1.0, 0.5]}, 0.9)
+    {'q': 2}
+  """
+  return _reaching(spectra, share, 2)
+
+
+def total(spectra: Mapping[str, Any], share: float) -> dict[str, int]:
+  """Returns the smallest ranks that keep a share of the sum of values.
+
+      rank = min {k : Σ_{i≤k} σ_i ≥ share Σ σ_i}
+
+  `sv_cumulative` of kohya's scripts.
+
+  Args:
+    spectra: path -> (..., r) singular values, descending, all there are.
+    share: in (0, 1].
+
+  Returns:
+    {path: rank}, in 0..r; 0 where the change is zero.
+
+  Raises:
+    ValueError: share outside (0, 1], or a malformed spectrum.
+
+  Example:
+    >>> total({"q": [4.0, 2.0, 1.0, 0.5]}, 0.9)
+    {'q': 3}
+  """
+  return _reaching(spectra, share, 1)
+
+
+def above(spectra: Mapping[str, Any], least: float) -> dict[str, int]:
+  """Counts in each module the singular values above one number.
+
+  `threshold` of LyCORIS.
+
+  Args:
+    spectra: path -> (..., r) singular values, descending.
+    least: 0 or more.
+
+  Returns:
+    {path: rank}, in 0..r.
+
+  Raises:
+    ValueError: a negative number, or a malformed spectrum.
+
+  Example:
+    >>> above({"q": [4.0, 2.0, 1.0, 0.5]}, 1.0)
+    {'q': 2}
+  """
+  if not least >= 0:
+    raise ValueError(f"least must be 0 or more, got {least}.")
+  return _each(spectra, lambda _, sigma: int(np.sum(sigma > least)))
+
+
+def above_quantile(spectra: Mapping[str, Any], q: float) -> dict[str, int]:
+  """Counts in each module the singular values above a quantile of its own.
+
+  `quantile` of LyCORIS.
+
+  Args:
+    spectra: path -> (..., r) singular values, descending, all there are.
+    q: in [0, 1), interpolated between values as NumPy does.
+
+  Returns:
+    {path: rank}, in 0..r.
+
+  Raises:
+    ValueError: q outside [0, 1), or a malformed spectrum.
+
+  Example:
+    >>> above_quantile({"q": [4.0, 2.0, 1.0, 0.5]}, 0.5)
+    {'q': 2}
+  """
+  if not 0 <= q < 1:
+    raise ValueError(f"q must be in [0, 1), got {q}.")
+
+  def count(_, sigma):
+    """Returns how many values lie above the quantile."""
+    return int(np.sum(sigma > np.quantile(sigma, q))) if sigma.size else 0
+
+  return _each(spectra, count)
+
+
 def above_floor(
   spectra: Mapping[str, Any], floors: Mapping[str, Any]
 ) -> dict[str, int]:
@@ -413,6 +514,19 @@ def _each(
 ) -> dict[str, int]:
   """Applies `rank(path, sigma)` to every module, batches combined."""
   return {path: rank(path, s) for path, s in _combined(spectra).items()}
+
+
+def _reaching(spectra: Any, share: float, power: int) -> dict[str, int]:
+  """Returns the ranks of which the p-norm is a share of all values'."""
+  if not 0 < share <= 1:
+    raise ValueError(f"share must be in (0, 1], got {share}.")
+
+  def count(_, sigma):
+    """Returns the rank at which the share is reached."""
+    held = np.append(0.0, np.cumsum(sigma**power))
+    return int(np.argmax(held >= share**power * held[-1]))
+
+  return _each(spectra, count)
 
 
 def _combined(spectra: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -128,6 +128,9 @@ TORCH_VIEWS: tuple[ViewRule, ...] = (
   (r".*\.weight", 2, LINEAR),
   (r".*\.weight", 3, CONV1D),
   (r".*\.weight", 4, CONV2D),
+  (r".*\.weight", 5, CONV3D),
+  (r".*\.(in|[qkv])_proj_weight", 2, LINEAR),  # of nn.MultiheadAttention
+  (r".*\.text_projection", 2, KERNEL),  # OpenCLIP's, x @ text_projection
   (r"[^.]*weight", 2, LINEAR),
 )  # fmt: skip
 

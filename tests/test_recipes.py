@@ -100,7 +100,16 @@ def test_there_are_recipes():
     assert len(commands(text)) == 1
 
 
-@pytest.mark.parametrize("name", recipes())
+def marks_of(text):
+  """Long are those that look through the whole tree: half a minute each."""
+  is_long = any("test_imports" in command for command in commands(text))
+  return [pytest.mark.long] if is_long else []
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(x, marks=marks_of(text)) for x, text in recipes().items()],
+)
 def test_a_recipe_works_as_written(name, tree):
   text = recipes()[name]
   for block in blocks(text):

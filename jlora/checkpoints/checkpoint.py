@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on disk as lazy mappings from names to NumPy arrays.
 
-    safetensors file | Hugging Face folder | orbax directory -> {name: array}
+    safetensors or GGUF file | Hugging Face folder | orbax directory
+      -> {name: array}
 
 Opening reads only headers and metadata, and validates all of them. An array, or
 a slice of one, is read when asked for. float8 weights come multiplied by their
@@ -13,17 +14,19 @@ import math
 import operator
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.checkpoints import byte_ranges, huggingface, orbax
+from jlora.checkpoints import byte_ranges, gguf, huggingface, orbax
 from jlora.checkpoints.documents import read_config
 from jlora.checkpoints.float8 import (
   FLOAT8,
   dequantise,
+  find_casts,
   pair_other_scales,
   pair_scales,
 )
@@ -53,12 +56,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
   Attributes:
     path: what was opened.
-    format: "safetensors", "huggingface" or "orbax".
+    format: "safetensors", "gguf", "huggingface" or "orbax".
     places: the files, or the one folder of orbax, that hold its arrays.
     spec: name -> TensorSpec, with the stored dtype; known without reading. Of
       a weight of MXFP4 or bitsandbytes it has the dtype as read.
     companions: name of a scale, or of another tensor beside a quantised weight
       -> name of the weight it belongs to.
+    casts: names of float8 weights without a scale, whose codes are the values.
+    left_out: name of a tensor that is not among the names, and is no companion
+      -> why; empty unless the checkpoint was opened by components.
     metadata: the `__metadata__` strings of all files together.
 
   Example:
@@ -81,6 +87,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     places: Sequence[Path] = (),
     metadata: Mapping[str, str] | None = None,
     bytes_read: int = 0,
+    config: Mapping[str, Any] | None = None,
+    float8: str | None = None,
   ):
     self.path = path
     self.places = tuple(places)
@@ -90,8 +98,13 @@ class Checkpoint(Mapping[str, np.ndarray]):
     self._read = read
     self._lock = threading.Lock()
     self._bytes_read = bytes_read
+    self._config = config
+    self.left_out: dict[str, str] = {}
+    self.casts = find_casts(stored, self.metadata, float8 == "cast")
     try:
-      scales = pair_scales(stored)
+      scales = pair_scales(
+        {name: own for name, own in stored.items() if name not in self.casts}
+      )
       self._packed = find_packed(stored, self._read_counted)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
@@ -132,8 +145,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
   def config(self) -> dict[str, Any]:
     """Returns what the folder's config.json says, {} if it has none.
 
-    Raises a ValueError if it is no regular file or no such configuration.
+    Of a GGUF file it is what its header tells. Raises a ValueError if it is no
+    regular file or no such configuration.
     """
+    if self._config is not None:
+      return dict(self._config)
     file = self.path / "config.json"
     if not file.exists():
       return {}
@@ -171,12 +187,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
       array([1., 0.])
     """
     spec = self.spec[name]
-    region, shape = _region(name, spec.shape, index)
+    region, shape = region_of(name, spec.shape, index)
     if name in self._packed:
       array = self._packed[name].read(self._read_counted, region)
       return array.reshape(shape)
     array = self._read_counted(name, region)
-    if spec.dtype in FLOAT8 and name in self._scales:
+    if name in self.casts:
+      array = array.astype(np.float32)
+    elif spec.dtype in FLOAT8 and name in self._scales:
       scale = self._scales[name]
       whole = [range(n) for n in self._stored[scale].shape]
       scales = self._read_counted(scale, whole)
@@ -219,14 +237,27 @@ class Checkpoint(Mapping[str, np.ndarray]):
     return array
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(
+  path: str | os.PathLike,
+  *,
+  variant: str | None = None,
+  float8: str | None = None,
+) -> Checkpoint:
   """Opens the checkpoint at a path; its arrays are not read yet.
 
   Args:
-    path: a `.safetensors` file; a Hugging Face folder with one such file or
+    path: a `.safetensors` file; a `.gguf` file of a language model (extra
+      `gguf`), whose tensors come under Hugging Face's names, quantised ones as
+      float32 with a warning; a Hugging Face folder with one such file or
       shards and their index, or the Hub id of one that was downloaded into the
       Hugging Face cache; or an orbax directory, from the root of its steps
       (the newest finished one is taken) down to the item with the arrays.
+    variant: of a Hugging Face folder, as in `name.fp16.safetensors`; None takes
+      the files without one, with a warning where others are beside them and
+      neither an index nor `model.safetensors` says which are meant.
+    float8: "cast" reads float8 weights without a scale as what they are in
+      files that were cast: each code is the value. None does so, with a
+      warning, where no float8 weight has a scale, and else refuses them.
 
   Returns:
     Checkpoint, a lazy mapping. Orbax leaves are named by their tree paths
@@ -246,12 +277,20 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     ...   dict(open_checkpoint(folder))
     {'w': array([1., 1.])}
   """
+  if float8 not in (None, "cast"):
+    raise ValueError(f"float8 must be 'cast' or None, got {float8!r}.")
   path = locate(path)
+  if variant is not None and not path.is_dir():
+    raise ValueError(
+      f"{path} is a file, which has no variant {variant!r}; give its folder."
+    )
+  if not path.is_dir() and path.suffix == ".gguf":
+    return _open_gguf(path)
   if not path.is_dir():
     huggingface.check_not_pickled(path)
-    return _open_files(path, "safetensors", {path: None})
-  if shards := huggingface.find_shards(path):
-    return _open_files(path, "huggingface", shards)
+    return _open_files(path, "safetensors", {path: None}, float8)
+  if shards := huggingface.find_shards(path, variant):
+    return _open_files(path, "huggingface", shards, float8)
   if folder := orbax.find_item(path):
     return _open_orbax(path, folder)
   huggingface.check_not_pickled(path)
@@ -261,7 +300,10 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _open_files(
-  path: Path, format: str, shards: Mapping[Path, set[str] | None]
+  path: Path,
+  format: str,
+  shards: Mapping[Path, set[str] | None],
+  float8: str | None,
 ) -> Checkpoint:
   """Opens safetensors files as one checkpoint."""
   stored: dict[str, TensorSpec] = {}
@@ -283,7 +325,7 @@ def _open_files(
     except ValueError as error:
       raise ValueError(f"tensor {name!r}: {error}") from error
 
-  return Checkpoint(
+  found = Checkpoint(
     path,
     format,
     stored,
@@ -291,6 +333,42 @@ def _open_files(
     places=list(shards),
     metadata=metadata,
     bytes_read=count,
+    float8=float8,
+  )
+  if found.casts and float8 is None:
+    _tell_casts(found)
+  return found
+
+
+def _tell_casts(found: Checkpoint) -> None:
+  """Warns that codes are read as values; raises if config.json differs."""
+  names = name_some(sorted(found.casts))
+  if "quantization_config" in found.config:
+    raise ValueError(
+      f"{found.path}: config.json says that weights are quantised, but no "
+      f"float8 tensor has a scale: {names}. Download the files again, or say "
+      "--float8=cast (float8='cast') if each code is the value."
+    )
+  warnings.warn(
+    f"{found.path}: no float8 tensor has a scale, so the codes of "
+    f"{len(found.casts)} are read as the values: {names}; say float8='cast' if "
+    "that is known.",
+    stacklevel=4,
+  )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+  """Opens a GGUF file as a checkpoint."""
+  found = gguf.open_model(path)
+  return Checkpoint(
+    path,
+    "gguf",
+    found.stored,
+    found.read,
+    places=[path],
+    metadata=found.metadata,
+    bytes_read=found.nbytes,
+    config=found.config,
   )
 
 
@@ -329,10 +407,26 @@ def _check_shard(file: Path, found: Iterable[str], expected: set[str]) -> None:
       )
 
 
-def _region(
+def region_of(
   name: str, shape: tuple[int, ...], index: Any
 ) -> tuple[tuple[range, ...], tuple[int, ...]]:
-  """Turns NumPy's basic index into a range per axis, and the result's shape."""
+  """Turns NumPy's basic index into a range per axis, and the result's shape.
+
+  Args:
+    name: of the tensor, for errors.
+    shape: its shape.
+    index: integers, slices with positive step, and one `...`.
+
+  Returns:
+    Which indices of each axis are meant, and the shape of what NumPy returns.
+
+  Raises:
+    ValueError: the index does not fit.
+
+  Example:
+    >>> region_of("w", (4, 5), (1, slice(2, None)))
+    ((range(1, 2), range(2, 5)), (3,))
+  """
   index = index if isinstance(index, tuple) else (index,)
   dots = [at for at, part in enumerate(index) if part is Ellipsis]
   if dots:

@@ -8,11 +8,14 @@ A float8 weight W is stored as codes C and a scale S in a tensor of its own:
 DeepSeek names the scale `<name>_scale_inv`, others `<name>_scale`, and some
 that of `<module>.weight` `<module>.scale_weight`. All multiply: `inv` means
 that the scale is the inverse of the factor by which the weight was multiplied
-before it was rounded.
+before it was rounded. Files of image models may have no scales at all: their
+weights were cast, and each code is the value.
 
 References:
   DeepSeek-V3, README_WEIGHTS.md: each 128 x 128 block times its
   weight_scale_inv; the last block of an axis may be smaller.
+  comfyanonymous/ComfyUI, QUANTIZATION.md: `_quantization_metadata`, and files
+  of before with the marker `scaled_fp8`.
 """
 
 import math
@@ -31,6 +34,46 @@ _SUFFIXES = ("_scale_inv", "_scale")
 _BLOCK = 128
 
 Shapes = Mapping[str, Sequence]  # name -> (shape, dtype, ...)
+
+
+def find_casts(
+  tensors: Shapes, metadata: Mapping[str, str], is_told: bool
+) -> set[str]:
+  """Finds the float8 tensors that are values themselves, without a scale.
+
+  Args:
+    tensors: name -> (shape, dtype), or a TensorSpec, of a whole checkpoint.
+    metadata: of its files.
+    is_told: whether the caller says that what has no scale is a value.
+
+  Returns:
+    Names. Without being told none, unless no float8 tensor has a scale and
+    nothing in the files says that they have.
+
+  Example:
+    >>> e4m3 = FLOAT8[0]
+    >>> find_casts({"w": ((4, 4), e4m3)}, {}, False)
+    {'w'}
+    >>> some = {"w": ((4, 4), e4m3), "v": ((4, 4), e4m3), "v_scale": ((), "f4")}
+    >>> find_casts(some, {}, False), find_casts(some, {}, True)
+    (set(), {'w'})
+  """
+  weights = [
+    name
+    for name, (_, dtype, *_) in tensors.items()
+    if dtype in FLOAT8
+    and not _MARKER.fullmatch(name)
+    and not _is_scale_of_codes(name, tensors)
+  ]
+  lone = {
+    name
+    for name in weights
+    if not any(scale in tensors for scale in _scale_names(name))
+  }
+  is_scaled = ANNOUNCED in metadata or any(map(_MARKER.fullmatch, tensors))
+  if not is_told and (is_scaled or len(lone) < len(weights)):
+    return set()
+  return lone
 
 
 def pair_scales(tensors: Shapes) -> dict[str, str]:
@@ -63,7 +106,8 @@ def pair_scales(tensors: Shapes) -> dict[str, str]:
       raise ValueError(
         f"tensor {name!r} is {dtype} with {len(found)} scales, and needs one:"
         f" {name}_scale_inv or {name}_scale. Without it the codes mean"
-        " nothing; store the weight in bfloat16 instead"
+        " nothing; store the weight in bfloat16 instead. If it was cast, so"
+        " that each code is the value, say --float8=cast (float8='cast')"
       )
     scale_shape, scale_dtype, *_ = tensors[found[0]]
     if np.dtype(scale_dtype) not in _FLOATS:
@@ -78,12 +122,14 @@ def pair_scales(tensors: Shapes) -> dict[str, str]:
   return paired
 
 
-# An empty float8 tensor: weights of this file have scales.
+#: ComfyUI's metadata of files whose weights have scales.
+ANNOUNCED = "_quantization_metadata"
+# A float8 tensor that says the same in older files.
 _MARKER = re.compile(r"(.*\.)?scaled_fp8")
 # Scales of what a layer reads, gives or caches: after its name, its weight's.
 _OF_LAYER = re.compile(
   r"(.*?)[._]?((input|output|activation|act)_scale(_ub)?|scale_(input|output)"
-  r"|(q|k|v|kv|prob)_scale)"
+  r"|(q|k|v|kv|prob)_scale|comfy_quant)"
 )
 
 

@@ -47,7 +47,9 @@ def locate(path: str | os.PathLike) -> Path:
       return given
   except OSError as error:  # too long, or in a folder that may not be read
     raise ValueError(f"{text} cannot be read: {error.strerror}") from error
-  if not _ID.fullmatch(text) or text.endswith((".safetensors", ".json")):
+  if not _ID.fullmatch(text) or text.endswith(
+    (".safetensors", ".gguf", ".json")
+  ):
     raise ValueError(f"{text} does not exist")
   if snapshot := _cached(text):
     return snapshot

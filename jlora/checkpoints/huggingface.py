@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,14 +31,19 @@ _LONGEST = 255  # letters of a file's name
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
-def find_shards(folder: Path) -> dict[Path, set[str] | None]:
+def find_shards(
+  folder: Path, variant: str | None = None
+) -> dict[Path, set[str] | None]:
   """Finds the safetensors files that make up the checkpoint in a folder.
 
   The index decides if there is one; else it is `model.safetensors`, or else the
-  only file.
+  only file, or the one that all others are variants of (`name.fp16.safetensors`
+  beside `name.safetensors`), with a warning.
 
   Args:
     folder: an existing folder.
+    variant: take the files of that one: `name.VARIANT.safetensors`, or the
+      index `name.safetensors.index.VARIANT.json`.
 
   Returns:
     {file: names of the tensors it must hold, or None without an index}. Empty
@@ -54,6 +60,8 @@ def find_shards(folder: Path) -> dict[Path, set[str] | None]:
     ...   [path.name for path in find_shards(Path(folder))]
     ['adapter_model.safetensors']
   """
+  if variant is not None:
+    return _find_variant(folder, variant)
   files = sorted(folder.glob("*.safetensors"))
   indices = sorted(folder.glob("*.safetensors.index.json"))
   single, index = folder / _SINGLE, folder / _INDEX
@@ -70,12 +78,52 @@ def find_shards(folder: Path) -> dict[Path, set[str] | None]:
     return shards
   if single in files:
     return {single: None}
+  if len(files) > 1 and (plain := _without_variant(files)):
+    others = [file for file in files if file != plain]
+    warnings.warn(
+      f"{folder}: {plain.name} is read, and not {_names(others)}; say "
+      "variant=... to open_checkpoint, or give the file, for another.",
+      stacklevel=3,
+    )
+    return {plain: None}
   if len(files) > 1:
     raise ValueError(
       f"{folder} holds {len(files)} safetensors files and no {_INDEX}:"
       f" {_names(files)}; restore the index or open one file by its own path"
     )
   return dict.fromkeys(files)
+
+
+def _without_variant(files: list[Path]) -> Path | None:
+  """Returns the file that all others are variants of, None if there is none."""
+  plain = [file for file in files if "." not in file.stem]
+  if len(plain) != 1:
+    return None
+  stem = f"{plain[0].stem}."
+  is_only = all(f == plain[0] or f.name.startswith(stem) for f in files)
+  return plain[0] if is_only else None
+
+
+def _find_variant(folder: Path, variant: str) -> dict[Path, set[str] | None]:
+  """Finds the files of one variant; raises unless they are clear."""
+  indices = [
+    path
+    for path in folder.iterdir()
+    if path.name.endswith(f".safetensors.index.{variant}.json")
+  ]
+  files = [
+    path
+    for path in folder.iterdir()
+    if path.name.endswith(f".{variant}.safetensors")
+  ]
+  found = sorted(indices or files)
+  if len(found) != 1:
+    held = sorted(folder.glob("*.safetensors*"))
+    raise ValueError(
+      f"{folder} holds {len(found)} checkpoints of the variant {variant!r}, "
+      f"needed is one; there are {_names(held) or 'no safetensors files'}."
+    )
+  return _read_index(found[0]) if indices else {found[0]: None}
 
 
 def check_not_pickled(path: Path) -> None:

@@ -400,7 +400,7 @@ _WHYS = (
   (r".*\.(scale_(input|output)|(q|k|v|kv|prob)_scale)", _OF_ACTIVATIONS),
   (r".*[._]blocks", "codes, read with their scales"),
   (r".*\.(quant_state\..*|(nested_)?quant_map|weight_format|scaled_fp8)", _HOW),
-  (r"scaled_fp8", _HOW),
+  (r"scaled_fp8|.*\.comfy_quant", _HOW),
 )
 
 

@@ -26,9 +26,14 @@ from absl import flags
 
 from jlora import ranks
 from jlora.commands import clusters, entry
+from jlora.commands.adapter_formats import (
+  EXTRACTED,
+  check_names,
+  write_formats,
+)
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
-from jlora.commands.verdicts import check_installed, raise_if_wrong, record
+from jlora.commands.verdicts import check_verifiable, raise_if_wrong, record
 from jlora.extraction.card import write_card
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
@@ -66,6 +71,13 @@ _RANK = flags.DEFINE_integer(
   "rank",
   64,
   "Rank of every module, and the most a policy gives.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_CONV_RANK = flags.DEFINE_integer(
+  "conv_rank",
+  None,
+  "The same of convolutions over 1 x 1; kohya files then have those too.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
@@ -128,12 +140,48 @@ _PROFILE = flags.DEFINE_enum(
   "Who will load the adapter.",
   flag_values=_FLAGS,
 )
+_FORMAT = flags.DEFINE_multi_enum(
+  "format",
+  ["peft"],
+  list(EXTRACTED),
+  "Written besides the PEFT folder, into its formats/; may be repeated.",
+  flag_values=_FLAGS,
+)
 _VOCABULARY = flags.DEFINE_enum(
   "vocabulary",
   "whole",
   ["whole", "common", "error"],
   "A table whose number of rows changed: keep the finetuned one whole, compare "
   "the common rows, or stop.",
+  flag_values=_FLAGS,
+)
+_COMPONENTS = flags.DEFINE_list(
+  "components",
+  None,
+  "Of a pipeline's folder or a single file: unet, transformer, text_encoder, "
+  "... By default all but vae, image_encoder and safety_checker.",
+  flag_values=_FLAGS,
+)
+_VARIANT = flags.DEFINE_string(
+  "variant",
+  None,
+  "Take name.VARIANT.safetensors of the folders, such as fp16.",
+  flag_values=_FLAGS,
+)
+_NAMES = flags.DEFINE_enum(
+  "names",
+  "stored",
+  ["stored", "diffusers"],
+  "Names as they are stored, or those of diffusers for what has the names of "
+  "the original's authors, on both sides.",
+  flag_values=_FLAGS,
+)
+_FLOAT8 = flags.DEFINE_enum(
+  "float8",
+  "scaled",
+  ["scaled", "cast"],
+  "float8 weights without a scale: refused where others have one, or read as "
+  "they are, for files that were cast.",
   flag_values=_FLAGS,
 )
 _UNMATCHED = flags.DEFINE_bool(
@@ -250,6 +298,7 @@ _SHARED = (
   *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
   _UNMATCHED,
   *(_TASK, _RENAME, _WHOLE),
+  *(_CONV_RANK, _COMPONENTS, _VARIANT, _NAMES, _FLOAT8),
 )
 
 
@@ -273,17 +322,20 @@ def main(words: Sequence[str]) -> None:
 
 def _run() -> None:
   if _VERIFY.value:
-    check_installed()  # before hours of work
+    check_verifiable(_BASE.value)
   keep_compilations(_CACHE.value)
   process = clusters.join(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
   check_same_facts({flag.name: flag.value for flag in _SHARED})
+  opening = _opening()
+  check_names(_BASE.value, _FORMAT.value, opening)
   report = extract_checkpoint(
     _BASE.value,
     _FINETUNED.value,
     _OUT.value,
     rank=_RANK.value,
+    conv_rank=_CONV_RANK.value,
     policy=_POLICIES[_policy()],
     factor=_FACTORS[_FACTOR.value],
     select=_selector(),
@@ -294,6 +346,7 @@ def _run() -> None:
     task_type=None if _TASK.value == "none" else _TASK.value,
     rename=_renamings(),
     whole=_WHOLE.value,
+    **opening,
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
     split_bytes=int(_SPLIT.value * 2**20),
@@ -318,8 +371,27 @@ def _run() -> None:
     print(ledger_lines(report))
     print(verified_line(report))
     print(f"\nwritten: {_OUT.value}")
+  written = write_formats(
+    _OUT.value,
+    _BASE.value,
+    _FORMAT.value,
+    opening,
+    with_kernels=_CONV_RANK.value is not None,
+  )
+  for line in written:
+    print(line, file=sys.stderr if _JSON.value else sys.stdout)
   if verdict:
     raise_if_wrong(verdict)
+
+
+def _opening() -> dict[str, Any]:
+  """Returns how both checkpoints are opened."""
+  return {
+    "components": _COMPONENTS.value,
+    "variant": _VARIANT.value,
+    "names": None if _NAMES.value == "stored" else _NAMES.value,
+    "float8": None if _FLOAT8.value == "scaled" else _FLOAT8.value,
+  }
 
 
 def _renamings() -> list[tuple[str, str]]:
@@ -389,10 +461,15 @@ COMMAND = Command(
       "exclude": "REGEX",
       "whole": "REGEX",
       "vocabulary": "",
+      "components": "LIST",
+      "variant": "NAME",
+      "names": "",
+      "float8": "",
       "allow_unmatched": "",
     },
     "Rank": {
       "rank": "N",
+      "conv_rank": "N",
       "policy": "",
       "budget_mib": "X",
       "energy": "X",
@@ -403,6 +480,7 @@ COMMAND = Command(
       "out": "DIR",
       "dtype": "",
       "profile": "",
+      "format": "",
       "base_model": "NAME",
       "verify": "",
       "task_type": "",
@@ -419,8 +497,9 @@ COMMAND = Command(
       "process_id": "N",
     },
   },
-  more="Checkpoints are safetensors files, Hugging Face folders, Hub ids that "
-  "were downloaded into the Hugging Face cache, or orbax directories.",
+  more="Checkpoints are safetensors or GGUF files, Hugging Face folders, "
+  "folders of diffusers' pipelines, Hub ids that were downloaded into the "
+  "Hugging Face cache, or orbax directories.",
 )
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ class Glance(NamedTuple):
 
 #: Every command; its file has its name.
 COMMANDS = {
+  "adapter": Glance(
+    "An adapter of any tool shown, converted, resized, or joined with others.",
+    "jlora adapter convert IN --format=kohya --out=FILE",
+  ),
   "extract": Glance(
     "A LoRA from two checkpoints, with the loss of every module.",
     "jlora extract --base=DIR --finetuned=DIR --out=DIR --rank=64",

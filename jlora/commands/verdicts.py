@@ -29,6 +29,7 @@ from jlora.extraction.report import (
   read_report,
   write_report,
 )
+from jlora.formats.fingerprints import check_fingerprint, read_fingerprint
 from jlora.formats.peft.layouts import CONFIG, PREFIX, TENSORS
 from jlora.messages import name_some
 
@@ -149,17 +150,31 @@ class _Unit(NamedTuple):
     return first["path"]
 
 
-def check_installed() -> None:
-  """Raises unless the libraries that a check needs are there.
+def check_verifiable(base: str | os.PathLike) -> Path:
+  """Raises unless all that a check needs is there, before hours of work.
+
+  Args:
+    base: the base.
+
+  Returns:
+    Its folder.
 
   Raises:
-    ValueError: one is not installed.
+    ValueError: PEFT, transformers or torch is not installed, or there is no
+      folder with a config.json, as of a pipeline, a single file or orbax.
   """
+  folder = locate(base)
   for name in _NEEDED:
     if importlib.util.find_spec(name) is None:
       raise ValueError(
         f"not verified: {name} is not installed; pip install peft transformers"
       )
+  if not (folder / "config.json").is_file():
+    raise ValueError(
+      f"not verified: {folder} has no config.json, from which transformers "
+      "would build the base."
+    )
+  return folder
 
 
 def check(
@@ -175,8 +190,8 @@ def check(
   Args:
     adapter: a PEFT folder; with a `report.json` each module is held against
       it.
-    base: the base's Hugging Face folder; of its tensors only names and shapes
-      are read, unless there is a finetune.
+    base: the base's Hugging Face folder; of its tensors only names, shapes and
+      samples are read, unless there is a finetune.
     finetuned: the finetune. With it `W + change` is compared with its weights,
       one parameter at a time.
 
@@ -184,20 +199,21 @@ def check(
     Verdict. Memory: the adapter, and four float32 copies of the largest
     parameter. Reads both checkpoints once.
 
+  Warns:
+    OtherBaseWarning: the adapter says that it was made on another base.
+
   Raises:
     ValueError: PEFT, transformers or torch is not installed, or there is no
       adapter or no config.json, or one that needs code of its own.
   """
-  adapter, base = locate(adapter), locate(base)
-  check_installed()
-  for folder, name in (
-    (adapter, CONFIG),
-    (adapter, TENSORS),
-    (base, "config.json"),
-  ):
-    if not (folder / name).is_file():
-      raise ValueError(f"not verified: {folder} has no {name}.")
+  adapter, base = locate(adapter), check_verifiable(base)
+  for name in (CONFIG, TENSORS):
+    if not (adapter / name).is_file():
+      raise ValueError(f"not verified: {adapter} has no {name}.")
   report = read_report(adapter) if (adapter / REPORT).exists() else None
+  known = read_fingerprint(adapter)
+  if known:
+    check_fingerprint(known, open_checkpoint(base), name=str(adapter))
   # The one file that imports torch.
   peft_models = importlib.import_module("jlora.commands.peft_models")
   who = peft_models.NAME, peft_models.VERSION

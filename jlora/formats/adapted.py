@@ -11,6 +11,7 @@ import numpy as np
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.merged import changed, check_changes
 from jlora.checkpoints.safetensors import TensorSpec
+from jlora.formats.fingerprints import check_fingerprint, read_fingerprint
 from jlora.formats.peft.parts import describe_base, kind_of
 from jlora.formats.peft.reading import load_peft
 from jlora.numerics.backends import wide_dtype
@@ -34,6 +35,9 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
     places: the base's.
     model_type: the base's.
     config: the base's.
+
+  Warns:
+    OtherBaseWarning: the adapter says that it was made on another base.
   """
 
   def __init__(self, base: Checkpoint, adapter: str | os.PathLike):
@@ -44,6 +48,7 @@ class AdaptedCheckpoint(Mapping[str, np.ndarray]):
     found = load_peft(
       adapter, like=base.spec, model_type=model_type, config=config
     )
+    check_fingerprint(read_fingerprint(adapter), base, name=str(adapter))
     about = describe_base(base.spec, model_type, "auto", None, config)
     views = {p: kind_of(p, base.spec[p].shape, about).view for p in found.loras}
     check_changes(base, found.loras, views, found.biases, found.full)

@@ -22,6 +22,10 @@ from jlora.merging.adapters.recycling import closeness as closeness
 from jlora.merging.adapters.recycling import random_like as random_like
 from jlora.merging.adapters.recycling import search_weights as search_weights
 from jlora.merging.adapters.recycling import select as select
+from jlora.merging.adapters.resizing import Joined as Joined
+from jlora.merging.adapters.resizing import Resized as Resized
+from jlora.merging.adapters.resizing import resize as resize
+from jlora.merging.adapters.resizing import spectra_of as spectra_of
 from jlora.merging.adapters.soups import by_adapter as by_adapter
 from jlora.merging.adapters.soups import by_layer as by_layer
 from jlora.merging.adapters.soups import by_module as by_module
@@ -81,7 +85,9 @@ from jlora.merging.trees import merge as merge
 __all__ = [
   "FORMS",
   "Input",
+  "Joined",
   "Recipe",
+  "Resized",
   "Slice",
   "TokenSource",
   "Tokenizer",
@@ -131,6 +137,7 @@ __all__ = [
   "read_inputs",
   "read_recipe",
   "read_recipes",
+  "resize",
   "sce",
   "search_weights",
   "select",
@@ -138,6 +145,7 @@ __all__ = [
   "singular_units",
   "slerp",
   "softmax",
+  "spectra_of",
   "svd_merge",
   "task_arithmetic",
   "ties",

@@ -54,6 +54,18 @@ def thin_qr(x: Any) -> tuple[Any, Any]:
   return q, r
 
 
+def triangle_of(x: Any) -> Any:
+  """Computes the triangle of `x = q r` alone, in half the time of both.
+
+  For x (m, k): (min(m, k), k).
+
+  Example:
+    >>> abs(triangle_of(np.array([[3.0], [4.0]]))).round(4).tolist()
+    [[5.0]]
+  """
+  return alike(functools.partial(library_of(x).linalg.qr, mode="r"), x)
+
+
 def thin_svd(x: Any) -> tuple[Any, Any, Any]:
   """Computes the thin singular value decomposition of a small matrix.
 

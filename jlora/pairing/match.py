@@ -41,6 +41,8 @@ _PREFIXES = (
 _EMBEDDING = (
   r"(.*\.)?(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings)\.weight"
 )
+# CLIP's text encoders have `text_model.` in transformers 4 and not in 5.
+_CLIP = re.compile(r"((?:text_encoder\w*\.)?)text_model\.")
 _HEAD = r"(lm_head|embed_out|output|(.*\.)lm_head)\.weight"
 
 Vocabulary = Callable[[str, tuple[int, ...], tuple[int, ...]], slice | None]
@@ -288,7 +290,8 @@ def _bare(name: str) -> str:
   for prefix in _PREFIXES:
     if name.startswith(prefix):
       return _bare(name.removeprefix(prefix))
-  return name
+  clip = _CLIP.match(name)
+  return clip[1] + name[clip.end() :] if clip else name
 
 
 def _by_tie(base, finetuned, left, right):

@@ -13,7 +13,7 @@ from typing import Any
 
 from jlora.checkpoints.checksums import as_text, checksum_of
 from jlora.messages import name_some
-from jlora.runs.journal import check_fingerprint
+from jlora.runs.journal import check_settings
 
 _PARTS = {"fingerprint": dict, "files": dict, "told": str}
 _WAY = "Use overwrite=True to make it anew, or another out."
@@ -79,7 +79,7 @@ def check_run(
   ):
     raise ValueError(f"{report} does not say what made it. {_WAY}")
   wanted = json.loads(json.dumps(fingerprint))
-  check_fingerprint(report, described["fingerprint"], wanted)
+  check_settings(report, described["fingerprint"], wanted)
   if described["told"] != _checksum(told):
     raise ValueError(f"{report} is not as it was written. {_WAY}")
   lost = [

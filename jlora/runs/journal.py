@@ -205,7 +205,7 @@ def begin_journal(
         f"{out} holds the journal of an unfinished run. Use resume=True to "
         "continue, overwrite=True to replace, or another out."
       )
-    check_fingerprint(folder, _read_header(header), wanted)
+    check_settings(folder, _read_header(header), wanted)
   elif entries := _entries(folder):
     raise ValueError(
       f"{folder} has {len(entries)} entries but no {_HEADER}: nothing tells "
@@ -281,7 +281,7 @@ def check_folder(
     )
 
 
-def check_fingerprint(
+def check_settings(
   folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
   """Raises unless a journal belongs to the run that wants it.
@@ -295,7 +295,7 @@ def check_fingerprint(
     ValueError: names up to three options with both values.
 
   Example:
-    >>> check_fingerprint(Path("out"), {"rank": 8}, {"rank": 64})
+    >>> check_settings(Path("out"), {"rank": 8}, {"rank": 64})
     Traceback (most recent call last):
     ...
     ValueError: out belongs to another run: rank was 8, is 64. Use the same

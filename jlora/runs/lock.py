@@ -72,7 +72,11 @@ def _take(folder: Path) -> int:
     try:
       folder.mkdir(parents=True, exist_ok=True)
       handle = os.open(path, flags, 0o666)
-    except FileNotFoundError:  # another run that made the folder removed it
+    except (FileNotFoundError, FileExistsError):
+      # Another run that made the folder removed it, in the second case between
+      # two steps of mkdir.
+      if os.path.lexists(folder) and not folder.is_dir():
+        raise
       continue
     except OSError as error:
       if error.errno == errno.ELOOP:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import ml_dtypes
 import numpy as np
 import yaml
@@ -19,8 +20,19 @@ from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.checkpoints.quantised import VALUES
 from jlora.commands.contents import contents_of
 from jlora.commands.estimates import list_modules
+from jlora.commands.serving.completions import (
+  Answer,
+  Limits,
+  choice_of,
+  read_completion,
+  read_load,
+  read_unload,
+  usage_of,
+)
+from jlora.commands.serving.decoding import Sizes
+from jlora.commands.serving.refusals import Refused
 from jlora.commands.show import lines_of
-from jlora.extraction import read_report
+from jlora.extraction import port_checkpoint, read_report
 from jlora.loras import Lora
 from jlora.merging import read_recipe
 from jlora.merging.checkpoints.planning import plan_merge
@@ -213,8 +225,39 @@ def _build_adapter(folder):
   (folder / "adapter" / "adapter_config.json").write_text(text)
 
 
+def _build_ported(folder):
+  _build_pair(folder)
+  base = jlora.open_checkpoint(folder / "one")
+  loras = {
+    f"{Q}.weight": Lora(_random(2, D), _random(2, D), np.ones((), np.float32)),
+    "model.embed_tokens.weight": Lora(
+      _random(1, V), _random(1, D), np.ones((), np.float32)
+    ),
+  }
+  jlora.save_peft(
+    folder / "adapter",
+    loras,
+    like=base.spec,
+    config=base.config,
+    fingerprint=formats.fingerprint(base, loras),
+  )
+
+
+def _port(folder, out, resume=False):
+  port_checkpoint(
+    *(folder / "adapter", folder / "one", folder / "two", out),
+    resume=resume,
+    log=io.StringIO(),
+  )
+
+
+def _enter_ported(folder):
+  _port(folder, folder / "out")
+
+
 def _enter_adapter(folder):
   jlora.load_peft(folder / "adapter")
+  formats.read_fingerprint(folder / "adapter")
   base = jlora.open_checkpoint(folder / "base")
   jlora.load_peft(folder / "adapter", like=base.spec, config=base.config)
 
@@ -345,8 +388,135 @@ def _enter_shown(folder):
     _show(folder / name)
 
 
+COMPLETION = {
+  "model": "one",
+  "prompt": [[1, 2], [3]],
+  "max_tokens": 4,
+  "temperature": 0.5,
+  "seed": 3,
+  "stop": None,
+  "stream": True,
+  "stream_options": {"include_usage": True},
+  "n": 1,
+  "logit_bias": {},
+  "ignore_eos": True,
+  "return_token_ids": True,
+}
+REQUESTS = {
+  "completion": COMPLETION,
+  "load": {"lora_name": "x", "lora_path": "x/y", "load_inplace": True},
+  "unload": {"lora_name": "x", "lora_int_id": 1},
+}
+
+
+def _build_requests(folder):
+  for name, body in REQUESTS.items():
+    (folder / f"{name}.json").write_text(json.dumps(body))
+
+
+def _enter_requests(folder):
+  """Reads all bodies as a server does; a refusal must be the asker's fault."""
+  limits, sizes = Limits(4, 8, 8, V), Sizes(2, 32, 4, 2)
+  files = {name: folder / f"{name}.json" for name in REQUESTS}
+  if not all(file.is_file() for file in files.values()):
+    raise ValueError("bodies come in no other way")
+  bodies = {name: file.read_bytes() for name, file in files.items()}
+  try:
+    wanted = read_completion(bodies["completion"], limits, sizes, None)
+    read_load(bodies["load"])
+    read_unload(bodies["unload"])
+  except Refused as refused:
+    json.dumps(refused.body())
+    kind = ValueError if refused.status == 400 else RuntimeError
+    raise kind(str(refused)) from refused
+  assert len(wanted.seeds) == len(wanted.prompts) <= limits.prompts
+  assert all(0 <= i < V for ids in wanted.prompts for i in ids)
+  answer = Answer(0, "", [1], "stop")
+  json.dumps([choice_of(answer, wanted, is_whole=True), usage_of(wanted, 1)])
+  np.random.default_rng(wanted.seeds[0])
+
+
 def _build_mixture(folder):
   _write_model(folder / "moe", _llama(experts=2), MIXTRAL)
+
+
+def _build_image_adapter(folder):
+  """Files of kohya and diffusers, LoHa, LoKr and whole changes."""
+  name = "unet.mid_block.attentions.0.proj_in"
+  lora = Lora(_random(2, D), _random(2, D), np.float32(1))  # type: ignore[arg-type]
+  ours = {"like": {name: (D, D)}, "family": "sdxl"}
+  formats.save_kohya(folder / "kohya.safetensors", {name: lora}, **ours)
+  formats.save_diffusers(folder / "diffusers.safetensors", {name: lora})
+  tensors = {f"x.hada_w{i}_a": _random(D, 2) for i in "12"}
+  tensors |= {f"x.hada_w{i}_b": _random(2, D) for i in "12"}
+  tensors |= {"y.lokr_w1": _random(2, 2), "y.lokr_w2_a": _random(4, 2)}
+  tensors |= {"y.lokr_w2_b": _random(2, 4), "z.diff": _random(D)}
+  tensors["x.alpha"] = np.float32(1)
+  write_safetensors(folder / "lycoris.safetensors", tensors)
+
+
+def _enter_image_adapter(folder):
+  found = [
+    formats.open_adapter(folder / f"{name}.safetensors")
+    for name in ("kohya", "diffusers", "lycoris")
+  ]
+  return [
+    part.shape
+    for adapter in found
+    for lora in adapter.values()
+    for part in (lora.a, lora.b)
+  ] + [change.shape for adapter in found for change in adapter.shifts.values()]
+
+
+def _build_states(folder):
+  """States of qwix, tunix and MaxText, and the base of one."""
+  path = "layers/0/self_attention/query/kernel"
+  one = np.ones((), np.float32)
+  lora = Lora(_random(2, D), _random(2, D), one)
+  like = {path: np.zeros((D, 2, D // 2), np.float32)}
+  jlora.checkpoints.save_orbax(folder / "base", like)
+  dot = {path: "dot"}
+  formats.save_qwix(folder / "qwix", {path: lora}, like=like, equations=dot)
+  formats.save_maxtext(folder / "maxtext", {path: lora}, like=like)
+  config = LLAMA | {"num_key_value_heads": 2}
+  formats.save_tunix(folder / "tunix", {Q: lora}, config=config)
+
+
+def _enter_states(folder):
+  found = [
+    formats.open_adapter(folder / name, base and folder / base)
+    for name, base in (("qwix", "base"), ("maxtext", "base"), ("tunix", None))
+  ]
+  return [lora.a.shape for adapter in found for lora in adapter.values()]
+
+
+def _build_gguf(folder):
+  """A model in two types, and an adapter, of llama.cpp."""
+  for name, kind in (("model", "llama"), ("quantised", "qwen2")):
+    writer = gguf.GGUFWriter(folder / f"{name}.gguf", kind)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_token_list(["a", "b"])
+    for tensor in ("token_embd", "blk.0.attn_q", "output"):
+      own = _random(32, 32)
+      if kind == "llama":
+        writer.add_tensor(f"{tensor}.weight", own)
+      else:
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        stored = gguf.quants.quantize(own, q8)
+        writer.add_tensor(f"{tensor}.weight", stored, raw_dtype=q8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+  lora = Lora(_random(2, D), _random(2, D), np.ones((), np.float32))
+  formats.save_gguf(folder / "lora.gguf", {Q: lora}, config=LLAMA)
+
+
+def _enter_gguf(folder):
+  found = [_read_all(folder / f"{x}.gguf") for x in ("model", "quantised")]
+  adapter = formats.open_adapter(folder / "lora.gguf")
+  return found, [lora.a.shape for lora in adapter.values()]
 
 
 DOORS = {
@@ -371,6 +541,11 @@ DOORS = {
   ),
   "gptq and awq": Door(_build_foreign, _enter_foreign, 2),
   "packed loras": Door(_build_packed, _enter_packed, 3),
+  "adapters of image models": Door(
+    _build_image_adapter, _enter_image_adapter, 6
+  ),
+  "gguf": Door(_build_gguf, _enter_gguf, 4),
+  "states of JAX": Door(_build_states, _enter_states, 3),
   "load_peft": Door(_build_adapter, _enter_adapter, 6),
   "extract_checkpoint": Door(_build_pair, _enter_pair, 4),
   "read_recipe, plan": Door(
@@ -383,6 +558,10 @@ DOORS = {
   ),
   "extract again": Door(
     build_finished(_build_pair, _extract), enter_resumed(_extract), 3
+  ),
+  "port_checkpoint": Door(_build_ported, _enter_ported, 3),
+  "port again": Door(
+    build_finished(_build_ported, _port), enter_resumed(_port), 2
   ),
   "resume merge": Door(
     build_killed(_build_merge("linear"), _merge), enter_resumed(_merge), 3
@@ -397,6 +576,7 @@ DOORS = {
   "show an adapter": Door(
     _build_adapter, lambda folder: _show(folder / "adapter"), 2
   ),
+  "requests": Door(_build_requests, _enter_requests),
   "load a mixture": Door(
     _build_mixture, lambda folder: models.load(folder / "moe"), 2
   ),

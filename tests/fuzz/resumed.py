@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+from jlora.extraction.port_run import PORT
 from jlora.extraction.report import REPORT
 from jlora.merging.checkpoints.report import MERGE
 from jlora.runs.journal import FOLDER, Journal
 from tests.helpers.small_pairs import files_of
 
 Run = Callable[[Path, Path, bool], object]
-_LAST = (REPORT, MERGE)
+_LAST = (REPORT, MERGE, PORT)
 
 
 def build_killed(

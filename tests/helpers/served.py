@@ -58,6 +58,7 @@ def write_base(folder: Path) -> Path:
 
 def draw_adapter(params: Any, rank: int, seed: int) -> dict[str, Lora]:
   """Draws an adapter that changes what is said: all layers' matrices."""
+  in_layers = ("layers/", "h/")
   draw = np.random.default_rng(seed).standard_normal
   return {
     path: Lora(
@@ -66,7 +67,7 @@ def draw_adapter(params: Any, rank: int, seed: int) -> dict[str, Lora]:
       np.float32(0.3),
     )
     for path, leaf in flatten(params).items()
-    if path.startswith("layers") and path.endswith("kernel")
+    if path.startswith(in_layers) and path.endswith("kernel")
   }
 
 

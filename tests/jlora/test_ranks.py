@@ -307,3 +307,9 @@ def test_verdicts_say_what_is_and_what_it_costs():
   assert "not reached" in verdict(8, 0.4, 0.95, 2**20, 2**30, False)
   text = verdict(8, 0.4, 0.95, 2**20, 2**30, True, "an error of 0.5")
   assert text.endswith("; an error of 0.5 needs 1.0 MiB, 0.1% of the model.")
+
+
+def test_norm_counts_no_zeros_where_all_is_kept():
+  # The square of a rounded root is more than the sum that it is the root of.
+  for first, second in ((4.94, 4.62), (7.36, 0.03), (2.77, 1.18)):
+    assert ranks.norm({"q": [first, second, 0.0, 0.0]}, 1.0) == {"q": 2}

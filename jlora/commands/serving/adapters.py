@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.adapting.serving import Lease, Room, Shapes, Shelf
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.commands.entry import nearest
 from jlora.commands.serving.refusals import Refused
+from jlora.formats.fingerprints import check_fingerprint, read_fingerprint
 from jlora.formats.peft.layouts import CONFIG
 from jlora.formats.peft.reading import load_peft
 from jlora.loras import Loras
@@ -32,10 +33,36 @@ class Base(NamedTuple):
   Attributes:
     spec: tensor's name -> its shape, of the checkpoint.
     config: the contents of config.json.
+    samples: of its tensors, to compare adapters' bases with.
   """
 
   spec: Mapping[str, Any]
   config: Mapping[str, Any]
+  samples: "Samples"
+
+
+class Samples:
+  """A checkpoint of which each region is read once, for many adapters.
+
+  Args:
+    checkpoint: open.
+
+  Attributes:
+    spec: the checkpoint's.
+  """
+
+  def __init__(self, checkpoint: Checkpoint):
+    self.spec, self._read = checkpoint.spec, checkpoint.read
+    self._kept: dict[tuple[str, str], Any] = {}
+
+  def read(self, name: str, index: Any = ()) -> Any:
+    """Reads a region as the checkpoint does; a whole tensor is not kept."""
+    if not index:
+      return self._read(name)
+    key = name, str(index)
+    if key not in self._kept:
+      self._kept[key] = self._read(name, index)
+    return self._kept[key]
 
 
 class Survey(NamedTuple):
@@ -67,8 +94,9 @@ class Loading(NamedTuple):
 
 
 def open_base(folder: str) -> Base:
-  """Reads the names and shapes of a base, not its tensors."""
-  return Base(open_checkpoint(folder).spec, read_config(folder))
+  """Reads the names and shapes of a base; its tensors are not read yet."""
+  checkpoint = open_checkpoint(folder)
+  return Base(checkpoint.spec, read_config(folder), Samples(checkpoint))
 
 
 def read_adapter(folder: Path, base: Base) -> Loras:
@@ -104,6 +132,9 @@ def survey(folder: Path, base: Base) -> Survey:
   Returns:
     Survey.
 
+  Warns:
+    OtherBaseWarning: an adapter says that it was made on another base.
+
   Raises:
     ValueError: no such folder.
   """
@@ -116,6 +147,7 @@ def survey(folder: Path, base: Base) -> Survey:
     try:
       check_name(own.name)
       loras = read_adapter(own, base)
+      check_fingerprint(read_fingerprint(own), base.samples, name=own.name)
     except (ValueError, OSError) as error:
       found.damaged[own.name] = str(error)
       continue
@@ -263,6 +295,8 @@ class Adapters:
       self._check_free(name, in_place)
       loras = read_adapter(place, self._base)
       self.room.check(loras, name)
+      known = read_fingerprint(place)
+      check_fingerprint(known, self._base.samples, name=name)
     except (ValueError, OSError) as error:
       raise Refused(400, "bad_adapter", str(error)) from error
     with self._lock:

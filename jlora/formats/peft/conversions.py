@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.formats.lazy import Lazy
 from jlora.formats.peft.cuts import uneven_heights
 from jlora.formats.peft.families import KNOWN_CONVERSIONS, Origin
 from jlora.formats.peft.parts import Base, kind_of, module_of, with_names
@@ -58,26 +59,6 @@ class Conversion(NamedTuple):
   def is_stack(self) -> bool:
     """Returns whether it stacks tensors along a new axis."""
     return self.operations[0][0] == "MergeModulelist"
-
-
-class Lazy(Mapping[str, Any]):
-  """A mapping whose values are made on each access, and not kept.
-
-  Args:
-    makers: key -> function without arguments.
-  """
-
-  def __init__(self, makers: Mapping[str, Callable[[], Any]]):
-    self._makers = makers
-
-  def __getitem__(self, path: str) -> Any:
-    return self._makers[path]()
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._makers)
-
-  def __len__(self) -> int:
-    return len(self._makers)
 
 
 def find_conversions(base: Base) -> list[Conversion]:

@@ -45,6 +45,8 @@ class Profile:
     refused: kind of change -> why the consumer refuses it. Kinds are those of
       `LAYOUTS`, and "bias", and "full" for tensors stored whole.
     stacks_experts: whether it stacks separate experts on loading.
+    one_rank: whether it takes no patterns of ranks, so that all modules are
+      given the largest, by zeros.
     refuses_class: (architectures of config.json, whether transformers has one
       of them) -> why it takes no adapter for such a model, or ""; None if all
       are taken.
@@ -61,6 +63,7 @@ class Profile:
   max_rank: int | None = None
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   stacks_experts: bool = False
+  one_rank: bool = False
   refuses_class: Callable[[Sequence[str], bool], str] | None = None
   refuses_module: Callable[[str, str, Sequence[str]], str] | None = None
 
@@ -79,6 +82,20 @@ VLLM = Profile(
   },
   refuses_class=vllm_names.class_refusal,
   refuses_module=vllm_names.refusal_of,
+)
+
+
+# Its converter to GGUF takes one rank and one alpha for the whole folder: with
+# patterns the change of a module would be off by r_max / r_i.
+LLAMACPP = Profile(
+  "llama.cpp",
+  refused={
+    "bias": "llama.cpp has no biases; merge the change into a checkpoint",
+    "convolution": "llama.cpp has no LoRA for convolutions",
+    "full": "llama.cpp adds no whole tensors; merge them into a checkpoint",
+  },
+  stacks_experts=True,
+  one_rank=True,
 )
 
 
@@ -112,6 +129,16 @@ def _store_matrix(a, b, kernel):
 def _load_matrix(a, b, rank):
   """Reverts `_store_matrix`."""
   return a, b.T
+
+
+def _store_transposed(a, b, kernel):
+  """Returns b and aᵀ: PEFT takes all matrices for (out, in)."""
+  return b, a.T
+
+
+def _load_transposed(a, b, rank):
+  """Reverts `_store_transposed`."""
+  return b.T, a
 
 
 def _store_convolution(a, b, kernel):
@@ -161,5 +188,14 @@ EXPERTS = FileLayout(
   wraps_parameter=True,
 )
 ROUTER = EXPERTS._replace(kind="router", store=_store_matrix, load=_load_matrix)
-LAYOUTS = (LINEAR_FILE, EMBEDDING, CONVOLUTION, EXPERTS, ROUTER)
+# Matrices that are parameters of a module which is no linear layer.
+PARAMETER = ROUTER._replace(kind="parameter")
+TRANSPOSED = EXPERTS._replace(
+  kind="transposed parameter", store=_store_transposed, load=_load_transposed
+)
+#: Names of parameters that are (in, out).
+IN_OUT = ("text_projection",)
+LAYOUTS = (
+  LINEAR_FILE, EMBEDDING, CONVOLUTION, EXPERTS, ROUTER, PARAMETER, TRANSPOSED,
+)  # fmt: skip
 BIAS = "lora_B.bias"

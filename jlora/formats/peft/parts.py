@@ -19,8 +19,11 @@ from jlora.formats.peft.layouts import (
   CONVOLUTION,
   EMBEDDING,
   EXPERTS,
+  IN_OUT,
   LINEAR_FILE,
+  PARAMETER,
   ROUTER,
+  TRANSPOSED,
   FileLayout,
 )
 from jlora.loras import Lora
@@ -39,6 +42,7 @@ Rename = Callable[[str], str | Sequence[str]]
 TABLES = TORCH_VIEWS[0][0]
 INPUT_EMBEDDINGS = r"(.*\.)?(embed_tokens|wte|word_embeddings)\.weight"
 HEAD = "lm_head.weight"
+NO_VIEW = "no rule says which of its axes a layer sums over"
 SPLIT_EXPERTS = r"(.*\.experts)\.\d+\..*"
 # In models with fused experts, routers have module classes unknown to PEFT.
 ROUTERS = r".*\.(gate|router)\.weight"
@@ -259,6 +263,8 @@ def kind_of(
       view = view_of(path, shape, base.table, matrix)
     except ValueError as unclear:
       return Kind(why=str(unclear))
+    if view is None and len(shape) > 1 and "/" not in path:
+      return Kind(why=NO_VIEW)
     return Kind(view, view and _guess_layout(path, view, base))
   if len(shape) < 2:
     return Kind(None)
@@ -412,6 +418,10 @@ def _guess_layout(path: str, view: MatrixView, base: Base) -> FileLayout:
     return EMBEDDING
   if re.fullmatch(ROUTERS, name) and not base.splits_experts:
     return ROUTER
+  if name.rpartition(".")[2] in IN_OUT:
+    return TRANSPOSED
+  if name.endswith("_proj_weight"):
+    return PARAMETER
   if len(view.inputs) > 1 and ("/" not in path or "conv" in path):
     return CONVOLUTION
   return LINEAR_FILE

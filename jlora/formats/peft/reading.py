@@ -39,10 +39,12 @@ from jlora.formats.peft.layouts import (
   CONVOLUTION,
   EMBEDDING,
   EXPERTS,
+  IN_OUT,
   LINEAR_FILE,
   PARAMETER_ORDER,
   PREFIX,
   TENSORS,
+  TRANSPOSED,
   FileLayout,
 )
 from jlora.formats.peft.parts import HEAD, Base, describe_base, ties_of
@@ -345,7 +347,7 @@ def _wrappers(found, file: Checkpoint, config, order) -> list[StoredLora]:
     if not all(map(is_floating, kinds)):
       wrong.append(f"{name}: A {kinds[0]}, B {kinds[1]}, needed are floats")
       continue
-    layout = _layout(keys["a"], a, parameters)
+    layout = _layout(keys["a"], a, name if parameters else "")
     bias = file.spec[keys["bias"]].shape if "bias" in keys else b[:1]
     if not _is_pair(a, b, rank, layout) or bias != b[:1]:
       wrong.append(f"{name}: A {a}, B {b}, configured rank {rank}")
@@ -370,12 +372,14 @@ def _is_pair(a, b, rank: int, layout: FileLayout) -> bool:
   return a[0] == rank
 
 
-def _layout(
-  key: str, shape: tuple[int, ...], parameters: list[str]
-) -> FileLayout:
-  """Returns the file layout of a LoRA layer, from its key and shape."""
-  if parameters:
-    return EXPERTS
+def _layout(key: str, shape: tuple[int, ...], parameter: str) -> FileLayout:
+  """Returns the file layout of a LoRA layer, from its key and shape.
+
+  The parameter is "" where PEFT wraps a module.
+  """
+  if parameter:
+    is_turned = parameter.rpartition(".")[2] in IN_OUT
+    return TRANSPOSED if is_turned else EXPERTS
   if key.endswith(EMBEDDING.a):
     return EMBEDDING
   return CONVOLUTION if len(shape) > 2 else LINEAR_FILE

@@ -12,7 +12,7 @@ that knows the patterns and for one that only looks at the tensors.
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jlora.checkpoints.new_files import (
 )
 from jlora.checkpoints.safetensors import stream_safetensors
 from jlora.checkpoints.sources import check_apart
+from jlora.formats.fingerprints import metadata_of
 from jlora.formats.peft.config import shortest_targets
 from jlora.formats.peft.conversions import (
   convert_base,
@@ -58,6 +59,7 @@ from jlora.formats.peft.plans import (
 )
 from jlora.loras import Lora
 from jlora.messages import name_some
+from jlora.numerics.backends import library_of
 
 
 def save_peft(
@@ -74,6 +76,7 @@ def save_peft(
   model_type: str | None = None,
   config: Mapping[str, Any] | None = None,
   rename: Rename | Sequence[tuple[str, str]] | None = None,
+  fingerprint: Mapping[str, Mapping[str, Any]] | None = None,
   overwrite: bool = False,
 ) -> dict[str, str]:
   """Writes a PEFT adapter folder; returns the changes that it cannot hold.
@@ -111,6 +114,9 @@ def save_peft(
       of the changes; or (regex, replacement) pairs for the names that `config`
       gives. For a parameter with leading axes (scanned layers) a sequence of
       names, one per index.
+    fingerprint: what `jlora.formats.fingerprint` says of the base; kept in the
+      header of the tensors' file, where PEFT and vLLM do not look, for those of
+      `loras` that are written.
     overwrite: whether an adapter in the folder may be replaced.
 
   Returns:
@@ -143,6 +149,8 @@ def save_peft(
     raise ValueError(f"{folder} already holds an adapter; use overwrite=True.")
   files = {file for x in like.values() if (file := getattr(x, "file", None))}
   check_apart(folder, files)
+  if profile.one_rank:
+    loras = Padded(loras)
   base = describe_base(like, model_type, task_type, rename, config)
   check_consumer(base, profile)
   if task_type == "auto":
@@ -165,13 +173,46 @@ def save_peft(
   named = {"base_model_name_or_path": base_model, "task_type": task_type}
   spec = spec_of(parts, carried, full, kept)
   arrays = arrays_of(parts, loras, biases, carried, full, kept)
+  said = {
+    path: one
+    for path, one in (fingerprint or {}).items()
+    if path in given and path not in left
+  }
   write_folder(
     folder,
     spec,
     arrays,
     entries | {key: value for key, value in named.items() if value is not None},
+    metadata_of(said),
   )
   return left
+
+
+class Padded(Mapping[str, Lora]):
+  """Loras that all have the largest rank, by rows of zeros.
+
+  Attributes:
+    loras: path -> Lora; may be lazy.
+    rank: the largest.
+  """
+
+  def __init__(self, loras: Mapping[str, Lora]):
+    self.loras = loras
+    self.rank = max((lora.rank for lora in loras.values()), default=0)
+
+  def __getitem__(self, path: str) -> Lora:
+    lora = self.loras[path]
+    if lora.rank in (0, self.rank):
+      return lora
+    rest = [(0, 0)] * (lora.a.ndim - 2) + [(0, self.rank - lora.rank), (0, 0)]
+    a, b = (library_of(x).pad(x, rest) for x in (lora.a, lora.b))
+    return Lora(a, b, lora.scale)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.loras)
+
+  def __len__(self) -> int:
+    return len(self.loras)
 
 
 def check_consumer(base: Base, profile: Profile) -> None:
@@ -275,7 +316,13 @@ def _unlike_others(saved: Set[str], modules: Set[str]) -> list[str]:
   ]
 
 
-def write_folder(folder: Path, spec, arrays, config: Mapping[str, Any]) -> None:
+def write_folder(
+  folder: Path,
+  spec,
+  arrays,
+  config: Mapping[str, Any],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
   """Writes both files of an adapter folder, the configuration last.
 
   It replaces the adapter that was there; until it is whole there is none.
@@ -285,12 +332,14 @@ def write_folder(folder: Path, spec, arrays, config: Mapping[str, Any]) -> None:
     spec: key -> (shape, dtype), as for `stream_safetensors`.
     arrays: (key, array) pairs.
     config: the contents of `adapter_config.json`.
+    metadata: for the header of the tensors' file, beside its format.
   """
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   tensors = name_temporary(folder / TENSORS)
   try:
-    stream_safetensors(tensors, spec, arrays, {"format": "pt"})
+    header = {"format": "pt"} | dict(metadata or {})
+    stream_safetensors(tensors, spec, arrays, header)
     (folder / CONFIG).unlink(missing_ok=True)
     sync_folder(folder)
     move(tensors, folder / TENSORS)

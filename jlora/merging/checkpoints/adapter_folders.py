@@ -10,6 +10,7 @@ equal changes have many, and sums of factors have cross terms.
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.hub import locate
 from jlora.checkpoints.merged import merged_dtype
+from jlora.formats.fingerprints import (
+  Fingerprint,
+  OtherBaseWarning,
+  check_fingerprint,
+  metadata_of,
+  parse_fingerprint,
+)
 from jlora.formats.peft.layouts import BIAS, CONFIG, CONVOLUTION, PREFIX
 from jlora.formats.peft.reading import (
   StoredAdapter,
@@ -83,6 +92,7 @@ class AdapterPlan(NamedTuple):
     names: the layers of the model.
     config: the result's `adapter_config.json`.
     notes: what is unusual.
+    fingerprint: of the base, as far as all adapters agree.
   """
 
   recipe: Recipe
@@ -91,6 +101,7 @@ class AdapterPlan(NamedTuple):
   names: LayerNames
   config: dict[str, Any]
   notes: list[str]
+  fingerprint: Fingerprint
 
 
 def is_adapter(name: str) -> bool:
@@ -118,6 +129,10 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
   Returns:
     AdapterPlan.
 
+  Warns:
+    OtherBaseWarning: adapters say that they were made on different bases, or on
+      another than the recipe's.
+
   Raises:
     ValueError: a method that does not work on changes, a slice of layers, a
       base that is an adapter, or adapters that do not belong to one model.
@@ -138,7 +153,8 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     notes.append("tokenizer, chat_template: left out, adapters have none")
   _check_whole(recipe, adapters)
   config = _configure(recipe, adapters, layers)
-  return AdapterPlan(recipe, adapters, layers, names, config, notes)
+  known = _fingerprint(recipe, adapters)
+  return AdapterPlan(recipe, adapters, layers, names, config, notes, known)
 
 
 def write_adapters(
@@ -170,7 +186,9 @@ def write_adapters(
   whole = _whole(plan)
   spec |= {name: (x.shape, x.dtype) for name, x in whole.items()}
   losses: dict[str, tuple[float, float]] = {}
-  write_folder(Path(out), spec, _arrays(plan, key, losses, whole), plan.config)
+  arrays = _arrays(plan, key, losses, whole)
+  said = metadata_of(plan.fingerprint)
+  write_folder(Path(out), spec, arrays, plan.config, said)
   return _told(losses)
 
 
@@ -280,6 +298,43 @@ def _other_bases(recipe: Recipe, adapters) -> list[str]:
     return []
   said = name_some(f"{model} of {base}" for model, base in found.items())
   return [f"the adapters name different bases: {said}"]
+
+
+def _fingerprint(recipe: Recipe, adapters) -> Fingerprint:
+  """Returns what adapters say of their base, and warns where it is another."""
+  names = [one.model for one in recipe.slices[0].inputs]
+  said = {
+    name: parse_fingerprint(own.file.metadata, name)
+    for name, own in zip(names, adapters, strict=True)
+  }
+  base = _base_of(recipe) if any(said.values()) else {}
+  for name, known in said.items():
+    check_fingerprint(known, base, name=name)
+  found: Fingerprint = {}
+  differing = {}
+  for name, known in said.items():
+    for path, one in known.items():
+      first = found.setdefault(path, one)
+      if (first["shape"], first["hash"]) != (one["shape"], one["hash"]):
+        differing[path] = name
+  if differing:
+    some = name_some(f"{path} of {name}" for path, name in differing.items())
+    warnings.warn(
+      f"The adapters were made on different bases: {len(differing)} weights "
+      f"are not those of the first, {some}. Give adapters of one base, or "
+      "carry them over with `jlora port`.",
+      OtherBaseWarning,
+      stacklevel=3,
+    )
+  return {path: one for path, one in found.items() if path not in differing}
+
+
+def _base_of(recipe: Recipe) -> Any:
+  """Opens a recipe's base; {} if it names none, or one that is not here."""
+  try:
+    return {} if recipe.base is None else open_checkpoint(recipe.base)
+  except ValueError:  # only its name is needed
+    return {}
 
 
 def _check_whole(recipe: Recipe, adapters: Sequence[StoredAdapter]) -> None:

@@ -22,7 +22,7 @@ from jlora.checkpoints.new_files import replace_text
 from jlora.merging.checkpoints.recipes import Recipe
 from jlora.runs.fingerprints import name_of
 from jlora.runs.finished import check_run, describe_run
-from jlora.runs.journal import check_fingerprint
+from jlora.runs.journal import check_settings
 
 MERGE = "merge.json"
 
@@ -183,7 +183,7 @@ def finished_merge(
     report = read_merge(file)
   except ValueError as error:
     raise ValueError(f"{error}. Use overwrite=True.") from error
-  check_fingerprint(file, report.settings, settings)
+  check_settings(file, report.settings, settings)
   check_run(file, report.run, marks, _results(report))
   return report
 

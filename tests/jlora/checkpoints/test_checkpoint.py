@@ -291,8 +291,9 @@ def test_float8_comes_multiplied_and_without_its_scale(tmp_path):
 
 
 def test_float8_without_scale_is_refused(tmp_path):
-  codes = np.ones((2, 2), ml_dtypes.float8_e5m2)
-  write_safetensors(tmp_path / "x.safetensors", {"l.weight": codes})
+  codes, scale = np.ones((2, 2), ml_dtypes.float8_e5m2), np.float32(2)
+  tensors = {"l.weight": codes, "k.weight": codes, "k.weight_scale": scale}
+  write_safetensors(tmp_path / "x.safetensors", tensors)
   words = "'l.weight' is float8_e5m2 with 0 scales.*bfloat16"
   with pytest.raises(ValueError, match=words):
     open_checkpoint(tmp_path)

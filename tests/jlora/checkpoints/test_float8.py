@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jlora.checkpoints import open_checkpoint, write_safetensors
 from jlora.checkpoints.float8 import (
   FLOAT8,
   dequantise,
@@ -134,3 +135,72 @@ def test_unfit_scales_are_refused_by_name(scales, words):
 def test_dequantise_checks_the_scale():
   with pytest.raises(ValueError, match="do not fit"):
     dequantise(np.ones(3, E4M3), np.ones(2, "f4"), (3,), (range(3),))
+
+
+CODES = np.array([[1.5, -448.0], [0.015625, 2.0]], E4M3)
+
+
+def test_codes_without_any_scale_are_values_and_that_is_told(tmp_path):
+  path = tmp_path / "x.safetensors"
+  write_safetensors(path, {"q.weight": CODES, "q.bias": np.ones(2, "f4")})
+  words = r"no float8 tensor has a scale.* of 1 are read as the values: q.weig"
+  with pytest.warns(UserWarning, match=words):
+    found = open_checkpoint(path)
+  assert found.casts == {"q.weight"}
+  assert found.spec["q.weight"].dtype == E4M3
+  for checkpoint in (found, open_checkpoint(path, float8="cast")):
+    array = checkpoint.read("q.weight", (slice(1, 2),))
+    np.testing.assert_array_equal(array, CODES[1:].astype(np.float32))
+    assert array.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+  "sign",
+  [
+    {"k.weight": CODES, "k.weight_scale": np.float32(2)},
+    {"scaled_fp8": np.zeros(2, E4M3)},
+    {},
+  ],
+  ids=["scale", "marker", "metadata"],
+)
+def test_codes_without_a_scale_beside_others_need_a_word(sign, tmp_path):
+  path = tmp_path / "x.safetensors"
+  metadata = {} if sign else {"_quantization_metadata": '{"layers": {}}'}
+  write_safetensors(path, {"q.weight": CODES} | sign, metadata)
+  words = r"'q.weight' is float8_e4m3fn with 0 scales.* say --float8=cast"
+  with pytest.raises(ValueError, match=words):
+    open_checkpoint(path)
+  found = open_checkpoint(path, float8="cast")
+  np.testing.assert_array_equal(found["q.weight"], CODES.astype(np.float32))
+  if "k.weight" in found:
+    np.testing.assert_array_equal(found["k.weight"], 2 * CODES.astype("f4"))
+  with pytest.raises(ValueError, match="float8 must be 'cast' or None"):
+    open_checkpoint(path, float8="scaled")
+
+
+def test_what_comfyui_writes_beside_its_weights_is_left_out(tmp_path):
+  path = tmp_path / "x.safetensors"
+  tensors = {
+    "q.weight": CODES,
+    "q.weight_scale": np.float32(2),
+    "q.input_scale": np.float32(3),
+    "q.comfy_quant": np.zeros(28, np.uint8),
+    "k.weight": CODES,
+    "k.scale_weight": np.full(1, 4, np.float32),
+    "k.scale_input": np.float32(5),
+  }
+  write_safetensors(path, tensors, {"_quantization_metadata": "{}"})
+  found = open_checkpoint(path)
+  assert {*found} == {"q.weight", "k.weight"}
+  assert {*found.companions} == {*tensors} - {*found}
+  for name, scale in (("q.weight", 2), ("k.weight", 4)):
+    np.testing.assert_array_equal(found[name], scale * CODES.astype("f4"))
+
+
+def test_a_configuration_that_says_quantised_is_believed(tmp_path):
+  write_safetensors(tmp_path / "model.safetensors", {"q.weight": CODES})
+  config = '{"quantization_config": {"quant_method": "fp8"}}'
+  (tmp_path / "config.json").write_text(config)
+  with pytest.raises(ValueError, match="quantised, but no float8 .*q.weight"):
+    open_checkpoint(tmp_path)
+  assert open_checkpoint(tmp_path, float8="cast").casts == {"q.weight"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jlora import models
+from jlora.adapting import adapt, bind
 from jlora.adapting.serving import Room
 from jlora.commands.serving.batching import Batcher
 from jlora.commands.serving.decoding import (
@@ -99,6 +100,56 @@ def test_a_row_is_the_same_bit_by_bit_wherever_and_beside_whomever(small):
       jax.tree.leaves(different[1]), jax.tree.leaves(alone[1]), strict=True
     )
   )
+
+
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+#: What is served -> its configuration, the dtype of its weights.
+SERVED = {
+  "gpt2": (
+    {"model_type": "gpt2", "vocab_size": 60, "n_embd": 16, "n_layer": 2,
+     "n_head": 2, "n_positions": 48},
+    jnp.float32,
+  ),
+  "mixtral": (
+    served.CONFIG | HEADS | {"model_type": "mixtral", "num_local_experts": 4,
+                             "num_experts_per_tok": 2},
+    jnp.float32,
+  ),
+  "qwen3": (
+    served.CONFIG | {"model_type": "qwen3", "head_dim": 8}, jnp.float32
+  ),
+  "llama in bfloat16": (served.CONFIG, jnp.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_other_models_say_what_their_adapter_says_alone(name):
+  """Beside others, and as `generate` on the same bound weights."""
+  config, dtype = SERVED[name]
+  model, params = models.init(config, jax.random.key(1), dtype=dtype)
+  draw = np.random.default_rng(2).standard_normal
+  params = jax.tree.map(
+    lambda x: x + jnp.asarray(draw(x.shape, np.float32), dtype), params
+  )
+  # Of one rank, so that one program says what all of them say.
+  loras = [served.draw_adapter(params, 2, i) for i in range(3)]
+  loras.append(jax.tree.map(np.zeros_like, loras[0]))
+  flat = flatten(params)
+  room = Room({path: flat[path].shape for path in loras[0]}, slots=3, rank=4)
+  for i, own in enumerate(loras[:3]):
+    room.fill(str(i), own)
+  decoder = Decoder(model, params, SIZES)
+  beside = run(decoder, room.bank, {0: 2, 1: -1, 2: 0, 3: 1})
+  said = jax.jit(
+    adapt(lambda p: models.generate(model, p, jnp.array([PROMPT]), 7))
+  )
+  for row, own in ((0, 2), (1, 3), (2, 0), (3, 1)):
+    found = said(bind(params, jax.tree.map(jnp.asarray, loras[own])))
+    assert beside[row][0] == np.asarray(found)[0].tolist()
+  alone = run(decoder, room.bank, {1: 1})[1]
+  assert alone[0] == beside[3][0]
+  jax.tree.map(np.testing.assert_array_equal, alone[1], beside[3][1])
+  assert len({tuple(tokens) for tokens, _ in beside.values()}) == 4
 
 
 def test_the_base_is_the_same_with_and_without_a_room(small):

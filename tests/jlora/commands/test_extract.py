@@ -168,6 +168,14 @@ def test_a_folder_that_is_not_empty_is_told_in_flags(run, tmp_path):
   assert "(notes) and has no run to resume. Use --overwrite to" in said.err
 
 
+def test_what_cannot_be_verified_is_said_before_the_work(run, tmp_path):
+  out = tmp_path / "out"
+  code, said = run(f"--out={out}", "--verify")
+  assert code == 1
+  assert "has no config.json, from which transformers" in said.err
+  assert not out.exists()
+
+
 def test_a_file_where_a_folder_should_be_is_one_line(run, tmp_path):
   (tmp_path / "file").touch()
   code, said = run(f"--out={tmp_path / 'file' / 'x'}")

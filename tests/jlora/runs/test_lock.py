@@ -103,6 +103,23 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch):
   assert os.listdir(tmp_path / "out") == ["x"]
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(
+  tmp_path, monkeypatch
+):
+  mkdir, calls = pathlib.Path.mkdir, []
+
+  def gone(self, *args, **options):
+    calls.append(self)
+    if len(calls) == 1:  # it was there, and no longer is when mkdir looks
+      raise FileExistsError(self)
+    mkdir(self, *args, **options)
+
+  monkeypatch.setattr(pathlib.Path, "mkdir", gone)
+  with hold_folder(tmp_path / "out"):
+    assert (tmp_path / "out" / LOCK).exists()
+  assert len(calls) == 2
+
+
 def test_of_many_at_once_one_has_it(tmp_path):
   """A file that is removed and made anew is not locked twice."""
   inside, most, got = [], [], []

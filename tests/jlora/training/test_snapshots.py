@@ -124,6 +124,7 @@ def losses(text):
   return dict(re.findall(r"^(\d+) (\w+)$", text, re.M))
 
 
+@pytest.mark.long
 def test_a_killed_run_has_the_same_losses(tmp_path):
   with start(tmp_path / "whole", "fresh") as whole:
     expected = losses(whole.communicate()[0])
