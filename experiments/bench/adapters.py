@@ -11,9 +11,9 @@ own, as is chosen and by each of both ways. Scoring is one batch of --rows x
 Learning is a step of the weights of 30 adapters beside one of a LoRA of their
 total rank, on a Llama of 30 million parameters. Compiling does not count.
 
-Takes 5 minutes on two cores, and learning 3. Expect 1.0 to 1.2 times the base
-when scoring, up to 1.7 times when decoding, and no more than the LoRA's time
-when learning.
+Takes 12 minutes on two cores, most of them to compile, and learning 3. Expect
+1.0 to 1.2 times the base when scoring, up to 1.3 times when decoding, and no
+more than the LoRA's time when learning.
 """
 
 import functools

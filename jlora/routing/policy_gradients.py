@@ -118,7 +118,8 @@ def remix(
         losses, notes = adapt(loss, has_notes=True)(bound, *batch)
         return losses, _log_q(notes, routers_of(own), losses)
 
-      losses, log_q = jax.vmap(one)(jax.random.split(key, samples))
+      # One after another: together their activations leave the cache.
+      losses, log_q = jax.lax.map(one, jax.random.split(key, samples))
       return surrogate(losses, log_q, valid)
 
     part = trained_part(programs)

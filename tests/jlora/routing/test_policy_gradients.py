@@ -235,7 +235,7 @@ def test_the_baseline_needs_no_communication():
 
 
 def test_a_step_is_a_forward_and_a_backward_pass_for_each_sample():
-  """Operations as the compiler counts them, against those of plain `train`."""
+  """Operations against those of plain `train`; of a loop, of one round."""
   width = 96
   bank = bank_of(width=width, out=width)
   programs = {path: routed(bank, chosen=2) for path in ("v", "w")}
@@ -251,7 +251,7 @@ def test_a_step_is_a_forward_and_a_backward_pass_for_each_sample():
     return lowered.compile().cost_analysis()["flops"]
 
   count = operations(ours, key=jax.random.key(0)) / operations(plain)
-  assert 2 < count < 4.2
+  assert 0.5 < count < 1.05
 
 
 @pytest.mark.parametrize("samples", [3, 4])
