@@ -13,7 +13,6 @@ base alone has the names.
 
 import collections
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from jlora.commands.adapter_formats import (
   left_lines,
 )
 from jlora.commands.help import COMMANDS, Command
+from jlora.commands.states import read_equations
 from jlora.formats.adapters import Adapter
 from jlora.formats.names import FAMILIES
 from jlora.formats.opening import open_adapter
@@ -355,7 +355,7 @@ def _write(
     select=layers_of(_LAYERS.value),
     dtype=np.dtype(_DTYPE.value) if _DTYPE.value else _dtype_of(given),
     one_alpha=_ONE_ALPHA.value,
-    equations=_equations(),
+    equations=read_equations(_EQUATION.value),
   )
   left = FORMATS[name](loras, output)
   left |= {name: reason for a in given for name, reason in a.left_out.items()}
@@ -380,23 +380,6 @@ def _write(
   for line in left_lines(left):
     print(line)
   print(f"written: {_OUT.value} ({name})")
-
-
-def _equations() -> dict[str, str]:
-  """Returns what the flag says of products."""
-  found = {}
-  for text in _EQUATION.value or ():
-    pattern, equals, equation = text.rpartition("=")
-    if not equals or not pattern:
-      raise ValueError(f"--equation must be REGEX=EINSUM, got {text!r}.")
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise ValueError(
-        f"--equation: {pattern!r} is no regex: {error}."
-      ) from None
-    found[pattern] = equation
-  return found
 
 
 def _own_format(adapter: Adapter) -> str:

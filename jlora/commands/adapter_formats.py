@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jlora.commands.states import check_slashes, is_jax
 from jlora.formats.adapters import Adapter, Parameters
 from jlora.formats.bases import base_of
 from jlora.formats.comfy import save_comfy
@@ -231,21 +232,10 @@ def _for_jax(loras: Mapping[str, Lora], output: Output) -> dict[str, Any]:
   }
 
 
-def _check_slashes(arguments: Mapping[str, Any], name: str) -> None:
-  """Raises if the base is no model of JAX."""
-  base = arguments["like"]
-  if not any("/" in path for path in base):
-    raise ValueError(
-      f"{base.path} has the names of PyTorch ({name_some(base, 1)}); {name} "
-      "needs the checkpoint of the JAX model, whose paths have slashes. "
-      "--format=tunix takes Llama, Qwen 2 and Qwen 3 by transformers' names."
-    )
-
-
 def _qwix(loras: Mapping[str, Lora], output: Output) -> dict[str, str]:
   """Writes a state of qwix."""
   arguments = _for_jax(loras, output)
-  _check_slashes(arguments, "qwix")
+  check_slashes(arguments["like"], "qwix")
   left = save_qwix(output.path, equations=output.equations, **arguments)
   return left | _whole(output)
 
@@ -254,7 +244,7 @@ def _tunix(loras: Mapping[str, Lora], output: Output) -> dict[str, str]:
   """Writes a checkpoint of tunix's trainer."""
   arguments = _for_jax(loras, output)
   base = arguments["like"]
-  if base.config and not any("/" in path for path in base):
+  if base.config and not is_jax(base):
     arguments |= {"like": None, "config": base.config}
   left = save_tunix(output.path, equations=output.equations, **arguments)
   return left | _whole(output)
@@ -263,7 +253,7 @@ def _tunix(loras: Mapping[str, Lora], output: Output) -> dict[str, str]:
 def _maxtext(loras: Mapping[str, Lora], output: Output) -> dict[str, str]:
   """Writes a LoRA of MaxText."""
   arguments = _for_jax(loras, output)
-  _check_slashes(arguments, "MaxText")
+  check_slashes(arguments["like"], "MaxText")
   return save_maxtext(output.path, **arguments) | _whole(output)
 
 
@@ -289,9 +279,9 @@ _FILES = {
   "mlx": "mlx",
   "tunix": "tunix",
 }
-#: What an extraction writes. Its PEFT folder has no names of JAX's models, of
-#: which qwix and MaxText take the states alone.
-EXTRACTED = ("peft", *_FILES)
+#: What an extraction writes. PEFT has no names of JAX's models: their
+#: states are written instead of its folder, by `jlora.commands.states`.
+EXTRACTED = ("peft", *_FILES, "qwix", "maxtext")
 
 
 # Formats of which readers know the modules by diffusers' names, or by names

@@ -33,10 +33,18 @@ from jlora.commands.adapter_formats import (
 )
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.commands.states import (
+  check_written,
+  is_state_run,
+  loading_of,
+  read_equations,
+  saver_of,
+)
 from jlora.commands.verdicts import check_verifiable, raise_if_wrong, record
 from jlora.extraction.card import write_card
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
+  Report,
   larger_line,
   ledger_lines,
   rounding_line,
@@ -144,7 +152,14 @@ _FORMAT = flags.DEFINE_multi_enum(
   "format",
   ["peft"],
   list(EXTRACTED),
-  "Written besides the PEFT folder, into its formats/; may be repeated.",
+  "Written besides the PEFT folder, into its formats/; may be repeated. Of "
+  "models of JAX qwix, tunix and maxtext, instead of it.",
+  flag_values=_FLAGS,
+)
+_EQUATION = flags.DEFINE_multi_string(
+  "equation",
+  None,
+  "REGEX=EINSUM, may be repeated: for qwix and tunix, as jlora adapter has it.",
   flag_values=_FLAGS,
 )
 _VOCABULARY = flags.DEFINE_enum(
@@ -297,6 +312,7 @@ _SHARED = (
   *(_RANK, _POLICY, _ENERGY, _RATIO, _BUDGET, _SELECT, _EXCLUDE, _DTYPE),
   *(_PROFILE, _VOCABULARY, _FACTOR, _BASE_MODEL, _RESUME, _OVERWRITE, _SPLIT),
   _UNMATCHED,
+  *(_FORMAT, _EQUATION),
   *(_TASK, _RENAME, _WHOLE),
   *(_CONV_RANK, _COMPONENTS, _VARIANT, _NAMES, _FLOAT8),
 )
@@ -330,6 +346,14 @@ def _run() -> None:
   check_same_facts({flag.name: flag.value for flag in _SHARED})
   opening = _opening()
   check_names(_BASE.value, _FORMAT.value, opening)
+  equations = read_equations(_EQUATION.value)
+  state = _FORMAT.value[0]
+  has_state = is_state_run(_BASE.value, _FORMAT.value, opening)
+  more: dict[str, Any] = {}
+  if has_state:
+    more["save"] = saver_of(state, equations, jnp.dtype(_DTYPE.value))
+  elif equations:
+    raise ValueError("--equation is for --format=qwix and tunix of JAX models.")
   report = extract_checkpoint(
     _BASE.value,
     _FINETUNED.value,
@@ -347,6 +371,7 @@ def _run() -> None:
     rename=_renamings(),
     whole=_WHOLE.value,
     **opening,
+    **more,
     resume=_RESUME.value,
     overwrite=_OVERWRITE.value,
     split_bytes=int(_SPLIT.value * 2**20),
@@ -357,31 +382,40 @@ def _run() -> None:
   verdict = None
   if _VERIFY.value:
     verdict, report = record(_OUT.value, report, _BASE.value, _FINETUNED.value)
-  write_card(_OUT.value, report, _command())
+  loading = loading_of(_OUT.value, state) if has_state else None
+  write_card(_OUT.value, report, _command(), loading)
   if _JSON.value:
     print(json.dumps(report._asdict()))
   else:
-    if line := unmatched_line(report.totals):
-      print(line, end="\n\n")
-    print(type_table(report), end="\n\n")
-    print(worst_table(report), end="\n\n")
-    if line := larger_line(report):
-      print(line)
-    print(rounding_line(report))
-    print(ledger_lines(report))
-    print(verified_line(report))
-    print(f"\nwritten: {_OUT.value}")
-  written = write_formats(
-    _OUT.value,
-    _BASE.value,
-    _FORMAT.value,
-    opening,
-    with_kernels=_CONV_RANK.value is not None,
-  )
+    _print_report(report)
+  if has_state:
+    written = [check_written(_OUT.value, state)]
+  else:
+    written = write_formats(
+      _OUT.value,
+      _BASE.value,
+      _FORMAT.value,
+      opening,
+      with_kernels=_CONV_RANK.value is not None,
+    )
   for line in written:
     print(line, file=sys.stderr if _JSON.value else sys.stdout)
   if verdict:
     raise_if_wrong(verdict)
+
+
+def _print_report(report: Report) -> None:
+  """Prints a report's tables and lines."""
+  if line := unmatched_line(report.totals):
+    print(line, end="\n\n")
+  print(type_table(report), end="\n\n")
+  print(worst_table(report), end="\n\n")
+  if line := larger_line(report):
+    print(line)
+  print(rounding_line(report))
+  print(ledger_lines(report))
+  print(verified_line(report))
+  print(f"\nwritten: {_OUT.value}")
 
 
 def _opening() -> dict[str, Any]:
@@ -481,6 +515,7 @@ COMMAND = Command(
       "dtype": "",
       "profile": "",
       "format": "",
+      "equation": "REGEX=EINSUM",
       "base_model": "NAME",
       "verify": "",
       "task_type": "",

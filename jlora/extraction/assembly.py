@@ -37,6 +37,8 @@ from jlora.ranks import Spectra
 from jlora.runs.journal import Journal
 
 Policy = Callable[[Spectra], Mapping[str, int]]
+# Writes an adapter: arguments and result are those of `save_peft`.
+Save = Callable[..., dict[str, str]]
 
 
 def choose_ranks(
@@ -109,6 +111,7 @@ def write_adapter(
   settings: dict[str, Any],
   task_type: str | None = "auto",
   rename: Rename | Sequence[tuple[str, str]] | None = None,
+  save: Save = save_peft,
 ) -> Report:
   """Writes the adapter of a run; returns the run's report.
 
@@ -122,6 +125,7 @@ def write_adapter(
     settings: for the report.
     task_type: of `save_peft`.
     rename: of `save_peft`.
+    save: what writes the files.
 
   Returns:
     Report, which is not written yet. One module is in memory at a time.
@@ -168,7 +172,7 @@ def write_adapter(
   known = {*full, *ranks}
   full += [path for path in dict.fromkeys(beside) if path not in known]
   full += _buffers_in({module_of(path) for path in full}, plan.pairing)
-  left = save_peft(
+  left = save(
     out,
     Lazy({path: partial(lora, path) for path in pairs if path in ranks}),
     like=plan.base.spec | shapes,

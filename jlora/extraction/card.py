@@ -25,7 +25,12 @@ from jlora.formats.peft.layouts import CONFIG, VLLM
 CARD = "README.md"
 
 
-def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
+def write_card(
+  folder: str | os.PathLike,
+  report: Report,
+  command: str,
+  loading: str | None = None,
+) -> None:
   """Writes the adapter's model card, `README.md`.
 
   The card is for other people: it names checkpoints by Hub id or folder name,
@@ -37,6 +42,7 @@ def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
     report: the report.
     command: the command line that made the adapter; paths in it are replaced
       by names.
+    loading: the code that loads the adapter; None: in PEFT or vLLM.
 
   Example:
     >>> import tempfile
@@ -54,17 +60,23 @@ def write_card(folder: str | os.PathLike, report: Report, command: str) -> None:
   base = config.get("base_model_name_or_path") or model_name(paths["base"])
   names = name_apart(paths)
   profile, rank = report.settings.get("profile"), config.get("r", 1)
-  loading = _loading(profile, base, names["out"], rank)
-  text = _card(report, base, names, loading, _rename(command, paths, names))
+  made = _rename(command, paths, names)
+  library = "peft" if loading is None else "jax"
+  loading = loading or _loading(profile, base, names["out"], rank)
+  text = _card(report, base, names, (library, loading), made)
   replace_text(Path(folder) / CARD, text)
 
 
 def _card(
-  report: Report, base: str, names: Mapping[str, str], loading: str, made: str
+  report: Report,
+  base: str,
+  names: Mapping[str, str],
+  loading: tuple[str, str],
+  made: str,
 ) -> str:
-  """Returns the text of the model card."""
+  """Returns the text of the model card; `loading` is (library, code)."""
   return f"""---
-library_name: peft
+library_name: {loading[0]}
 base_model: {json.dumps(base)}
 tags: [lora, jlora]
 ---
@@ -79,7 +91,7 @@ together, it misses {report.totals["relative_error"]:.2%} of their norm
 Load it with
 
 ```
-{loading}
+{loading[1]}
 ```
 
 It was made, where `{names["base"]}` and `{names["finetuned"]}` are, by

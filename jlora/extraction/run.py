@@ -26,6 +26,7 @@ from jlora.checkpoints.packed_formats import check_dequantised
 from jlora.checkpoints.sources import check_apart
 from jlora.extraction.assembly import (
   Policy,
+  Save,
   check_policy,
   choose_ranks,
   list_unlisted,
@@ -45,7 +46,7 @@ from jlora.factoring.factorisers import Factoriser, krylov
 from jlora.formats.components import open_pair
 from jlora.formats.peft.layouts import PEFT, Profile
 from jlora.formats.peft.parts import Rename
-from jlora.formats.peft.writing import check_consumer
+from jlora.formats.peft.writing import check_consumer, save_peft
 from jlora.pairing.match import Vocabulary, is_table, keep_whole, pair_up
 from jlora.pairing.vocabularies import read_both_tokens
 from jlora.runs import processes
@@ -98,6 +99,7 @@ def extract_checkpoint(
   overwrite: bool = False,
   split_bytes: int = 2**31,
   allow_unmatched: bool = False,
+  save: Save = save_peft,
   log: IO[str] | None = None,
 ) -> Report:
   """Extracts a finetune into a PEFT adapter folder; returns the report.
@@ -161,6 +163,9 @@ def extract_checkpoint(
       devices together, if there are several and they divide one of its axes.
     allow_unmatched: go on where more than a tenth of the floating bytes of a
       side have no partner on the other.
+    save: what writes the adapter, a function with the arguments of `save_peft`
+      that returns what it cannot hold: for models that PEFT has no names for,
+      such as JAX's.
     log: where progress goes; None is standard error. Each process reports its
       own share.
 
@@ -240,7 +245,9 @@ def extract_checkpoint(
   }
   marks = processes.everywhere(lambda: fingerprint(plan, key, coded))
   processes.check_same_facts(without_paths(marks))
-  all_marks = marks | _marks_of_files(plan, base_model, profile, task_type)
+  all_marks = marks | _marks_of_files(
+    plan, base_model, profile, task_type, save
+  )
   itemsize = jnp.dtype(dtype).itemsize
   is_same = functools.partial(
     _check_finished, out, settings, all_marks, policy, itemsize
@@ -274,7 +281,7 @@ def extract_checkpoint(
       report = _write(
         plan, journal, out, policy, itemsize, settings, all_marks, stamps,
         profile=profile, base_model=base_model, task_type=task_type,
-        rename=rename,
+        rename=rename, save=save,
       )  # fmt: skip
       watch.done()
     journal.close()
@@ -319,14 +326,16 @@ def _settings_of(
   return settings
 
 
-def _marks_of_files(plan, base_model, profile, task_type) -> dict[str, Any]:
+def _marks_of_files(
+  plan, base_model, profile, task_type, save
+) -> dict[str, Any]:
   """Returns what the files hang on beside what the journal does."""
   return {
     "base_model": base_model,
     "names": hash_lines(_names(plan)),
     "profile": identify(profile),
     "task_type": task_type,
-  }
+  } | ({} if save is save_peft else {"save": identify(save)})
 
 
 def _begin(
