@@ -2,14 +2,19 @@
 """What lies at a path, from headers and small files: no tensor is read."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.checkpoints.hub import locate
 from jlora.checkpoints.safetensors import TensorSpec
 from jlora.extraction.report import REPORT, read_report
+from jlora.formats.components import Components, open_components
+from jlora.formats.jax_reading import is_state
+from jlora.formats.mlx_reading import is_mlx
 from jlora.formats.packed import SHAPES, packed_shapes
 from jlora.formats.peft.config import read_adapter_config
 from jlora.formats.peft.layouts import CONFIG, TENSORS, VLLM
@@ -19,12 +24,15 @@ from jlora.messages import name_some
 _LARGEST = 5
 
 
-def contents_of(path: str) -> dict[str, Any]:
+def contents_of(
+  path: str, opening: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
   """Tells what a path holds, as JSON has it.
 
   Args:
-    path: a checkpoint in any format or its Hub id, a PEFT folder, a file of
-      packed Loras, a report.json or a folder with one.
+    path: a checkpoint in any format or its Hub id, a pipeline's folder, a PEFT
+      folder, a file of packed Loras, a report.json or a folder with one.
+    opening: how a checkpoint is opened, arguments of `open_components`.
 
   Returns:
     `kind` is "checkpoint", "packed", "adapter" or "report"; the rest is as
@@ -32,19 +40,38 @@ def contents_of(path: str) -> dict[str, Any]:
     beside it `report`.
 
   Raises:
-    ValueError: none of these, or damaged.
+    ValueError: none of these, damaged, or an adapter of another tool.
   """
   place = locate(path)
   if place.suffix == ".json":
     return _describe_report(place)
   if place.is_dir() and (place / CONFIG).exists():
+    if is_state(place) or is_mlx(place):
+      raise _other_tool(place)
     return _describe_adapter(place)
   if place.is_dir() and (place / REPORT).exists():
     return _describe_report(place / REPORT)
-  checkpoint = open_checkpoint(place)
+  checkpoint = open_components(place, **opening)
+  if any(re.search(_FACTORS, name) for name in checkpoint):
+    raise _other_tool(place)
   if SHAPES in checkpoint.metadata:
     return _describe_packed(checkpoint)
   return _describe_checkpoint(checkpoint)
+
+
+# What the factors of every tool that `open_adapter` reads are called.
+_FACTORS = (
+  r"[._]lora[._](A|B|up|down)\b|lora_linear_layer|lora_[ab]\b|"
+  r"\.(hada|lokr)_w[12]"
+)
+
+
+def _other_tool(place: Path) -> ValueError:
+  """Returns the error that says which command shows an adapter."""
+  return ValueError(
+    f"{place} is an adapter, and no PEFT folder: `jlora adapter show` tells of "
+    "those of all tools."
+  )
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -54,6 +81,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     "format": checkpoint.format,
     "model_type": checkpoint.model_type,
     **_count(checkpoint.spec),
+    "components": _components(checkpoint),
     "largest": _largest(checkpoint.spec),
   }
   merge = checkpoint.path / MERGE
@@ -173,6 +201,16 @@ def _sums(specs: Iterable[TensorSpec]) -> dict[str, int]:
     "parameters": sum(math.prod(one.shape) for one in specs),
     "bytes": sum(one.nbytes for one in specs),
   }
+
+
+def _components(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+  """Returns {component: sums} of a model of several; {} of any other."""
+  parts: dict[str, list[TensorSpec]] = {}
+  if not isinstance(checkpoint, Components) or checkpoint.is_bare:
+    return {}
+  for name, one in checkpoint.spec.items():
+    parts.setdefault(name.partition(".")[0], []).append(one)
+  return {name: _sums(specs) for name, specs in parts.items()}
 
 
 def _largest(spec: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:

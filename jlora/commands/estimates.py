@@ -4,14 +4,14 @@
 import math
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint
 from jlora.checkpoints.documents import read_config, shortened
 from jlora.commands.costs import (
   Bound,
@@ -22,6 +22,7 @@ from jlora.commands.costs import (
   cost_of,
 )
 from jlora.commands.machines import GB, Machine
+from jlora.formats.components import open_components
 from jlora.models.networks import init
 from jlora.paths import flatten
 from jlora.tree_views import table_for
@@ -54,12 +55,17 @@ class Plan(NamedTuple):
   bound: Bound
 
 
-def list_modules(model: str, unchanged: str | None) -> list[Module]:
+def list_modules(
+  model: str,
+  unchanged: str | None,
+  opening: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Module]:
   """Lists the parameters of a model that are matrices, and their dtypes.
 
   Args:
     model: a config.json or a checkpoint.
     unchanged: regex of whole names.
+    opening: how a checkpoint is opened, arguments of `open_components`.
 
   Returns:
     Modules. What is no matrix is small, and left out.
@@ -69,7 +75,7 @@ def list_modules(model: str, unchanged: str | None) -> list[Module]:
   """
   file = pathlib.Path(model)
   is_config = file.suffix == ".json"
-  spec, model_type = _shapes(file) if is_config else _headers(file)
+  spec, model_type = _shapes(file) if is_config else _headers(file, opening)
   shapes = {path: shape for path, (shape, _) in spec.items()}
   views = views_of(shapes, table_for(shapes, model_type))
   return [
@@ -105,8 +111,11 @@ def _shapes(file: pathlib.Path) -> tuple[Spec, None]:
   return {p: (leaf.shape, dtype.itemsize) for p, leaf in leaves.items()}, None
 
 
-def _headers(folder: pathlib.Path) -> tuple[Spec, str | None]:
-  checkpoint = open_checkpoint(folder)
+def _headers(
+  folder: pathlib.Path, opening: Mapping[str, Any]
+) -> tuple[Spec, str | None]:
+  """Returns the parameters of a checkpoint, whatever it is."""
+  checkpoint = open_components(folder, **opening)
   spec = {
     name: (tuple(one.shape), one.dtype.itemsize)
     for name, one in checkpoint.spec.items()

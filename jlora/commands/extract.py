@@ -33,6 +33,11 @@ from jlora.commands.adapter_formats import (
 )
 from jlora.commands.caches import keep_compilations
 from jlora.commands.help import Command
+from jlora.commands.openings import (
+  OPENING,
+  define_opening,
+  read_opening,
+)
 from jlora.commands.states import (
   check_written,
   is_state_run,
@@ -170,35 +175,7 @@ _VOCABULARY = flags.DEFINE_enum(
   "the common rows, or stop.",
   flag_values=_FLAGS,
 )
-_COMPONENTS = flags.DEFINE_list(
-  "components",
-  None,
-  "Of a pipeline's folder or a single file: unet, transformer, text_encoder, "
-  "... By default all but vae, image_encoder and safety_checker.",
-  flag_values=_FLAGS,
-)
-_VARIANT = flags.DEFINE_string(
-  "variant",
-  None,
-  "Take name.VARIANT.safetensors of the folders, such as fp16.",
-  flag_values=_FLAGS,
-)
-_NAMES = flags.DEFINE_enum(
-  "names",
-  "stored",
-  ["stored", "diffusers"],
-  "Names as they are stored, or those of diffusers for what has the names of "
-  "the original's authors, on both sides.",
-  flag_values=_FLAGS,
-)
-_FLOAT8 = flags.DEFINE_enum(
-  "float8",
-  "scaled",
-  ["scaled", "cast"],
-  "float8 weights without a scale: refused where others have one, or read as "
-  "they are, for files that were cast.",
-  flag_values=_FLAGS,
-)
+_OPENING = define_opening(_FLAGS)
 _UNMATCHED = flags.DEFINE_bool(
   "allow_unmatched",
   False,
@@ -314,7 +291,7 @@ _SHARED = (
   _UNMATCHED,
   *(_FORMAT, _EQUATION),
   *(_TASK, _RENAME, _WHOLE),
-  *(_CONV_RANK, _COMPONENTS, _VARIANT, _NAMES, _FLOAT8),
+  *(_CONV_RANK, *_OPENING.values()),
 )
 
 
@@ -344,7 +321,7 @@ def _run() -> None:
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
   check_same_facts({flag.name: flag.value for flag in _SHARED})
-  opening = _opening()
+  opening = read_opening(_OPENING)
   check_names(_BASE.value, _FORMAT.value, opening)
   equations = read_equations(_EQUATION.value)
   state = _FORMAT.value[0]
@@ -418,16 +395,6 @@ def _print_report(report: Report) -> None:
   print(f"\nwritten: {_OUT.value}")
 
 
-def _opening() -> dict[str, Any]:
-  """Returns how both checkpoints are opened."""
-  return {
-    "components": _COMPONENTS.value,
-    "variant": _VARIANT.value,
-    "names": None if _NAMES.value == "stored" else _NAMES.value,
-    "float8": None if _FLOAT8.value == "scaled" else _FLOAT8.value,
-  }
-
-
 def _renamings() -> list[tuple[str, str]]:
   """Splits the renamings at their last equals sign; a regex can have others."""
   words = [each.rpartition("=") for each in _RENAME.value or ()]
@@ -495,10 +462,7 @@ COMMAND = Command(
       "exclude": "REGEX",
       "whole": "REGEX",
       "vocabulary": "",
-      "components": "LIST",
-      "variant": "NAME",
-      "names": "",
-      "float8": "",
+      **OPENING,
       "allow_unmatched": "",
     },
     "Rank": {

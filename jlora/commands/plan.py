@@ -5,10 +5,10 @@
   jlora plan --model=FOLDER --chip=here
   jlora plan --check
 
---model is a config.json of a family that `jlora.models` knows, or any
-checkpoint. `--chip=here` measures this machine first. --check extracts
-synthetic pairs on it, as a user would, and puts the measured seconds beside the
-planned.
+--model is a config.json of a family that `jlora.models` knows, or whatever
+`jlora extract` opens. `--chip=here` measures this machine first. --check
+extracts synthetic pairs on it, as a user would, and puts the measured seconds
+beside the planned.
 """
 
 import json
@@ -26,6 +26,7 @@ from jlora.commands import entry
 from jlora.commands.estimates import describe, list_modules, plan_extraction
 from jlora.commands.help import Command
 from jlora.commands.machines import GB, MACHINES, Here, measure_here
+from jlora.commands.openings import OPENING, define_opening, read_opening
 from jlora.commands.trials import configure, write_pair
 
 _FLAGS = flags.FlagValues()  # apart from those of other commands
@@ -79,6 +80,7 @@ _UNCHANGED = flags.DEFINE_string(
   "Regex of whole names that the finetune left as they are.",
   flag_values=_FLAGS,
 )
+_OPENING = define_opening(_FLAGS)
 _CHECK = flags.DEFINE_bool(
   "check", False, "Measure small runs beside plans.", flag_values=_FLAGS
 )
@@ -113,7 +115,7 @@ def _plan() -> None:
     machine = MACHINES[_CHIP.value]
     disk *= _HOSTS.value or math.ceil(devices / 4)
   plan = plan_extraction(
-    list_modules(_MODEL.value, _UNCHANGED.value),
+    list_modules(_MODEL.value, _UNCHANGED.value, read_opening(_OPENING)),
     machine,
     devices=devices,
     rank=_RANK.value,
@@ -185,7 +187,7 @@ COMMAND = Command(
   _FLAGS,
   required=(),
   groups={
-    "Input": {"model": "PATH", "unchanged": "REGEX"},
+    "Input": {"model": "PATH", "unchanged": "REGEX", **OPENING},
     "Rank": {"rank": "N", "passes": "N"},
     "Machine": {
       "chip": "",

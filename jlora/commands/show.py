@@ -18,6 +18,7 @@ from absl import flags
 from jlora.commands import entry
 from jlora.commands.contents import contents_of
 from jlora.commands.help import COMMANDS, Command
+from jlora.commands.openings import OPENING, define_opening, read_opening
 from jlora.extraction.coverage import unmatched_line
 from jlora.extraction.report import (
   ledger_lines,
@@ -30,6 +31,8 @@ from jlora.extraction.report import (
 _FLAGS = flags.FlagValues()  # apart from those of other commands
 
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.", flag_values=_FLAGS)
+
+_OPENING = define_opening(_FLAGS)
 
 _SHOWN = 8  # modules and notes that are listed
 
@@ -45,7 +48,7 @@ def main(words: Sequence[str]) -> None:
   """
   if not words:
     raise ValueError(f"a path must be given: {COMMANDS['show'].example}")
-  found = [contents_of(word) for word in words]
+  found = [contents_of(word, read_opening(_OPENING)) for word in words]
   if _JSON.value:
     print(json.dumps(found[0] if len(found) == 1 else found))
     return
@@ -77,6 +80,9 @@ def _checkpoint_lines(found: Mapping[str, Any]) -> Iterator[str]:
       yield f"  {name}: {_counted(sums)}"
   else:
     yield f"dtype: {', '.join(found['dtypes']) or 'none'}"
+  if len(found["components"]) > 1:
+    for name, sums in found["components"].items():
+      yield f"  {name}: {_counted(sums)}"
   yield "largest:"
   for one in found["largest"]:
     shape = "x".join(map(str, one["shape"])) or "scalar"
@@ -189,10 +195,11 @@ COMMAND = Command(
   main,
   _FLAGS,
   required=(),
-  groups={"Output": {"json": ""}},
-  more="The path is a safetensors file, a Hugging Face folder, a Hub id that "
-  "was downloaded, an orbax directory, a PEFT adapter, a file of packed Loras, "
-  "or a report.json. Tensors are not read.",
+  groups={"Input": OPENING, "Output": {"json": ""}},
+  more="The path is a safetensors or GGUF file, a Hugging Face folder, a "
+  "pipeline's folder, a Hub id that was downloaded, an orbax directory, a PEFT "
+  "adapter, a file of packed Loras, or a report.json; other adapters are for "
+  "`jlora adapter show`. Tensors are not read.",
 )
 
 if __name__ == "__main__":
