@@ -294,6 +294,11 @@ def open_checkpoint(
   if folder := orbax.find_item(path):
     return _open_orbax(path, folder)
   huggingface.check_not_pickled(path)
+  if (path / "model_index.json").is_file():
+    raise ValueError(
+      f"{path} is a pipeline's folder; give that of one of its components, "
+      "such as its unet or transformer."
+    )
   raise ValueError(
     f"{path} holds neither safetensors files nor a finished orbax checkpoint"
   )

@@ -315,7 +315,7 @@ def main(words: Sequence[str]) -> None:
 
 def _run() -> None:
   if _VERIFY.value:
-    check_verifiable(_BASE.value)
+    check_verifiable(_BASE.value, read_opening(_OPENING))
   keep_compilations(_CACHE.value)
   process = clusters.join(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PEFT and transformers make of an adapter, on a model without weights.
 
-config.json ─► model on torch's meta device ─► adapter put on it ─► `Adapted`
+config.json, or names and shapes ─► model on torch's meta device
+  ─► adapter put on it ─► `Adapted`
 checkpoint's names ─► transformers' own renaming and conversion ─► `Loader`
 
 The one file of jlora that imports torch, transformers and peft, which are not
@@ -17,7 +18,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from transformers import conversion_mapping, core_model_loading
 
 from jlora.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from jlora.formats.peft.config import check_config, read_adapter_config
-from jlora.formats.peft.layouts import CONFIG, TENSORS
+from jlora.formats.peft.layouts import CONFIG, PREFIX, TENSORS
 
 #: Who checks, for the report.
 NAME, VERSION = "PEFT", peft.__version__
@@ -82,7 +83,14 @@ class Adapted:
     missing: tensors of the adapter that the file does not have.
   """
 
-  def __init__(self, adapter: Path, base: Path):
+  def __init__(
+    self,
+    adapter: Path,
+    base: Path,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+  ):
+    """Builds it by transformers, or of layers of these shapes."""
+    self._is_bare = shapes is not None
     file = adapter / CONFIG
     check_config(read_adapter_config(file), str(file))
     with _silence():
@@ -90,13 +98,18 @@ class Adapted:
       # One stays as it is; PEFT takes the other to pieces.
       try:
         self._plain, model = (
-          _resized(_build(base, config.task_type), adapter) for _ in range(2)
+          _layers_of(shapes, adapter)
+          if shapes is not None
+          else _resized(_build(base, config.task_type), adapter)
+          for _ in range(2)
         )
       except Exception as error:  # code of its own, or packages that lack
         raise ValueError(
           f"not verified: transformers does not build {base}: {error}"
         ) from error
-      self.model_class = type(self._plain).__name__
+      self.model_class = (
+        "the base" if self._is_bare else type(self._plain).__name__
+      )
       state = self._plain.state_dict()
       self.shapes = {name: tuple(leaf.shape) for name, leaf in state.items()}
       self.owners = _find_ties(self._plain)
@@ -105,8 +118,10 @@ class Adapted:
       except Exception as error:  # whatever PEFT stumbles over
         raise Refused(error) from error
 
-  def loader(self, checkpoint: Checkpoint) -> "Loader":
+  def loader(self, checkpoint: Checkpoint) -> Any:
     """Returns how transformers would load a checkpoint into this base."""
+    if self._is_bare:
+      return Named(self.shapes, checkpoint)
     return Loader(self._plain, self.shapes, self.owners, checkpoint)
 
   def change(self, parameter: str) -> np.ndarray | None:
@@ -169,6 +184,34 @@ class Adapted:
     for part in parts:
       module, layers = _unwrap(getattr(module, part))
     return getattr(module, leaf), layers
+
+
+class Named:
+  """A checkpoint's tensors as parameters of the same names.
+
+  Attributes:
+    sources: parameter -> names of the tensors it is made of.
+  """
+
+  def __init__(self, shapes, checkpoint: Checkpoint):
+    self._checkpoint = checkpoint
+    spec = checkpoint.spec
+    self.sources = {name: [name] for name in shapes if name in spec}
+
+  def parameters_of(self, name: str) -> list[str]:
+    """Lists the parameters that a tensor of this name is loaded into."""
+    return [name] if name in self.sources else []
+
+  def source_of(self, parameter: str) -> list[str]:
+    """Lists the tensors a parameter is made of."""
+    return self.sources.get(parameter, [])
+
+  def read(self, parameter: str) -> np.ndarray | None:
+    """Reads a parameter's values; None if the checkpoint does not have them."""
+    if parameter not in self.sources:
+      return None
+    array = self._checkpoint.read(parameter)
+    return array.astype(np.float32)
 
 
 class Loader:
@@ -314,6 +357,50 @@ def _build(base: Path, task: str | None) -> Any:
     if hasattr(make, "_from_config"):
       return make._from_config(config, dtype=torch.float32)
     return make.from_config(config, dtype=torch.float32)
+
+
+_CONVOLUTIONS = {
+  3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d,
+}  # fmt: skip
+
+
+def _layers_of(shapes: Mapping[str, tuple[int, ...]], adapter: Path) -> Any:
+  """Builds layers of these names and shapes, without values."""
+  keys = open_checkpoint(adapter / TENSORS).spec
+  modules: dict[str, dict[str, tuple[int, ...]]] = {"": {}}
+  for name, shape in shapes.items():
+    module, _, leaf = name.rpartition(".")
+    parts = module.split(".")
+    for at in range(1, len(parts) + 1):
+      modules.setdefault(".".join(parts[:at]), {})
+    modules[module][leaf] = shape
+  made: dict[str, Any] = {}
+  for module in sorted(modules, key=lambda name: name.count(".") + bool(name)):
+    is_table = f"{PREFIX}{module}.lora_embedding_A" in keys
+    made[module] = _layer(modules[module], is_table)
+    if module:
+      above, _, name = module.rpartition(".")
+      made[above].add_module(name, made[module])
+  return made[""]
+
+
+def _layer(leaves: Mapping[str, tuple[int, ...]], is_table: bool) -> Any:
+  """Makes a layer of parameters of these shapes, on the meta device."""
+  shape, has_bias = leaves.get("weight", ()), "bias" in leaves
+  if {*leaves} <= {"weight", "bias"} and len(shape) > 1:
+    how: Any = {"device": "meta"}
+    if is_table:
+      return torch.nn.Embedding(shape[0], shape[1], **how)
+    if len(shape) == 2:
+      return torch.nn.Linear(shape[1], shape[0], has_bias, **how)
+    if make := _CONVOLUTIONS.get(len(shape)):
+      kernel = tuple(shape[2:])
+      return make(shape[1], shape[0], kernel, bias=has_bias, **how)
+  layer = torch.nn.Module()
+  for leaf, own in leaves.items():
+    values = torch.empty(own, device="meta")
+    layer.register_parameter(leaf, torch.nn.Parameter(values))
+  return layer
 
 
 def _resized(model: Any, adapter: Path) -> Any:

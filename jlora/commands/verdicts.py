@@ -16,19 +16,21 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoints.checkpoint import open_checkpoint
+from jlora.checkpoints.checkpoint import Checkpoint
 from jlora.checkpoints.hub import locate
+from jlora.commands.openings import OPENING
 from jlora.extraction.report import (
   REPORT,
   Report,
   read_report,
   write_report,
 )
+from jlora.formats.components import Components, open_components, open_pair
 from jlora.formats.fingerprints import check_fingerprint, read_fingerprint
 from jlora.formats.peft.layouts import CONFIG, PREFIX, TENSORS
 from jlora.messages import name_some
@@ -150,50 +152,65 @@ class _Unit(NamedTuple):
     return first["path"]
 
 
-def check_verifiable(base: str | os.PathLike) -> Path:
+def check_verifiable(
+  base: str | os.PathLike, opening: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpoint:
   """Raises unless all that a check needs is there, before hours of work.
 
   Args:
     base: the base.
+    opening: how it is opened, arguments of `open_components`.
 
   Returns:
-    Its folder.
+    It, open.
 
   Raises:
-    ValueError: PEFT, transformers or torch is not installed, or there is no
-      folder with a config.json, as of a pipeline, a single file or orbax.
+    ValueError: PEFT, transformers or torch is not installed, or the base is
+      neither a folder with a config.json nor a model of images.
   """
-  folder = locate(base)
   for name in _NEEDED:
     if importlib.util.find_spec(name) is None:
       raise ValueError(
         f"not verified: {name} is not installed; pip install peft transformers"
       )
-  if not (folder / "config.json").is_file():
+  found = open_components(base, **opening)
+  if not (_has_class(found) or isinstance(found, Components)):
     raise ValueError(
-      f"not verified: {folder} has no config.json, from which transformers "
+      f"not verified: {found.path} has no config.json, from which transformers "
       "would build the base."
     )
-  return folder
+  return found
+
+
+def _has_class(base: Checkpoint) -> bool:
+  """Returns whether transformers builds a base: not those of diffusers."""
+  if not (base.path / "config.json").is_file():
+    return False
+  return not isinstance(base, Components) or bool(base.model_type)
 
 
 def check(
   adapter: str | os.PathLike,
   base: str | os.PathLike,
   finetuned: str | os.PathLike | None = None,
+  opening: Mapping[str, Any] = MappingProxyType({}),
 ) -> Verdict:
   """Puts an adapter on its base in PEFT and compares it with its report.
 
   The base is built from its config.json without weights. Tensors of the
-  checkpoints become parameters by transformers' own rules.
+  checkpoints become parameters by transformers' own rules. Of a model of images
+  the base is layers of its names and shapes: linear ones and convolutions.
 
   Args:
     adapter: a PEFT folder; with a `report.json` each module is held against
       it.
-    base: the base's Hugging Face folder; of its tensors only names, shapes and
-      samples are read, unless there is a finetune.
+    base: the base's Hugging Face folder, or a model of images that
+      `open_components` opens; of its tensors only names, shapes and samples are
+      read, unless there is a finetune.
     finetuned: the finetune. With it `W + change` is compared with its weights,
       one parameter at a time.
+    opening: how both are opened, arguments of `open_pair`; what is not in it is
+      as the report says.
 
   Returns:
     Verdict. Memory: the adapter, and four float32 copies of the largest
@@ -206,24 +223,33 @@ def check(
     ValueError: PEFT, transformers or torch is not installed, or there is no
       adapter or no config.json, or one that needs code of its own.
   """
-  adapter, base = locate(adapter), check_verifiable(base)
+  adapter = locate(adapter)
+  report = read_report(adapter) if (adapter / REPORT).exists() else None
+  said = report.settings if report else {}
+  opening = {name: opening.get(name) or said.get(name) for name in OPENING}
+  opened = check_verifiable(base, opening)
   for name in (CONFIG, TENSORS):
     if not (adapter / name).is_file():
       raise ValueError(f"not verified: {adapter} has no {name}.")
-  report = read_report(adapter) if (adapter / REPORT).exists() else None
+  tuned = None
+  if finetuned is not None:
+    opened, tuned = open_pair(base, finetuned, **opening)
   known = read_fingerprint(adapter)
   if known:
-    check_fingerprint(known, open_checkpoint(base), name=str(adapter))
+    check_fingerprint(known, opened, name=str(adapter))
   # The one file that imports torch.
   peft_models = importlib.import_module("jlora.commands.peft_models")
   who = peft_models.NAME, peft_models.VERSION
   try:
-    adapted = peft_models.Adapted(adapter, base)
+    shapes = {name: one.shape for name, one in opened.spec.items()}
+    adapted = peft_models.Adapted(
+      adapter, opened.path, None if _has_class(opened) else shapes
+    )
   except peft_models.Refused as error:
     wrong = {_module_of(name): why for name, why in error.offenders.items()}
     wrong = wrong or {str(adapter): f"PEFT does not load it: {error}"}
     return Verdict(*who, 0, None, wrong)
-  found = _Check(adapted, report, base, finetuned)
+  found = _Check(adapted, report, opened, tuned)
   return Verdict(*who, found.modules, found.worst, found.offenders)
 
 
@@ -234,13 +260,13 @@ class _Check:
     self,
     adapted: Any,
     report: Report | None,
-    base: Path,
-    finetuned: str | os.PathLike | None,
+    base: Checkpoint,
+    finetuned: Checkpoint | None,
   ):
     self.offenders: dict[str, str] = {}
     self.worst: float | None = None
     self._adapted = adapted
-    self._base = adapted.loader(open_checkpoint(base))
+    self._base = adapted.loader(base)
     self._finetuned = None
     self._report = report or Report({}, [], {}, [])
     self._has_report = report is not None
@@ -252,7 +278,7 @@ class _Check:
       for side in ("base", "finetuned")
     }  # fmt: skip
     if finetuned is not None:
-      self._finetuned = adapted.loader(open_checkpoint(finetuned))
+      self._finetuned = adapted.loader(finetuned)
     self._check_keys()
     units = list(self._units())
     inside = {name for unit in units for name in unit.parameters}

@@ -16,6 +16,7 @@ from absl import flags
 
 from jlora.commands import entry
 from jlora.commands.help import COMMANDS, Command
+from jlora.commands.openings import OPENING, define_opening, read_opening
 from jlora.commands.verdicts import check, raise_if_wrong, verified
 from jlora.extraction.report import Report, verified_line
 
@@ -30,6 +31,7 @@ _FINETUNED = flags.DEFINE_string(
   "The finetuned checkpoint. Without it keys, modules and sizes are checked.",
   flag_values=_FLAGS,
 )
+_OPENING = define_opening(_FLAGS)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.", flag_values=_FLAGS)
 
 
@@ -45,7 +47,9 @@ def main(words: Sequence[str]) -> None:
   """
   if len(words) != 1:
     raise ValueError(f"one adapter must be given: {COMMANDS['verify'].example}")
-  verdict = check(words[0], _BASE.value, _FINETUNED.value)
+  verdict = check(
+    words[0], _BASE.value, _FINETUNED.value, read_opening(_OPENING)
+  )
   if _JSON.value:
     print(json.dumps(verdict._asdict()))
   raise_if_wrong(verdict)
@@ -59,11 +63,12 @@ COMMAND = Command(
   _FLAGS,
   required=("base",),
   groups={
-    "Input": {"base": "DIR", "finetuned": "DIR"},
+    "Input": {"base": "DIR", "finetuned": "DIR", **OPENING},
     "Output": {"json": ""},
   },
   more="The adapter is a PEFT folder; where it has no report.json, changes "
-  "that it does not carry are wrong. PEFT and transformers must be installed. "
+  "that it does not carry are wrong. Models of images are opened as its report "
+  "says. PEFT and transformers must be installed. "
   "Where something is wrong the first three offenders are named, and the exit "
   "code is 1.",
 )

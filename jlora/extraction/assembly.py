@@ -24,6 +24,7 @@ from jlora.extraction.report import (
 )
 from jlora.factoring.deltas import difference
 from jlora.factoring.figures import row_of
+from jlora.formats.components import Components
 from jlora.formats.lazy import Lazy
 from jlora.formats.peft.conversions import together
 from jlora.formats.peft.layouts import Profile
@@ -180,7 +181,7 @@ def write_adapter(
     full=Lazy({path: partial(whole, path) for path in full}),
     profile=profile,
     base_model=base_model,
-    task_type=task_type,
+    task_type=_task_of(plan, task_type),
     model_type=plan.model_type,
     config=plan.config,
     rename=rename,
@@ -214,6 +215,16 @@ def write_adapter(
   totals = total_up(modules, ledger)
   totals |= count_unmatched(plan.base, plan.finetuned, plan.pairing)
   return Report(settings, modules, totals, ledger)
+
+
+def _task_of(plan: Plan, task_type: str | None) -> str | None:
+  """Returns PEFT's task: a model of images has none, whatever else is known.
+
+  With one PEFT wants a text model's methods, and does not load the adapter.
+  """
+  has_class = plan.about is not None and plan.about.family is not None
+  is_image = isinstance(plan.base, Components) and not has_class
+  return None if task_type == "auto" and is_image else task_type
 
 
 # What a policy is told of a module.
