@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping, core_model_loading
 
 from experiments import collect_families
 from jlora.extraction.run import extract_checkpoint
@@ -58,6 +59,38 @@ IDS = torch.arange(1, 13)[None]
 def test_keys_on_disk_become_names_in_the_model(config, key, name):
   family = family_of({"model_type": config[0], "architectures": [config[1]]})
   assert family.name_of(key) == name
+
+
+ENCODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+           "num_attention_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("config", "is_renamed"),
+  [
+    (transformers.ViTConfig(image_size=8, patch_size=4, **ENCODER), True),
+    (transformers.BertConfig(vocab_size=9, **ENCODER), False),
+  ],
+  ids=["vit", "bert"],
+)
+def test_names_of_transformers_4_and_5_are_one_module(
+  config, is_renamed, tmp_path
+):
+  """Files have those of 4, with and without prefix; modules those of 5."""
+  model = transformers.AutoModel.from_config(config)
+  model.save_pretrained(tmp_path)
+  told = json.loads((tmp_path / "config.json").read_text())
+  keys = [*load_file(tmp_path / "model.safetensors")]
+  family, meta = family_of(told), model.state_dict()
+  assert {family.name_of(key) for key in keys} == set(meta)
+  assert (set(keys) != set(meta)) == is_renamed
+  prefix = model.base_model_prefix
+  mapping = conversion_mapping.get_model_conversion_mapping(model)
+  for key in (*keys, *(f"{prefix}.{key}" for key in keys), *meta):
+    theirs, _ = core_model_loading.rename_source_key(
+      key, mapping, [], prefix, meta
+    )
+    assert family.name_of(key) == theirs, key
 
 
 def test_parts_of_a_model_are_those_that_its_config_names():
