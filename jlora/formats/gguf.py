@@ -5,6 +5,7 @@ The package `gguf` (the extra of that name) has the format and the names of
 tensors; it is imported when a file is written or read.
 """
 
+import functools
 import math
 import os
 import re
@@ -312,17 +313,19 @@ def open_gguf(path: Path, base: Base | None) -> Adapter:
   adapter = Adapter(path, "gguf", {})
   for target in targets:
     a, b = (tensors[f"{target}.lora_{side}"] for side in "ab")
-    if target == _TABLE:
-      a = a.T
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+    is_table = target == _TABLE
+    down = a.shape[::-1] if is_table else a.shape
+    if len(down) != 2 or len(b.shape) != 2 or down[0] != b.shape[1]:
       raise ValueError(
-        f"{path}: the factors of {target} have different ranks: a {a.shape}, b "
+        f"{path}: the factors of {target} have different ranks: a {down}, b "
         f"{b.shape}; the file is damaged."
       )
     module = names[target]
-    scale = alpha / len(a) if alpha else 1.0
-    adapter.readers[module] = _ReadPair(a, b, scale, _heads(target, model))
-    outer = (a.shape[1], len(b)) if target == _TABLE else (len(b), a.shape[1])
+    rank, width, height = *down, b.shape[0]
+    scale = alpha / rank if alpha else 1.0
+    heads = _heads(target, model)
+    adapter.readers[module] = _ReadPair(a, b, is_table, scale, heads)
+    outer = (width, height) if is_table else (height, width)
     known = next((base.shapes[at] for at, name in base.names.items()
                   if name == module), outer) if base else outer  # fmt: skip
     if outer != known:
@@ -331,7 +334,7 @@ def open_gguf(path: Path, base: Base | None) -> Adapter:
         "was made for another model."
       )
     adapter.shapes[module] = outer
-    adapter.ranks[module] = len(a)
+    adapter.ranks[module] = rank
     adapter.alphas[module] = alpha or None
   adapter.metadata = {key: str(value) for key, value in fields.items()}
   if base is None:
@@ -341,25 +344,60 @@ def open_gguf(path: Path, base: Base | None) -> Adapter:
   return adapter
 
 
+class _Stored(NamedTuple):
+  """A tensor of a GGUF file that is read when it is asked for.
+
+  It is not mapped: the pages of a mapped file count as the process's memory.
+
+  Attributes:
+    path: the file.
+    start: its first byte.
+    dtype: of what is stored.
+    stored: shape of that.
+    shape: of the tensor.
+    dequantise: what makes its values of it; None: they are stored.
+  """
+
+  path: Path
+  start: int
+  dtype: np.dtype
+  stored: tuple[int, ...]
+  shape: tuple[int, ...]
+  dequantise: Callable[[np.ndarray], np.ndarray] | None
+
+  def read(self) -> np.ndarray:
+    """Reads it."""
+    count = math.prod(self.stored) * self.dtype.itemsize
+    with open(self.path, "rb") as file:
+      file.seek(self.start)
+      data = np.frombuffer(file.read(count), self.dtype).reshape(self.stored)
+    if self.dequantise is not None:
+      data = self.dequantise(data)
+    return data.reshape(self.shape)
+
+
 class _ReadPair(NamedTuple):
   """Reads one pair of a GGUF file.
 
   Attributes:
-    a: (r, in).
+    a: (r, in); of a table transposed.
     b: (out, r).
+    is_table: whether it is one of tokens.
     scale: alpha / r.
     heads: by which the rows of b are permuted, 0 for none.
   """
 
-  a: np.ndarray
-  b: np.ndarray
+  a: _Stored
+  b: _Stored
+  is_table: bool
   scale: float
   heads: int
 
   def __call__(self) -> Lora:
     """Reads it."""
-    b = unpermuted(self.b, self.heads) if self.heads else self.b
-    down: Any = np.array(self.a)
+    a, b = self.a.read(), self.b.read()
+    b = unpermuted(b, self.heads) if self.heads else b
+    down: Any = np.array(a.T if self.is_table else a)
     scale: Any = np.float32(self.scale)
     return Lora(down, np.ascontiguousarray(b.T), scale)  # type: ignore[arg-type]
 
@@ -396,7 +434,7 @@ def _names(
   return found, model
 
 
-def _pairs_in(tensors: Mapping[str, np.ndarray], path: Path) -> list[str]:
+def _pairs_in(tensors: Mapping[str, Any], path: Path) -> list[str]:
   """Lists the tensors that have both factors; raises unless all have."""
   stems = {name.rpartition(".lora_")[0] for name in tensors}
   lacking = [
@@ -412,8 +450,8 @@ def _pairs_in(tensors: Mapping[str, np.ndarray], path: Path) -> list[str]:
   return sorted(stems)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Returns the entries and the tensors of a file, mapped into memory."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
+  """Returns the entries of a file, and its tensors, which are not read."""
   package = import_gguf()
   entries, tensors, _ = read_header(path)
   raw = {
@@ -423,14 +461,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   found = {}
   for name, one in tensors.items():
     own = raw[name]
-    count = math.prod(own.shape)
-    data: Any = (
-      np.memmap(path, own.dtype, "r", own.start or 0, own.shape)
-      if count
-      else np.empty(own.shape, own.dtype)
-    )
+    dequantise = None
     if not is_plain(one):
       kind = package.GGMLQuantizationType(one.kind)
-      data = package.quants.dequantize(data, kind)
-    found[name] = data.reshape(one.shape)
+      dequantise = functools.partial(package.quants.dequantize, qtype=kind)
+    place = path, own.start or 0, np.dtype(own.dtype), tuple(own.shape)
+    found[name] = _Stored(*place, tuple(one.shape), dequantise)
   return entries, found
