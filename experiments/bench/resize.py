@@ -108,7 +108,7 @@ def _draw(shapes: Shapes, rank: int) -> dict[str, Lora]:
   rng = np.random.default_rng(0)
   pool = (0.02 * rng.standard_normal(2**22)).astype(np.float16)
 
-  def factor(width: int) -> np.ndarray:
+  def factor(width: int) -> Any:
     at = rng.integers(0, pool.size - rank * width)
     return pool[at : at + rank * width].reshape(rank, width)
 

@@ -222,8 +222,8 @@ def _cut(lora: Lora, rank: int) -> Lora:
   rank = min(rank, *a.shape[-2:], b.shape[-1])
   s = scale[..., None] * s[..., :rank]
   half = np.sqrt(np.abs(s))[..., None]
-  down = half * (np.swapaxes(u, -1, -2)[..., :rank, :] @ rows)
-  up = np.copysign(half, s[..., None]) * (vt[..., :rank, :] @ columns)
+  down: Any = half * (np.swapaxes(u, -1, -2)[..., :rank, :] @ rows)
+  up: Any = np.copysign(half, s[..., None]) * (vt[..., :rank, :] @ columns)
   ones: Any = np.ones(scale.shape, np.float32)
   return Lora(down.astype(np.float32), up.astype(np.float32), ones)
 
