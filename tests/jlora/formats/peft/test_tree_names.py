@@ -97,6 +97,25 @@ def test_pairs_change_the_names_that_flax_gives(tmp_path):
   assert "base_model.model.layers.1.lora_A.weight" in keys
 
 
+def test_scanned_layers_need_names(tmp_path):
+  lora = jlora.Lora(np.ones((3, 1, 5)), np.ones((3, 1, 5)), np.ones(3))
+  one = jlora.Lora(lora.a[0], lora.b[0], lora.scale[0])
+  like = {"h": {"kernel": np.ones((3, 5, 5))}, "l": {"kernel": np.ones((5, 5))}}
+  loras = {"h/kernel": lora, "l/kernel": one}
+  left = jlora.save_peft(tmp_path / "one", loras, like=like, task_type=None)
+  assert list(left) == ["h/kernel"]
+  assert "rename= has to give 3 names" in left["h/kernel"]
+
+  def rename(path):
+    name = name_path(path)
+    return [f"h.{i}.weight" for i in range(3)] if path[0] == "h" else name
+
+  jlora.save_peft(
+    tmp_path / "all", loras, like=like, task_type=None, rename=rename
+  )
+  assert "h.2.weight" in jlora.load_peft(tmp_path / "all").loras
+
+
 def test_errors_say_how_to_rename(tmp_path):
   lora = jlora.Lora(np.ones((1, 3)), np.ones((1, 2)), np.float32(1))
   with pytest.raises(ValueError, match="not a.w.*rename=lambda.*r.layers"):
