@@ -163,6 +163,16 @@ def test_every_page_is_run_or_checked_elsewhere():
   assert pages == OTHERS | {"index", "start", "concepts"}
 
 
+def test_the_readme_is_short_and_what_it_does_not_run_has_a_reason():
+  """Its six lines run in tests/experiments/test_quickstart.py."""
+  text = (ROOT / "README.md").read_text(encoding="utf-8")
+  assert text.count("\n") < 150
+  run = [b for b in blocks(text) if b.language == "python" and not b.why]
+  assert [b.code.splitlines()[0] for b in run] == ["import jlora"]
+  section = text.partition("## Six lines")[2]
+  assert run[0].code in section
+
+
 def test_a_page_that_is_wrong_fails(tmp_path, capsys):
   page = ROOT / "docs" / "start.md"
   assert list(blocks(page.read_text(encoding="utf-8")))

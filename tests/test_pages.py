@@ -126,7 +126,8 @@ def test_commands_exist_and_know_their_flags(page):
 def test_every_page_has_commands():
   """So that the test above sees what it is to judge."""
   seen = {name_of(page): len({m for m, _ in asked(page)}) for page in PAGES}
-  assert seen["README.md"] >= 7
+  assert seen["README.md"] >= 3
+  assert seen["docs/start.md"] >= 2
   assert seen["BUILD.md"] >= 5
   assert seen["experiments/README.md"] >= 20
 
