@@ -164,7 +164,6 @@ def _compare(base: str, finetuned: str, out: str) -> None:
   command = f"python -m experiments.compare {shlex.join(sys.argv[1:])}"
   words = [f"--base={base}", f"--finetuned={finetuned}", f"--out={out}"]
   words.append(f"--rank={_RANK.value}")
-  extraction.write_card(out, report, f"jlora extract {shlex.join(words)}")
   tables.check_ranks(report, ranks)
   results: dict[str, Any] = {
     "settings": {
@@ -183,6 +182,22 @@ def _compare(base: str, finetuned: str, out: str) -> None:
     if prompts is not None:
       results["generation"] = _generate(base, pair, adapter, chosen, prompts)
   pages.write_results(out, results)
+  extraction.write_card(
+    out,
+    report,
+    f"jlora extract {shlex.join(words)}",
+    divergences=_divergences(results),
+  )
+
+
+def _divergences(results: dict[str, Any]) -> dict[str, float]:
+  """Returns the KL of each text at the adapter's own rank, if measured."""
+  return {
+    name: row["kl"]
+    for name, found in results["kl"].items()
+    for row in found["ranks"]
+    if row["rank"] == _RANK.value
+  }
 
 
 def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:

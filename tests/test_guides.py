@@ -163,6 +163,25 @@ def test_every_page_is_run_or_checked_elsewhere():
   assert pages == OTHERS | {"index", "start", "concepts"}
 
 
+@pytest.mark.long
+def test_a_cards_blocks_run_as_they_stand(tmp_path, monkeypatch, capsys):
+  """In the folder where base, finetune and adapter are."""
+  monkeypatch.chdir(tmp_path)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    write_pair(tmp_path)
+    start(
+      ["extract", "--base=base", "--finetuned=finetuned", "--out=x", "--rank=2"]
+    )
+    card = (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    names = {}
+    for block in blocks(card.replace("--out=x", "--out=y")):
+      if block.language != "text":
+        run(block, names, "card")
+  assert names["model"].peft_config["default"].r == 2
+  assert (tmp_path / "y" / "adapter_config.json").exists()
+
+
 def test_the_readme_is_short_and_what_it_does_not_run_has_a_reason():
   """Its six lines run in tests/experiments/test_quickstart.py."""
   text = (ROOT / "README.md").read_text(encoding="utf-8")
