@@ -8,12 +8,15 @@ run are a block after `<!-- not run: REASON -->` and a command of `ELSEWHERE`.
 """
 
 import importlib
+import json
 import re
 import shlex
 import warnings
 from typing import NamedTuple
 
 import jax
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
 from jlora.commands import entry
@@ -50,6 +53,12 @@ def blocks(text):
     yield Block(found["language"], found["code"], line, found["why"])
 
 
+def cells(file):
+  """The cells of code of a notebook."""
+  found = json.loads(file.read_text(encoding="utf-8"))["cells"]
+  return [cell for cell in found if cell["cell_type"] == "code"]
+
+
 def write_images(folder):
   """A tiny Flux and its finetune, as single files of the authors' names."""
   from jlora.checkpoints import write_safetensors
@@ -83,6 +92,7 @@ GUIDES = [
   *(ROOT / "docs" / f"{name}.md" for name in ("start", "concepts")),
   *sorted((ROOT / "docs" / "guides").glob("*.md")),
 ]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # Pages that other files check: an HTTP server, tables that commands write.
 OTHERS = {"families", "foreign", "formats", "porting", "serving", "speed"}
 
@@ -161,6 +171,38 @@ def test_guides_run_as_they_stand(page, tmp_path, monkeypatch, capsys):
 def test_every_page_is_run_or_checked_elsewhere():
   pages = {file.stem for file in (ROOT / "docs").glob("*.md")}
   assert pages == OTHERS | {"index", "start", "concepts"}
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=name_of)
+def test_notebooks_run_and_print_what_is_in_them(
+  file, tmp_path, monkeypatch, capsys
+):
+  """Cells in order; printed lines are those committed, with any numbers."""
+  monkeypatch.chdir(tmp_path)
+  matplotlib.use("agg")
+  names = {}
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    for number, cell in enumerate(cells(file)):
+      capsys.readouterr()
+      code = "".join(cell["source"])
+      exec(compile(code, f"{file} cell {number}", "exec"), names)
+      plt.close("all")
+      said = [o["text"] for o in cell["outputs"] if o.get("name") == "stdout"]
+      wanted = "".join(line for text in said for line in text)
+      check_printed(wanted, capsys.readouterr().out, f"{file.name} {number}")
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=name_of)
+def test_notebooks_are_committed_with_what_they_print(file):
+  counts = [cell["execution_count"] for cell in cells(file)]
+  assert counts == list(range(1, len(counts) + 1))
+  outputs = [o for cell in cells(file) for o in cell["outputs"]]
+  assert any(o["output_type"] == "display_data" for o in outputs)
+  assert not [o for o in outputs if o["output_type"] == "error"]
+  assert not [o for o in outputs if o.get("name") == "stderr"]
 
 
 @pytest.mark.long
