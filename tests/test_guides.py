@@ -32,6 +32,7 @@ FENCED = re.compile(
 ELSEWHERE = {
   "pip": "asks a registry; tried by hand from the built wheel",
   "make": "gates of their own",
+  "python3": "makes an environment",
   "python": "tests/experiments, with flags read by tests/test_pages.py",
 }
 LANGUAGES = {"python", "sh", "text"}
