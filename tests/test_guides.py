@@ -172,6 +172,10 @@ def test_guides_run_as_they_stand(page, tmp_path, monkeypatch, capsys):
 def test_every_page_is_run_or_checked_elsewhere():
   pages = {file.stem for file in (ROOT / "docs").glob("*.md")}
   assert pages == OTHERS | {"index", "start", "concepts"}
+  for name in OTHERS:
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    python = [b for b in blocks(text) if b.language == "python"]
+    assert all(b.why for b in python), name
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name_of)

@@ -9,7 +9,7 @@ Checkpoints are safetensors files, Hugging Face folders, Hub ids that were
 downloaded, or orbax directories.
 
 The same command, started once on each of several hosts, shares the work: see
-"Many hosts" in BUILD.md.
+"Many hosts" in docs/guides/hosts.md.
 """
 
 import functools
