@@ -155,6 +155,7 @@ def carry_out(page, capsys):
     said = capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
 def test_guides_run_as_they_stand(page, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
@@ -178,6 +179,7 @@ def test_every_page_is_run_or_checked_elsewhere():
     assert all(b.why for b in python), name
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name_of)
 def test_notebooks_run_and_print_what_is_in_them(
   file, tmp_path, monkeypatch, capsys
