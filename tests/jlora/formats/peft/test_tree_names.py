@@ -6,7 +6,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 from flax import linen, nnx
 
 import jlora
@@ -122,3 +124,27 @@ def test_errors_say_how_to_rename(tmp_path):
     jlora.save_peft(tmp_path, {"a/w": lora}, like={"a": {"w": np.ones((3, 2))}})
   with pytest.raises(ValueError, match="like=dict has no arrays.*pytree"):
     leaves_of({"a": None})
+
+
+def test_peft_computes_what_the_tree_computes(tmp_path):
+  """A torch module of the same names, with the tree's weights transposed."""
+  base, finetuned = nnx_trees()
+  loras = jlora.extract(base, finetuned, rank=2)
+  jlora.save_peft(tmp_path, loras, like=base, task_type=None)
+  net = torch.nn.Module()
+  net.l1, net.l2 = torch.nn.Linear(5, 7), torch.nn.Linear(7, 4)
+  net.forward = lambda x: net.l2(net.l1(x))
+  for path, array in flatten(base).items():
+    parameter = net.get_parameter(name_path(path))
+    parameter.data = torch.tensor(np.array(array).T)
+  x = np.random.default_rng(0).standard_normal((3, 5), np.float32)
+  adapted = peft.PeftModel.from_pretrained(net, str(tmp_path))
+  with torch.no_grad():
+    found = adapted(torch.tensor(x)).numpy()
+  merged = flatten(jlora.apply(base, loras))
+  (w1, b1), (w2, b2) = (
+    [np.asarray(merged[f"{name}/{leaf}"]) for leaf in ("kernel", "bias")]
+    for name in ("l1", "l2")
+  )
+  wanted = (x @ w1 + b1) @ w2 + b2
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
