@@ -13,7 +13,7 @@ FOREIGN := .venv/foreign
 DOCS := .venv/docs
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
-  test-gpu bench-gpu test-long test-families test-foreign test-formats \
+  test-gpu bench-gpu test-long test-families test-foreign \
   test-merges fuzz \
   bench-scoring bench-serving bench-sweep docs dist clean
 
@@ -48,12 +48,6 @@ test-families: .venv/.test
 # Recipes over all families against float64, and layers in other orders.
 test-merges: .venv/.test
 	$(BIN)/python -m tests.merges $(ARGS)
-
-# Adapters in diffusers' own loaders.
-test-formats: .venv/.test
-	$(BIN)/$(INSTALL) '.[formats]'
-	$(BIN)/python -m pytest $(ARGS) \
-	  tests/jlora/formats/test_consumers.py
 
 test-foreign: $(FOREIGN)/.done
 	$(FOREIGN)/bin/python -m tests.foreign $(ARGS)
@@ -113,7 +107,7 @@ format: .venv/.test
 	touch $@
 
 .venv/.test: .venv/bin/python pyproject.toml
-	$(BIN)/$(INSTALL) '.[experiments,test]'
+	$(BIN)/$(INSTALL) '.[experiments,test,formats]'
 	touch $@ .venv/.demo
 
 $(AOT)/.done: .venv/bin/python pyproject.toml

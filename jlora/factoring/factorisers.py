@@ -22,18 +22,22 @@ from jax.sharding import PartitionSpec
 from jlora.factoring.krylov_spaces import iterate
 from jlora.loras import Factors
 from jlora.numerics.backends import (
+  branch,
   library_of,
   normal,
   over_leading,
+  run_while,
   scaled,
   times,
 )
 from jlora.numerics.linalg import (
   orthonormal_rows,
   ritz_vectors,
+  row_space,
   rows_gram,
   triplets,
 )
+from jlora.numerics.low_products import Multiply, is_faster, low_products
 from jlora.numerics.sums import Sums, check_single, exponent_of, sums_of
 
 Factoriser = Callable[..., Factors]
@@ -44,6 +48,11 @@ _EIGH_WEIGHT = 15
 _SVD_WEIGHT = 20
 # Below this many operations there is nothing to save: the exact one is taken.
 _SMALL = 10**7
+# bfloat16 does not resolve a change of which the first block's images have
+# directions with less than this share of the strongest one's energy, or of
+# which less than this share of the energy is left over.
+_STEEP = 1e-5
+_LEFT = 1e-3
 
 
 def svd(delta: Any, rank: int, key: Any = None) -> Factors:
@@ -124,6 +133,7 @@ def krylov(
   oversample: int = 16,
   passes: int = 6,
   tol: float = 5e-4,
+  low: bool | None = None,
   sums: Sums | None = None,
 ) -> Factors:
   """Computes the leading triplets from a block Krylov space, by Rayleigh-Ritz.
@@ -138,6 +148,13 @@ def krylov(
   further product with delta. If another factoriser needs fewer operations
   (`cheapest` counts them), that one is called.
 
+  With `low` all these products are taken in bfloat16. Of the images of the r
+  leading rows only the directions are kept, q = orth(wᵀ z), and one product in
+  float32 measures them: delta ≈ (delta qᵀ) q. It is half a pass more, so that
+  the error is no larger. Where bfloat16 cannot tell the weak directions from
+  rounding, which the first block's images and the error left show, all is done
+  again in float32.
+
   Args:
     delta: (..., m, n), read as float32.
     rank: triplets to keep, static; clipped to min(m, n).
@@ -149,6 +166,9 @@ def krylov(
     tol: stops after the third or fourth block if more blocks are estimated to
       reduce the squared error by less than this share. Under `vmap` all
       matrices stop together.
+    low: whether to iterate in bfloat16; None does where it is known to be
+      faster (`jlora.numerics.low_products.is_faster`). Not in batches of JAX
+      arrays.
     sums: `sums_of(delta)` if it is known; only for a single matrix.
 
   Returns:
@@ -182,21 +202,71 @@ def krylov(
   if other is not krylov:
     return other(delta, rank, key)
 
+  if low is None:
+    low = is_faster(delta)
+  in_low = low and (delta.ndim == 2 or library_of(delta) is np)
+
   def core(a, half, energy):
-    start = normal(key, (rank + oversample, a.shape[0]), a)
-    vectors, images = iterate(
-      lambda rows: scaled(times(rows * half, a), half),
-      lambda rows: scaled(times(rows * half, a.T), half),
-      orthonormal_rows(start, 2),
-      energy,
-      length=a.shape[1],
-      rank=rank,
-      passes=passes,
-      tol=tol,
-    )
-    return triplets(vectors, images)
+    """Iterates in bfloat16 if that is wanted, and in float32 if need be."""
+    start = orthonormal_rows(normal(key, (rank + oversample, a.shape[0]), a), 2)
+    settings: dict[str, Any] = {
+      "length": a.shape[1], "rank": rank, "passes": passes, "tol": tol,
+    }  # fmt: skip
+    exact = _products(a, half)
+    if not in_low:
+      return triplets(*iterate(*exact, start, energy, **settings)[:2])
+    return _low_first(a, half, exact, start, energy, settings)
 
   return _each(functools.partial(_short_side_first, core), delta, sums)
+
+
+def _products(a: Any, half: Any) -> tuple[Multiply, Multiply]:
+  """Returns the products of rows with `a half²` and with its transpose."""
+  return (
+    lambda rows: scaled(times(rows * half, a), half),
+    lambda rows: scaled(times(rows * half, a.T), half),
+  )
+
+
+def _low_first(a, half, exact, start, energy, settings):
+  """Computes triplets by iterating in bfloat16, then in float32 if need be."""
+  xp = library_of(a)
+  products = low_products(a, half)
+
+  def attempt(state):
+    """Iterates once; the second time in float32."""
+    count, *_ = state
+    is_low = count == 0
+    forward, backward = (
+      lambda rows, low=low, full=full: branch(
+        is_low, lambda: low(rows), lambda: full(rows)
+      )
+      for low, full in zip(products, exact, strict=True)
+    )
+    least = xp.where(is_low, xp.float32(_STEEP), xp.float32(-1))
+    rows, images, gave_up = iterate(
+      forward, backward, start, energy, least=least, is_low=is_low, **settings
+    )
+    measure = functools.partial(_measured, exact[1], images)
+    rows, images = branch(is_low, measure, lambda: (rows, images))
+    left = energy - xp.sum(xp.square(images))
+    is_done = ~gave_up & (left > _LEFT * energy) | ~is_low
+    return count + 1, is_done, rows, images
+
+  # The host starts from nothing; JAX needs the shapes.
+  rows, images = (
+    xp.zeros((settings["rank"], side), a.dtype) for side in a.shape
+  )
+  state = xp.int32(0), xp.bool_(False), rows, images
+  *_, rows, images = run_while(lambda state: ~state[1], attempt, state)
+  return triplets(rows, images)
+
+
+def _measured(backward, images):
+  """Returns orthonormal rows and their exact images in the span of images."""
+  span = orthonormal_rows(images, 2)
+  rows, mixing = row_space(backward(span))
+  return rows, mixing.T @ span
 
 
 def cheapest(

@@ -5,7 +5,6 @@ No array here is larger than the basis. Callers set the precision of products.
 Arrays are all NumPy's or all JAX's.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,13 +13,13 @@ import numpy as np
 from jlora.numerics.backends import branch, library_of, put, rows_at, run_while
 from jlora.numerics.linalg import (
   descending_eigh,
+  independent_rows,
   is_even,
   orthonormal_rows,
   ritz_vectors,
   rows_gram,
 )
-
-Multiply = Callable[[Any], Any]
+from jlora.numerics.low_products import Multiply
 
 # After this many blocks a test tells whether they are enough. Where four are
 # not, five rarely are, and the test has its price.
@@ -37,7 +36,9 @@ def iterate(
   rank: int,
   passes: int,
   tol: float,
-) -> tuple[Any, Any]:
+  least: Any = 0.0,
+  is_low: Any = np.False_,
+) -> tuple[Any, Any, Any]:
   """Computes the leading Ritz rows of a matrix in a block Krylov space.
 
   Rows of the basis that are never filled stay zero. They are orthogonal to all
@@ -52,15 +53,19 @@ def iterate(
     rank: rows wanted, at most w.
     passes: the most blocks.
     tol: as for `krylov`.
+    least: gives up after the first block if its images' weakest direction has
+      less than this share of the strongest one's energy. May be traced.
+    is_low: whether products are those of bfloat16, for which blocks need not be
+      orthogonal to the last digit. May be traced.
 
   Returns:
-    (r, m) orthonormal rows and (r, n), their images.
+    (r, m) orthonormal rows and (r, n), their images; and whether it gave up.
 
   Example:
     >>> a = jnp.diag(jnp.array([1.0, 4.0, 2.0]))
-    >>> rows, _ = iterate(lambda x: x @ a, lambda x: x @ a.T, jnp.eye(3)[:2],
-    ...                   jnp.sum(a * a), length=3, rank=1, passes=1,
-    ...                   tol=0.0)
+    >>> rows, *_ = iterate(lambda x: x @ a, lambda x: x @ a.T, jnp.eye(3)[:2],
+    ...                    jnp.sum(a * a), length=3, rank=1, passes=1,
+    ...                    tol=0.0)
     >>> jnp.abs(rows).round(4)
     Array([[0., 1., 0.]], dtype=float32)
   """
@@ -98,23 +103,25 @@ def iterate(
         lambda: settled,
       )
     block = branch(
-      settled, lambda: off, lambda: _orthonormal_block(off, off_basis)
+      settled, lambda: off, lambda: _orthonormal_block(off, off_basis, is_low)
     )
     return block, settled | ~xp.any(block)
 
   def grow(state):
     """Adds a block to the basis and computes the next one."""
-    count, _, block, filled = state
+    count, _, is_steep, block, filled = state
     newest = forward(block)
     gram = rows_gram(newest)
+    if not isinstance(least, float) or least > 0:
+      is_steep = is_steep | ((count == 0) & ~is_even(gram, least))
     filled = add(count, filled, block, newest, gram)
     count = count + 1
     block, done = branch(
-      count < passes,
+      (count < passes) & ~is_steep,
       lambda: follow(count, filled, newest, gram),
       lambda: (block, xp.bool_(True)),
     )
-    return count, done, block, filled
+    return count, done | is_steep, is_steep, block, filled
 
   span = passes * width
   # The host never reads a row before it is filled.
@@ -123,11 +130,13 @@ def iterate(
     blank((span, columns), block.dtype) for columns in (block.shape[1], length)
   )
   room = basis, images, xp.zeros((span, span), block.dtype)
-  state = (xp.int32(0), xp.bool_(False), block, room)
-  count, _, _, filled = run_while(lambda state: ~state[1], grow, state)
+  state = (xp.int32(0), xp.bool_(False), xp.bool_(False), block, room)
+  count, _, is_steep, _, filled = run_while(
+    lambda state: ~state[1], grow, state
+  )
   basis, images, projected = _filled(count * width, *filled)
   rows = ritz_vectors(projected, images, rank, eigenpairs)
-  return rows @ basis, rows @ images
+  return rows @ basis, rows @ images, is_steep
 
 
 def _keeping(decompose):
@@ -226,8 +235,21 @@ def _residual(backward, images, gram, off_basis):
   return off_basis(block, 3e-6 * xp.linalg.norm(block)), mixed
 
 
-def _orthonormal_block(off, off_basis):
+# A direction that loses more than this share of its energy when what lies in
+# the basis is removed again was rounding: what is left of it is no better.
+_LOST = 0.7
+# Where one loses less than this, the basis is out of all of them.
+_CLEAN = 0.1
+
+
+def _orthonormal_block(off, off_basis, is_low):
   """Returns the next Krylov block: orthonormal rows, off the basis."""
-  rows = orthonormal_rows(off, 2)
-  noise = 3e-6 * library_of(off).linalg.norm(rows)
-  return orthonormal_rows(off_basis(rows, noise), 2)
+
+  def cleaned(rows):
+    """Removes the basis again, and rows of which then little is left."""
+    noise = 3e-6 * library_of(rows).linalg.norm(rows)
+    return independent_rows(off_basis(rows, noise), 1 - _LOST)
+
+  rows, least = cleaned(orthonormal_rows(off, 2))
+  rows = branch(least > 1 - _CLEAN, lambda: rows, lambda: cleaned(rows)[0])
+  return branch(is_low, lambda: rows, lambda: orthonormal_rows(rows, 1))

@@ -216,6 +216,28 @@ def _rows_where(kept, x):
   return library_of(x).where(kept[:, None], x, 0.0)
 
 
+def independent_rows(x: Any, least: float) -> tuple[Any, Any]:
+  """Returns nearly orthonormal rows; those that were hardly there become zero.
+
+  Args:
+    x: (r, n) float32 rows, orthonormal but for what was taken off them.
+    least: the energy that a row must have beside those before it.
+
+  Returns:
+    (r, n) float32, and the least energy of any row.
+
+  Example:
+    >>> independent_rows(np.float32([[1, 0], [1, 1e-3]]), 0.3)[0].round(3)
+    array([[1., 0.],
+           [0., 0.]], dtype=float32)
+  """
+  xp = library_of(x)
+  lower = shifted_cholesky(rows_gram(x))
+  energies = xp.square(xp.diagonal(lower))
+  rows = _rows_where(energies > least, inverse_of(lower) @ x)
+  return rows, xp.min(energies)
+
+
 def row_space(x: Any) -> tuple[Any, Any]:
   """Computes `x = r q`, where q has orthonormal rows that span those of x.
 
@@ -242,15 +264,22 @@ def row_space(x: Any) -> tuple[Any, Any]:
   return x, r
 
 
-def is_even(gram: Any) -> Any:
+def is_even(gram: Any, share: Any = _EVEN) -> Any:
   """Returns whether all directions of rows survive in their Gram matrix.
 
   float32 squares lose a direction whose energy is far below that of the
-  strongest. Takes the rows' inner products, (k, k); returns a bool scalar.
+  strongest.
+
+  Args:
+    gram: the rows' inner products, (k, k).
+    share: of the strongest direction's energy that the weakest must have.
+
+  Returns:
+    bool scalar.
   """
   xp = library_of(gram)
   squares = xp.square(xp.diagonal(shifted_cholesky(gram)))
-  return xp.min(squares) > _EVEN * xp.max(squares) + np.float32(1e-25)
+  return xp.min(squares) > share * xp.max(squares) + np.float32(1e-25)
 
 
 def ritz_vectors(

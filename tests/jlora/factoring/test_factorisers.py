@@ -32,7 +32,11 @@ def on_host(factoriser):
   return run
 
 
-COMPILED = [svd, gram, krylov]
+def krylov_in_bfloat16(delta, rank, key=None):
+  return krylov(delta, rank, key, low=True)
+
+
+COMPILED = [svd, gram, krylov, krylov_in_bfloat16]
 FACTORISERS = COMPILED + [on_host(factoriser) for factoriser in COMPILED]
 M, N, RANK = 384, 512, 16
 SMALL = (24, 40)
@@ -291,6 +295,61 @@ def test_worked_example(factoriser):
 def test_refusals(factoriser, delta, rank, message):
   with pytest.raises(ValueError, match=message):
     factoriser(delta, rank)
+
+
+def draw_spectrum(seed, count):
+  """Draws singular values as they come: decays, plateaus, one far above, none.
+
+  Up to 4 as a power of their place, and 1e30 times larger or smaller.
+  """
+  rng = np.random.default_rng(seed)
+  at = np.arange(1, count + 1.0)
+  values = at ** -rng.uniform(0, 4)
+  match seed % 7:
+    case 1:
+      values = np.where(at < rng.integers(2, 60), 1, rng.uniform(1e-4, 1))
+    case 2:
+      values[0] *= 1e4
+    case 3:
+      values[rng.integers(1, RANK + 4) :] = 0
+    case 4:
+      values = np.exp(-at * rng.uniform(0, 0.3))
+    case 5:
+      values[rng.integers(1, RANK) :] *= 10 ** -rng.uniform(0, 4)
+    case 6:
+      values = np.sort(rng.exponential(size=count))[::-1] ** rng.uniform(0.5, 3)
+  return values * 10.0 ** rng.choice([-30, -3, 0, 3, 30])
+
+
+@pytest.fixture(scope="module")
+def bases():
+  """Orthonormal rows of both sides of matrices that `krylov` iterates on."""
+  rng = np.random.default_rng(0)
+  shapes = (512, 512), (768, 512)
+  return [np.linalg.qr(rng.standard_normal(shape))[0].T for shape in shapes]
+
+
+@pytest.mark.parametrize(
+  "seeds",
+  [range(50), pytest.param(range(50, 400), marks=pytest.mark.long)],
+  ids=str,
+)
+def test_any_spectrum_in_float32_and_in_bfloat16(bases, seeds):
+  """Beside the optimum, but for what float32's rounding takes."""
+  left, right = bases
+  for seed in seeds:
+    values = draw_spectrum(seed, len(left))
+    delta = ((left.T * values) @ right).astype(np.float32)
+    best, norm = (np.linalg.norm(x) for x in (values[RANK:], values))
+    full, low = (
+      np.linalg.norm(
+        delta
+        - product(in_float64(krylov(delta, RANK, oversample=8, low=is_low)))
+      )
+      for is_low in (False, True)
+    )
+    assert full < 1.005 * best + 2e-6 * norm, seed
+    assert low < 1.001 * full + 2e-6 * norm, seed
 
 
 @pytest.mark.parametrize("options", [{"passes": 0}, {"oversample": -1}])

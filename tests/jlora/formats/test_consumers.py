@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written, in diffusers' own loaders, fused into small models.
 
-Needs the extra `formats`: `make test-formats`.
+Needs the extra `formats`.
 """
 
 import io

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """States that are written, in models of qwix and tunix, against merged weights.
 
-Needs the extra `foreign`: `make test-foreign`.
+Needs the extra `formats`; tunix's own needs `foreign`: `make test-foreign`.
 """
 
 import json
