@@ -9,11 +9,13 @@ AOT := .venv/aot
 GPU := .venv/gpu
 # Models of other packages, and all that these need.
 FOREIGN := .venv/foreign
+# What makes pages and wheels.
+DOCS := .venv/docs
 
 .PHONY: demo smoke test lint format types unit bench test-aot bench-kernels \
   test-gpu bench-gpu test-long test-families test-foreign \
   test-merges fuzz \
-  bench-scoring bench-serving bench-sweep clean
+  bench-scoring bench-serving bench-sweep docs dist clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.quickstart $(ARGS)
@@ -82,6 +84,17 @@ test-gpu: $(GPU)/.done
 bench-gpu: $(GPU)/.done
 	JAX_PLATFORMS=cuda,cpu $(GPU)/bin/python -m pallas_kernels.bench.gpu $(ARGS)
 
+# A warning, a link or an anchor that leads nowhere is an error.
+docs: $(DOCS)/.done
+	$(DOCS)/bin/python -m sphinx -W --keep-going -q -c docs -b html . build/site
+	@echo "built: build/site/index.html"
+
+# The wheel and the source distribution, as they would be uploaded.
+dist: $(DOCS)/.done
+	rm -rf dist build/lib
+	$(DOCS)/bin/python -m build --outdir dist .
+	$(DOCS)/bin/python -m twine check --strict dist/*
+
 format: .venv/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -112,5 +125,10 @@ $(FOREIGN)/.done: .venv/bin/python pyproject.toml
 	$(FOREIGN)/bin/$(INSTALL) '.[foreign]'
 	touch $@
 
+$(DOCS)/.done: .venv/bin/python pyproject.toml
+	.venv/bin/python -m venv $(DOCS)
+	$(DOCS)/bin/$(INSTALL) '.[docs,dist]'
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist docs/reference *.egg-info

@@ -3,6 +3,7 @@
 
   python -m experiments.compare --base=DIR --finetuned=DIR --out=DIR
   python -m experiments.compare --redraw=DIR [--chosen=16]
+  python -m experiments.compare --redraw=DIR --study_json=FILE
 
 Extracts once at --rank, of which all lower ranks are cuts; measures the KL
 divergence of the logits at --ranks on held-out texts and, with --generate=N,
@@ -27,7 +28,7 @@ from absl import app, flags
 
 import jlora
 from experiments.lib.data import texts
-from experiments.lib.figures import pages, summaries, tables
+from experiments.lib.figures import pages, study, summaries, tables
 from experiments.lib.measures import logit_curves, samples
 from jlora import extraction, models
 from jlora.commands import keep_compilations
@@ -76,6 +77,13 @@ _CACHE = flags.DEFINE_string(
   "cache", None, "Folder of texts and compiled programs; ~/.cache/jlora."
 )
 
+_STUDY_JSON = flags.DEFINE_string(
+  "study_json",
+  None,
+  "A file to write too: {matrix: {loss: {mse, cosine_distance}, "
+  "mean_diff_value, diff_rank}}, as the study's own script has it.",
+)
+
 _STANDARD = (8, 16, 32, 64, 128, 256, 512, 1024)
 _SHOWN = 64
 _PROMPT = 32  # tokens
@@ -86,11 +94,30 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"only flags are taken, got {' '.join(argv[1:])}")
+    _check_study_json()
     keep_compilations(_CACHE.value)
-    _say(*pages.draw_all(_run(), _CHOSEN.value))
+    shown, results, files = pages.draw_all(_run(), _CHOSEN.value)
+    if _STUDY_JSON.value:
+      study.write_study(_STUDY_JSON.value, shown)
+      files = [*files, Path(_STUDY_JSON.value)]
+    _say(shown, results, files)
   except (ValueError, RuntimeError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
+
+
+def _check_study_json() -> None:
+  """Raises, before anything is computed, if the study's file has no place."""
+  if not _STUDY_JSON.value:
+    return
+  file = Path(_STUDY_JSON.value)
+  own = Path(_OUT.value or _REDRAW.value or "") / pages.RESULTS
+  if file.absolute() == own.absolute():
+    raise ValueError(
+      f"--study_json={file} is this comparison's own file; name another."
+    )
+  if not file.absolute().parent.is_dir():
+    raise ValueError(f"--study_json={file}: make its folder first.")
 
 
 def _run() -> str:
@@ -137,7 +164,6 @@ def _compare(base: str, finetuned: str, out: str) -> None:
   command = f"python -m experiments.compare {shlex.join(sys.argv[1:])}"
   words = [f"--base={base}", f"--finetuned={finetuned}", f"--out={out}"]
   words.append(f"--rank={_RANK.value}")
-  extraction.write_card(out, report, f"jlora extract {shlex.join(words)}")
   tables.check_ranks(report, ranks)
   results: dict[str, Any] = {
     "settings": {
@@ -156,6 +182,22 @@ def _compare(base: str, finetuned: str, out: str) -> None:
     if prompts is not None:
       results["generation"] = _generate(base, pair, adapter, chosen, prompts)
   pages.write_results(out, results)
+  extraction.write_card(
+    out,
+    report,
+    f"jlora extract {shlex.join(words)}",
+    divergences=_divergences(results),
+  )
+
+
+def _divergences(results: dict[str, Any]) -> dict[str, float]:
+  """Returns the KL of each text at the adapter's own rank, if measured."""
+  return {
+    name: row["kl"]
+    for name, found in results["kl"].items()
+    for row in found["ranks"]
+    if row["rank"] == _RANK.value
+  }
 
 
 def _read_texts(base: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -220,7 +262,8 @@ def _say(report: jlora.Report, results: dict[str, Any], files) -> None:
   print(extraction.rounding_line(report))
   print(extraction.ledger_lines(report), end="\n\n")
   folder = files[0].parent
-  print(f"written to {folder}: {', '.join(file.name for file in files)}")
+  named = [x.name if x.parent == folder else str(x) for x in files]
+  print(f"written to {folder}: {', '.join(named)}")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ DOORS = [file for file in LIBRARY if file.name == "__init__.py"]
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 PAGES = [
   *(ROOT / name for name in ("README.md", "BUILD.md", "CONTRIBUTING.md")),
+  *sorted((ROOT / "docs").glob("*.md")),
+  *sorted((ROOT / "docs" / "guides").glob("*.md")),
   ROOT / "experiments" / "README.md",
 ]
 

@@ -29,7 +29,9 @@ _OWN = {"help", "helpfull", "helpshort", "flagfile"}
 def snippets(page):
   """What a page shows in code, each command in a line."""
   text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-  fenced = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+  # In pairs: what ends one block does not begin the next.
+  both = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+  fenced = [block for language, block in both if language in ("", "sh")]
   prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
   lines = [line for block in fenced for line in block.splitlines()]
   lines += re.findall(r"^ {4}(\S.*)", prose, re.M)
@@ -124,7 +126,8 @@ def test_commands_exist_and_know_their_flags(page):
 def test_every_page_has_commands():
   """So that the test above sees what it is to judge."""
   seen = {name_of(page): len({m for m, _ in asked(page)}) for page in PAGES}
-  assert seen["README.md"] >= 7
+  assert seen["README.md"] >= 3
+  assert seen["docs/start.md"] >= 2
   assert seen["BUILD.md"] >= 5
   assert seen["experiments/README.md"] >= 20
 

@@ -9,7 +9,7 @@ Checkpoints are safetensors files, Hugging Face folders, Hub ids that were
 downloaded, or orbax directories.
 
 The same command, started once on each of several hosts, shares the work: see
-"Many hosts" in BUILD.md.
+"Many hosts" in docs/guides/hosts.md.
 """
 
 import functools
@@ -360,7 +360,7 @@ def _run() -> None:
   if _VERIFY.value:
     verdict, report = record(_OUT.value, report, _BASE.value, _FINETUNED.value)
   loading = loading_of(_OUT.value, state) if has_state else None
-  write_card(_OUT.value, report, _command(), loading)
+  write_card(_OUT.value, report, _command(), loading=loading)
   if _JSON.value:
     print(json.dumps(report._asdict()))
   else:

@@ -2,6 +2,7 @@
 """The command: a comparison from folder to page, and its refusals."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -38,8 +39,19 @@ def test_a_comparison_is_one_command(pair, tmp_path):
     f"--base={base}", f"--finetuned={tuned}", f"--out={out}", "--rank=16",
     "--chosen=8", "--ranks=4", "--texts=pydoc", "--sequences=2",
     "--length=16", "--generate=2", "--steps=4", f"--cache={tmp_path}",
+    f"--study_json={tmp_path / 'study.json'}",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
+  study = json.loads((tmp_path / "study.json").read_text())
+  report = json.loads((out / "report.json").read_text())
+  assert study.keys() == {row["path"] for row in report["modules"]}
+  for row in report["modules"]:  # of the shown rank, not of the highest
+    found = study[row["path"]]
+    assert found.keys() == {"loss", "mean_diff_value", "diff_rank"}
+    size = math.prod(row["shape"])
+    shown = (row["norm"] * row["relative_errors"][8]) ** 2 / size
+    assert found["loss"]["mse"] == pytest.approx(shown, rel=1e-4)
+    assert 0 <= found["loss"]["cosine_distance"] < 1
   results = json.loads((out / "results.json").read_text())
   rows = results["kl"][texts.pydoc_source()]["ranks"]
   assert [row["rank"] for row in rows] == [0, 4, 8]
@@ -58,6 +70,15 @@ def test_a_comparison_is_one_command(pair, tmp_path):
                "nats per token", "finetuned / extracted", "ledger: ",
                "At rank 8"):  # fmt: skip
     assert said in done.stdout
+
+
+@pytest.mark.long
+def test_the_studys_file_does_not_replace_our_own(tmp_path):
+  done = compare(
+    f"--redraw={tmp_path}", f"--study_json={tmp_path}/results.json"
+  )
+  assert done.returncode == 1
+  assert "is this comparison's own file; name another" in done.stderr
 
 
 def test_a_rank_that_is_not_extracted_is_refused_at_once(pair, tmp_path):

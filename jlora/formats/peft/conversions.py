@@ -128,9 +128,11 @@ def convert_base(base: Base, conversions: Iterable[Conversion]) -> Base:
     for name, shape in _shapes_of(each, base).items()
   }
   rename = base.rename
-  converted = with_names(
-    base, shapes | new, lambda path: path if path in new else rename(path)
-  )
+
+  def named(path):
+    return path if path in new else rename(path)
+
+  converted = with_names(base, shapes | new, named if new else rename)
   return converted._replace(modules=converted.modules | _others(shapes, base))
 
 

@@ -26,6 +26,7 @@ from jlora.formats.peft.layouts import (
   TRANSPOSED,
   FileLayout,
 )
+from jlora.formats.peft.tree_names import leaves_of, name_path
 from jlora.loras import Lora
 from jlora.tree_views import table_for
 from jlora.views import (
@@ -137,7 +138,7 @@ def module_of(name: str) -> str:
 
 
 def describe_base(
-  like: Mapping[str, Any],
+  like: Any,
   model_type: str | None,
   task_type: str | None,
   rename: Rename | Sequence[tuple[str, str]] | None,
@@ -146,14 +147,13 @@ def describe_base(
   """Collects what is known of the base model from its parameters' shapes.
 
   Args:
-    like: path -> anything with `.shape`, every parameter; of an open checkpoint
-      only the `.spec` is read.
+    like: every parameter, as `leaves_of` takes them.
     model_type: from config.json, or None.
     task_type: PEFT's task name, or "auto". Without `config` these two can have
       a tied head: "CAUSAL_LM" and "auto".
     rename: path -> Hugging Face name, or a sequence of them; or (regex,
-      replacement) pairs, applied to the names that `config` gives; None keeps
-      those, or without `config` the paths.
+      replacement) pairs, applied to the names that `config` gives, or without
+      it `name_path`; None keeps those.
     config: the base's config.json, by which names and classes are looked up.
 
   Example:
@@ -163,10 +163,7 @@ def describe_base(
   """
   family = family_of(config)
   rename = _renaming(rename, family)
-  shapes = {
-    path: tuple(leaf.shape)
-    for path, leaf in getattr(like, "spec", like).items()
-  }
+  shapes = {path: tuple(leaf.shape) for path, leaf in leaves_of(like).items()}
   base = Base(
     {}, {}, frozenset(), frozenset(), table_for(shapes, model_type), model_type,
     False, False, rename, family,
@@ -217,7 +214,7 @@ def _renaming(
   rename: Rename | Sequence[tuple[str, str]] | None, family: Family | None
 ) -> Rename:
   """Returns path -> name from what the caller gave and the model's class."""
-  named = functools.cache(family.name_of) if family else str
+  named = functools.cache(family.name_of) if family else name_path
   if callable(rename):
     return rename
   pairs = [(re.compile(regex), to) for regex, to in rename or ()]

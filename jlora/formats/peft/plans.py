@@ -36,6 +36,7 @@ from jlora.formats.peft.parts import (
   ties_of,
   zero_part,
 )
+from jlora.formats.peft.tree_names import name_path
 from jlora.loras import Lora, check_loras
 from jlora.messages import name_some
 from jlora.numerics.finite import is_finite, not_finite, rounded
@@ -96,7 +97,7 @@ def plan_loras(
       wrong.append(f"{path}: Lora {shape}, parameter {base.shapes[path]}")
       continue
     new = parts_of(path, lora, view, base, dtype)
-    reason = _refusal(new[0], view, profile)
+    reason = _unnamed(path, lora, base) or _refusal(new[0], view, profile)
     if reason:
       left[path] = reason
     else:
@@ -421,6 +422,17 @@ def arrays_of(
     if not why_no_parameter(path, array.shape) and not is_finite(array):
       raise not_finite(name, array, array.dtype)
     yield PREFIX + name, array
+
+
+def _unnamed(path: str, lora: Lora, base: Base) -> str | None:
+  """Returns why a stack of a tree of JAX needs names, or None."""
+  if base.rename is not name_path or "/" not in path or lora.a.ndim < 3:
+    return None
+  count = math.prod(lora.a.shape[:-2])
+  return (
+    f"{count} layers or experts in one array, and one name for them; rename="
+    f" has to give {count} names, or that of a module which holds them all"
+  )
 
 
 def _refusal(part: FilePart, view: MatrixView, profile: Profile) -> str | None:

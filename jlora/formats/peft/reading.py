@@ -120,7 +120,7 @@ class StoredAdapter(NamedTuple):
 def load_peft(
   folder: str | os.PathLike,
   *,
-  like: Mapping[str, Any] | None = None,
+  like: Any = None,
   model_type: str | None = None,
   config: Mapping[str, Any] | None = None,
   on_host: bool = False,
@@ -131,9 +131,10 @@ def load_peft(
 
   Args:
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    like: parameter -> anything with `.shape`, every parameter of the base. If
-      given, shapes must fit, every module that the configuration targets must
-      be there, and a tied head's copy of the embedding's change is left out.
+    like: every parameter of the base, as `save_peft` takes them; Loras then
+      have its paths. If given, shapes must fit, every module that the
+      configuration targets must be there, and a tied head's copy of the
+      embedding's change is left out.
     model_type: `model_type` of the base's config.json, used with `like`.
     config: the contents of the base's config.json, used with `like`: then the
       adapter has the names of the model's modules, or those on disk as one for
@@ -184,7 +185,7 @@ def load_peft(
     full = {name: key for name, key in full.items() if name not in ties}
     wrappers, full = _without_tied_head(wrappers, full, file, shapes)
     _check_complete(entries, wrappers, shapes, base)
-    _check_shapes(wrappers, file, shapes, base)
+    _check_shapes(wrappers, file, shapes, paths, base)
   biases = {
     wrapper.name.removesuffix("weight") + "bias": wrapper.scale
     * file.read_float32(wrapper.keys["bias"])
@@ -449,7 +450,9 @@ def _check_complete(
     )
 
 
-def _check_shapes(wrappers: list[StoredLora], file, shapes, base: Base) -> None:
+def _check_shapes(
+  wrappers: list[StoredLora], file, shapes, paths, base: Base
+) -> None:
   """Raises unless every Lora fits the parameter it changes."""
   wrong = []
   for wrapper in wrappers:
@@ -460,10 +463,11 @@ def _check_shapes(wrappers: list[StoredLora], file, shapes, base: Base) -> None:
     a, b = wrapper.layout.load(*blank, wrapper.rank)
     given = (*a.shape[:-2], a.shape[-1], b.shape[-1])
     shape = shapes.get(wrapper.name, ())
+    path = paths.get(wrapper.name, wrapper.name)
     view = (
       base.family.kind_of(wrapper.name, len(shape)).view
       if base.family
-      else view_of(wrapper.name, shape, base.table, given)
+      else view_of(path, shape, base.table, given)
     )
     needed = view and view.shape(shape)
     if needed not in (given, given[1:]):

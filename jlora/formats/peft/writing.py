@@ -57,6 +57,7 @@ from jlora.formats.peft.plans import (
   plan_loras,
   spec_of,
 )
+from jlora.formats.peft.tree_names import RENAMING, leaves_of
 from jlora.loras import Lora
 from jlora.messages import name_some
 from jlora.numerics.backends import library_of
@@ -66,7 +67,7 @@ def save_peft(
   folder: str | os.PathLike,
   loras: Mapping[str, Lora],
   *,
-  like: Mapping[str, Any],
+  like: Any,
   biases: Mapping[str, Any] | None = None,
   full: Mapping[str, Any] | None = None,
   profile: Profile = PEFT,
@@ -87,8 +88,9 @@ def save_peft(
       give equal bytes.
     loras: path -> Lora. May be lazy: one is held at a time, and each is read
       twice, the first time for its shape.
-    like: path -> anything with `.shape`, every parameter of the base. It names
-      the modules that must stay untouched and gives the axes' roles.
+    like: every parameter of the base: path -> anything with `.shape`, an open
+      checkpoint, or any pytree (nested dicts, linen's variables, an NNX State).
+      It names the modules that must stay untouched and gives the axes' roles.
     biases: path of a bias -> its change (out,). PEFT has one switch for all
       modules, so every other module gets a zero bias. Where the base has no
       bias, PEFT can then apply the adapter but not merge it.
@@ -112,8 +114,9 @@ def save_peft(
       models; what PEFT cannot hold in that model is returned with the reason.
     rename: path -> name in the Hugging Face model, for every path of `like` and
       of the changes; or (regex, replacement) pairs for the names that `config`
-      gives. For a parameter with leading axes (scanned layers) a sequence of
-      names, one per index.
+      gives. Without either, paths of a tree are read as Flax names them:
+      `l1/kernel` is `l1.weight`. For a parameter with leading axes (scanned
+      layers) a sequence of names, one per index.
     fingerprint: what `jlora.formats.fingerprint` says of the base; kept in the
       header of the tensors' file, where PEFT and vLLM do not look, for those of
       `loras` that are written.
@@ -147,6 +150,7 @@ def save_peft(
   present = [name for name in (CONFIG, TENSORS) if (folder / name).exists()]
   if present and not overwrite:
     raise ValueError(f"{folder} already holds an adapter; use overwrite=True.")
+  like = leaves_of(like)
   files = {file for x in like.values() if (file := getattr(x, "file", None))}
   check_apart(folder, files)
   if profile.one_rank:
@@ -168,7 +172,8 @@ def save_peft(
   spread_reasons(left, conversions, given)
   if not parts:
     reasons = name_some(f"{path}: {reason}" for path, reason in left.items())
-    raise ValueError(f"No module is left to write. {reasons}")
+    hint = f" {RENAMING}" if rename is None and config is None else ""
+    raise ValueError(f"No module is left to write. {reasons}.{hint}")
   entries = _configuration(parts, carried, kept, base)
   named = {"base_model_name_or_path": base_model, "task_type": task_type}
   spec = spec_of(parts, carried, full, kept)

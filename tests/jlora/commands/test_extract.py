@@ -54,7 +54,7 @@ def start(words, folder, before=()):
 
 
 def blocks(card):
-  return re.findall(r"^```\n(.*?)\n```$", card, re.M | re.S)
+  return re.findall(r"^```\w+\n(.*?)\n```$", card, re.M | re.S)
 
 
 def test_the_cards_command_makes_the_adapter_again(run, pair, tmp_path):

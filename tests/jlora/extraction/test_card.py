@@ -2,11 +2,11 @@
 """The card says what was lost and names no path of this machine."""
 
 import json
-import re
 
+import huggingface_hub
 import pytest
 
-from jlora.extraction.card import CARD, write_card
+from jlora.extraction.card import CARD, licence_of, write_card
 from jlora.extraction.report import (
   ledger_lines,
   rounding_line,
@@ -22,10 +22,8 @@ def test_the_card_repeats_the_run(tmp_path):
   text = (tmp_path / CARD).read_text()
   front, body = text.removeprefix("---\n").split("\n---\n")
   assert "library_name: peft" in front.splitlines()
-  # JSON is YAML: quotes and colons in a name need no other care.
-  (base,) = re.findall(r"base_model: (.*)", front)
-  assert json.loads(base) == '"base"'  # of a folder that is here
-  assert f"\n```\n{command}\n```\n" in body
+  assert "base_model:" not in front  # "base" in quotes is no name on the Hub
+  assert f"\n```sh\n{command}\n```\n" in body
   for part in (type_table, worst_table, rounding_line, ledger_lines):
     assert part(report()) in body
   share = report().totals["relative_error"]
@@ -56,3 +54,45 @@ def test_the_card_asks_vllm_for_a_rank_that_it_takes(tmp_path, rank, room):
     f"\nvllm serve org/x --enable-lora --max-lora-rank {room} --lora-modules "
     f"{name}={name}\n"
   ) in (tmp_path / CARD).read_text()
+
+
+CONFIG = {"base_model_name_or_path": "org/x", "r": 4, "task_type": "SEQ_CLS"}
+
+
+def test_the_hub_reads_the_front_matter(tmp_path):
+  (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+  base = tmp_path / "base"
+  base.mkdir()
+  (base / CARD).write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# B\n")
+  settings = SETTINGS | {"base": str(base)}
+  write_card(tmp_path, report()._replace(settings=settings), "run")
+  data = huggingface_hub.ModelCard.load(tmp_path / CARD).data.to_dict()
+  assert data == {
+    "base_model": "org/x",
+    "base_model_relation": "adapter",
+    "library_name": "peft",
+    "license": "apache-2.0",
+    "pipeline_tag": "text-classification",
+    "tags": ["lora", "jlora"],
+  }
+  text = (tmp_path / CARD).read_text()
+  assert "AutoModelForSequenceClassification.from_pretrained" in text
+
+
+@pytest.mark.parametrize(
+  "card",
+  [None, "# no front matter\nlicense: mit\n", "---\nx: 1\n---\nlicense: mit\n"],
+)
+def test_no_licence_is_made_up(tmp_path, card):
+  if card:
+    (tmp_path / CARD).write_text(card)
+  assert licence_of(tmp_path) is None
+
+
+def test_what_was_measured_is_told_and_what_was_not(tmp_path):
+  write_card(tmp_path, report(), "run")
+  assert "Not measured." in (tmp_path / CARD).read_text()
+  write_card(tmp_path, report(), "run", divergences={"kjv": 0.00099})
+  text = (tmp_path / CARD).read_text()
+  assert "| kjv | 0.00099 |" in text
+  assert "Not measured" not in text
