@@ -325,8 +325,9 @@ def test_rules_need_a_mesh():
 
 
 # Operations that all devices do alike, those on the short side's thin factors,
-# as a share of all; and how far the rest may be from an nth of itself.
-ALIKE, OFF = 0.07, 0.01
+# as a share of all; and how far the rest may be from an nth of itself. A branch
+# that is taken only where rounding is all that is left counts too.
+ALIKE, OFF = 0.09, 0.01
 
 
 def operations(spec, devices):
